@@ -1,0 +1,364 @@
+"""What a run is: frozen, keyword-only dataclasses, checked when they are made.
+
+Every field has one default, written here, and a docstring with its unit. The command line
+(`cli.py`) makes its flags from these fields, so a name must be unique across all groups.
+"""
+
+import dataclasses
+import json
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import Field
+
+Architecture = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d",
+    "wide_resnet50_2", "wide_resnet101_2",
+    "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
+    "basic_cnn",
+]  # fmt: skip
+
+
+class InputError(ValueError):
+    """Bad input from the user: a file, a flag, a data set. The commands print its one line and
+    leave with status 2."""
+
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+
+_dataclass = pydantic.dataclasses.dataclass(
+    frozen=True,
+    kw_only=True,
+    config=pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True),
+)
+
+
+@_dataclass
+class ModelConfig:
+    arch: Architecture = "resnet18"
+    """Which network."""
+
+    stem: Literal["imagenet", "cifar"] | None = None
+    """First layers of torchvision's ten: "imagenet" (7x7 stride 2, max-pool) or "cifar" (3x3
+    stride 1, no pool). Left out: "cifar" where the images are smaller than 64 pixels."""
+
+    num_classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
+    """Left out: as many as the data has; another number than that is an error."""
+
+    dropout: Fraction = 0.0
+    """Probability of dropping a feature before the last linear layer."""
+
+    zero_init_residual: bool = False
+    """Start the last BatchNorm scale of every block at zero."""
+
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Computation; parameters are float32, and float64 only with float64."""
+
+
+@_dataclass
+class DataConfig:
+    dataset: str = "digits"
+    """digits | folder:DIR | cifar10:PATH | tfds:NAME."""
+
+    image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Pixels a side of what the network sees. Left out: the size of the first image if it is
+    square and at most 64 pixels, else 224."""
+
+    resize_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Pixels of the shorter side before the centre crop. Left out: image_size."""
+
+    grayscale: bool = False
+    """Turn the images to one channel. Sets that are grayscale throughout (digits) stay so."""
+
+    validation_fraction: Fraction = 0.1
+    """Stratified share of the training split held out for validation, where the set has no
+    validation split of its own."""
+
+    test_fraction: Fraction = 0.2
+    """Stratified share held out for the test, where the set has one split only."""
+
+    split_seed: Count = 0
+    """Seed of these two splits."""
+
+    train_images: PositiveCount | None = None
+    """Use only this many training images (stratified, after the split)."""
+
+    mean: tuple[float, ...] | None = None
+    """Per channel, of images in [0, 1]. Left out: measured on the training split."""
+
+    std: tuple[Positive, ...] | None = None
+    """Per channel, of images in [0, 1]. Left out: measured on the training split."""
+
+    on_bad_image: Literal["error", "skip"] = "error"
+    """"error": a file that is no image ends the run, named. "skip": such files are counted,
+    listed and left out."""
+
+    cache: Literal["auto", "device", "none"] = "auto"
+    """Where decoded training images live: on the device as uint8, or nowhere (every epoch
+    decodes them again). "auto": on the device if they take at most cache_gib."""
+
+    cache_gib: NonNegative = 2.0
+    """Gibibytes that "auto" may spend."""
+
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 0
+    """Processes that decode images. 0: threads of this process."""
+
+    def __post_init__(self):
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std are given together or not at all")
+        if self.resize_size and self.image_size and self.resize_size < self.image_size:
+            raise ValueError("resize_size is smaller than image_size")
+        scheme = self.dataset.split(":", 1)[0]
+        if self.dataset != "digits" and (
+            scheme not in ("folder", "cifar10", "tfds") or ":" not in self.dataset
+        ):
+            raise ValueError(
+                f"dataset {self.dataset!r} is none of digits, folder:DIR, cifar10:PATH, tfds:NAME"
+            )
+
+
+@_dataclass
+class AugmentConfig:
+    """Training only; each with torchvision's definition, in this order."""
+
+    random_resized_crop: bool = False
+    """Random area (8% to 100%) and aspect ratio (3/4 to 4/3), while decoding."""
+
+    random_crop: Annotated[int, Field(ge=0, le=512)] = 0
+    """Pad by this many black pixels on each side and crop back at random."""
+
+    horizontal_flip: Probability = 0.0
+    """Probability of a mirror image."""
+
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Degrees; the angle is uniform in [-rotation, rotation], sampled bilinearly."""
+
+    brightness: NonNegative = 0.0
+    """Colour jitter: factor uniform in [max(0, 1 - x), 1 + x]."""
+
+    contrast: NonNegative = 0.0
+    """Colour jitter: factor uniform in [max(0, 1 - x), 1 + x]."""
+
+    saturation: NonNegative = 0.0
+    """Colour jitter: factor uniform in [max(0, 1 - x), 1 + x]."""
+
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Colour jitter: shift uniform in [-x, x], as a share of the hue circle."""
+
+    random_erasing: Probability = 0.0
+    """Probability of blanking a random rectangle (2% to 33% of the area), after normalising."""
+
+    mixup: NonNegative = 0.0
+    """Alpha of the Beta distribution of mixup's share; 0 is off."""
+
+
+@_dataclass
+class OptimizerConfig:
+    """PyTorch's definitions (`optim.py`)."""
+
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
+    """Which rule."""
+
+    lr: Positive = 0.05
+    """Learning rate at its highest."""
+
+    momentum: Fraction = 0.9
+    """sgd and rmsprop."""
+
+    nesterov: bool = True
+    """sgd only."""
+
+    beta1: Fraction = 0.9
+    """adam and adamw."""
+
+    beta2: Fraction = 0.999
+    """adam and adamw."""
+
+    alpha: Fraction = 0.99
+    """rmsprop: decay of the squared gradient."""
+
+    centered: bool = False
+    """rmsprop: subtract the mean gradient."""
+
+    eps: Positive = 1e-8
+    """adam, adamw and rmsprop; outside the square root."""
+
+    weight_decay: NonNegative = 5e-4
+    """Coupled (L2, added to the gradient) except for adamw and decoupled_weight_decay."""
+
+    decoupled_weight_decay: bool = False
+    """Shrink the weights by lr * weight_decay instead, whatever the optimizer."""
+
+    decay_norm_and_bias: bool = True
+    """Decay BatchNorm parameters and biases too, as torch.optim does by default."""
+
+    l1: NonNegative = 0.0
+    """Factor of the sum of absolute weights added to the loss."""
+
+    label_smoothing: Fraction = 0.0
+    """Share of the target spread evenly over all classes."""
+
+    clip_norm: NonNegative = 0.0
+    """Largest global gradient norm; 0 is off."""
+
+    accumulate_steps: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Batches whose gradients are averaged into one update."""
+
+    ema_decay: Fraction = 0.0
+    """Exponential moving average of the weights, used for evaluation; 0 is off."""
+
+
+@_dataclass
+class ScheduleConfig:
+    """PyTorch's definitions (`optim.py`); lengths in epochs."""
+
+    schedule: Literal["constant", "step", "multistep", "cosine", "onecycle", "plateau"] = "onecycle"
+    """Course of the learning rate."""
+
+    warmup_epochs: NonNegative = 0.0
+    """Linear warm-up before the schedule starts."""
+
+    warmup_factor: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Share of the learning rate at which the warm-up starts."""
+
+    step_epochs: PositiveCount = 30
+    """step: epochs between two cuts."""
+
+    milestones: tuple[PositiveCount, ...] = (100, 150)
+    """multistep: epochs at which to cut."""
+
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """step, multistep and plateau: factor of a cut."""
+
+    min_lr: NonNegative = 0.0
+    """cosine and plateau: where the learning rate ends."""
+
+    pct_start: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """onecycle: share of the steps spent rising."""
+
+    div_factor: Positive = 25.0
+    """onecycle: lr / initial learning rate."""
+
+    final_div_factor: Positive = 1e4
+    """onecycle: initial / final learning rate."""
+
+    cycle_momentum: bool = False
+    """onecycle: move the momentum from 0.95 to 0.85 and back, against the learning rate."""
+
+    plateau_patience: Count = 10
+    """plateau: epochs without improvement before a cut."""
+
+    plateau_threshold: NonNegative = 1e-4
+    """plateau: relative change that counts as an improvement."""
+
+    plateau_cooldown: Count = 0
+    """plateau: epochs to wait after a cut."""
+
+
+@_dataclass
+class EarlyStoppingConfig:
+    patience: Count = 0
+    """Epochs without improvement before the run stops; 0 never stops it."""
+
+    monitor: Literal["validation_loss", "validation_accuracy", "validation_f1_macro"] = (
+        "validation_accuracy"
+    )
+    """What is watched: for the best checkpoint, early stopping and the plateau schedule."""
+
+    min_delta: NonNegative = 0.0
+    """Absolute change that counts as an improvement."""
+
+    restore_best: bool = True
+    """Report on and export the best weights instead of the last."""
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """Whether less or more is better."""
+        return "min" if self.monitor == "validation_loss" else "max"
+
+
+@_dataclass
+class ParallelConfig:
+    parallel: Literal["auto", "jit", "pmap"] = "auto"
+    """One step over all devices: jit over a mesh, or pmap. "auto" is jit."""
+
+    devices: PositiveCount | None = None
+    """How many. Left out: all."""
+
+    steps_per_dispatch: PositiveCount | None = None
+    """Training steps sent to the device at once. Left out: 1 on the CPU, 20 elsewhere."""
+
+
+@_dataclass
+class TrainConfig:
+    """A whole run."""
+
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 12
+    """Passes over the training split."""
+
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 64
+    """Images a step, over all devices."""
+
+    eval_batch_size: PositiveCount = 256
+    """Images a step of an evaluation."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of weights, order, augmentation and dropout."""
+
+    init_from: str | None = None
+    """Fine-tune: a run directory or weights file to start from; the head is new where the
+    number of classes differs."""
+
+    new_head: bool = False
+    """Fine-tune: start from a new head even where the old one would fit."""
+
+    freeze_backbone: bool = False
+    """Train the last linear layer only; BatchNorm keeps its statistics."""
+
+    log_steps: PositiveCount = 20
+    """Steps between two looks at the loss."""
+
+    checkpoint_epochs: PositiveCount = 1
+    """Epochs between two checkpoints."""
+
+    skip_nonfinite: Count = 0
+    """How many updates in a row with a non-finite gradient are skipped before the run stops."""
+
+    deterministic: bool = False
+    """Bit-for-bit repeatable on a GPU too, at some cost."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    early_stopping: EarlyStoppingConfig = Field(default_factory=EarlyStoppingConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+
+
+def to_dict(config: TrainConfig) -> dict:
+    """The config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: dict) -> TrainConfig:
+    """The inverse of `to_dict`; missing fields take their defaults.
+
+    Raises:
+      InputError: an unknown key, a wrong type or a value out of range; one line names each.
+    """
+    try:
+        return pydantic.TypeAdapter(TrainConfig).validate_json(json.dumps(values), strict=True)
+    except pydantic.ValidationError as error:
+        raise InputError("; ".join(_describe(fault) for fault in error.errors())) from None
+
+
+def _describe(fault: dict) -> str:
+    name = ".".join(str(part) for part in fault["loc"])
+    return f"{name}: {fault['msg']}, got {fault['input']!r:.80}"
