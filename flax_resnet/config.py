@@ -5,6 +5,7 @@ Every field has one default, written here, and a docstring with its unit. The co
 """
 
 import dataclasses
+import difflib
 import json
 from typing import Annotated, Literal
 
@@ -23,6 +24,12 @@ Architecture = Literal[
 class InputError(ValueError):
     """Bad input from the user: a file, a flag, a data set. The commands print its one line and
     leave with status 2."""
+
+
+def nearest(word: str, valid) -> str:
+    """'; did you mean X?' or the list of what is valid, to end an error message with."""
+    close = difflib.get_close_matches(str(word), list(valid), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(map(str, valid))}"
 
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -89,6 +96,9 @@ class DataConfig:
     train_images: PositiveCount | None = None
     """Use only this many training images (stratified, after the split)."""
 
+    eval_images: PositiveCount | None = None
+    """Use only this many validation and test images each (stratified)."""
+
     mean: tuple[float, ...] | None = None
     """Per channel, of images in [0, 1]. Left out: measured on the training split."""
 
@@ -114,12 +124,12 @@ class DataConfig:
             raise ValueError("mean and std are given together or not at all")
         if self.resize_size and self.image_size and self.resize_size < self.image_size:
             raise ValueError("resize_size is smaller than image_size")
-        scheme = self.dataset.split(":", 1)[0]
-        if self.dataset != "digits" and (
-            scheme not in ("folder", "cifar10", "tfds") or ":" not in self.dataset
-        ):
+        scheme, colon, place = self.dataset.partition(":")
+        if self.dataset != "digits" and not (scheme in ("folder", "cifar10", "tfds") and place):
+            hint = nearest(scheme + colon, ("digits", "folder:", "cifar10:", "tfds:"))
             raise ValueError(
-                f"dataset {self.dataset!r} is none of digits, folder:DIR, cifar10:PATH, tfds:NAME"
+                f"unknown data set {self.dataset!r}{hint} (digits, folder:DIR, cifar10:PATH or"
+                " tfds:NAME)"
             )
 
 
@@ -329,6 +339,9 @@ class TrainConfig:
 
     skip_nonfinite: Count = 0
     """How many updates in a row with a non-finite gradient are skipped before the run stops."""
+
+    compilation_cache: bool = True
+    """Keep compiled programs in ~/.cache/flax_resnet for the next start."""
 
     deterministic: bool = False
     """Bit-for-bit repeatable on a GPU too, at some cost."""

@@ -1,0 +1,46 @@
+"""The ResNet trainer of flax_resnet in plain PyTorch: the reference it is compared with."""
+
+import difflib
+
+from torch import nn
+
+from torch_ref.cnn import BasicCNN
+from torch_ref.resnet import CIFAR, CONSTRUCTORS
+
+__all__ = ["create_model", "list_models"]
+
+
+def list_models() -> list[str]:
+    return [*CONSTRUCTORS, "basic_cnn"]
+
+
+def create_model(
+    name: str,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    stem: str | None = None,
+    dropout: float = 0.0,
+    zero_init_residual: bool = False,
+) -> nn.Module:
+    """A freshly initialised net from images [B, in_channels, H, W] to logits [B, num_classes].
+
+    Args:
+      name: one of `list_models()`.
+      stem: "imagenet" (7x7 stride 2, max-pool; also None) or "cifar" (3x3 stride 1, no pool) for
+        torchvision's ten; the other nets have their own and take None only.
+      dropout: probability of dropping a feature before the last linear layer.
+      zero_init_residual: start the last BatchNorm weight of each residual block at zero.
+    """
+    if name not in list_models():
+        nearest = difflib.get_close_matches(name, list_models(), n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown model {name!r}, the nearest name is {nearest!r}")
+    if stem is not None and (name in CIFAR or name == "basic_cnn"):
+        raise ValueError(f"{name} has a stem of its own and takes no other, got {stem!r}")
+    if stem not in (None, "imagenet", "cifar"):
+        raise ValueError(f"stem {stem!r} is neither 'imagenet' nor 'cifar'")
+    options = {"num_classes": num_classes, "in_channels": in_channels, "dropout": dropout}
+    if name == "basic_cnn":  # which has no residual blocks
+        return BasicCNN(**options)
+    if name not in CIFAR:
+        options["stem"] = stem or "imagenet"
+    return CONSTRUCTORS[name](zero_init_residual=zero_init_residual, **options)

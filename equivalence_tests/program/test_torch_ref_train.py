@@ -1,0 +1,228 @@
+"""The twin's own loop: what it learns, what it writes, when it stops and how it refuses."""
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flax_resnet import config
+from torch_ref import arguments, checkpoint, create_model, data, early_stopping, evaluate, optim
+from torch_ref import train as torch_train
+
+SCORES = {"loss", "accuracy", "top5_accuracy", "precision_macro", "recall_macro", "f1_macro"}
+
+
+def fit(model="resnet20", num_images=128, load=None, **options):
+    torch.manual_seed(0)
+    digits = data.load_data(train_images=num_images, **(load or {}))
+    net = create_model(model, 10, digits.num_channels)
+    return net, digits, torch_train.fit(net, digits, **({"batch_size": 32} | options))
+
+
+def test_a_run_learns_and_writes_what_it_found(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    flags = ["--arch", "resnet20", "--epochs", "3", "--train-images", "512", "--lr", "0.1"]
+    assert torch_train.main([*flags, "--run-dir", str(run_dir)]) == 0
+    assert capsys.readouterr().out.count("epoch") == 3
+    report = json.loads((run_dir / "report.json").read_text())
+    assert set(report["splits"]) == {"train", "validation", "test"}
+    assert all(set(scores) == SCORES for scores in report["splits"].values())
+    assert report["epochs"] == 3 and not report["stopped_early"]
+    assert report["splits"]["test"]["accuracy"] > 0.5
+    rows = list(csv.DictReader((run_dir / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    best = rows[report["best_epoch"] - 1]
+    assert float(best["validation_loss"]) == report["splits"]["validation"]["loss"]
+
+    model = create_model("resnet20", 10, 1)
+    model.load_state_dict(checkpoint.to_tensors(checkpoint.load(run_dir / "weights.pth")))
+    batches = data.loader(data.load_data(train_images=512).splits["test"], 100)
+    again = evaluate.evaluate(model, batches, torch.device("cpu"), torch.float32)
+    assert again["accuracy"] == report["splits"]["test"]["accuracy"]
+    assert again["loss"] == pytest.approx(report["splits"]["test"]["loss"], rel=1e-5)
+
+
+def test_early_stopping_restores_the_best_weights():
+    """128 images are soon known by heart, and the validation loss goes up."""
+    net, digits, report = fit(
+        epochs=30,
+        patience=2,
+        monitor="validation_loss",
+        optimizer_options={"lr": 0.5, "weight_decay": 0.0},
+        schedule_options={"schedule": "constant"},
+    )
+    assert report["stopped_early"]
+    assert report["epochs"] == report["best_epoch"] + 2
+    scores = evaluate.evaluate(
+        net, data.loader(digits.splits["validation"], 256), torch.device("cpu"), torch.float32
+    )
+    assert scores["loss"] == report["splits"]["validation"]["loss"]
+
+
+def test_the_same_seed_gives_the_same_run():
+    first, _, _ = fit(epochs=1, seed=4)
+    again, _, _ = fit(epochs=1, seed=4)
+    other, _, _ = fit(epochs=1, seed=5)
+    assert torch.equal(first.fc.weight, again.fc.weight)
+    assert not torch.equal(first.fc.weight, other.fc.weight)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "bfloat16"},
+        {"dtype": "float64"},
+        {"accumulate_steps": 2, "clip_norm": 1.0, "l1": 1e-5, "label_smoothing": 0.1},
+        {"ema_decay": 0.9, "mixup": 0.2},
+        {"schedule_options": {"schedule": "plateau", "warmup_epochs": 0.5}},
+        {"optimizer_options": {"optimizer": "rmsprop", "lr": 1e-3}},
+        {"load": {"validation_fraction": 0.0}},
+        {
+            "load": {
+                "augment": {
+                    "random_crop": 1,
+                    "horizontal_flip": 0.5,
+                    "rotation": 10.0,
+                    "brightness": 0.2,
+                    "hue": 0.1,
+                    "random_erasing": 0.5,
+                }
+            }
+        },
+        {"load": {"augment": {"random_resized_crop": True}, "image_size": 12, "resize_size": 14}},
+        {"num_workers": 2},
+        {"model": "basic_cnn"},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_every_option_runs(options):
+    net, _, report = fit(epochs=1, num_images=64, **options)
+    assert np.isfinite(report["splits"]["test"]["loss"])
+    assert next(net.parameters()).dtype == (
+        torch.float64 if options.get("dtype") == "float64" else torch.float32
+    )
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    images, labels = torch.randn(8, 1, 8, 8).double(), torch.arange(8)
+    nets = []
+    for size in (8, 4):
+        torch.manual_seed(0)
+        net = create_model("basic_cnn", 10, 1).double()
+        rule = optim.make_optimizer(net)
+        for step, at in enumerate(range(0, 8, size)):
+            batch = images[at : at + size], labels[at : at + size]
+            torch_train.train_step(net, rule, *batch, accumulate_steps=8 // size, step=step)
+        nets.append(net)
+    for whole, halves in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(whole, halves, rtol=1e-12, atol=1e-14)
+
+
+def test_splits_are_stratified_disjoint_and_repeatable():
+    digits = data.load_data()
+    sizes = {name: len(split) for name, split in digits.splits.items()}
+    assert sizes == {"train": 1293, "validation": 144, "test": 360}
+    counts = np.bincount(digits.splits["test"].labels)
+    assert counts.min() >= 34 and counts.max() <= 38
+    again = data.load_data()
+    np.testing.assert_array_equal(digits.splits["test"].items, again.splits["test"].items)
+    image, label = digits.splits["train"][0]
+    assert image.shape == (1, 8, 8) and image.dtype == torch.float32 and isinstance(label, int)
+    stacked = torch.stack([image for image, _ in digits.splits["train"]])
+    assert stacked.mean().abs() < 1e-5 and abs(stacked.std(correction=0) - 1) < 1e-5
+
+
+def write_folder(root, splits, mode="RGB"):
+    generator = np.random.default_rng(0)
+    for split in splits:
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(5):
+                pixels = generator.integers(0, 256, (20, 24, 3), np.uint8)
+                Image.fromarray(pixels).convert(mode).save(root / split / name / f"{i}.png")
+    return f"folder:{root}"
+
+
+@pytest.mark.parametrize(
+    "found, sizes",
+    [
+        (("train", "val", "test"), {"train": 10, "validation": 10, "test": 10}),
+        (("train", "test"), {"train": 8, "validation": 2, "test": 10}),
+        (("train", "val"), {"train": 8, "validation": 2, "test": 10}),
+    ],
+)
+def test_folders(tmp_path, found, sizes):
+    name = write_folder(tmp_path, found)
+    images = data.load_data(dataset=name, image_size=16, validation_fraction=0.2)
+    assert {split: len(value) for split, value in images.splits.items()} == sizes
+    assert images.class_names == ["cat", "dog"] and images.num_channels == 3
+    assert images.splits["train"][0][0].shape == (3, 16, 16)
+
+
+def test_a_folder_of_gray_images_stays_gray(tmp_path):
+    images = data.load_data(dataset=write_folder(tmp_path, ["train"], "L"), validation_fraction=0.3)
+    assert images.num_channels == 1 and images.image_size == 224
+
+
+def test_flags_have_the_names_and_defaults_of_the_config():
+    args = vars(torch_train.parse([]))
+    groups = [config.TrainConfig, config.ModelConfig, config.DataConfig, config.AugmentConfig]
+    groups += [config.OptimizerConfig, config.ScheduleConfig, config.EarlyStoppingConfig]
+    defaults = {}
+    for group in groups:
+        values = group()
+        defaults |= {f.name: getattr(values, f.name) for f in dataclasses.fields(group)}
+    assert set(args) - set(defaults) == {"run_dir", "device"}
+    assert args == {name: defaults.get(name) for name in args}
+
+
+def test_defaults_of_early_stopping_are_those_of_the_flags():
+    fit_defaults = arguments.keywords(torch_train.fit)
+    state = early_stopping.EarlyStopping()
+    assert state.patience == fit_defaults["patience"]
+    assert state.min_delta == fit_defaults["min_delta"]
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--arch", "resnet81"], "resnet18"),
+        (["--dataset", "folder:missing"], "missing"),
+        (["--dataset", "digit"], "digit"),
+        (["--batch-size", "5000"], "5000"),
+        (["--optimizer", "sdg"], "sdg"),
+        (["--epoch", "3"], "--epoch"),
+        (["--dropout", "1.5"], "1.5"),
+        (["--arch", "resnet20", "--stem", "cifar"], "stem"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(flags, word, tmp_path, capsys):
+    try:
+        status = torch_train.main([*flags, "--run-dir", str(tmp_path / "run")])
+    except SystemExit as left:
+        status = left.code
+    assert status == 2
+    message = capsys.readouterr().err
+    assert word in message and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_is_never_written_over(tmp_path):
+    (tmp_path / "report.json").write_text("mine")
+    command = [sys.executable, "-m", "torch_ref.train", "--run-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert str(tmp_path) in done.stderr and done.stderr.count("\n") == 1
+    assert (tmp_path / "report.json").read_text() == "mine"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_status_1(tmp_path, capsys):
+    flags = ["--arch", "basic_cnn", "--lr", "1e30", "--train-images", "256", "--epochs", "1"]
+    assert torch_train.main([*flags, "--run-dir", str(tmp_path / "run")]) == 1
+    assert "step" in capsys.readouterr().err

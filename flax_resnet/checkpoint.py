@@ -1,0 +1,153 @@
+"""Checkpoints: Orbax, with what it does not do by itself.
+
+One step directory holds the whole state and a JSON document (data position, early stopping,
+config, class names), committed atomically. Around it:
+
+- a SHA-256 of every file, checked before anything is read (a flipped byte restores silently);
+- the latest and the best are both kept, and only an improvement can be the best;
+- a damaged step is passed over for the newest sound one, and the reader is told;
+- names, shapes and types are compared before anything is loaded.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from flax_resnet.config import InputError
+
+_MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, directory: Path | str, *, say: Callable[[str], None] = print):
+        self.directory = Path(directory).absolute()
+        self._say = say
+        policy = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(2),
+                preservation_policy.BestN(n=1, get_metric_fn=lambda m: m["improvement"]),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, enable_async_checkpointing=False
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, state, document: dict, *, improvement: bool):
+        """Write one step; `improvement` marks it as the best so far."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_flatten(state)), document=ocp.args.JsonSave(document)
+            ),
+            metrics={"improvement": step if improvement else -1},
+        )
+        self._manager.wait_until_finished()
+        _write_manifest(self.directory / str(step))
+
+    def latest(self) -> int | None:
+        """The newest step whose files are as they were written."""
+        return self._newest_sound(lambda document: True)
+
+    def best(self) -> int | None:
+        """The step of the best weights, or the latest where none was marked."""
+        best = self._newest_sound(lambda document: document.get("improvement"))
+        return self.latest() if best is None else best
+
+    def document(self, step: int) -> dict:
+        """The JSON document of a step."""
+        args = ocp.args.Composite(document=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["document"]
+
+    def restore(self, step: int, like):
+        """The state of a step, in the structure, shapes and types of `like`.
+
+        Raises:
+          InputError: names, shapes or types differ; nothing is loaded then.
+        """
+        template = _flatten(jax.eval_shape(lambda: like))
+        self._check(step, template)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
+        arrays = self._manager.restore(step, args=args)["state"]
+        leaves, structure = jax.tree.flatten_with_path(like)
+        return jax.tree.unflatten(structure, [arrays[_name(path)] for path, _ in leaves])
+
+    def close(self):
+        """Let go of Orbax's threads."""
+        self._manager.close()
+
+    def _newest_sound(self, wanted) -> int | None:
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            fault = _damage(self.directory / str(step))
+            if fault:
+                self._say(f"checkpoint of step {step} passed over: {fault}")
+            elif wanted(self.document(step)):
+                return step
+        return None
+
+    def _check(self, step, template):
+        stored = self._manager.item_metadata(step)["state"]
+        stored = {name: (tuple(m.shape), np.dtype(m.dtype)) for name, m in stored.items()}
+        expected = {name: (tuple(s.shape), np.dtype(s.dtype)) for name, s in template.items()}
+        faults = [f"{n} is missing" for n in sorted(expected.keys() - stored.keys())]
+        faults += [f"{n} is unknown" for n in sorted(stored.keys() - expected.keys())]
+        faults += [
+            f"{n} is {stored[n][0]} {stored[n][1]} instead of {expected[n][0]} {expected[n][1]}"
+            for n in sorted(expected.keys() & stored.keys())
+            if stored[n] != expected[n]
+        ]
+        if faults:
+            raise InputError(f"checkpoint of step {step} does not fit: {'; '.join(faults)}")
+
+
+def _flatten(tree) -> dict:
+    # Orbax turns tuples and integer keys into strings on the way back; names survive.
+    return {_name(path): leaf for path, leaf in jax.tree.flatten_with_path(tree)[0]}
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != _MANIFEST)
+
+
+def _write_manifest(directory: Path):
+    digests = {str(p.relative_to(directory)): _sha256(p) for p in _files(directory)}
+    temporary = directory / (_MANIFEST + ".tmp")
+    temporary.write_text(json.dumps(digests, indent=1))
+    os.replace(temporary, directory / _MANIFEST)
+
+
+def _damage(directory: Path) -> str | None:
+    """What is wrong with a step directory, or None."""
+    try:
+        digests = json.loads((directory / _MANIFEST).read_text())
+    except FileNotFoundError:
+        return "its manifest is missing (the save was cut off)"
+    except ValueError:
+        return "its manifest is damaged"
+    for name, digest in digests.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != digest:
+            return f"{name} is damaged"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

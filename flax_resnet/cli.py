@@ -1,0 +1,178 @@
+"""Flags from the config's fields, one-line errors, exit statuses."""
+
+import argparse
+import dataclasses
+import errno
+import re
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Callable
+
+import pydantic
+
+from flax_resnet.config import InputError, TrainConfig, nearest, to_dict
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+
+
+class CheckFailed(Exception):
+    """A check came out negative: exit status 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one line and the nearest valid name."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].split("=", 1)[0]
+            hint = nearest(word, self._option_string_actions) if word.startswith("-") else ""
+            raise InputError(f"unknown argument {word!r}{hint}")
+        return namespace
+
+    def error(self, message):
+        raise InputError(message)
+
+
+def add_config_flags(parser: argparse.ArgumentParser):
+    """One flag for every field of `TrainConfig` and its groups; none has a default here."""
+    for group, fields in _fields().items():
+        section = parser.add_argument_group(group or "run")
+        for field in fields:
+            section.add_argument(_flag(field.name), default=None, **_argument(field))
+
+
+def requested_values(args: argparse.Namespace) -> dict:
+    """The flags that were given, nested as in `config.to_dict`; values are still strings."""
+    values = {}
+    for group, fields in _fields().items():
+        given = {f.name: v for f in fields if (v := getattr(args, f.name)) is not None}
+        if given and group:
+            values[group] = given
+        else:
+            values.update(given)
+    return values
+
+
+def merge(base: TrainConfig, values: dict) -> TrainConfig:
+    """A config with some fields replaced; strings are converted to the fields' types.
+
+    Raises:
+      InputError: names the flag, what it may be and, for a name, the nearest valid one.
+    """
+    merged = to_dict(base)
+    for key, value in values.items():
+        merged[key] = merged[key] | value if isinstance(value, dict) else value
+    try:
+        return pydantic.TypeAdapter(TrainConfig).validate_python(merged)
+    except pydantic.ValidationError as error:
+        raise InputError("; ".join(_describe(fault) for fault in error.errors())) from None
+
+
+def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
+    """Call a script's main and leave with the status that its outcome stands for."""
+    from flax_resnet.train import Interrupted, NonFiniteLoss
+
+    try:
+        sys.exit(main() or DONE)
+    except InputError as error:
+        _fail(f"error: {_one_line(error)}", BAD_INPUT)
+    except (CheckFailed, NonFiniteLoss) as error:
+        _fail(f"failed: {_one_line(error)}", FAILED)
+    except Interrupted as error:
+        _fail(f"{error}; the work is saved, go on with --resume", 128 + error.signum)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+    except BrokenPipeError:
+        sys.exit(DONE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _fail(f"error: {error.filename or 'disk'}: {error.strerror}", BAD_INPUT)
+
+
+def command_line() -> str:
+    """How this process was called."""
+    return shlex.join(["python", *sys.argv])
+
+
+def _fail(line: str, status: int) -> typing.NoReturn:
+    print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _fields() -> dict[str, list[dataclasses.Field]]:
+    """{group: its fields}; "" holds those of the run itself."""
+    groups = {"": []}
+    for field in dataclasses.fields(TrainConfig):
+        if dataclasses.is_dataclass(field.type):
+            groups[field.name] = list(dataclasses.fields(field.type))
+        else:
+            groups[""].append(field)
+    return groups
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _argument(field: dataclasses.Field) -> dict:
+    """Help text and shape of a flag; pydantic checks the value later."""
+    kind = _unwrap(field.type)
+    default = field.default if field.default is not dataclasses.MISSING else None
+    default = getattr(default, "default", default)
+    text = _help_texts()[field.name].replace("%", "%%").replace("\n", " ")
+    text += "" if default is None else f" (default: {_plain(default)})"
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": text}
+    if typing.get_origin(kind) is tuple:
+        return {"nargs": "+", "metavar": "X", "help": text}
+    if typing.get_origin(kind) is typing.Literal:
+        return {"metavar": "|".join(map(str, typing.get_args(kind))), "help": text}
+    return {"metavar": {int: "N", float: "X"}.get(kind, "TEXT"), "help": text}
+
+
+def _help_texts() -> dict[str, str]:
+    """The docstrings under the fields, which pydantic has collected."""
+    schema = pydantic.TypeAdapter(TrainConfig).json_schema()
+    definitions = [schema, *schema["$defs"].values()]
+    return {
+        name: properties.get("description", "")
+        for definition in definitions
+        for name, properties in definition["properties"].items()
+    }
+
+
+def _unwrap(kind):
+    """Annotated[X | None, ...] -> X."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return _unwrap(typing.get_args(kind)[0])
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return _unwrap(next(a for a in typing.get_args(kind) if a is not type(None)))
+    return kind
+
+
+def _plain(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _describe(fault: dict) -> str:
+    names = [part for part in fault["loc"] if isinstance(part, str)]
+    flag = _flag(names[-1]) if names else "config"
+    if fault["type"] == "literal_error":
+        valid = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+        return f"{flag}: unknown {fault['input']!r}{nearest(fault['input'], valid)}"
+    message = fault["msg"].removeprefix("Value error, ")
+    got = fault["input"]
+    return f"{flag}: {message}" + ("" if isinstance(got, dict) else f", got {got!r}")

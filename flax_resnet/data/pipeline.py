@@ -1,0 +1,178 @@
+"""Grain pipelines: order, decode and resize, batch, and a position that can be saved.
+
+Images that fit are decoded once and stay on the device as uint8; an epoch then only sends numbers
+of images. Others are decoded again every epoch, in threads or worker processes, ahead of the step.
+"""
+
+import dataclasses
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import grain
+import numpy as np
+from absl import flags
+from PIL import Image
+
+_THREADS = 16  # for decoding; Pillow lets go of the GIL
+_STATISTICS_SAMPLE = 5000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """From an image of any size to what the network sees, with torchvision's definitions."""
+
+    size: int
+    """Pixels a side of the result."""
+
+    resize: int
+    """Pixels of the shorter side before the centre crop."""
+
+    random_resized_crop: bool = False
+    """A random area and aspect ratio instead (training)."""
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """uint8 `[H, W, C]` -> uint8 `[size, size, C]`."""
+        if self.random_resized_crop and rng is not None:
+            return _resize(_random_area(image, rng), (self.size, self.size))
+        height, width = image.shape[:2]
+        short = min(height, width)
+        if short != self.resize:
+            # torchvision truncates the longer side.
+            scaled = [int(self.resize * side / short) for side in (height, width)]
+            image = _resize(image, scaled)
+        return _centre_crop(image, self.size)
+
+
+def _resize(image, shape):
+    if image.shape[:2] == tuple(shape):
+        return image
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    resized = np.asarray(picture.resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+    return resized.reshape(*shape, image.shape[-1])
+
+
+def _centre_crop(image, size):
+    # round() is banker's, as in torchvision
+    top, left = (round((s - size) / 2.0) for s in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+def _random_area(image, rng):
+    """torchvision's RandomResizedCrop: ten tries, then the largest centre crop that fits."""
+    height, width = image.shape[:2]
+    for _ in range(10):
+        area = height * width * rng.uniform(0.08, 1.0)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
+            return image[top : top + h, left : left + w]
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width / (3 / 4)))
+    top, left = (height - h) // 2, (width - w) // 2
+    return image[top : top + h, left : left + w]
+
+
+def decode_all(source, decoder: Decoder) -> np.ndarray:
+    """A whole source -> uint8 `[N, size, size, C]`."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        images = list(pool.map(lambda i: decoder(source[i]), range(len(source))))
+    return np.stack(images)
+
+
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """uint8 `[N, H, W, C]` -> mean and standard deviation per channel, of values in [0, 1]."""
+    levels = np.arange(256) / 255
+    counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
+    means = [float(n @ levels / n.sum()) for n in counts]
+    variances = [n @ (levels - m) ** 2 / n.sum() for n, m in zip(counts, means, strict=True)]
+    return tuple(means), tuple(max(math.sqrt(v), 1e-6) for v in variances)
+
+
+def sample_statistics(source, decoder: Decoder):
+    """`channel_statistics` of at most 5,000 evenly spaced images of a source too large to keep."""
+    chosen = np.linspace(0, len(source) - 1, min(len(source), _STATISTICS_SAMPLE)).astype(int)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return channel_statistics(np.stack(list(pool.map(lambda i: decoder(source[i]), chosen))))
+
+
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """Whole batches in an epoch; the remainder of each epoch's permutation is dropped."""
+    return num_images // batch_size
+
+
+def index_batches(num_images: int, batch_size: int, *, seed: int, epochs: int) -> grain.MapDataset:
+    """Numbers of images, `[B]` a step: each epoch a new permutation without its remainder."""
+    used = steps_per_epoch(num_images, batch_size) * batch_size
+    order = grain.MapDataset.source(np.arange(num_images, dtype=np.int32)).shuffle(seed=seed)
+    return order[:used].batch(batch_size).repeat(epochs)
+
+
+def index_iterator(dataset: grain.MapDataset):
+    """An iterator with get_state and set_state; no threads: there is nothing to wait for."""
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def image_iterator(
+    source, decoder: Decoder, batch_size: int, *, seed: int, epochs: int, num_workers: int
+):
+    """An iterator over {"image", "label", "index"} that decodes ahead of its user."""
+    indices = index_batches(len(source), batch_size, seed=seed, epochs=epochs)
+    batches = indices.seed(seed).random_map(_DecodeBatch(source, decoder))
+    batches = batches.to_iter_dataset(
+        grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
+    )
+    if num_workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain 0.2.18 reads absl flags in its workers
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    return iter(batches)
+
+
+class _DecodeBatch(grain.transforms.RandomMap):
+    """A batch of numbers -> a batch of images; draws belong to the batch's place in the run."""
+
+    def __init__(self, source, decoder):
+        self.source, self.decoder = source, decoder
+
+    def random_map(self, indices, rng):
+        images = [self.decoder(self.source[i], rng) for i in indices]
+        labels = np.asarray(self.source.labels)[indices]
+        return {"image": np.stack(images), "label": labels.astype(np.int32), "index": indices}
+
+
+def evaluation_batches(source, decoder: Decoder, batch_size: int, images: np.ndarray | None = None):
+    """Every image once, in order; the last batch is filled up with zeros and masked.
+
+    Args:
+      images: the decoded source, uint8 `[N, H, W, C]`, where it is at hand.
+
+    Yields:
+      {"image", "label", "mask"} with leading axis `batch_size`.
+    """
+    for start in range(0, len(source), batch_size):
+        stop = min(start + batch_size, len(source))
+        if images is not None:
+            part = images[start:stop]
+        else:
+            part = decode_all(_Range(source, start, stop), decoder)
+        fill = batch_size - (stop - start)
+        labels = np.asarray(source.labels[start:stop], np.int32)
+        yield {
+            "image": np.pad(part, ((0, fill), (0, 0), (0, 0), (0, 0))),
+            "label": np.pad(labels, (0, fill)),
+            "mask": np.arange(batch_size) < stop - start,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Range:
+    source: object
+    start: int
+    stop: int
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __getitem__(self, i):
+        return self.source[self.start + i]

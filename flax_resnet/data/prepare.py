@@ -1,0 +1,113 @@
+"""A config and its data set brought together: what was left open is chosen here."""
+
+import dataclasses
+from dataclasses import replace
+
+import numpy as np
+
+from flax_resnet.config import DataConfig, InputError, TrainConfig
+from flax_resnet.data import pipeline
+from flax_resnet.data.pipeline import Decoder
+from flax_resnet.data.sources import DataSet, open_dataset
+from flax_resnet.models import has_stem_choice
+
+SMALL = 64  # pixels a side up to which images keep their size, and below which the stem is small
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Data ready for a run."""
+
+    config: TrainConfig
+    """With image size, stem, number of classes, mean and std filled in."""
+
+    dataset: DataSet
+    """Sources and class names."""
+
+    images: np.ndarray | None
+    """Decoded training split, uint8 [N, S, S, C]; None if it is decoded every epoch."""
+
+    @property
+    def training_decoder(self) -> Decoder:
+        """What training sees."""
+        data = self.config.data
+        crop = self.config.augment.random_resized_crop
+        return Decoder(size=data.image_size, resize=data.resize_size, random_resized_crop=crop)
+
+    @property
+    def decoder(self) -> Decoder:
+        """What evaluation sees."""
+        return evaluation_decoder(self.config.data)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(H, W, C)` of the network's input."""
+        size = self.config.data.image_size
+        return size, size, self.dataset.channels
+
+
+def evaluation_decoder(data: DataConfig) -> Decoder:
+    """The decoder of a config whose sizes are filled in."""
+    return Decoder(size=data.image_size, resize=data.resize_size)
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Open the data set, choose what the config left open, decode what fits.
+
+    Raises:
+      InputError: the data is missing or broken, or disagrees with the config.
+    """
+    dataset = open_dataset(config.data)
+    config = _resolve_model(_resolve_sizes(config, dataset), dataset)
+    if config.batch_size > len(dataset.train):
+        raise InputError(
+            f"batch_size {config.batch_size} is larger than the training split"
+            f" ({len(dataset.train)} images)"
+        )
+    decoder = Decoder(size=config.data.image_size, resize=config.data.resize_size)
+    images = pipeline.decode_all(dataset.train, decoder) if _fits(config, dataset) else None
+    if config.data.mean is None:
+        mean, std = (
+            pipeline.sample_statistics(dataset.train, decoder)
+            if images is None
+            else pipeline.channel_statistics(images)
+        )
+        config = replace(config, data=replace(config.data, mean=mean, std=std))
+    if len(config.data.mean) != dataset.channels:
+        raise InputError(
+            f"mean has {len(config.data.mean)} values, the images {dataset.channels} channels"
+        )
+    return Prepared(config, dataset, images)
+
+
+def _resolve_sizes(config, dataset):
+    data = config.data
+    size = data.image_size or _natural_size(dataset)
+    if data.resize_size and data.resize_size < size:
+        raise InputError(f"resize_size {data.resize_size} is smaller than the image size {size}")
+    data = replace(data, image_size=size, resize_size=data.resize_size or size)
+    return replace(config, data=data)
+
+
+def _natural_size(dataset) -> int:
+    height, width = dataset.train[0].shape[:2]
+    return height if height == width <= SMALL else 224
+
+
+def _resolve_model(config, dataset):
+    model, classes = config.model, len(dataset.class_names)
+    if model.num_classes not in (None, classes):
+        raise InputError(f"num_classes {model.num_classes}, but the data has {classes} classes")
+    stem = model.stem
+    if stem is None and has_stem_choice(model.arch):
+        stem = "cifar" if config.data.image_size < SMALL else "imagenet"
+    return replace(config, model=replace(model, num_classes=classes, stem=stem))
+
+
+def _fits(config, dataset) -> bool:
+    if config.augment.random_resized_crop:
+        return False  # every epoch cuts other areas out of the files
+    size = len(dataset.train) * config.data.image_size**2 * dataset.channels
+    return {"device": True, "none": False, "auto": size <= config.data.cache_gib * 2**30}[
+        config.data.cache
+    ]

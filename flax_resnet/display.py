@@ -1,0 +1,85 @@
+"""What a person sees of a run: one progress bar on a terminal, plain lines elsewhere."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_COLUMNS = ("loss", "accuracy", "top5_accuracy", "precision_macro", "recall_macro", "f1_macro")
+
+
+class Display:
+    """Prints; where the console is no terminal, `say` and one line an epoch are all there is."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(soft_wrap=True, highlight=False)
+        self._bar = None
+
+    def say(self, text: str):
+        """One line, as it is."""
+        self.console.print(text, markup=False)
+
+    def show(self, renderable):
+        """A table."""
+        self.console.print(renderable)
+
+    def start(self, *, total_steps: int, done_steps: int, batch_size: int):
+        """Begin the bar of a run."""
+        self._batch_size, self._since, self._from = batch_size, time.monotonic(), done_steps
+        if not self.console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task = self._bar.add_task(
+            "compiling", total=total_steps, completed=done_steps, numbers=""
+        )
+        self._bar.start()
+
+    def step(self, *, step: int, epoch: int, epochs: int, loss: float, accuracy: float):
+        """Move the bar."""
+        if self._bar is None:
+            return
+        rate = (step - self._from) * self._batch_size / (time.monotonic() - self._since)
+        numbers = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {rate:,.0f} images/s"
+        self._bar.update(
+            self._task, completed=step, description=f"epoch {epoch}/{epochs}", numbers=numbers
+        )
+
+    def epoch(self, row: dict, timing: dict, epochs: int):
+        """One line an epoch, above the bar if there is one."""
+        parts = [f"epoch {row['epoch']:3d}/{epochs}"]
+        for split in ("train", "validation"):
+            if f"{split}_loss" in row:
+                parts.append(
+                    f"{split} loss {row[f'{split}_loss']:.4f}"
+                    f" accuracy {row[f'{split}_accuracy']:.2%}"
+                )
+        parts.append(f"{timing['images_per_second']:,.0f} images/s")
+        self.say(" | ".join(parts))
+
+    def stop(self):
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def results(self, splits: dict[str, dict]):
+        """The final table: a row a split."""
+        self.show(results_table(splits))
+
+
+def results_table(splits: dict[str, dict]) -> Table:
+    """{"test": {"loss", "accuracy", ...}} -> a row a split."""
+    table = Table()
+    table.add_column("split")
+    for name in _COLUMNS:
+        table.add_column(name.replace("_", " "), justify="right")
+    for split, values in splits.items():
+        table.add_row(split, *(f"{values[name]:.4f}" for name in _COLUMNS))
+    return table

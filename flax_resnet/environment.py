@@ -1,0 +1,61 @@
+"""Where a result was measured, and JAX's settings for a run."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+from flax_resnet.config import TrainConfig
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def describe(num_devices: int) -> dict:
+    """Versions, hardware and revision, for a report."""
+    device = jax.devices()[0]
+    versions = {name.replace("-", "_"): metadata.version(name) for name in _PACKAGES}
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": _processor() if device.platform == "cpu" else device.device_kind,
+        "cpu_cores": os.cpu_count(),
+        "num_devices": num_devices,
+        "revision": revision(),
+    }
+
+
+def revision() -> str:
+    """The commit of the code, with "+" where it was changed since; "unknown" outside git."""
+    here = Path(__file__).parent
+
+    def git(*arguments):
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def configure_jax(config: TrainConfig):
+    """Float64 if the run asks for it, and the persistent compilation cache."""
+    jax.config.update("jax_enable_x64", config.model.dtype == "float64")
+    if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "flax_resnet" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "cpu"
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "cpu"

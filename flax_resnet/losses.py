@@ -1,0 +1,27 @@
+"""Cross-entropy and penalties with PyTorch's definitions."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def soft_targets(labels, num_classes: int, smoothing: float, dtype=jnp.float32):
+    """labels `[B]` -> `[B, K]`: 1 - s on the label plus s / K everywhere, as torch's
+    `label_smoothing`."""
+    return optax.smooth_labels(jax.nn.one_hot(labels, num_classes, dtype=dtype), smoothing)
+
+
+def cross_entropy(logits, targets):
+    """logits and targets `[B, K]` -> losses `[B]`, in nats; computed in float32 or wider."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return optax.softmax_cross_entropy(logits, targets)
+
+
+def l1_penalty(params) -> jax.Array:
+    """Sum of the absolute values of all leaves."""
+    return sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(params))
+
+
+def l2_penalty(params) -> jax.Array:
+    """Half the sum of the squares of all leaves: its gradient is what weight decay adds."""
+    return 0.5 * sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(params))

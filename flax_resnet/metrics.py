@@ -1,0 +1,45 @@
+"""Everything that a confusion matrix says; the definitions are scikit-learn's."""
+
+import numpy as np
+
+
+def summarize(confusion) -> dict[str, float]:
+    """Scalars from counts.
+
+    Args:
+      confusion: `[K, K]` counts, row = true class, column = predicted class.
+
+    Returns:
+      accuracy, and precision, recall and F1 as macro, micro and weighted means, all in [0, 1].
+      The macro mean is over the classes that occur, as label or as prediction; a class that is
+      never predicted has precision 0, as scikit-learn's `zero_division=0`.
+    """
+    confusion = np.asarray(confusion, np.int64)
+    correct, true, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    accuracy = _ratio(correct.sum(), confusion.sum())
+    summary = {"accuracy": float(accuracy)}
+    occurs = (true + predicted) > 0
+    for name, scores in per_class(confusion).items():
+        if name == "support":
+            continue
+        summary[f"{name}_macro"] = float(scores[occurs].mean()) if occurs.any() else 0.0
+        summary[f"{name}_micro"] = float(accuracy)  # one label an image: all three are accuracy
+        summary[f"{name}_weighted"] = float(_ratio((scores * true).sum(), true.sum()))
+    return summary
+
+
+def per_class(confusion) -> dict[str, np.ndarray]:
+    """precision, recall, f1 and support, each `[K]`."""
+    confusion = np.asarray(confusion, np.int64)
+    correct, true, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    return {
+        "precision": _ratio(correct, predicted),
+        "recall": _ratio(correct, true),
+        "f1": _ratio(2 * correct, true + predicted),
+        "support": true,
+    }
+
+
+def _ratio(numerator, denominator):
+    """numerator / denominator, and 0 where both are."""
+    return np.asarray(numerator) / np.maximum(np.asarray(denominator), 1)

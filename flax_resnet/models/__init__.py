@@ -1,0 +1,95 @@
+"""The 16 networks by name."""
+
+from typing import get_args
+
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_resnet.config import Architecture, InputError, ModelConfig, nearest
+from flax_resnet.models.cnn import BasicCNN
+from flax_resnet.models.resnet import CONSTRUCTORS
+
+STEMS = ("imagenet", "cifar")
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` takes."""
+    return list(get_args(Architecture))
+
+
+def has_stem_choice(arch: str) -> bool:
+    """Whether the network takes both stems: torchvision's ten do."""
+    return arch in CONSTRUCTORS and "stem" not in CONSTRUCTORS[arch].keywords
+
+
+def create_model(
+    arch: str,
+    num_classes: int = 10,
+    *,
+    in_channels: int = 3,
+    stem: str | None = None,
+    dropout: float = 0.0,
+    zero_init_residual: bool = False,
+    dtype=None,
+    param_dtype=jnp.float32,
+    bn_axis_name: str | None = None,
+    rngs: nnx.Rngs | None = None,
+) -> nnx.Module:
+    """A freshly initialised network in training mode: `[B, H, W, C]` -> `[B, num_classes]`.
+
+    Args:
+      arch: one of `list_models()`.
+      stem: "imagenet" (the default: 7x7 stride 2, max-pool) or "cifar" (3x3 stride 1, no pool);
+        only torchvision's ten have the choice.
+      dropout: probability of dropping a feature before the last linear layer.
+      zero_init_residual: start the last BatchNorm scale of every block at zero.
+      dtype: of the computation; None promotes inputs and parameters.
+      param_dtype: of parameters and running statistics.
+      bn_axis_name: pmap axis whose devices share BatchNorm's statistics.
+      rngs: left out, `nnx.Rngs(0)`.
+
+    Raises:
+      InputError: an unknown name (the nearest valid one is named), stem or option.
+    """
+    if arch not in list_models():
+        raise InputError(f"unknown architecture {arch!r}{nearest(arch, list_models())}")
+    if stem is not None and not has_stem_choice(arch):
+        raise InputError(f"{arch} has its own stem; stem={stem!r} cannot be chosen")
+    if stem not in (None, *STEMS):
+        raise InputError(f"unknown stem {stem!r}{nearest(stem, STEMS)}")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout {dropout} is not in [0, 1)")
+    options = dict(
+        in_channels=in_channels,
+        dropout=dropout,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=nnx.Rngs(0) if rngs is None else rngs,
+    )
+    if arch == "basic_cnn":
+        return BasicCNN(num_classes, **options)
+    options |= dict(zero_init_residual=zero_init_residual, bn_axis_name=bn_axis_name)
+    if has_stem_choice(arch):
+        options |= dict(stem=stem or "imagenet")
+    return CONSTRUCTORS[arch](num_classes=num_classes, **options)
+
+
+_COMPUTE_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+
+
+def create_from_config(
+    config: ModelConfig, *, in_channels: int, seed: int = 0, bn_axis_name: str | None = None
+) -> nnx.Module:
+    """`create_model` with the fields of a config whose `num_classes` is filled in."""
+    return create_model(
+        config.arch,
+        config.num_classes,
+        in_channels=in_channels,
+        stem=config.stem,
+        dropout=config.dropout,
+        zero_init_residual=config.zero_init_residual,
+        dtype=_COMPUTE_DTYPES[config.dtype],
+        param_dtype=jnp.float64 if config.dtype == "float64" else jnp.float32,
+        bn_axis_name=bn_axis_name,
+        rngs=nnx.Rngs(seed),
+    )

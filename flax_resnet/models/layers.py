@@ -1,0 +1,222 @@
+"""The one file that owns "PyTorch does it so": padding, pools, BatchNorm, dropout, initialisers.
+
+Images are `[B, H, W, C]`, kernels `[kh, kw, C / groups, O]`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from flax_resnet.models import cpu_convolution
+
+# torch.nn.init.kaiming_normal_(mode="fan_out"): a full normal; Flax's he_normal is a truncated
+# one scaled by fan_in.
+kaiming_normal_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def uniform_fan_in(fan_in: int):
+    """torch's default for the weight and the bias of Linear and Conv2d: U(+-1/sqrt(fan_in))."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key, shape, dtype=jnp.float32, **_):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def conv(
+    in_features,
+    out_features,
+    kernel_size,
+    *,
+    stride=1,
+    padding=0,
+    groups=1,
+    bias=False,
+    dtype=None,
+    param_dtype=jnp.float32,
+    rngs,
+) -> nnx.Conv:
+    """torch.nn.Conv2d: `padding` pixels on every side, never "SAME", which differs at stride 2.
+
+    Without a bias it starts as torchvision's ResNets do, with one as Conv2d does by default.
+    """
+    fan_in = in_features // groups * kernel_size**2
+    return nnx.Conv(
+        in_features,
+        out_features,
+        (kernel_size, kernel_size),
+        strides=stride,
+        padding=[(padding, padding)] * 2,
+        feature_group_count=groups,
+        use_bias=bias,
+        kernel_init=uniform_fan_in(fan_in) if bias else kaiming_normal_fan_out,
+        bias_init=uniform_fan_in(fan_in),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        conv_general_dilated=cpu_convolution.conv_general_dilated,
+        rngs=rngs,
+    )
+
+
+def linear(in_features, out_features, *, dtype=None, param_dtype=jnp.float32, rngs) -> nnx.Linear:
+    """torch.nn.Linear with its default initialisers."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        kernel_init=uniform_fan_in(in_features),
+        bias_init=uniform_fan_in(in_features),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+class BatchNorm(nnx.Module):
+    """torch.nn.BatchNorm2d over the last axis.
+
+    Where Flax's differs: momentum 0.1 is the weight of the new value; the running variance is
+    the unbiased one, n / (n - 1); the variance is the mean squared distance from the mean, not
+    E[x^2] - E[x]^2, which loses all digits where the mean is large; one value per channel in
+    training is an error; batches are counted. Statistics are float32 or wider in any `dtype`.
+
+    `axis_name` names the devices of a pmap; they then share the statistics of the global batch,
+    as they do under a sharded jit without it.
+    """
+
+    def __init__(
+        self,
+        num_features,
+        *,
+        momentum=0.1,
+        epsilon=1e-5,
+        axis_name=None,
+        dtype=None,
+        param_dtype=jnp.float32,
+        rngs=None,
+    ):
+        del rngs  # nothing here is random
+        self.scale = nnx.Param(jnp.ones(num_features, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(num_features, param_dtype))
+        self.mean = nnx.BatchStat(jnp.zeros(num_features, param_dtype))
+        self.var = nnx.BatchStat(jnp.ones(num_features, param_dtype))
+        self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.axis_name = axis_name
+        self.dtype = dtype
+        self.use_running_average = False
+
+    def __call__(self, x):
+        """`[B, ..., C]` -> the same shape, in `dtype` or else the input's type."""
+        dtype = self.dtype or x.dtype
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.use_running_average:
+            mean, var = self.mean[...], self.var[...]
+        else:
+            mean, var, count = self._batch_statistics(wide)
+            self._update(mean, var, count)
+        scale = self.scale[...] * lax.rsqrt(var + self.epsilon)
+        return (_centred(wide, mean) * _like(scale, wide) + _like(self.bias[...], wide)).astype(
+            dtype
+        )
+
+    def _batch_statistics(self, x):
+        """Mean `[C]`, biased variance `[C]` and the number of values behind each."""
+        axes = tuple(range(x.ndim - 1))
+        count = math.prod(x.shape[:-1])
+        mean = x.mean(axes)
+        if self.axis_name is not None:
+            mean = lax.pmean(mean, self.axis_name)
+            count *= lax.axis_size(self.axis_name)
+        var = jnp.square(_centred(x, mean)).mean(axes)
+        if self.axis_name is not None:
+            var = lax.pmean(var, self.axis_name)
+        if count < 2:
+            raise ValueError("BatchNorm in training needs more than one value per channel")
+        return mean, var, count
+
+    def _update(self, mean, var, count):
+        unbiased = var * (count / (count - 1))
+        self.mean[...] = _moving(self.mean[...], mean, self.momentum)
+        self.var[...] = _moving(self.var[...], unbiased, self.momentum)
+        self.num_batches_tracked[...] += 1
+
+
+def _moving(old, new, momentum):
+    # The statistics carry no gradient in torch either.
+    return (1 - momentum) * old + momentum * lax.stop_gradient(new).astype(old.dtype)
+
+
+def _like(vector, x):
+    """`[C]` -> `[1, ..., 1, C]`, with as many axes as x."""
+    return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _centred(x, mean):
+    return x - _like(mean, x)
+
+
+class Dropout(nnx.Module):
+    """torch.nn.Dropout. Draws belong to the example: each row has its own key."""
+
+    def __init__(self, rate, *, rngs=None):
+        self.rate = rate
+        self.deterministic = False
+        self.rngs = rngs.fork() if rngs is not None and rate > 0 else None
+
+    def __call__(self, x, keys=None):
+        """`[B, C]`, keys `[B]` (left out: drawn from the module's own stream) -> `[B, C]`."""
+        if self.deterministic or self.rate == 0:
+            return x
+        if keys is None:
+            keys = jax.random.split(self.rngs.dropout(), x.shape[0])
+        keep = keep_mask(keys, 1 - self.rate, x.shape[1:])
+        return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
+
+
+def keep_mask(keys, probability, shape):
+    """keys `[B]` -> boolean `[B, *shape]`, True with this probability."""
+    return jax.vmap(lambda key: jax.random.bernoulli(key, probability, shape))(keys)
+
+
+def relu(x):
+    """Gradient 0 at 0, as torch; `jnp.maximum(x, 0)` would give 1/2."""
+    return nnx.relu(x)
+
+
+def max_pool(x, window, stride, *, padding=0):
+    """torch.nn.MaxPool2d: padded with -inf on every side, never "SAME"."""
+    return nnx.max_pool(x, (window, window), (stride, stride), [(padding, padding)] * 2)
+
+
+def global_average_pool(x):
+    """torch.nn.AdaptiveAvgPool2d(1) and flatten: `[B, H, W, C]` -> `[B, C]`."""
+    return x.mean((1, 2))
+
+
+def adaptive_average_pool(x, size):
+    """torch.nn.AdaptiveAvgPool2d: `[B, H, W, C]` -> `[B, size, size, C]`, any H and W.
+
+    Cell i averages the pixels from floor(i H / size) to ceil((i + 1) H / size).
+    """
+    rows = jnp.asarray(_pooling_matrix(x.shape[1], size), x.dtype)
+    columns = jnp.asarray(_pooling_matrix(x.shape[2], size), x.dtype)
+    return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x)
+
+
+def _pooling_matrix(length, size):
+    cells = np.arange(size)
+    start, stop = cells * length // size, -(-(cells + 1) * length // size)
+    pixels = np.arange(length)
+    inside = (pixels >= start[:, None]) & (pixels < stop[:, None])
+    return inside / inside.sum(1, keepdims=True)
+
+
+def flatten_channels_first(x):
+    """`[B, H, W, C]` -> `[B, C * H * W]`, in torch's order, so that Linear weights carry over."""
+    return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)

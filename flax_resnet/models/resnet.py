@@ -1,0 +1,192 @@
+"""ResNets: torchvision's ten (v1.5) and the CIFAR five of He et al. 2015 (arXiv:1512.03385, 4.2).
+
+B batch, H height, W width, C channels. Attribute names are torchvision's.
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_resnet.models.layers import (
+    BatchNorm,
+    Dropout,
+    conv,
+    global_average_pool,
+    linear,
+    max_pool,
+    relu,
+)
+
+
+class BasicBlock(nnx.Module):
+    expansion = 1
+
+    def __init__(self, in_planes, planes, stride, shortcut, *, conv, norm, groups, base_width):
+        del groups, base_width  # bottlenecks only
+        self.conv1 = conv(in_planes, planes, 3, stride=stride, padding=1)
+        self.bn1 = norm(planes)
+        self.conv2 = conv(planes, planes, 3, padding=1)
+        self.bn2 = norm(planes)
+        self.downsample = shortcut(in_planes, planes, stride)
+
+    def __call__(self, x):
+        """`[B, H, W, in_planes]` -> `[B, H / stride, W / stride, planes]`."""
+        out = relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return relu(out + self.downsample(x))
+
+
+class Bottleneck(nnx.Module):
+    expansion = 4
+
+    def __init__(self, in_planes, planes, stride, shortcut, *, conv, norm, groups, base_width):
+        width = int(planes * base_width / 64) * groups
+        out_planes = planes * self.expansion
+        self.conv1 = conv(in_planes, width, 1)
+        self.bn1 = norm(width)
+        self.conv2 = conv(width, width, 3, stride=stride, padding=1, groups=groups)  # v1.5
+        self.bn2 = norm(width)
+        self.conv3 = conv(width, out_planes, 1)
+        self.bn3 = norm(out_planes)
+        self.downsample = shortcut(in_planes, out_planes, stride)
+
+    def __call__(self, x):
+        """`[B, H, W, in_planes]` -> `[B, H / stride, W / stride, 4 * planes]`."""
+        out = relu(self.bn1(self.conv1(x)))
+        out = relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return relu(out + self.downsample(x))
+
+
+class Identity(nnx.Module):
+    def __call__(self, x):
+        return x
+
+
+class Projection(nnx.Module):
+    """1x1 convolution and BatchNorm, named "0" and "1" as in torchvision's Sequential."""
+
+    def __init__(self, in_planes, out_planes, stride, *, conv, norm):
+        self.layers = nnx.List([conv(in_planes, out_planes, 1, stride=stride), norm(out_planes)])
+
+    def __call__(self, x):
+        """`[B, H, W, in_planes]` -> `[B, H / stride, W / stride, out_planes]`."""
+        convolution, norm = self.layers
+        return norm(convolution(x))
+
+
+class Subsample(nnx.Module):
+    """Shortcut without parameters: every second pixel, new channels zero, half on each side."""
+
+    def __init__(self, new_planes, stride):
+        self.padding = new_planes // 2
+        self.stride = stride
+
+    def __call__(self, x):
+        """`[B, H, W, C]` -> `[B, H / stride, W / stride, C + new_planes]`."""
+        x = x[:, :: self.stride, :: self.stride]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (self.padding, self.padding)))
+
+
+class ResNet(nnx.Module):
+    """Stem, stages of blocks, average pool, dropout, linear layer."""
+
+    def __init__(
+        self,
+        block,
+        depths,
+        num_classes=10,
+        *,
+        in_channels=3,
+        stem="imagenet",
+        planes=64,
+        groups=1,
+        base_width=64,
+        projection=True,
+        dropout=0.0,
+        zero_init_residual=False,
+        dtype=None,
+        param_dtype=jnp.float32,
+        bn_axis_name=None,
+        rngs,
+    ):
+        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        norm = partial(BatchNorm, axis_name=bn_axis_name, **options)
+        layers = dict(conv=partial(conv, **options), norm=norm)
+        size, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        self.conv1 = conv(in_channels, planes, size, stride=stride, padding=size // 2, **options)
+        self.bn1 = norm(planes)
+        self.pools = stem == "imagenet"
+        in_planes = planes
+        for stage, depth in enumerate(depths):
+            out_planes = planes * 2**stage
+            blocks = []
+            for index in range(depth):
+                stride = 2 if stage > 0 and index == 0 else 1
+                blocks.append(
+                    block(
+                        in_planes,
+                        out_planes,
+                        stride,
+                        partial(_shortcut, projection=projection, **layers),
+                        groups=groups,
+                        base_width=base_width,
+                        **layers,
+                    )
+                )
+                in_planes = out_planes * block.expansion
+            setattr(self, f"layer{stage + 1}", nnx.List(blocks))
+        self.num_stages = len(depths)
+        self.dropout = Dropout(dropout, rngs=rngs)
+        self.fc = linear(in_planes, num_classes, **options)
+        if zero_init_residual:
+            self._zero_init_residual()
+
+    def __call__(self, x, *, dropout_keys=None):
+        """`[B, H, W, C]` -> logits `[B, num_classes]`; `dropout_keys` is `[B]`."""
+        x = relu(self.bn1(self.conv1(x)))
+        if self.pools:
+            x = max_pool(x, 3, 2, padding=1)
+        for block in self.blocks():
+            x = block(x)
+        x = global_average_pool(x)
+        return self.fc(self.dropout(x, dropout_keys))
+
+    def blocks(self):
+        """All blocks in order."""
+        return [b for i in range(self.num_stages) for b in getattr(self, f"layer{i + 1}")]
+
+    def _zero_init_residual(self):
+        for block in self.blocks():
+            last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
+            last.scale[...] = jnp.zeros_like(last.scale[...])
+
+
+def _shortcut(in_planes, out_planes, stride, *, projection, conv, norm):
+    if stride == 1 and in_planes == out_planes:
+        return Identity()
+    if projection:
+        return Projection(in_planes, out_planes, stride, conv=conv, norm=norm)
+    return Subsample(out_planes - in_planes, stride)
+
+
+_cifar = partial(ResNet, BasicBlock, planes=16, projection=False, stem="cifar")
+
+CONSTRUCTORS = {
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
+    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
+    "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
+    "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
+    "resnext50_32x4d": partial(ResNet, Bottleneck, (3, 4, 6, 3), groups=32, base_width=4),
+    "resnext101_32x8d": partial(ResNet, Bottleneck, (3, 4, 23, 3), groups=32, base_width=8),
+    "resnext101_64x4d": partial(ResNet, Bottleneck, (3, 4, 23, 3), groups=64, base_width=4),
+    "wide_resnet50_2": partial(ResNet, Bottleneck, (3, 4, 6, 3), base_width=128),
+    "wide_resnet101_2": partial(ResNet, Bottleneck, (3, 4, 23, 3), base_width=128),
+    "resnet20": partial(_cifar, (3, 3, 3)),
+    "resnet32": partial(_cifar, (5, 5, 5)),
+    "resnet44": partial(_cifar, (7, 7, 7)),
+    "resnet56": partial(_cifar, (9, 9, 9)),
+    "resnet110": partial(_cifar, (18, 18, 18)),
+}

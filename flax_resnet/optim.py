@@ -1,0 +1,168 @@
+"""Optimizers and schedules: Optax, put together so that the numbers are torch.optim's.
+
+Where the two differ, PyTorch's definition is taken and the difference named on the spot. All rules
+end by multiplying with the learning rate, so schedules and plateau cuts act outside of them.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flax_resnet.config import OptimizerConfig, ScheduleConfig
+
+
+def make_optimizer(
+    config: OptimizerConfig, *, learning_rate=0.0, momentum=None
+) -> optax.GradientTransformation:
+    """The whole rule: clip, decay, direction, learning rate.
+
+    Args:
+      learning_rate: scalar; may be traced, so that a schedule's value goes in at every step. The
+        shape of the optimizer's state does not depend on it.
+      momentum: scalar that replaces `config.momentum` (and Adam's beta1), for cycled momentum.
+    """
+    decay = optax.add_decayed_weights(config.weight_decay, mask=_decay_mask(config))
+    decoupled = config.optimizer == "adamw" or config.decoupled_weight_decay
+    rule = _direction(config, momentum)
+    parts = [rule, decay] if decoupled else [decay, rule]
+    clip = [clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return optax.chain(*clip, *parts, optax.scale_by_learning_rate(learning_rate))
+
+
+def accumulate(rule: optax.GradientTransformation, steps: int, dtype) -> optax.MultiSteps:
+    """Apply `rule` to the mean of `steps` gradients, every `steps` calls."""
+    return optax.MultiSteps(rule, steps, accumulator_dtype=dtype)
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """torch's clip_grad_norm_: g * min(1, max / (norm + 1e-6)); Optax has no 1e-6."""
+
+    def clip(updates, params):
+        del params
+        scale = jnp.minimum(1.0, max_norm / (optax.global_norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates)
+
+    return optax.stateless(clip)
+
+
+def _direction(config: OptimizerConfig, momentum) -> optax.GradientTransformation:
+    """What is multiplied by the learning rate, before decoupled decay."""
+    beta1 = config.beta1 if momentum is None else momentum
+    momentum = config.momentum if momentum is None else momentum
+    if config.optimizer in ("adam", "adamw"):
+        return optax.scale_by_adam(beta1, config.beta2, config.eps)
+    if config.optimizer == "rmsprop":
+        # eps outside the root, and momentum before the learning rate: optax.rmsprop has both
+        # the other way round, which shows once the learning rate changes.
+        scale = optax.scale_by_stddev if config.centered else optax.scale_by_rms
+        rule = scale(config.alpha, config.eps, eps_in_sqrt=False)
+        return optax.chain(rule, optax.trace(momentum)) if config.momentum else rule
+    return optax.trace(momentum, config.nesterov) if config.momentum else optax.identity()
+
+
+def _decay_mask(config: OptimizerConfig):
+    if config.decay_norm_and_bias:
+        return None
+    return lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def make_schedule(config: ScheduleConfig, lr: float, updates_per_epoch: float, epochs: int):
+    """Update number (from 0) -> learning rate, as torch.optim.lr_scheduler with a step() after
+    every update; with a warm-up, as SequentialLR of LinearLR and the schedule.
+
+    "plateau" is constant here: its cuts depend on the validation (`plateau`).
+    """
+    warmup = round(config.warmup_epochs * updates_per_epoch)
+    total = max(1, round(epochs * updates_per_epoch) - warmup)
+    main = _main_schedule(config, lr, updates_per_epoch, total)
+    if not warmup:
+        return main
+    # torch's OneCycleLR sets the rate that a warm-up before it leads to.
+    top = lr / config.div_factor if config.schedule == "onecycle" else lr
+
+    def schedule(step):
+        ramp = config.warmup_factor + (1 - config.warmup_factor) * _float(step) / warmup
+        return jnp.where(step < warmup, top * ramp, main(jnp.maximum(step - warmup, 0)))
+
+    return schedule
+
+
+def make_momentum_schedule(config: ScheduleConfig, updates_per_epoch: float, epochs: int):
+    """Update number -> momentum of torch's OneCycleLR (0.95 to 0.85 and back), or None."""
+    if config.schedule != "onecycle" or not config.cycle_momentum:
+        return None
+    warmup = round(config.warmup_epochs * updates_per_epoch)
+    total = max(1, round(epochs * updates_per_epoch) - warmup)
+    cycle = _one_cycle(0.95, 0.85, 0.95, config.pct_start, total)
+    return lambda step: cycle(jnp.maximum(step - warmup, 0))
+
+
+def _main_schedule(config, lr, updates_per_epoch, total):
+    if config.schedule == "step":
+        length = max(1, round(config.step_epochs * updates_per_epoch))
+        return lambda step: lr * config.gamma ** _float(step // length)
+    if config.schedule == "multistep":
+        milestones = [round(m * updates_per_epoch) for m in config.milestones]
+        return lambda step: lr * config.gamma ** _float(sum(step >= m for m in milestones))
+    if config.schedule == "cosine":
+        # Rises again after the end, as torch's; Optax's stays down.
+        wave = lambda step: (1 + jnp.cos(jnp.pi * _float(step) / total)) / 2  # noqa: E731
+        return lambda step: config.min_lr + (lr - config.min_lr) * wave(step)
+    if config.schedule == "onecycle":
+        initial = lr / config.div_factor
+        return _one_cycle(initial, lr, initial / config.final_div_factor, config.pct_start, total)
+    return lambda step: jnp.full_like(_float(step), lr)
+
+
+def _one_cycle(start, middle, end, pct_start, total):
+    """Cosine from start to middle to end. torch's phases end at pct * N - 1 and N - 1, Optax's
+    one step later, so that Optax never reaches the end."""
+    peak, last = pct_start * total - 1, total - 1
+
+    def anneal(low, high, share):
+        return high + (low - high) / 2 * (1 + jnp.cos(jnp.pi * share))
+
+    def cycle(step):
+        step = jnp.minimum(_float(step), last)
+        rise = anneal(start, middle, step / peak if peak else 1.0)
+        fall = anneal(middle, end, (step - peak) / (last - peak) if last > peak else 1.0)
+        return jnp.where(step <= peak, rise, fall)
+
+    return cycle
+
+
+def _float(step):
+    return jnp.asarray(step).astype(jnp.result_type(float))
+
+
+def plateau(
+    state: dict, value: float, config: ScheduleConfig, lr: float, mode: str
+) -> tuple[dict, float]:
+    """torch's ReduceLROnPlateau, once an epoch.
+
+    Cuts when `bad > patience` (Optax's at `==`, one epoch earlier), and only by more than 1e-8.
+
+    Args:
+      state: {} at first; {"best", "bad_epochs", "cooldown", "lr"} afterwards.
+      value: what is watched; `mode` says whether less ("min") or more ("max") is better.
+      lr: learning rate at the start.
+
+    Returns:
+      The new state, and the factor by which the learning rate at the start is to be multiplied.
+    """
+    best, bad = state.get("best"), state.get("bad_epochs", 0)
+    cooldown, current = state.get("cooldown", 0), state.get("lr", lr)
+    sign = 1 if mode == "min" else -1
+    threshold = None if best is None else best - sign * config.plateau_threshold * best
+    if value == value and (best is None or sign * value < sign * threshold):
+        best, bad = value, 0
+    else:
+        bad += 1
+    if cooldown > 0:
+        cooldown, bad = cooldown - 1, 0
+    if bad > config.plateau_patience:
+        reduced = max(current * config.gamma, config.min_lr)
+        current = reduced if current - reduced > 1e-8 else current
+        cooldown, bad = config.plateau_cooldown, 0
+    state = {"best": best, "bad_epochs": bad, "cooldown": cooldown, "lr": current}
+    return state, current / lr

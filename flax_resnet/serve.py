@@ -1,0 +1,104 @@
+"""A finished run, taken up again: its network, weights, preprocessing and class names."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+from flax_resnet import convert, environment, steps
+from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.config import InputError, TrainConfig, from_dict
+from flax_resnet.data.prepare import evaluation_decoder
+from flax_resnet.data.sources import read_image
+from flax_resnet.evaluate import make_predict
+from flax_resnet.models import create_from_config
+from flax_resnet.run_directory import read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """What evaluate, predict and convert work on."""
+
+    config: TrainConfig
+    """As it was resolved for the run."""
+
+    class_names: tuple[str, ...]
+    """In the order of the logits."""
+
+    channels: int
+    """Of the images: 1 or 3."""
+
+    network: steps.Network
+    """The model's graph."""
+
+    variables: steps.Variables
+    """The best weights, or the last where there is no best."""
+
+    @property
+    def preprocess(self) -> steps.Preprocess:
+        """Channel statistics of the training split."""
+        return steps.Preprocess(self.config.data.mean, self.config.data.std)
+
+
+def load_run(run_dir: Path | str) -> LoadedRun:
+    """Read a run directory; everything comes from it alone.
+
+    Raises:
+      InputError: there is no run, or none of its checkpoints is sound.
+    """
+    run_dir = Path(run_dir)
+    read_config(run_dir)  # says what is missing where this is no run directory
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    try:
+        step = checkpoints.best()
+        if step is None:
+            raise InputError(f"{run_dir} has no checkpoint yet")
+        document = checkpoints.document(step)
+        config, channels = from_dict(document["config"]), document["channels"]
+        environment.configure_jax(config)
+        network = steps.Network(
+            create_from_config(config.model, in_channels=channels),
+            freeze_backbone=config.freeze_backbone,
+        )
+        like = jax.eval_shape(lambda: steps.make_state(network.initial, config))
+        state = checkpoints.restore(step, like)
+    finally:
+        checkpoints.close()
+    variables = jax.tree.map(jnp.asarray, steps.evaluation_variables(state))
+    return LoadedRun(config, tuple(document["class_names"]), channels, network, variables)
+
+
+def load_weights(path: Path | str) -> dict[str, np.ndarray]:
+    """Weights of a run directory or a .safetensors file, under torch names and in its layouts."""
+    path = Path(path)
+    if path.is_dir():
+        run = load_run(path)
+        return convert.state_dict(run.network.to_model(run.variables))
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path} is neither a run directory nor a .safetensors file")
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except Exception as error:  # safetensors raises its own, without a common base
+        raise InputError(f"{path} is not a readable .safetensors file: {error}") from None
+
+
+def predict_files(run: LoadedRun, paths: Sequence[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+    """Image files -> (path, probabilities `[K]`), in order.
+
+    Raises:
+      InputError: a file is no readable image; it is named.
+    """
+    decoder = evaluation_decoder(run.config.data)
+    predict = make_predict(run.network, run.preprocess)
+    size = min(run.config.eval_batch_size, max(len(paths), 1))
+    for start in range(0, len(paths), size):
+        part = paths[start : start + size]
+        images = np.stack([decoder(read_image(path, run.channels)) for path in part])
+        padded = np.pad(images, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
+        yield from zip(part, np.asarray(predict(run.variables, padded)), strict=False)

@@ -1,0 +1,82 @@
+"""Train a network and write a run directory.
+
+python scripts/train.py --arch resnet18                        # digits, no download: a minute
+python scripts/train.py --arch resnet20 --dataset folder:DIR --epochs 20 --horizontal-flip 0.5
+python scripts/train.py --resume --run-dir runs/resnet18-digits
+"""
+
+from pathlib import Path
+
+from flax_resnet import cli, train
+from flax_resnet.config import InputError, TrainConfig, from_dict, nearest, to_dict
+from flax_resnet.recipes import RECIPES
+from flax_resnet.run_directory import config_from_file, read_config
+
+SMOKE = {"epochs": "1", "batch_size": "16", "data": {"train_images": "32", "eval_images": "32"}}
+
+
+def parse():
+    parser = cli.Parser(prog="train.py", description=__doc__)
+    parser.add_argument("--config", metavar="FILE", help="start from this config.json")
+    parser.add_argument("--recipe", metavar="NAME", help="start from this recipe")
+    parser.add_argument("--list-recipes", action="store_true", help="print the recipes and leave")
+    parser.add_argument("--run-dir", metavar="DIR", help="default: runs/ARCH-DATASET[-N]")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir")
+    parser.add_argument("--smoke", action="store_true", help="every stage on 32 images, in seconds")
+    cli.add_config_flags(parser)
+    return parser.parse_args()
+
+
+def starting_point(args) -> dict:
+    """What --config or --recipe say, before the flags."""
+    if args.config and args.recipe:
+        raise InputError("--config and --recipe exclude each other")
+    if args.recipe and args.recipe not in RECIPES:
+        raise InputError(f"unknown recipe {args.recipe!r}{nearest(args.recipe, RECIPES)}")
+    if args.config:
+        return to_dict(config_from_file(args.config))
+    return to_dict(RECIPES[args.recipe]) if args.recipe else {}
+
+
+def build_config(args) -> TrainConfig:
+    config = cli.merge(from_dict(starting_point(args)), SMOKE if args.smoke else {})
+    return cli.merge(config, cli.requested_values(args))
+
+
+def free_directory(config: TrainConfig) -> Path:
+    """runs/ARCH-DATASET, with a number where that is taken."""
+    words = "".join(c if c.isalnum() else "-" for c in config.data.dataset.rstrip("/"))
+    name = f"{config.model.arch}-{words.rsplit('-', 1)[-1]}"
+    candidates = (Path("runs") / (name + (f"-{n}" if n > 1 else "")) for n in range(1, 10_000))
+    return next(path for path in candidates if not path.exists())
+
+
+def check_unchanged(args):
+    """A run is resumed as it was begun: a flag that says otherwise is an error."""
+    own = read_config(args.run_dir)
+    if cli.merge(own, cli.requested_values(args)) != own:
+        raise InputError(f"{args.run_dir} was begun with other flags; --resume takes none")
+
+
+def main():
+    args = parse()
+    if args.list_recipes:
+        print("\n".join(RECIPES))
+        return
+    if args.resume and not args.run_dir:
+        raise InputError("--resume needs --run-dir")
+    config = build_config(args)
+    run_dir = Path(args.run_dir) if args.run_dir else free_directory(config)
+    if args.resume and (run_dir / "config.json").exists():
+        check_unchanged(args)
+        if (run_dir / "report.json").exists():
+            print(f"{run_dir} is finished; nothing to do")
+            return
+    train.fit(
+        config, run_dir, resume=args.resume, overwrite=args.overwrite, command=cli.command_line()
+    )
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

@@ -1,0 +1,67 @@
+"""Weights files (.pth, .pt, .th) <-> plain arrays. No file is ever allowed to run code."""
+
+import os
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+
+def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The tensors of a weights file under the names it gives them.
+
+    A state_dict may lie under one of `WRAPPERS`; what lies beside it (epoch, optimizer) is left.
+
+    Raises:
+      ValueError: the file is damaged, carries code, or holds anything but named tensors.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:  # not there, not readable: says so itself
+        raise
+    except Exception as error:  # torch.load on a damaged file raises nearly anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path}: damaged, or refused because it carries code ({reason})"
+        ) from error
+    state = unwrap(content)
+    wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if wrong or not state:
+        what = f"{wrong[0]!r} is no tensor" if wrong else "no names with tensors in it"
+        raise ValueError(f"{path}: not a state_dict, {what}")
+    return to_arrays(state)
+
+
+def save(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a plain state_dict, as `torch.save(model.state_dict(), path)` does."""
+    torch.save(to_tensors(arrays), path)
+
+
+def to_arrays(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Contiguous copies: an array that shared a tensor's memory would change with the next step."""
+    arrays = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu()
+        if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16; float32 holds it exactly
+            tensor = tensor.float()
+        arrays[name] = np.array(tensor.numpy(), order="C", copy=True)
+    return arrays
+
+
+def to_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """The inverse of `to_arrays`; copies too."""
+    return {
+        name: torch.from_numpy(np.array(array, order="C", copy=True))
+        for name, array in arrays.items()
+    }
+
+
+def unwrap(content) -> Mapping:
+    """The state_dict inside what was loaded; empty where there is none."""
+    if not isinstance(content, Mapping):
+        return {}
+    inner = (content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping))
+    return next(inner, content)

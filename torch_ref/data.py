@@ -1,0 +1,252 @@
+"""Data sets, transforms and loaders: scikit-learn's digits or a folder of images."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import InterpolationMode, v2
+
+FOLDER_NAMES = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}
+
+
+@dataclasses.dataclass
+class Images(Dataset):
+    """Images, read when they are asked for, and their classes [N]."""
+
+    items: np.ndarray  # uint8 [N, H, W], or file names [N]
+    labels: np.ndarray
+    transform: Callable[[Image.Image], torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        image = open_image(self.items[index])
+        return self.transform(image) if self.transform else image, int(self.labels[index])
+
+    def subset(self, indices: np.ndarray) -> "Images":
+        return dataclasses.replace(self, items=self.items[indices], labels=self.labels[indices])
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run needs to know of its data."""
+
+    splits: dict[str, Images]
+    """"train", and "validation" and "test" where there are any: without augmentation."""
+
+    augmented: Images
+    """"train" as the training sees it."""
+
+    class_names: list[str]
+    image_size: int
+    num_channels: int
+
+
+def load_data(
+    augment: dict | None = None,
+    *,
+    dataset: str = "digits",
+    image_size: int | None = None,
+    resize_size: int | None = None,
+    grayscale: bool = False,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.2,
+    split_seed: int = 0,
+    train_images: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Data:
+    """The splits of a data set, ready for a `loader`.
+
+    Args:
+      augment: arguments of `augmented_transform`.
+      dataset: digits | folder:DIR.
+      image_size: left out: that of the first image if square and at most 64 pixels, else 224.
+      resize_size: of the shorter side before the centre crop; left out: image_size.
+      validation_fraction, test_fraction: stratified shares for the splits the set does not have.
+      train_images: use only this many training images.
+      mean, std: per channel, of images in [0, 1]; left out: measured on the training split.
+    """
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std are given together or not at all")
+    splits, class_names = read_dataset(dataset)
+    splits = hold_out(splits, "test", test_fraction, split_seed)
+    splits = hold_out(splits, "validation", validation_fraction, split_seed)
+    splits = {name: splits[name] for name in FOLDER_NAMES if name in splits}  # in this order
+    if train_images:
+        splits["train"] = stratified(splits["train"], train_images, split_seed)[0]
+    image_size = image_size or natural_size(splits["train"])
+    resize_size = resize_size or image_size
+    if resize_size < image_size:
+        raise ValueError(f"resize_size {resize_size} is smaller than image_size {image_size}")
+    num_channels = 1 if grayscale or all_gray(splits["train"]) else 3
+    # Colour first: Pillow resizes palette images without interpolation.
+    colour = v2.Grayscale() if num_channels == 1 else v2.RGB()
+    crop = [colour, v2.Resize(resize_size), v2.CenterCrop(image_size), v2.PILToTensor()]
+    if mean is None:
+        mean, std = measure(dataclasses.replace(splits["train"], transform=v2.Compose(crop)))
+    finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    for split in splits.values():
+        split.transform = v2.Compose(crop + finish)
+    transform = augmented_transform(crop, finish, image_size, **(augment or {}))
+    augmented = dataclasses.replace(splits["train"], transform=transform)
+    return Data(splits, augmented, class_names, image_size, num_channels)
+
+
+def augmented_transform(
+    crop: list,
+    finish: list,
+    image_size: int,
+    *,
+    random_resized_crop: bool = False,
+    random_crop: int = 0,
+    horizontal_flip: float = 0.0,
+    rotation: float = 0.0,
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+    saturation: float = 0.0,
+    hue: float = 0.0,
+    random_erasing: float = 0.0,
+) -> v2.Transform:
+    """The transform of training images; every step is torchvision's own.
+
+    Args:
+      crop, finish: the steps of the plain transform, between which these go.
+      random_crop: black pixels to pad with on each side before cropping back at random.
+      horizontal_flip, random_erasing: probabilities.
+      rotation: largest angle in degrees.
+      brightness, contrast, saturation, hue: of the colour jitter.
+    """
+    steps = list(crop)
+    if random_resized_crop:
+        steps[1:3] = [v2.RandomResizedCrop(image_size)]
+    if random_crop:
+        steps.append(v2.RandomCrop(image_size, padding=random_crop))
+    if horizontal_flip:
+        steps.append(v2.RandomHorizontalFlip(horizontal_flip))
+    if rotation:
+        steps.append(v2.RandomRotation(rotation, InterpolationMode.BILINEAR))
+    if brightness or contrast or saturation or hue:
+        steps.append(v2.ColorJitter(brightness, contrast, saturation, hue))
+    steps += finish
+    if random_erasing:
+        steps.append(v2.RandomErasing(random_erasing))
+    return v2.Compose(steps)
+
+
+def loader(images: Images, batch_size: int, *, seed: int | None = None, num_workers: int = 0):
+    """Batches; with a seed they are shuffled and the remainder of an epoch is dropped."""
+    train = seed is not None
+    return DataLoader(
+        images,
+        batch_size,
+        shuffle=train,
+        drop_last=train,
+        generator=torch.Generator().manual_seed(seed) if train else None,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def read_dataset(name: str) -> tuple[dict[str, Images], list[str]]:
+    scheme, _, place = name.partition(":")
+    if name == "digits":
+        digits = load_digits()
+        images = np.rint(digits.images * 255 / 16).astype(np.uint8)  # 17 levels -> 0 to 255
+        return {"train": Images(images, digits.target)}, [str(n) for n in digits.target_names]
+    if scheme == "folder" and place:
+        return read_folder(Path(place))
+    raise ValueError(f"dataset {name!r} is neither digits nor folder:DIR")
+
+
+def read_folder(root: Path) -> tuple[dict[str, Images], list[str]]:
+    """DIR/train, DIR/val, DIR/test, each with one folder of images a class."""
+    if not (root / "train").is_dir():
+        raise ValueError(f"{root} is no folder with a folder 'train' in it")
+    class_names = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+    splits = {}
+    for split, names in FOLDER_NAMES.items():
+        for folder in (root / name for name in names if (root / name).is_dir()):
+            samples = ClassFolder(folder, class_names).samples
+            if not samples:
+                raise ValueError(f"{folder} has no images in folders of their class")
+            paths, labels = map(np.array, zip(*samples, strict=True))
+            splits[split] = Images(paths, labels)
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")  # the only held-out folder is the test split
+    return splits, class_names
+
+
+class ClassFolder(ImageFolder):
+    """An ImageFolder whose classes are the training split's, whatever folders it has itself."""
+
+    def __init__(self, root: Path, class_names: list[str]):
+        self.class_names = class_names
+        super().__init__(root, allow_empty=True)
+
+    def find_classes(self, directory) -> tuple[list[str], dict[str, int]]:
+        found = {entry.name for entry in Path(directory).iterdir() if entry.is_dir()}
+        if new := sorted(found - set(self.class_names)):
+            raise ValueError(f"{directory} has a class {new[0]!r} that the training split lacks")
+        return self.class_names, {name: i for i, name in enumerate(self.class_names)}
+
+
+def hold_out(splits: dict, name: str, fraction: float, seed: int) -> dict[str, Images]:
+    """`splits` with a split `name`, taken from "train" if there is none yet."""
+    if name in splits or not fraction:
+        return splits
+    held_out, rest = stratified(splits["train"], fraction, seed)
+    return splits | {"train": rest, name: held_out}
+
+
+def stratified(images: Images, size: int | float, seed: int) -> tuple[Images, Images]:
+    """A number or share of the images with the classes in proportion, and the rest."""
+    if size == len(images):
+        return images, images.subset(np.arange(0))
+    rest, part = train_test_split(
+        np.arange(len(images)), test_size=size, stratify=images.labels, random_state=seed
+    )
+    return images.subset(part), images.subset(rest)
+
+
+def open_image(item) -> Image.Image:
+    if isinstance(item, np.ndarray):
+        return Image.fromarray(item)
+    try:
+        image = Image.open(str(item))
+        image.load()
+        return image
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on some broken PNGs
+        raise ValueError(f"{item} is no image: {error}") from error
+
+
+def natural_size(images: Images) -> int:
+    width, height = images[0][0].size
+    return width if width == height <= 64 else 224
+
+
+def all_gray(images: Images) -> bool:
+    return all(open_image(item).mode in ("1", "L") for item in images.items)
+
+
+def measure(images: Images) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, of images in [0, 1]."""
+    count, total, squares = 0, 0.0, 0.0
+    for image, _ in images:  # uint8 [C, H, W]
+        pixels = image.flatten(1).double() / 255
+        count += pixels.shape[1]
+        total, squares = total + pixels.sum(1), squares + pixels.square().sum(1)
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    if not (std > 1e-6).all():
+        raise ValueError("a channel of the training images is constant; give mean and std")
+    return mean.tolist(), std.tolist()

@@ -1,0 +1,50 @@
+"""What a net makes of a split, in the precision of the run."""
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import precision_recall_fscore_support
+from torch import Tensor, nn
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """bfloat16 is torch's mixed precision; other types are simply those of the parameters."""
+    mixed = dtype == torch.bfloat16
+    return torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
+
+
+def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def to_device(images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The images as the net takes them; autocast does the narrowing."""
+    layout = torch.channels_last
+    return images.to(device, parameter_dtype(dtype), non_blocking=True, memory_format=layout)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable, device: torch.device, dtype: torch.dtype) -> dict:
+    """Mean loss and metrics over all images; the macro means are scikit-learn's."""
+    model.eval()
+    loss, labels, ranked = 0.0, [], []
+    for images, targets in batches:
+        with autocast(device, dtype):
+            logits = model(to_device(images, device, dtype))
+        logits = logits.to(parameter_dtype(dtype)).cpu()
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        labels.append(targets)
+        ranked.append(logits.topk(min(5, logits.shape[1])).indices)
+    labels, ranked = torch.cat(labels), torch.cat(ranked)  # [N], [N, 5]
+    hits = (ranked == labels[:, None]).double()
+    macro = precision_recall_fscore_support(labels, ranked[:, 0], average="macro", zero_division=0)
+    return {
+        "loss": loss / len(labels),
+        "accuracy": hits[:, 0].mean().item(),
+        "top5_accuracy": hits.sum(1).mean().item(),
+        "precision_macro": float(macro[0]),
+        "recall_macro": float(macro[1]),
+        "f1_macro": float(macro[2]),
+    }

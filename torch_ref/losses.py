@@ -1,0 +1,23 @@
+"""Cross-entropy and weight penalties; logits are [B, K]."""
+
+from collections.abc import Iterable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Mean over the batch; targets are classes [B] or, after mixup, probabilities [B, K]."""
+    if targets.is_floating_point():
+        targets = targets.to(logits.dtype)
+    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+
+
+def l1_penalty(parameters: Iterable[Tensor], factor: float) -> Tensor:
+    """factor * sum |p|"""
+    return factor * sum(p.abs().sum() for p in parameters)
+
+
+def l2_penalty(parameters: Iterable[Tensor], factor: float) -> Tensor:
+    """factor / 2 * sum p^2, whose gradient is that of torch.optim's coupled weight decay."""
+    return factor / 2 * sum(p.square().sum() for p in parameters)

@@ -1,0 +1,237 @@
+"""Train, evaluate and keep a net in plain PyTorch.
+
+    python -m torch_ref.train --arch resnet18 --dataset digits --run-dir runs/torch
+
+`--help` lists every flag.
+"""
+
+import argparse
+import datetime
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from torch_ref import create_model, list_models
+from torch_ref.arguments import Parser, add_flags, chosen
+from torch_ref.data import Data, augmented_transform, load_data, loader
+from torch_ref.early_stopping import EarlyStopping
+from torch_ref.evaluate import evaluate, parameter_dtype, to_device
+from torch_ref.optim import make_ema, make_optimizer, make_schedulers
+from torch_ref.resnet import CIFAR
+from torch_ref.run_directory import environment, keep, log
+from torch_ref.steps import train_step
+
+SMALL = 64  # pixels; of smaller images an ImageNet stem leaves hardly anything
+OWN_STEM = (*CIFAR, "basic_cnn")
+Monitor = Literal["validation_loss", "validation_accuracy", "validation_f1_macro"]
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    batches: DataLoader,
+    first_step: int,
+    device: torch.device,
+    *,
+    ema: nn.Module | None = None,
+    mix: nn.Module | None = None,
+    **options,
+) -> float:
+    """One pass over the training split with `options` for `train_step`; the mean loss."""
+    model.train()
+    losses = []
+    for step, (images, labels) in enumerate(batches, first_step):
+        images, labels = to_device(images, device, options["dtype"]), labels.to(device)
+        if mix:
+            images, labels = mix(images, labels)
+        losses.append(train_step(model, optimizer, images, labels, step=step, **options))
+        if (step + 1) % options["accumulate_steps"] == 0:
+            scheduler.step()
+            if ema:
+                ema.update_parameters(model)
+    losses = torch.stack(losses).cpu()  # the only wait for the device
+    if not losses.isfinite().all():
+        step = first_step + losses.isfinite().logical_not().nonzero()[0].item()
+        raise FloatingPointError(f"the loss of step {step} is {losses[step - first_step]}")
+    return losses.mean().item()
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    optimizer_options: dict | None = None,
+    schedule_options: dict | None = None,
+    run_dir: Path | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    epochs: int = 12,
+    batch_size: int = 64,
+    eval_batch_size: int = 256,
+    seed: int = 0,
+    num_workers: int = 0,
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32",
+    label_smoothing: float = 0.0,
+    l1: float = 0.0,
+    clip_norm: float = 0.0,
+    accumulate_steps: int = 1,
+    ema_decay: float = 0.0,
+    mixup: float = 0.0,
+    patience: int = 0,
+    monitor: Monitor = "validation_accuracy",
+    min_delta: float = 0.0,
+    restore_best: bool = True,
+) -> dict:
+    """Trains `model` in place, leaves the best weights in it and returns the report.
+
+    Args:
+      optimizer_options, schedule_options: arguments of `make_optimizer` and `make_schedulers`.
+      run_dir: where metrics.csv grows by a row an epoch; None keeps nothing.
+      seed: of the order of the images; weights, augmentation and dropout draw from torch's own.
+      mixup: alpha of the Beta distribution; 0 is off.
+
+    Raises:
+      ValueError: an option is out of its range.
+      FloatingPointError: the loss of a step was not finite.
+    """
+    started, training_seconds = time.perf_counter(), 0.0
+    device, dtype = torch.device(device), getattr(torch, dtype)
+    check(data, epochs, batch_size, accumulate_steps)
+    batches = loader(data.augmented, batch_size, seed=seed, num_workers=num_workers)
+    splits = {
+        k: loader(v, eval_batch_size, num_workers=num_workers) for k, v in data.splits.items()
+    }
+    mode = "min" if monitor == "validation_loss" else "max"
+    stopping = EarlyStopping(mode=mode, patience=patience, min_delta=min_delta)
+
+    model.to(device, parameter_dtype(dtype), memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, **(optimizer_options or {}))
+    updates_per_epoch = len(batches) / accumulate_steps
+    scheduler, plateau = make_schedulers(
+        optimizer, epochs, updates_per_epoch, mode, **(schedule_options or {})
+    )
+    if "validation" not in splits and (patience or plateau):
+        raise ValueError("early stopping and plateau watch a validation split, and there is none")
+    ema = make_ema(model, ema_decay) if ema_decay else None
+    options = {"dtype": dtype, "label_smoothing": label_smoothing, "l1": l1}
+    options |= {"clip_norm": clip_norm, "accumulate_steps": accumulate_steps, "ema": ema}
+    if mixup:
+        options["mix"] = v2.MixUp(alpha=mixup, num_classes=len(data.class_names))
+
+    evaluated, best = ema.module if ema else model, None
+    for epoch in range(1, epochs + 1):
+        row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+        epoch_started, first_step = time.perf_counter(), (epoch - 1) * len(batches)
+        row["train_loss"] = train_epoch(
+            model, optimizer, scheduler, batches, first_step, device, **options
+        )
+        training_seconds += time.perf_counter() - epoch_started
+        if "validation" in splits:
+            scores = evaluate(evaluated, splits["validation"], device, dtype)
+            row |= {f"validation_{name}": score for name, score in scores.items()}
+            stopping = stopping.update(row[monitor], epoch)
+            if stopping.best_epoch == epoch:
+                best = {k: v.clone() for k, v in evaluated.state_dict().items()}
+            if plateau:
+                plateau.step(row[monitor])
+        log(row, epochs, run_dir)
+        if stopping.stop:
+            break
+
+    model.load_state_dict(best if best and restore_best else evaluated.state_dict())
+    return {
+        "splits": {k: evaluate(model, split, device, dtype) for k, split in splits.items()},
+        "epochs": epoch,
+        "best_epoch": stopping.best_epoch or epoch,
+        "stopped_early": stopping.stop,
+        "seconds": time.perf_counter() - started,
+        "images_per_second": epoch * len(batches) * batch_size / training_seconds,
+        "environment": environment(device),
+    }
+
+
+def check(data: Data, epochs: int, batch_size: int, accumulate_steps: int) -> None:
+    """What torch itself would not refuse, or not with a clear word."""
+    if min(epochs, batch_size, accumulate_steps) < 1:
+        raise ValueError("epochs, batch_size and accumulate_steps are at least 1")
+    if batch_size > len(data.augmented):
+        num_images = len(data.augmented)
+        raise ValueError(f"batch_size {batch_size} is more than the {num_images} training images")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="torch_ref.train", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--arch", default="resnet18", help=", ".join(list_models()))
+    parser.add_argument("--stem", choices=("imagenet", "cifar"), help="(by image size)")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument(
+        "--zero-init-residual", action=argparse.BooleanOptionalAction, default=False
+    )
+    parser.add_argument("--run-dir", type=Path, help="a new directory (under runs/)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
+    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=False)
+    for function in (load_data, augmented_transform, make_optimizer, make_schedulers, fit):
+        add_flags(parser, function)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Everything that the command line asks for."""
+    model_options = {"dropout": args.dropout, "zero_init_residual": args.zero_init_residual}
+    with torch.device("meta"):  # a wrong name is told before any data is read
+        create_model(args.arch, stem=args.stem, **model_options)
+    now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    run_dir = args.run_dir or Path("runs", f"torch-{args.arch}-{now}")
+    if run_dir.exists():
+        raise ValueError(f"run directory {run_dir} exists already")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: there is none")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic cuBLAS needs
+    torch.use_deterministic_algorithms(args.deterministic)
+
+    data = load_data(chosen(args, augmented_transform), **chosen(args, load_data))
+    stem = args.stem
+    if stem is None and args.arch not in OWN_STEM and data.image_size < SMALL:
+        stem = "cifar"
+    torch.manual_seed(args.seed)
+    model = create_model(
+        args.arch, len(data.class_names), data.num_channels, stem=stem, **model_options
+    )
+    sizes = ", ".join(f"{name} {len(split)}" for name, split in data.splits.items())
+    shape = f"{data.image_size} x {data.image_size} x {data.num_channels}"
+    print(f"{args.arch}, stem {stem or 'its own'}, images {shape}: {sizes}; {device}")
+    options = chosen(args, make_optimizer), chosen(args, make_schedulers)
+    report = fit(model, data, *options, run_dir, device, **chosen(args, fit))
+
+    report["command"] = shlex.join(["python", "-m", "torch_ref.train", *sys.argv[1:]])
+    keep(run_dir, model, report)
+    for name, scores in report["splits"].items():
+        print(f"{name:10s}", *(f"{k} {v:.4f}" for k, v in scores.items()), sep="  ")
+    print(run_dir)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        # The last line: a loader's worker puts its traceback before the message.
+        print(f"torch_ref.train: error: {str(error).splitlines()[-1]}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"torch_ref.train: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
