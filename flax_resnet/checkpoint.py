@@ -40,7 +40,13 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy, enable_async_checkpointing=False
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "document": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_handlers=handlers
+        )
 
     def save(self, step: int, state, document: dict, *, improvement: bool):
         """Write one step; `improvement` marks it as the best so far."""

@@ -76,6 +76,12 @@ def merge(base: TrainConfig, values: dict) -> TrainConfig:
         raise InputError("; ".join(_describe(fault) for fault in error.errors())) from None
 
 
+def check_choice(flag: str, value: str, valid):
+    """Raises InputError, naming the nearest valid value, unless `value` is one."""
+    if value not in valid:
+        raise InputError(f"{flag}: unknown {value!r}{nearest(value, valid)}")
+
+
 def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
     """Call a script's main and leave with the status that its outcome stands for."""
     from flax_resnet.train import Interrupted, NonFiniteLoss

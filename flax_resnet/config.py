@@ -140,8 +140,9 @@ class AugmentConfig:
     random_resized_crop: bool = False
     """Random area (8% to 100%) and aspect ratio (3/4 to 4/3), while decoding."""
 
-    random_crop: Annotated[int, Field(ge=0, le=512)] = 0
-    """Pad by this many black pixels on each side and crop back at random."""
+    random_crop: Annotated[int, Field(ge=0, le=512)] | None = None
+    """Pad by this many black pixels on each side and crop back at random; 0 is off. Left out: an
+    eighth of the image size, or 0 with random_resized_crop."""
 
     horizontal_flip: Probability = 0.0
     """Probability of a mirror image."""
@@ -309,7 +310,7 @@ class ParallelConfig:
 class TrainConfig:
     """A whole run."""
 
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = 12
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
     """Passes over the training split."""
 
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 64

@@ -5,12 +5,12 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
-from flax_resnet import metrics, plots
+from flax_resnet import metrics
 from flax_resnet.config import InputError, TrainConfig, from_dict, to_dict
 
 
@@ -51,7 +51,7 @@ class RunDirectory:
         for name in ("metrics.csv", "timings.csv"):
             rows = [row for row in read_rows(self.path / name) if row["epoch"] <= after_epoch]
             _write_rows(self.path / name, rows)
-        self._writer = SummaryWriter(str(self.path), purge_step=after_step + 1)
+        self._writer = _summary_writer(self.path, after_step + 1)
 
     def log_step(self, step: int, values: dict):
         """Scalars of one step, for TensorBoard alone."""
@@ -76,6 +76,8 @@ class RunDirectory:
 
     def write_results(self, report: dict, confusion: np.ndarray, class_names):
         """per_class.csv, the pictures and, last, report.json."""
+        from flax_resnet import plots  # Matplotlib's start would delay the first step
+
         write_per_class(self.path / "per_class.csv", confusion, class_names)
         plots.curves(self.path / "curves.png", self.rows(), report["best_epoch"])
         plots.confusion_matrix(self.path / "confusion_matrix.png", confusion, class_names)
@@ -91,6 +93,19 @@ class RunDirectory:
         for entry in self.path.iterdir():
             if entry.name != _LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _summary_writer(path: Path, purge_step: int):
+    """tensorboardX imports torch where it finds it, for seconds, and needs none of it here."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter(str(path), purge_step=purge_step)
 
 
 _LOCK = "run.lock"

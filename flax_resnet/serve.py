@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 from flax_resnet import convert, environment, steps
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import InputError, TrainConfig, from_dict
+from flax_resnet.data.image_files import read_image
 from flax_resnet.data.prepare import evaluation_decoder
-from flax_resnet.data.sources import read_image
 from flax_resnet.evaluate import make_predict
 from flax_resnet.models import create_from_config
 from flax_resnet.run_directory import read_config

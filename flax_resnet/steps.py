@@ -176,7 +176,7 @@ def make_train_step(
         learning_rate = schedule(update).astype(dtype) * state.lr_scale
         momentum = momentum_schedule(update).astype(dtype) if momentum_schedule else None
         new = _update(state, gradients, stats, config, learning_rate, momentum)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         if config.skip_nonfinite:
             new = _unless_finite(finite, new, state)
@@ -240,8 +240,8 @@ def _augmented(key, keys, batch, config, preprocess, num_classes, dtype, axis_na
     targets = losses.soft_targets(batch["label"], num_classes, smoothing, dtype)
     if config.augment.mixup:
         share = augment.draw_mixup(jax.random.fold_in(key, _MIXUP), config.augment.mixup)
-        images = augment.mixup(images, share.astype(dtype), axis_name=axis_name)
-        targets = augment.mixup(targets, share.astype(dtype), axis_name=axis_name)
+        images = augment.mixup(images, share, axis_name=axis_name)
+        targets = augment.mixup(targets, share, axis_name=axis_name)
     return images, targets
 
 

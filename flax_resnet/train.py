@@ -228,17 +228,19 @@ class Run:
 
     def _iterator(self):
         config = self.config
-        order = dict(seed=config.seed, epochs=config.epochs)
+        order = pipeline.BatchOrder(
+            num_images=self.num_train,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            epochs=config.epochs,
+        )
         if self.prepared.images is not None:
-            return pipeline.index_iterator(
-                pipeline.index_batches(self.num_train, config.batch_size, **order)
-            )
+            return pipeline.index_iterator(order)
         return pipeline.image_iterator(
             self.dataset.train,
             self.prepared.training_decoder,
-            config.batch_size,
+            order,
             num_workers=config.data.num_workers,
-            **order,
         )
 
     def _train(self):

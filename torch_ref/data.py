@@ -107,7 +107,7 @@ def augmented_transform(
     image_size: int,
     *,
     random_resized_crop: bool = False,
-    random_crop: int = 0,
+    random_crop: int | None = None,
     horizontal_flip: float = 0.0,
     rotation: float = 0.0,
     brightness: float = 0.0,
@@ -120,7 +120,8 @@ def augmented_transform(
 
     Args:
       crop, finish: the steps of the plain transform, between which these go.
-      random_crop: black pixels to pad with on each side before cropping back at random.
+      random_crop: black pixels to pad with on each side before cropping back at random; left
+        out, an eighth of the image size, or 0 with random_resized_crop.
       horizontal_flip, random_erasing: probabilities.
       rotation: largest angle in degrees.
       brightness, contrast, saturation, hue: of the colour jitter.
@@ -128,6 +129,8 @@ def augmented_transform(
     steps = list(crop)
     if random_resized_crop:
         steps[1:3] = [v2.RandomResizedCrop(image_size)]
+    if random_crop is None:
+        random_crop = 0 if random_resized_crop else image_size // 8
     if random_crop:
         steps.append(v2.RandomCrop(image_size, padding=random_crop))
     if horizontal_flip:

@@ -73,7 +73,7 @@ def fit(
     run_dir: Path | None = None,
     device: str | torch.device = "cpu",
     *,
-    epochs: int = 12,
+    epochs: int = 10,
     batch_size: int = 64,
     eval_batch_size: int = 256,
     seed: int = 0,

@@ -86,7 +86,11 @@ def _resolve_sizes(config, dataset):
     if data.resize_size and data.resize_size < size:
         raise InputError(f"resize_size {data.resize_size} is smaller than the image size {size}")
     data = replace(data, image_size=size, resize_size=data.resize_size or size)
-    return replace(config, data=data)
+    augment = config.augment
+    if augment.random_crop is None:
+        padding = 0 if augment.random_resized_crop else size // 8
+        augment = replace(augment, random_crop=padding)
+    return replace(config, data=data, augment=augment)
 
 
 def _natural_size(dataset) -> int:

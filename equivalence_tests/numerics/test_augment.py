@@ -1,0 +1,332 @@
+"""Augmentation equals torchvision's, draw for draw, and our own draws are what they should be."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as T
+import torchvision.transforms.functional as F
+from scipy import stats
+from torchvision.transforms import v2
+
+from flax_resnet.config import AugmentConfig
+from flax_resnet.data import augment as A
+
+LEVEL = 1 / 255
+FLOAT = 1e-5  # float32 in [0, 1], a chain of four adjustments
+NEAREST = F.InterpolationMode.NEAREST
+BILINEAR = F.InterpolationMode.BILINEAR
+B, H, W = 24, 13, 18  # no two alike
+
+CONFIGS = {
+    "crop": {"random_crop": 3},
+    "flip": {"horizontal_flip": 0.5},
+    "rotation": {"rotation": 30.0},
+    "jitter": {"brightness": 0.4, "contrast": 0.3, "saturation": 0.5, "hue": 0.2},
+}
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    torch.manual_seed(0)
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def pixels(channels=3, size=(B, H, W), seed=0):
+    """uint8 [B, H, W, C] with the hard cases of HSV in it: black, white, gray, ties."""
+    images = np.random.default_rng(seed).integers(0, 256, (*size, channels), np.uint8)
+    images[0], images[1], images[2] = 0, 255, 77
+    images[3, ..., -1] = images[3, ..., 0]
+    images[4] = images[4] // 32 * 255
+    return images
+
+
+def to_jax(images):
+    return jnp.asarray(images, jnp.float32) / 255
+
+
+def to_torch(images):
+    """float [B, C, H, W], always a copy."""
+    return torch.tensor(np.asarray(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def from_torch(images):
+    return np.stack([image.numpy() for image in images]).transpose(0, 2, 3, 1)
+
+
+def keys(number, seed=0):
+    return jax.random.split(jax.random.key(seed), number)
+
+
+# --- torchvision's draws, replayed ---
+
+
+def test_crop_bit_exact():
+    images = to_torch(pixels())
+    pad = v2.Pad(3)
+    draws = [T.RandomCrop.get_params(pad(image), (H, W)) for image in images]
+    expected = [F.crop(pad(image), *draw) for image, draw in zip(images, draws, strict=True)]
+    offsets = jnp.array([draw[:2] for draw in draws])
+    assert len({tuple(map(int, offset)) for offset in offsets}) > 10
+    actual = jax.jit(A.crop, static_argnums=2)(to_jax(pixels()), offsets, 3)
+    np.testing.assert_array_equal(np.asarray(actual * 255).round(), from_torch(expected))
+
+
+def test_flip_bit_exact():
+    mirrored = torch.rand(B) < 0.5
+    expected = [
+        F.hflip(image) if m else image
+        for image, m in zip(to_torch(pixels()), mirrored, strict=True)
+    ]
+    actual = A.flip(to_jax(pixels()), jnp.array(mirrored.numpy()))
+    np.testing.assert_array_equal(np.asarray(actual * 255).round(), from_torch(expected))
+
+
+@pytest.mark.parametrize("size", [(B, H, W), (B, 32, 32)])
+def test_rotation_bilinear(size):
+    images = to_jax(pixels(size=size))
+    angles = [T.RandomRotation.get_params([-180, 180]) for _ in images]
+    expected = [F.rotate(i, a, BILINEAR) for i, a in zip(to_torch(images), angles, strict=True)]
+    actual = jax.jit(A.rotate)(images, jnp.array(angles, jnp.float32))
+    # Bilinear sampling is continuous: a coordinate that is off by 1e-6 moves a value by as much.
+    np.testing.assert_allclose(actual, from_torch(expected), atol=5e-5)
+
+
+def test_rotation_nearest():
+    images = to_jax(pixels(size=(B, 32, 32)))
+    angles = [T.RandomRotation.get_params([-45, 45]) for _ in images]
+    expected = [F.rotate(i, a, NEAREST) for i, a in zip(to_torch(images), angles, strict=True)]
+    actual = A.rotate(images, jnp.array(angles, jnp.float32), nearest=True)
+    different = (np.asarray(actual) != from_torch(expected)).any(-1)
+    assert different.mean() <= 1e-3  # coordinates that fall on the line between two pixels
+
+
+def replay_jitter(image, order, factors):
+    adjust = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
+    for number in order:
+        image = adjust[number](image, float(factors[number]))
+    return image
+
+
+def jitter_draws(number):
+    strengths = dict(brightness=[0.2, 1.8], contrast=[0.2, 1.8], saturation=[0, 2], hue=[-0.5, 0.5])
+    draws = [T.ColorJitter.get_params(**strengths) for _ in range(number)]
+    return torch.stack([draw[0] for draw in draws]).numpy(), np.array([draw[1:] for draw in draws])
+
+
+ADJUSTMENTS = [A.BRIGHTNESS, A.CONTRAST, A.SATURATION, A.HUE]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("number", ADJUSTMENTS)
+def test_color_jitter_one_adjustment(number, channels):
+    images, factors = pixels(channels), jitter_draws(B)[1]
+    order = np.full((B, 1), number)
+    run = jax.jit(partial(A.color_jitter, active=(number,)))
+    actual = np.asarray(run(to_jax(images), jnp.array(order), jnp.array(factors)))
+    floats = [replay_jitter(*x) for x in zip(to_torch(to_jax(images)), order, factors, strict=True)]
+    np.testing.assert_allclose(actual, from_torch(floats), atol=FLOAT)
+
+    levels = [replay_jitter(*x) for x in zip(to_torch(images), order, factors, strict=True)]
+    # On uint8 torchvision truncates the result, and the gray that contrast and saturation blend in.
+    gray = np.abs(1 - factors[:, number]) if number in (A.CONTRAST, A.SATURATION) else np.zeros(B)
+    error = np.abs(actual - from_torch(levels) / 255).max((1, 2, 3))
+    assert (error <= (1.001 + gray) * LEVEL).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_color_jitter_chain(channels):
+    images, (order, factors) = pixels(channels), jitter_draws(B)
+    actual = jax.jit(A.color_jitter)(to_jax(images), jnp.array(order), jnp.array(factors))
+    draws = zip(to_torch(to_jax(images)), order, factors, strict=True)
+    expected = from_torch([replay_jitter(*draw) for draw in draws])
+    np.testing.assert_allclose(actual, expected, atol=FLOAT)
+
+
+def test_color_jitter_chain_on_uint8():
+    """Step by step from torchvision's uint8 images, whose truncations would add up otherwise."""
+    images, (order, factors) = pixels(), jitter_draws(B)
+    factors[:, :3] = factors[:, :3] * 0.25 + 0.75  # to [0.8, 1.2]: a gray truncated weighs little
+    run = jax.jit(A.color_jitter)
+    for step in order.T[:, :, None]:
+        actual = np.asarray(run(to_jax(images), jnp.array(step), jnp.array(factors)))
+        draws = zip(to_torch(images), step, factors, strict=True)
+        images = from_torch([replay_jitter(*draw) for draw in draws])
+        assert np.abs(actual - images / 255).max() <= 1.26 * LEVEL
+
+
+def test_color_jitter_order_matters():
+    images, order = to_jax(pixels()), jnp.array([[0, 1, 2, 3]] * B)
+    factors = jnp.array([[1.7, 0.4, 1.9, 0.3]] * B)
+    forward = A.color_jitter(images, order, factors)
+    backward = A.color_jitter(images, order[:, ::-1], factors)
+    assert jnp.abs(forward - backward).max() > 0.1
+
+
+def test_erasing_exact():
+    images = torch.randn(B, 3, H, W)
+    draws = [T.RandomErasing.get_params(i, (0.02, 0.33), (0.3, 3.3), [0.0]) for i in images]
+    expected = [F.erase(image, *draw) for image, draw in zip(images, draws, strict=True)]
+    rectangles = jnp.array([draw[:4] for draw in draws])
+    actual = A.erase(jnp.array(from_torch(images)), rectangles)
+    np.testing.assert_array_equal(actual, from_torch(expected))
+
+
+def test_mixup_exact(monkeypatch):
+    # Multiples of 1/256 and 1/16: products and sums have no rounding in float32.
+    images = torch.randint(0, 256, (B, 3, H, W)) / 256
+    labels = torch.randint(0, 7, (B,))
+    reference = v2.MixUp(alpha=0.3, num_classes=7)
+    monkeypatch.setattr(reference._dist, "sample", lambda _: torch.tensor(11 / 16))
+    mixed, targets = reference(images, labels)
+    share = jnp.array(11 / 16)
+    np.testing.assert_array_equal(A.mixup(jnp.array(from_torch(images)), share), from_torch(mixed))
+    one_hot = jax.nn.one_hot(jnp.array(labels.numpy()), 7)
+    np.testing.assert_array_equal(A.mixup(one_hot, share), targets.numpy())
+
+
+# --- our own draws ---
+
+MANY = 20_000
+
+
+def uniform(values, low, high):
+    return stats.kstest(np.asarray(values), stats.uniform(low, high - low).cdf).pvalue
+
+
+def draw(function, number, *arguments, seed=0):
+    run = jax.jit(function, static_argnums=tuple(range(1, 1 + len(arguments))))
+    return jax.tree.map(np.asarray, run(keys(number, seed), *arguments))
+
+
+def test_draw_crop():
+    offsets = draw(A.draw_crop, MANY, 2)
+    assert offsets.min() == 0 and offsets.max() == 4
+    joint = np.zeros((5, 5))
+    np.add.at(joint, (offsets[:, 0], offsets[:, 1]), 1)
+    assert stats.chisquare(joint.ravel()).pvalue > 1e-4
+
+
+def test_draw_flip():
+    assert abs(draw(A.draw_flip, MANY, 0.3).mean() - 0.3) < 5 * np.sqrt(0.21 / MANY)
+    assert draw(A.draw_flip, 50, 1.0).all() and not draw(A.draw_flip, 50, 0.0).any()
+
+
+def test_draw_rotation():
+    assert uniform(draw(A.draw_rotation, MANY, 25.0), -25, 25) > 1e-4
+
+
+def test_draw_color_jitter():
+    order, factors = draw(A.draw_color_jitter, MANY, (0.4, 1.5, 0.2, 0.1))
+    ranges = [(0.6, 1.4), (0, 2.5), (0.8, 1.2), (-0.1, 0.1)]
+    for column, (low, high) in zip(factors.T, ranges, strict=True):
+        assert uniform(column, low, high) > 1e-4
+    _, counts = np.unique(order, axis=0, return_counts=True)
+    assert len(counts) == 24 and stats.chisquare(counts).pvalue > 1e-4
+    assert np.abs(np.corrcoef(factors.T) - np.eye(4)).max() < 0.04
+
+
+def test_draw_color_jitter_skips_what_is_off():
+    order, _ = draw(A.draw_color_jitter, 200, (0.4, 0, 0, 0.1))
+    assert {tuple(row) for row in order.tolist()} == {(0, 3), (3, 0)}
+
+
+def test_draw_erasing_is_torchvisions_distribution():
+    number, size = 4000, (20, 33)
+    ours = draw(A.draw_erasing, number, 1.0, *size)
+    image = torch.zeros(1, *size)
+    params = partial(T.RandomErasing.get_params, image, (0.02, 0.33), (0.3, 3.3), [0.0])
+    theirs = np.array([params()[:4] for _ in range(number)])
+    for mine, other in zip(ours.T, theirs.T, strict=True):
+        assert stats.ks_2samp(mine, other).pvalue > 1e-4
+    assert (ours[:, 2:] > 0).all()
+    assert (ours[:, 0] + ours[:, 2]).max() <= 20 and (ours[:, 1] + ours[:, 3]).max() <= 33
+
+
+def test_draw_erasing_probability_and_ten_tries():
+    erased = draw(A.draw_erasing, MANY, 0.4, 32, 32)[:, 2] > 0
+    assert abs(erased.mean() - 0.4) < 0.02
+    # In a line of pixels nothing has a height below 1 but what rounds to 0: none fits.
+    assert not draw(A.draw_erasing, 100, 1.0, 1, 400)[:, 2].any()
+
+
+def test_draw_mixup():
+    shares = draw(jax.vmap(partial(A.draw_mixup, alpha=0.4)), 5000)
+    assert stats.kstest(shares, stats.beta(0.4, 0.4).cdf).pvalue > 1e-4
+
+
+def test_draws_are_independent():
+    """Between transforms of one example, and between neighbouring examples."""
+    columns = [
+        *draw(A.draw_crop, MANY, 4).T,
+        draw(A.draw_flip, MANY, 0.5),
+        draw(A.draw_rotation, MANY, 10.0),
+        *draw(A.draw_color_jitter, MANY, (0.1, 0.1, 0.1, 0.1))[1].T,
+        *draw(A.draw_erasing, MANY, 1.0, 32, 32).T,
+    ]
+    columns = np.stack(columns).astype(float)
+    related = np.abs(np.corrcoef(columns))
+    related[-4:, -4:] = 0  # a large rectangle lies further up and left
+    np.fill_diagonal(related, 0)
+    assert related.max() < 0.04
+    neighbours = [abs(np.corrcoef(column[:-1], column[1:])[0, 1]) for column in columns]
+    assert max(neighbours) < 0.04
+
+
+# --- the whole ---
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_belongs_to_the_example(name):
+    config, images = AugmentConfig(**CONFIGS[name]), to_jax(pixels())
+    whole = augment(keys(B), images, config)
+    halves = [augment(keys(B)[part], images[part], config) for part in (slice(0, 12), slice(12, B))]
+    np.testing.assert_allclose(whole, np.concatenate(halves), atol=1e-6)
+    np.testing.assert_array_equal(whole, augment(keys(B), images, config))
+    other = augment(keys(B, seed=1), images, config)
+    assert np.abs(np.asarray(whole - other)).max() > 0.1
+
+
+ALL = AugmentConfig(**{name: x for values in CONFIGS.values() for name, x in values.items()})
+augment = jax.jit(A.augment, static_argnums=2)
+
+
+def test_order_of_the_transforms():
+    images = to_jax(pixels())
+    expected = A.crop(images, draw(A.draw_crop, B, 3), 3)
+    expected = A.flip(expected, draw(A.draw_flip, B, 0.5))
+    expected = A.rotate(expected, draw(A.draw_rotation, B, 30.0))
+    expected = jax.jit(A.color_jitter)(
+        expected, *draw(A.draw_color_jitter, B, (0.4, 0.3, 0.5, 0.2))
+    )
+    np.testing.assert_allclose(augment(keys(B), images, ALL), expected, atol=FLOAT)
+
+
+def test_off_is_no_operation():
+    config = AugmentConfig(random_crop=0, random_erasing=0.5, mixup=0.5, random_resized_crop=True)
+    program = jax.make_jaxpr(A.augment, static_argnums=2)(keys(2), to_jax(pixels())[:2], config)
+    assert not program.eqns
+    text = augment.lower(
+        keys(2), to_jax(pixels())[:2], AugmentConfig(random_crop=0, brightness=0.2)
+    )
+    assert "floor" not in text.as_text(), "hue is in a program that changes brightness only"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_float64(x64, name):
+    config, images = AugmentConfig(**CONFIGS[name]), jnp.asarray(pixels() / 255)
+    exact, single = (
+        augment(keys(B), images.astype(dtype), config) for dtype in (jnp.float64, jnp.float32)
+    )
+    assert (exact.dtype, single.dtype) == (jnp.float64, jnp.float32)
+    np.testing.assert_allclose(exact, single, atol=1e-4)  # the same draws
+
+
+def test_float64_of_erasing_and_mixup(x64):
+    images = jnp.asarray(pixels() / 255)
+    erased = A.erase(images, draw(A.draw_erasing, B, 1.0, H, W))
+    assert A.mixup(erased, draw(jax.vmap(partial(A.draw_mixup, alpha=1)), 1)[0]).dtype == "float64"

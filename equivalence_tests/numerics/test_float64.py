@@ -1,0 +1,142 @@
+"""Float64, where rounding cannot hide a difference: all 16 networks, training and evaluation.
+
+Every activation, the loss, the gradient of every parameter and of the images, BatchNorm's state, the
+optimizer's state and the parameters after a step (`tolerances.float64`).
+"""
+
+from unittest import mock
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+import flax_resnet
+from equivalence_tests import parity, tolerances
+from equivalence_tests.inputs import make_case
+from flax_resnet import losses, optim
+from flax_resnet.models import has_stem_choice, layers, resnet
+
+CASES = [
+    pytest.param(arch, stem, marks=[pytest.mark.quick] if arch in ("resnet20", "resnet18") else [])
+    for arch in flax_resnet.list_models()
+    for stem in (("imagenet", "cifar") if has_stem_choice(arch) else (None,))
+]
+
+
+def too_large(case, *, train=True, bound=None) -> list[parity.Row]:
+    """The rows beyond their bound."""
+    reference, got = parity.run_torch(case, train=train), parity.run_jax(case, train=train)
+    assert {a.dtype for phase in got.values() for a in phase.values() if a.ndim} == {np.dtype("f8")}
+    rows = parity.compare(got, reference)
+    limit = {p: bound or tolerances.float64(case.arch, p) for p in parity.PHASES}
+    return [row for row in rows if row.norm_relative > limit[row.phase]]
+
+
+@pytest.mark.parametrize("arch, stem", CASES)
+def test_one_step_of_training(arch, stem):
+    assert too_large(make_case(arch, stem=stem)) == []
+
+
+@pytest.mark.parametrize("arch, stem", CASES)
+def test_evaluation(arch, stem):
+    assert too_large(make_case(arch, stem=stem), train=False) == []
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet110"])
+def test_twenty_steps(arch):
+    case = make_case(arch, stem=None, steps=20, lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    assert too_large(case, bound=tolerances.TRAJECTORY) == []
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("arch", ["resnet20", "resnet18"])
+def test_ties_of_relu_at_zero(arch):
+    """Zeros that end the residual branches put every closed pixel at exactly 0."""
+    assert too_large(make_case(arch, zero_init=True, seed=1)) == []
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("arch", ["resnet20", "basic_cnn"])
+def test_dropout_with_the_same_mask(arch):
+    case = make_case(arch, dropout=0.4, steps=2)
+    assert too_large(case) == []
+    assert too_large(case, train=False) == []
+    other = parity.run_jax(case) | {}
+    case.masks[1, 0, :8] ^= True
+    rows = parity.compare(other, parity.run_torch(case))
+    assert parity.worst(rows, "loss").norm_relative > 1e-3
+
+
+@pytest.mark.parametrize("size", [(12, 15), (13, 16), (9, 10)])
+def test_even_and_odd_sizes(size):
+    assert too_large(make_case("resnet20", size=size)) == []
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        dict(optimizer="adamw", lr=1e-3, weight_decay=0.1, label_smoothing=0.2),
+        dict(optimizer="rmsprop", lr=1e-4, centered=True, decay_norm_and_bias=False),
+        dict(lr=1e-3, nesterov=False, l1=1e-4, weight_decay=0.1, decoupled_weight_decay=True),
+    ],
+    ids=["adamw", "rmsprop", "l1"],
+)
+def test_other_rules_on_a_network(rule):
+    assert too_large(make_case("resnet20", steps=2, **rule)) == []
+
+
+def faulty_momentum(self, mean, var, count):
+    original = self.momentum
+    self.momentum = 0.01
+    BATCH_NORM_UPDATE(self, mean, var, count)
+    self.momentum = original
+
+
+def biased_variance(self, mean, var, count):
+    BATCH_NORM_UPDATE(self, mean, var * ((count - 1) / count), count)
+
+
+BATCH_NORM_UPDATE = layers.BatchNorm._update
+SOFT_TARGETS = losses.soft_targets
+SMOOTHED_OVER_THE_OTHERS = lambda labels, k, s, dtype: SOFT_TARGETS(
+    labels, k, s * k / (k - 1), dtype
+)  # noqa: E731,E501
+SAME = lambda x, *_, **__: nnx.max_pool(x, (3, 3), (2, 2), "SAME")  # noqa: E731
+FAULTS = {
+    "biased variance": (layers.BatchNorm, "_update", biased_variance, "batch_norm"),
+    "Flax's momentum": (layers.BatchNorm, "_update", faulty_momentum, "batch_norm"),
+    "epsilon": (lax, "rsqrt", lambda x: 1 / jnp.sqrt(x + 1e-5), "forward"),
+    "label smoothing": (losses, "soft_targets", SMOOTHED_OVER_THE_OTHERS, "loss"),
+    "SAME pool": (resnet, "max_pool", SAME, "forward"),
+    "no Nesterov": (optim.optax, "trace", lambda decay, _: TRACE(decay), "parameters"),
+}
+TRACE = optim.optax.trace
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_shows_first_in_its_phase(name):
+    module, attribute, fault, phase = FAULTS[name]
+    case = make_case("resnet18" if "pool" in name else "resnet20")
+    with mock.patch.object(module, attribute, fault):
+        assert too_large(case)[0].phase == phase
+
+
+@pytest.mark.quick
+def test_half_a_gradient_at_zero_shows_only_in_ties():
+    with mock.patch.object(resnet, "relu", lambda x: jnp.maximum(x, 0)):
+        assert too_large(make_case("resnet20")) == []
+        assert {row.phase for row in too_large(make_case("resnet20", zero_init=True))} >= {
+            "gradient",
+            "parameters",
+        }
+
+
+@pytest.mark.quick
+def test_narrow_numbers_are_not_float64():
+    """A "float64" test that ran in float32 would be off by more than every bound."""
+    case = make_case("resnet20")
+    rows = parity.compare(parity.run_jax(case, np.float32), parity.run_torch(case))
+    assert parity.worst(rows, "forward").norm_relative > 1e3 * tolerances.FORWARD

@@ -1,0 +1,153 @@
+"""The one comparison engine: numbers of both frameworks, side by side.
+
+    run_torch(case), run_jax(case) -> Trace       compare(got, reference) -> [Row, ...]
+
+A `Trace` holds plain arrays under torch's names and in torch's layouts, so whoever compares them
+cannot know which framework, or which fault, they come from. What runs is what trains: the train
+steps of `torch_ref.steps` and `flax_resnet.steps`, with probes in them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from equivalence_tests import jax_side, torch_side
+from equivalence_tests.inputs import Case
+
+Trace = dict[str, dict[str, np.ndarray]]
+"""phase -> name -> array. The names of a phase are in the order in which they are computed."""
+
+PHASES = ("forward", "loss", "gradient", "batch_norm", "optimizer", "parameters")
+"""In the order in which a step computes them; forward, loss and gradient are the last step's."""
+
+
+def run_torch(case: Case, dtype=np.float64, *, train=True, decisions=None, record=None) -> Trace:
+    """All steps of a case in PyTorch, or its forward and backward pass in evaluation mode.
+
+    Args:
+      decisions: of every step, to replay (`replay.py`).
+      record: a list to which the decisions of every step are appended.
+    """
+    return torch_side.run(case, dtype, train=train, decisions=decisions, record=record)
+
+
+def run_jax(case: Case, dtype=np.float64, *, train=True, decisions=None, jit=False) -> Trace:
+    """The same in JAX.
+
+    Args:
+      jit: compile the whole step. Op by op is faster for few steps of deep nets, since all of
+        them consist of the same few operations.
+    """
+    with jax.enable_x64(dtype == np.float64):
+        return jax_side.run(case, dtype, train=train, decisions=decisions, jit=jit)
+
+
+class Row(NamedTuple):
+    """One tensor of both sides."""
+
+    phase: str
+
+    name: str
+
+    shape: tuple[int, ...]
+
+    max_relative: float
+    """Largest difference over the largest value."""
+
+    norm_relative: float
+    """Norm of the difference over the norm of the reference."""
+
+    ulp: float
+    """Largest difference in units of the last place of the reference's largest value."""
+
+
+def compare(got: Trace, reference: Trace) -> list[Row]:
+    """All tensors in the order in which a step computes them.
+
+    Raises:
+      ValueError: a side has tensors that the other lacks, or their shapes differ. Activations
+        may have more names in the reference, which has modules where JAX has functions.
+    """
+    rows = []
+    for phase in reference:
+        names = [n for n in reference[phase] if phase != "forward" or n in got[phase]]
+        if odd := set(names) ^ set(got[phase]):
+            raise ValueError(f"{phase} of one side only: {', '.join(sorted(odd))}")
+        rows += [_row(phase, n, got[phase][n], reference[phase][n]) for n in names]
+    return rows
+
+
+def _row(phase, name, got, reference) -> Row:
+    if got.shape != reference.shape:
+        raise ValueError(f"{phase} {name}: shape {got.shape} instead of {reference.shape}")
+    ulp = np.spacing(np.abs(reference).max(initial=0)) if reference.dtype.kind == "f" else 1
+    got, reference = np.float64(got), np.float64(reference)
+    difference = got - reference
+    largest = np.abs(difference).max(initial=0)
+    return Row(
+        phase,
+        name,
+        reference.shape,
+        _ratio(largest, np.abs(reference).max(initial=0)),
+        relative_error(got, reference),
+        float(largest / ulp),
+    )
+
+
+def relative_error(got, reference) -> float:
+    """|got - reference| / |reference|, Euclidean; infinite where it is not a number."""
+    got, reference = np.float64(got), np.float64(reference)
+    return _ratio(np.linalg.norm(got - reference), np.linalg.norm(reference))
+
+
+def _ratio(error, size) -> float:
+    if not np.isfinite(error):
+        return float("inf")
+    return float(error / size) if size else float("inf" if error else 0)
+
+
+class Budget(NamedTuple):
+    """The error of one tensor in a narrow type, and what it may be; both against float64."""
+
+    phase: str
+
+    name: str
+
+    error: float
+
+    reference_error: float
+
+    bound: float
+
+    @property
+    def within(self) -> bool:
+        return self.error <= self.bound
+
+
+def budgets(got: Trace, reference: Trace, truth: Trace, *, factor, ulps) -> list[Budget]:
+    """Whether `got` is about as close to the truth as the reference is.
+
+    Args:
+      got, reference: in the narrow type.
+      truth: the reference in float64.
+      factor: how much larger the error may be.
+      ulps: what is granted beyond, in relative units of the narrow type.
+    """
+    rows = zip(compare(got, truth), compare(_shared(reference, got), truth), strict=True)
+    return [
+        Budget(a.phase, a.name, a.norm_relative, b.norm_relative, factor * b.norm_relative + ulps)
+        for a, b in rows
+    ]
+
+
+def _shared(trace: Trace, other: Trace) -> Trace:
+    return {
+        phase: {n: v for n, v in arrays.items() if n in other[phase]}
+        for phase, arrays in trace.items()
+    }
+
+
+def worst(rows: list[Row], *phases) -> Row:
+    """The row of these phases with the largest norm-wise error."""
+    return max((r for r in rows if r.phase in phases), key=lambda row: row.norm_relative)

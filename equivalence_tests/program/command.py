@@ -1,0 +1,49 @@
+"""Scripts called as a person would, but inside the test's process: a fresh one takes seconds."""
+
+import contextlib
+import io
+import runpy
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def run_script(name: str, *arguments) -> Outcome:
+    """`python scripts/NAME ARGUMENTS...` -> exit status, standard output and error."""
+    argv, path = sys.argv, list(sys.path)
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = [f"scripts/{name}", *map(str, arguments)]
+    sys.path.insert(0, str(ROOT / "scripts"))
+    status = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+    except SystemExit as exit:
+        status = exit.code or 0
+    finally:
+        sys.argv, sys.path[:] = argv, path
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def train(run_dir, *arguments) -> Outcome:
+    """train.py with a small net on few digits, on one device."""
+    small = ["--arch", "basic_cnn", "--train-images", 640, "--epochs", 2, "--batch-size", 32]
+    small += ["--optimizer", "adam", "--lr", 0.003]
+    return run_script("train.py", "--run-dir", run_dir, "--devices", 1, *small, *arguments)
+
+
+def refused(outcome: Outcome, *words: str):
+    """Asserts status 2 and one clear line that has these words."""
+    assert outcome.status == 2, outcome
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), outcome.err
+    for word in words:
+        assert word in lines[0]

@@ -1,0 +1,204 @@
+"""The networks as a program: names, options, sizes, initial values, dtypes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torchvision
+from flax import nnx
+
+import flax_resnet
+from flax_resnet.config import InputError
+from flax_resnet.models import cpu_convolution, has_stem_choice, layers, summary
+
+TORCHVISION = [name for name in flax_resnet.list_models() if has_stem_choice(name)]
+HE = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7}
+
+
+def abstract(*args, **kwargs):
+    """A model's shapes without its numbers."""
+    return nnx.eval_shape(lambda: flax_resnet.create_model(*args, **kwargs, rngs=nnx.Rngs(0)))
+
+
+def num_parameters(model):
+    return sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def test_there_are_sixteen_names():
+    assert len(flax_resnet.list_models()) == 16
+    assert set(TORCHVISION) <= set(torchvision.models.list_models())
+
+
+@pytest.mark.parametrize("arch", TORCHVISION)
+def test_parameter_counts_are_torchvisions(arch):
+    with torch.device("meta"):
+        twin = torchvision.models.get_model(arch, weights=None)
+    assert num_parameters(abstract(arch, 1000)) == sum(p.numel() for p in twin.parameters())
+
+
+@pytest.mark.parametrize("arch", HE)
+def test_parameter_counts_are_those_of_the_paper(arch):
+    # Table 6 counts to two digits.
+    assert num_parameters(abstract(arch, 10)) / 1e6 == pytest.approx(HE[arch], rel=0.03)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d", "resnet110", "basic_cnn"])
+def test_options_reach_every_network(arch):
+    model = abstract(arch, 7, in_channels=1)
+    images = jax.ShapeDtypeStruct((2, 33, 40, 1), jnp.float32)
+    assert nnx.eval_shape(lambda m, x: m(x), model, images).shape == (2, 7)
+    assert model.conv1.kernel.shape[2] == 1
+
+
+@pytest.mark.parametrize("arch", TORCHVISION)
+def test_the_cifar_stem_keeps_the_pixels(arch):
+    assert abstract(arch, stem="cifar").conv1.kernel.shape[:2] == (3, 3)
+    assert abstract(arch).conv1.kernel.shape[:2] == (7, 7)
+
+
+def test_the_summary_counts_what_the_literature_counts():
+    """ResNet-18 at 224 pixels: 1.814 GMAC, map sizes of table 1; the small stem keeps 32."""
+    model = flax_resnet.create_model("resnet18", 1000)
+    rows = summary.stage_rows(model, (224, 224, 3))
+    assert sum(row["flops"] for row in rows) / 2e9 == pytest.approx(1.814, rel=1e-3)
+    assert sum(row["parameters"] for row in rows) == num_parameters(model)
+    sizes = {row["name"]: row["output"][0] for row in rows}
+    assert [sizes[f"layer{i}"] for i in (1, 2, 3, 4)] == [56, 28, 14, 7]
+    rows = summary.stage_rows(flax_resnet.create_model("resnet20"), (32, 32, 3))
+    assert {row["name"]: row["output"][0] for row in rows}["layer1"] == 32
+
+
+@pytest.mark.parametrize("arch", [*HE, "basic_cnn"])
+def test_networks_with_their_own_stem_refuse_another(arch):
+    with pytest.raises(InputError, match="own stem"):
+        flax_resnet.create_model(arch, stem="cifar")
+
+
+def test_bad_names_are_answered_with_the_nearest():
+    with pytest.raises(InputError, match="resnet19.*did you mean 'resnet1"):
+        flax_resnet.create_model("resnet19")
+    with pytest.raises(InputError, match="did you mean 'imagenet'"):
+        flax_resnet.create_model("resnet18", stem="imagnet")
+    with pytest.raises(InputError, match="dropout"):
+        flax_resnet.create_model("resnet18", dropout=1.0)
+
+
+def test_convolutions_start_with_a_full_normal_by_fan_out():
+    kernel = np.asarray(layers.kaiming_normal_fan_out(jax.random.key(0), (3, 3, 64, 256)))
+    std = np.sqrt(2 / (9 * 256))
+    assert kernel.std() == pytest.approx(std, rel=0.01)
+    assert np.abs(kernel).max() > 3.5 * std  # a truncated normal ends at 2.3
+
+
+def test_linear_layers_start_uniform_by_fan_in_with_a_bias():
+    fc = layers.linear(512, 1000, rngs=nnx.Rngs(0))
+    bound = 1 / np.sqrt(512)
+    for leaf in (fc.kernel[...], fc.bias[...]):
+        values = np.asarray(leaf)
+        assert np.abs(values).max() == pytest.approx(bound, rel=0.01)
+        assert values.std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
+
+
+def test_zero_init_residual_starts_blocks_as_identities():
+    model = flax_resnet.create_model("resnet20", zero_init_residual=True)
+    assert all((block.bn2.scale[...] == 0).all() for block in model.blocks())
+    assert all((block.bn1.scale[...] == 1).all() for block in model.blocks())
+    plain = flax_resnet.create_model("resnet20")
+    assert all((block.bn2.scale[...] == 1).all() for block in plain.blocks())
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "basic_cnn"])
+def test_bfloat16_computes_narrow_and_keeps_wide(arch):
+    model = flax_resnet.create_model(arch, dtype=jnp.bfloat16)
+    assert model(jnp.ones((2, 16, 16, 3))).dtype == jnp.bfloat16
+    kept = jax.tree.leaves(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    assert {leaf.dtype for leaf in kept} <= {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_train_and_eval_switch_statistics_and_dropout():
+    model = flax_resnet.create_model("resnet20", dropout=0.5)
+    images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    before = np.asarray(model.bn1.mean[...])
+    model.eval()
+    first, second = model(images), model(images)
+    assert (first == second).all() and (model.bn1.mean[...] == before).all()
+    assert model.bn1.num_batches_tracked[...] == 0
+    model.train()
+    assert not (model(images) == model(images)).all()
+    assert not (model.bn1.mean[...] == before).all()
+    assert model.bn1.num_batches_tracked[...] == 2
+
+
+def test_dropout_belongs_to_the_example():
+    dropout = layers.Dropout(0.5, rngs=nnx.Rngs(0))
+    keys = jax.random.split(jax.random.key(0), 6)
+    x = jnp.ones((6, 64))
+    whole = dropout(x, keys)
+    halves = jnp.concatenate([dropout(x[:3], keys[:3]), dropout(x[3:], keys[3:])])
+    assert (whole == halves).all()
+    assert set(np.unique(whole)) == {0.0, 2.0}
+    assert len({row.tobytes() for row in np.asarray(whole)}) == 6
+
+
+def test_one_value_per_channel_cannot_be_normalised():
+    norm = layers.BatchNorm(3)
+    with pytest.raises(ValueError, match="more than one value"):
+        norm(jnp.ones((1, 1, 1, 3)))
+    norm.use_running_average = True
+    assert norm(jnp.ones((1, 1, 1, 3))).shape == (1, 1, 1, 3)
+
+
+@pytest.mark.parametrize("size", [(7, 9), (8, 8), (16, 12), (3, 20)])
+def test_adaptive_pooling_is_torchs(size, x64):
+    x = np.random.default_rng(0).normal(size=(2, *size, 3))
+    expected = torch.nn.AdaptiveAvgPool2d((8, 8))(torch.tensor(x.transpose(0, 3, 1, 2)))
+    got = layers.adaptive_average_pool(jnp.asarray(x), 8)
+    np.testing.assert_allclose(got.transpose(0, 3, 1, 2), expected, atol=1e-14)
+
+
+CONVOLUTIONS = [  # size of the map, kernel, stride, whether a product serves it
+    (1, 3, 1, True),
+    (2, 3, 1, True),
+    (3, 3, 2, True),
+    (4, 3, 1, True),
+    (8, 3, 2, True),
+    (7, 7, 2, True),
+    (9, 1, 2, True),
+    (9, 3, 1, False),
+    (9, 1, 1, False),
+]
+
+
+def _both_convolutions(size, kernel, stride):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, size, size + 0, 5)))
+    w = jnp.asarray(rng.normal(size=(kernel, kernel, 5, 4)))
+    padding = [(kernel // 2, kernel // 2)] * 2
+    options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def value_and_gradients(conv):
+        def loss(x, w):
+            return jnp.sin(conv(x, w, (stride, stride), padding, **options)).sum()
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x, w).compile(), (x, w)
+
+    return (
+        value_and_gradients(cpu_convolution.conv_general_dilated),
+        value_and_gradients(jax.lax.conv_general_dilated),
+    )
+
+
+@pytest.mark.parametrize("size,kernel,stride,product", CONVOLUTIONS)
+def test_the_product_is_the_convolution(size, kernel, stride, product, x64):
+    (ours, args), (lax_conv, _) = _both_convolutions(size, kernel, stride)
+    for got, expected in zip(
+        jax.tree.leaves(ours(*args)), jax.tree.leaves(lax_conv(*args)), strict=True
+    ):
+        assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("size,kernel,stride,product", CONVOLUTIONS)
+def test_small_maps_compile_without_a_convolution(size, kernel, stride, product):
+    ours, _ = _both_convolutions(size, kernel, stride)[0]
+    assert ("convolution(" not in ours.as_text()) == product

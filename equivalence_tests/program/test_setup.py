@@ -1,0 +1,140 @@
+"""The house: pins, imports, the README's commands."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+PINS = (ROOT / "constraints.txt").read_text().split("\n")[:-1]
+
+# Lower layers first; a module may import only from layers before its own.
+LAYERS = [
+    {"config"},
+    {"models.cpu_convolution", "metrics", "early_stopping", "plots", "display"},
+    {"models.layers"},
+    {"models.resnet", "models.cnn", "models.summary"},
+    {"models"},
+    {"data", "data.cifar10", "data.image_files", "data.augment"},
+    {"data.sources"},
+    {"convert", "data.pipeline", "optim", "losses", "environment"},
+    {"data.prepare", "steps"},
+    {"parallel"},
+    {"evaluate", "checkpoint", "run_directory"},
+    {"serve", "export"},
+    {"train"},
+    {"recipes", "cli"},
+]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {_module(node.module, alias.name) for alias in node.names}
+    return found
+
+
+def _module(parent: str, name: str) -> str:
+    """What `from parent import name` imports: a module of that name, or the parent."""
+    path = ROOT / parent.replace(".", "/") / name
+    return f"{parent}.{name}" if path.with_suffix(".py").exists() else parent
+
+
+def modules(package: str) -> dict[str, Path]:
+    """{dotted name inside the package: file}."""
+    files = (ROOT / package).rglob("*.py")
+    names = {f: f.relative_to(ROOT / package).with_suffix("").as_posix() for f in files}
+    return {n.replace("/", ".").removesuffix(".__init__"): f for f, n in names.items()}
+
+
+def test_pyproject_and_constraints_pin_the_same():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert pyproject["tool"]["uv"]["constraint-dependencies"] == PINS
+    assert not re.search(r"https?:|@", "".join(PINS))
+
+
+def test_what_is_installed_is_what_is_pinned():
+    """Two machines get the same versions, whatever day they ask their registry."""
+    wrong, checked = [], 0
+    for pin in map(Requirement, PINS):
+        if pin.marker and not pin.marker.evaluate():
+            continue
+        try:
+            installed = metadata.version(pin.name)
+        except metadata.PackageNotFoundError:
+            continue  # of an extra that is not asked for
+        checked += 1
+        if not pin.specifier.contains(installed.split("+")[0]):
+            wrong.append(f"{pin.name} {installed} instead of {pin.specifier}")
+    assert not wrong and checked > 50
+
+
+def test_every_dependency_is_pinned():
+    pinned = {Requirement(pin).name.lower().replace("_", "-") for pin in PINS}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    asked = [*project["dependencies"], *(r for extra in extras for r in extra)]
+    names = {Requirement(r).name.lower().replace("_", "-") for r in asked} - {"flax-resnet"}
+    assert names <= pinned
+
+
+def test_imports_point_one_way():
+    rank = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    wrong = []
+    for name, path in modules("flax_resnet").items():
+        if name == "__init__":
+            continue
+        for imported in imports(path):
+            target = imported.removeprefix("flax_resnet.")
+            if not imported.startswith("flax_resnet.") or target not in rank:
+                continue
+            if rank[target] >= rank[name] and not target.startswith(name + "."):
+                wrong.append(f"{name} imports {target}")
+    unknown = modules("flax_resnet").keys() - rank.keys() - {"__init__"}
+    assert not unknown
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "package,forbidden",
+    [
+        ("flax_resnet", {"torch", "torchvision", "torch_ref", "tensorflow"}),
+        ("torch_ref", {"jax", "flax", "optax", "flax_resnet", "equivalence_tests"}),
+    ],
+)
+def test_packages_do_not_share_what_they_are_compared_by(package, forbidden):
+    for path in modules(package).values():
+        assert not {name.split(".")[0] for name in imports(path)} & forbidden, path
+
+
+def test_importing_does_not_bring_torch():
+    code = "import flax_resnet.train, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_ci_runs_the_command_of_the_readme():
+    last = (ROOT / ".ci" / "run").read_text().strip().splitlines()[-1]
+    assert f"\n{last}\n" in (ROOT / "README.md").read_text()
+    assert last.endswith("uv run --extra test pytest")
+
+
+def test_no_file_fixes_an_interpreter_or_a_host():
+    tracked = subprocess.run(
+        ["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.split()
+    assert not {".python-version", "uv.lock"} & set(tracked)
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
+def test_ruff_is_content(command):
+    subprocess.run([sys.executable, "-m", "ruff", *command, "."], check=True, cwd=ROOT)

@@ -1,0 +1,287 @@
+"""Training-time augmentation with torchvision's definitions, inside the jitted step.
+
+Every transform is two pure functions. `draw_*` turns one key per example (`keys` [B], from
+`jax.random.key`) into parameters; the other applies given parameters to images [B, H, W, C],
+float, so that torchvision's own draws can be replayed. Draws are float32 whatever the images
+are, and depend on the example's key alone: never on the batch around it.
+`equivalence_tests/numerics/test_augment.py` holds each against torchvision.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_resnet.config import AugmentConfig
+
+# One stream per transform: folded into the example's key, so that no two draws are related.
+_CROP, _FLIP, _ROTATION, _JITTER, _ERASING = range(5)
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers in ColorJitter
+
+_ERASING_AREA = (0.02, 0.33)  # share of the image
+_ERASING_RATIO = (0.3, 3.3)  # height / width
+_ERASING_TRIES = 10
+
+
+def augment(keys: jax.Array, images: jax.Array, config: AugmentConfig) -> jax.Array:
+    """What comes before normalising: crop, flip, rotation, colour jitter, in this order.
+
+    Args:
+      keys: [B], one per example.
+      images: [B, H, W, C], float in [0, 1].
+      config: static; a transform that is off leaves nothing in the program.
+    """
+    if config.random_crop:
+        images = crop(images, draw_crop(keys, config.random_crop), config.random_crop)
+    if config.horizontal_flip:
+        images = flip(images, draw_flip(keys, config.horizontal_flip))
+    if config.rotation:
+        images = rotate(images, draw_rotation(keys, config.rotation))
+    strengths = (config.brightness, config.contrast, config.saturation, config.hue)
+    if active := _active(strengths):
+        order, factors = draw_color_jitter(keys, strengths)
+        images = color_jitter(images, order, factors, active=active)
+    return images
+
+
+def draw_crop(keys: jax.Array, padding: int) -> jax.Array:
+    """Offsets [B, 2] int32 (top, left), uniform in 0..2 * padding."""
+    return (_draw(keys, _CROP, 2) * (2 * padding + 1)).astype(jnp.int32)
+
+
+def crop(images: jax.Array, offsets: jax.Array, padding: int) -> jax.Array:
+    """torchvision's RandomCrop(size, padding=padding): zeros around, cut back at `offsets`."""
+    edge = (padding, padding)
+    padded = jnp.pad(images, ((0, 0), edge, edge, (0, 0)))
+
+    def cut(image, offset):
+        return jax.lax.dynamic_slice(image, (*offset, jnp.zeros_like(offset[0])), images.shape[1:])
+
+    return jax.vmap(cut)(padded, offsets)
+
+
+def draw_flip(keys: jax.Array, probability: float) -> jax.Array:
+    """Whether to mirror, [B] bool."""
+    return _draw(keys, _FLIP, 1)[:, 0] < probability
+
+
+def flip(images: jax.Array, mirrored: jax.Array) -> jax.Array:
+    """Left and right swapped where `mirrored` [B]."""
+    return jnp.where(_per_image(mirrored), images[:, :, ::-1], images)
+
+
+def draw_rotation(keys: jax.Array, degrees: float) -> jax.Array:
+    """Angles [B] in degrees, uniform in [-degrees, degrees]."""
+    return degrees * (2 * _draw(keys, _ROTATION, 1)[:, 0] - 1)
+
+
+def rotate(images: jax.Array, angles: jax.Array, *, nearest: bool = False) -> jax.Array:
+    """torchvision.transforms.functional.rotate: counter-clockwise, black outside, same size.
+
+    Args:
+      angles: [B], degrees.
+      nearest: sample the nearest pixel instead of bilinearly. The border differs from
+        `RandomRotation` on tensors, whose `fill=0` weighs bilinear border pixels down twice.
+    """
+    radians = jnp.deg2rad(angles.astype(images.dtype))
+    return jax.vmap(partial(_rotate_one, nearest=nearest))(images, radians)
+
+
+def _rotate_one(image: jax.Array, angle: jax.Array, nearest: bool) -> jax.Array:
+    height, width, _ = image.shape
+    # Distances from the centre of the image, which lies between pixels where the size is even.
+    y = (jnp.arange(height, dtype=image.dtype) - (height - 1) / 2)[:, None]
+    x = (jnp.arange(width, dtype=image.dtype) - (width - 1) / 2)[None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    source_y = sin * x + cos * y + (height - 1) / 2
+    source_x = cos * x - sin * y + (width - 1) / 2
+    if nearest:
+        return _pixels(image, jnp.round(source_y), jnp.round(source_x))
+
+    top, left = jnp.floor(source_y), jnp.floor(source_x)
+    down, right = (source_y - top)[..., None], (source_x - left)[..., None]
+    upper = (1 - right) * _pixels(image, top, left) + right * _pixels(image, top, left + 1)
+    lower = (1 - right) * _pixels(image, top + 1, left) + right * _pixels(image, top + 1, left + 1)
+    return (1 - down) * upper + down * lower
+
+
+def _pixels(image: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+    """The pixels at whole-numbered coordinates [H, W], zero outside."""
+    height, width, _ = image.shape
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    y, x = jnp.clip(y, 0, height - 1).astype(int), jnp.clip(x, 0, width - 1).astype(int)
+    return jnp.where(inside[..., None], image[y, x], 0)
+
+
+def draw_color_jitter(
+    keys: jax.Array, strengths: tuple[float, float, float, float]
+) -> tuple[jax.Array, jax.Array]:
+    """Order and factors of the adjustments whose strength is not 0.
+
+    Args:
+      strengths: static; of brightness, contrast, saturation, hue (`AugmentConfig`).
+
+    Returns:
+      order [B, n] int32, each row a permutation of the n adjustments that are on, by number;
+      factors [B, 4] by number: uniform in [max(0, 1 - x), 1 + x], for hue in [-x, x].
+    """
+    active = _active(strengths)
+    numbers = _draw(keys, _JITTER, len(active) + 4)
+    order = jnp.argsort(numbers[:, : len(active)], axis=1)
+    low = [max(0.0, 1 - strength) for strength in strengths[:HUE]] + [-strengths[HUE]]
+    high = [1 + strength for strength in strengths[:HUE]] + [strengths[HUE]]
+    factors = _between(low, high, numbers[:, len(active) :])
+    return jnp.array(active, jnp.int32)[order], factors
+
+
+def _active(strengths: tuple[float, ...]) -> tuple[int, ...]:
+    return tuple(number for number, strength in enumerate(strengths) if strength)
+
+
+def color_jitter(
+    images: jax.Array,
+    order: jax.Array,
+    factors: jax.Array,
+    *,
+    active: tuple[int, ...] = (BRIGHTNESS, CONTRAST, SATURATION, HUE),
+) -> jax.Array:
+    """torchvision's ColorJitter on floats in [0, 1], of three channels or one (which has no
+    saturation and no hue to change).
+
+    Args:
+      order: [B, n], numbers of the adjustments in the order in which they are applied.
+      factors: [B, 4], by number.
+      active: static; all numbers in `order`. The others leave nothing in the program.
+    """
+    factors = factors.astype(images.dtype)
+    for step in range(order.shape[1]):
+        images = _adjust(images, order[:, step], factors, active)
+    return images
+
+
+def _adjust(
+    images: jax.Array, numbers: jax.Array, factors: jax.Array, active: tuple[int, ...]
+) -> jax.Array:
+    """Adjustment number `numbers` [B] of each image. The images of a batch take theirs in
+    different orders: the three blends are one with a partner each, and all compute the hue."""
+    factor = _per_image(jnp.take_along_axis(factors, numbers[:, None], axis=1))
+    number = _per_image(numbers)
+    gray = _gray(images)
+    partner = jnp.zeros_like(gray)
+    if CONTRAST in active:
+        partner = jnp.where(number == CONTRAST, gray.mean((1, 2, 3), keepdims=True), partner)
+    if SATURATION in active:
+        partner = jnp.where(number == SATURATION, gray, partner)
+    blended = jnp.clip(factor * images + (1 - factor) * partner, 0, 1)
+    if images.shape[-1] == 1:
+        return jnp.where(number <= CONTRAST, blended, images)
+    if HUE in active:
+        return jnp.where(number == HUE, _turn_hue(images, factor), blended)
+    return blended
+
+
+def _turn_hue(images: jax.Array, shifts: jax.Array) -> jax.Array:
+    """RGB -> HSV, hue + shift, -> RGB; shifts [B, 1, 1, 1], as a share of the circle."""
+    red, green, blue = images[..., 0:1], images[..., 1:2], images[..., 2:3]
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
+    safe = jnp.where(chroma == 0, 1, chroma)
+    blue_or_green = jnp.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    sextant = jnp.where(value == red, (green - blue) / safe, blue_or_green) + 6 * shifts
+
+    def channel(offset):
+        # A channel falls by the chroma as the hue moves away from its own. The remainder is
+        # spelled out because XLA's loops over `%` are slow on the CPU.
+        distance = sextant + offset
+        distance = distance - 6 * jnp.floor(distance / 6)
+        return value - chroma * jnp.clip(jnp.minimum(distance, 4 - distance), 0, 1)
+
+    return jnp.concatenate([channel(5), channel(3), channel(1)], axis=-1)
+
+
+def _gray(images: jax.Array) -> jax.Array:
+    """[B, H, W, 1]."""
+    if images.shape[-1] == 1:
+        return images
+    red, green, blue = images[..., 0:1], images[..., 1:2], images[..., 2:3]
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+def draw_erasing(keys: jax.Array, probability: float, height: int, width: int) -> jax.Array:
+    """Rectangles [B, 4] int32 (top, left, height, width) in pixels; of height 0 for none.
+
+    Ten tries at area (2% to 33%) and ratio (0.3 to 3.3, log-uniform), the first that fits.
+    """
+    numbers = _draw(keys, _ERASING, 3 + 2 * _ERASING_TRIES)
+    area, log_ratio = jnp.split(numbers[:, 3:], 2, axis=1)  # [B, tries]
+    area = height * width * _between(*_ERASING_AREA, area)
+    ratio = jnp.exp(_between(*map(math.log, _ERASING_RATIO), log_ratio))
+    sides = jnp.round(jnp.sqrt(jnp.stack([area * ratio, area / ratio], -1))).astype(jnp.int32)
+    room = jnp.array([[height, width]], jnp.int32)
+    fits = (sides < room[:, None]).all(-1)
+    first = jnp.take_along_axis(sides, fits.argmax(1)[:, None, None], axis=1)[:, 0]  # [B, 2]
+    erased = fits.any(1) & (numbers[:, 0] < probability)
+    sides = jnp.where(erased[:, None], first, 0)
+    place = (numbers[:, 1:3] * (room - sides + 1).astype(jnp.float32)).astype(jnp.int32)
+    return jnp.concatenate([place, sides], axis=1)
+
+
+def erase(images: jax.Array, rectangles: jax.Array) -> jax.Array:
+    """torchvision's RandomErasing with value 0, which comes after normalising.
+
+    Args:
+      rectangles: [B, 4] (top, left, height, width), in pixels.
+    """
+    top, left, height, width = (_per_image(column) for column in rectangles.T)
+    y = jnp.arange(images.shape[1], dtype=rectangles.dtype).reshape(1, -1, 1, 1)
+    x = jnp.arange(images.shape[2], dtype=rectangles.dtype).reshape(1, 1, -1, 1)
+    inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+    return jnp.where(inside, 0, images)
+
+
+def draw_mixup(key: jax.Array, alpha: float) -> jax.Array:
+    """The share of the batch itself, scalar float32, from Beta(alpha, alpha).
+
+    Args:
+      key: one for the whole batch, unlike every other draw here.
+    """
+    return jax.random.beta(key, alpha, alpha, (), jnp.float32)
+
+
+def mixup(batch: jax.Array, share: jax.Array, *, axis_name: str | None = None) -> jax.Array:
+    """torchvision's MixUp: share * x + (1 - share) * (x moved one example on).
+
+    Args:
+      batch: [B, ...], images or targets (one-hot or smoothed); give both the same share.
+      axis_name: of a pmap over which the batch is split; devices then pass one example on.
+    """
+    share = share.astype(batch.dtype)
+    partners = jnp.roll(batch, 1, axis=0)
+    if axis_name is not None:
+        count = lax.axis_size(axis_name)
+        ring = [(device, (device + 1) % count) for device in range(count)]
+        partners = partners.at[0].set(lax.ppermute(batch[-1], axis_name, ring))
+    return share * batch + (1 - share) * partners
+
+
+def _draw(keys: jax.Array, stream: int, count: int) -> jax.Array:
+    """Numbers [B, count], float32, uniform in [0, 1)."""
+
+    def draw(key):
+        return jax.random.uniform(jax.random.fold_in(key, stream), (count,), jnp.float32)
+
+    return jax.vmap(draw)(keys)
+
+
+def _between(low, high, numbers: jax.Array) -> jax.Array:
+    """From [0, 1) to [low, high); bounds are numbers, or one for each column."""
+    low, high = (jnp.array(bound, jnp.float32).reshape(1, -1) for bound in (low, high))
+    return low + (high - low) * numbers
+
+
+def _per_image(values: jax.Array) -> jax.Array:
+    """[B] -> [B, 1, 1, 1]."""
+    return values.reshape(-1, 1, 1, 1)

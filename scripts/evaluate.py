@@ -1,0 +1,78 @@
+"""Evaluate a run on a split, of its own data set or of another one with the same classes.
+
+python scripts/evaluate.py runs/resnet18-digits
+python scripts/evaluate.py runs/resnet18-birds --dataset folder:/data/new-birds --split all
+"""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from flax_resnet import cli, steps
+from flax_resnet.config import InputError
+from flax_resnet.data import pipeline
+from flax_resnet.data.prepare import evaluation_decoder
+from flax_resnet.data.sources import open_dataset
+from flax_resnet.display import Display
+from flax_resnet.evaluate import evaluate
+from flax_resnet.parallel import Engine
+from flax_resnet.serve import LoadedRun, load_run
+
+SPLITS = ("train", "validation", "test")
+
+
+def parse():
+    parser = cli.Parser(prog="evaluate.py", description=__doc__)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--split", default="test", metavar="|".join((*SPLITS, "all")))
+    parser.add_argument("--dataset", metavar="TEXT", help="another data set (default: the run's)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    args = parser.parse_args()
+    cli.check_choice("--split", args.split, (*SPLITS, "all"))
+    return args
+
+
+def open_data(run: LoadedRun, name: str | None):
+    """The data set, opened as the run did; its classes must be the run's."""
+    data = run.config.data
+    if name:
+        data = replace(data, dataset=name, train_images=None, eval_images=None)
+    dataset = open_dataset(data)
+    if tuple(dataset.class_names) != run.class_names:
+        raise InputError(
+            f"{data.dataset} has the classes {', '.join(dataset.class_names)}; the run was"
+            f" trained on {', '.join(run.class_names)}"
+        )
+    if dataset.channels != run.channels:
+        raise InputError(f"{data.dataset} has {dataset.channels} channels, the run {run.channels}")
+    return dataset
+
+
+def measure(run: LoadedRun, dataset, split: str) -> tuple[dict, int]:
+    sources = [getattr(dataset, name) for name in (SPLITS if split == "all" else (split,))]
+    num_images = sum(map(len, sources))
+    if not num_images:
+        raise InputError(f"the {split} split is empty")
+    engine = Engine(replace(run.config.parallel, devices=1))
+    eval_step = steps.make_eval_step(run.network, run.preprocess, num_classes=len(run.class_names))
+    decoder, size = evaluation_decoder(run.config.data), run.config.eval_batch_size
+    batches = (pipeline.evaluation_batches(source, decoder, size) for source in sources)
+    batches = itertools.chain.from_iterable(batches)
+    figures, _ = evaluate(engine, engine.compile_eval(eval_step), run.variables, batches)
+    return figures, num_images
+
+
+def main():
+    args = parse()
+    run = load_run(args.run_dir)
+    dataset = open_data(run, args.dataset)
+    figures, num_images = measure(run, dataset, args.split)
+    Display().results({args.split: figures})
+    if args.json:
+        figures |= {"split": args.split, "images": num_images, "command": cli.command_line()}
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run_command(main)
