@@ -81,24 +81,23 @@ def compare(got: Trace, reference: Trace) -> list[Row]:
 def _row(phase, name, got, reference) -> Row:
     if got.shape != reference.shape:
         raise ValueError(f"{phase} {name}: shape {got.shape} instead of {reference.shape}")
-    ulp = np.spacing(np.abs(reference).max(initial=0)) if reference.dtype.kind == "f" else 1
-    got, reference = np.float64(got), np.float64(reference)
-    difference = got - reference
-    largest = np.abs(difference).max(initial=0)
+    size = _largest(reference)
+    ulp = np.spacing(size) if reference.dtype.kind == "f" else 1
+    difference = np.subtract(got, reference, dtype=np.float64)
+    largest = _largest(difference)
     return Row(
         phase,
         name,
         reference.shape,
-        _ratio(largest, np.abs(reference).max(initial=0)),
-        relative_error(got, reference),
+        _ratio(largest, size),
+        _ratio(np.linalg.norm(difference), np.linalg.norm(np.asarray(reference, np.float64))),
         float(largest / ulp),
     )
 
 
-def relative_error(got, reference) -> float:
-    """|got - reference| / |reference|, Euclidean; infinite where it is not a number."""
-    got, reference = np.float64(got), np.float64(reference)
-    return _ratio(np.linalg.norm(got - reference), np.linalg.norm(reference))
+def _largest(array):
+    """The largest absolute value, in the array's type; NaN if there is one."""
+    return np.maximum(array.max(), -array.min())
 
 
 def _ratio(error, size) -> float:

@@ -9,9 +9,11 @@ config, class names), committed atomically. Around it:
 - names, shapes and types are compared before anything is loaded.
 """
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,14 +54,18 @@ class Checkpoints:
         """Write one step; `improvement` marks it as the best so far."""
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_flatten(state)), document=ocp.args.JsonSave(document)
-            ),
-            metrics={"improvement": step if improvement else -1},
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_flatten(state)), document=ocp.args.JsonSave(document)
         )
-        self._manager.wait_until_finished()
+        try:
+            self._manager.save(
+                step, args=args, metrics={"improvement": step if improvement else -1}
+            )
+            self._manager.wait_until_finished()
+        except ValueError as error:  # what TensorStore makes of a full disk
+            if "No space left on device" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, "no space left", str(self.directory)) from None
         _write_manifest(self.directory / str(step))
 
     def latest(self) -> int | None:
@@ -115,6 +121,21 @@ class Checkpoints:
         ]
         if faults:
             raise InputError(f"checkpoint of step {step} does not fit: {'; '.join(faults)}")
+
+
+def check_space(directory: Path, state):
+    """Raises InputError unless there is room for two checkpoints of `state` (arrays or shapes).
+
+    Two, because the next one is complete before the last one goes.
+    """
+    needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(
+            f"{directory}: no space left: checkpoints need {needed / 1e6:,.0f} MB,"
+            f" {free / 1e6:,.0f} MB are free"
+        )
 
 
 def _flatten(tree) -> dict:

@@ -23,6 +23,10 @@ _LEAVES = {
     ("num_batches_tracked", 0): ("num_batches_tracked", ()),
 }
 
+# The order of torch's definitions; nnx.merge brings attributes into that of the alphabet.
+_ORDER = """conv1 bn1 conv2 bn2 conv3 bn3 downsample layers layer1 layer2 layer3 layer4 fc1 fc
+kernel scale bias mean var num_batches_tracked""".split()
+
 _WRAPPERS = re.compile(r"^(?:module|_orig_mod|model|net|network|backbone)\.")
 
 # Names of other projects -> torchvision's. timm's are torchvision's already.
@@ -73,7 +77,7 @@ def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
     """
     return {
         torch_name(path, variable[...].ndim): _widen(to_torch_layout(path, variable[...]))
-        for path, variable in _variables(model)
+        for path, variable in sorted(_variables(model), key=_position)
     }
 
 
@@ -113,7 +117,12 @@ def translate_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if not all(name.startswith(prefix) for name in arrays):
             break
         arrays = {name.removeprefix(prefix): value for name, value in arrays.items()}
-    return {_translate(name): value for name, value in arrays.items()}
+    names = {}
+    for name in arrays:
+        names.setdefault(_translate(name), []).append(name)
+    if twice := [" and ".join(same) for same in names.values() if len(same) > 1]:
+        raise InputError(f"weights given twice: {'; '.join(twice)}")
+    return {name: arrays[same[0]] for name, same in names.items()}
 
 
 def _translate(name: str) -> str:
@@ -127,14 +136,24 @@ def _faults(targets, arrays) -> list[str]:
     extra = sorted(arrays.keys() - targets.keys())
     faults = [f"missing {', '.join(missing)}"] if missing else []
     faults += [f"unexpected {', '.join(extra)}"] if extra else []
-    for name in targets.keys() & arrays.keys():
+    for name in sorted(targets.keys() & arrays.keys()):
         path, variable = targets[name]
-        expected, got = to_torch_layout(path, variable[...]).shape, np.shape(arrays[name])
+        expected, got = _torch_shape(path, variable[...].shape), np.shape(arrays[name])
         if expected != got:
             faults.append(f"{name} has shape {got} instead of {expected}")
-        elif not np.isfinite(np.asarray(arrays[name], np.float64)).all():
+        elif not np.isfinite(np.asarray(arrays[name])).all():
             faults.append(f"{name} has non-finite values")
     return faults
+
+
+def _torch_shape(path, shape) -> tuple[int, ...]:
+    _, axes = _LEAVES[path[-1], len(shape)]
+    return tuple(shape[axis] for axis in np.argsort(axes))
+
+
+def _position(item) -> list[int]:
+    """Where torch has a (path, variable)."""
+    return [part if isinstance(part, int) else _ORDER.index(part) for part in item[0]]
 
 
 def _widen(value: np.ndarray) -> np.ndarray:
@@ -142,7 +161,7 @@ def _widen(value: np.ndarray) -> np.ndarray:
 
 
 def _variables(module, prefix=()):
-    """(path, variable) of all parameters and statistics, in the order they were defined."""
+    """(path, variable) of all parameters and statistics."""
     children = enumerate(module) if isinstance(module, nnx.List) else vars(module).items()
     for name, child in children:
         if isinstance(child, nnx.Param | nnx.BatchStat):

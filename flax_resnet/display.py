@@ -7,10 +7,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 _COLUMNS = ("loss", "accuracy", "top5_accuracy", "precision_macro", "recall_macro", "f1_macro")
+_SECONDS_BETWEEN_LINES = 60  # within an epoch, where there is no bar
 
 
 class Display:
-    """Prints; where the console is no terminal, `say` and one line an epoch are all there is."""
+    """Prints; where the console is no terminal, in plain lines."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(soft_wrap=True, highlight=False)
@@ -26,7 +27,8 @@ class Display:
 
     def start(self, *, total_steps: int, done_steps: int, batch_size: int):
         """Begin the bar of a run."""
-        self._batch_size, self._since, self._from = batch_size, time.monotonic(), done_steps
+        self._batch_size, self._total, self._from = batch_size, total_steps, done_steps
+        self._since = self._last_line = time.monotonic()
         if not self.console.is_terminal:
             return
         self._bar = Progress(
@@ -43,10 +45,16 @@ class Display:
 
     def step(self, *, step: int, epoch: int, epochs: int, loss: float, accuracy: float):
         """Move the bar."""
-        if self._bar is None:
-            return
-        rate = (step - self._from) * self._batch_size / (time.monotonic() - self._since)
+        now = time.monotonic()
+        rate = (step - self._from) * self._batch_size / (now - self._since)
         numbers = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {rate:,.0f} images/s"
+        if self._bar is None:
+            if now - self._last_line > _SECONDS_BETWEEN_LINES:
+                self._last_line = now
+                self.say(
+                    f"epoch {epoch:3d}/{epochs} | step {step:,} of {self._total:,} | {numbers}"
+                )
+            return
         self._bar.update(
             self._task, completed=step, description=f"epoch {epoch}/{epochs}", numbers=numbers
         )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_resnet import convert, early_stopping, environment, optim, steps
-from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.checkpoint import Checkpoints, check_space
 from flax_resnet.config import InputError, TrainConfig, to_dict
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import Prepared, prepare
@@ -110,9 +110,12 @@ def fit(
     engine.check_batch_size(config.batch_size)
     prepared = prepare(config)
     model = _initial_model(prepared, engine)
+    network = steps.Network(model, freeze_backbone=config.freeze_backbone)
+    state = jax.eval_shape(lambda: steps.make_state(network.initial, config))
+    check_space(run_dir, state)
     directory = RunDirectory(run_dir, resume=resume, overwrite=overwrite)
     try:
-        run = Run(prepared, engine, model, directory, display, command)
+        run = Run(prepared, engine, network, directory, display, command)
         return run.execute()
     finally:
         display.stop()
@@ -150,13 +153,21 @@ def _fine_tune(model, config: TrainConfig):
 class Run:
     """A run in the making: the state on the devices and what surrounds it."""
 
-    def __init__(self, prepared: Prepared, engine: Engine, model, directory, display, command):
+    def __init__(
+        self,
+        prepared: Prepared,
+        engine: Engine,
+        network: steps.Network,
+        directory: RunDirectory,
+        display: Display,
+        command: str,
+    ):
         self.prepared, self.engine = prepared, engine
         self.config, self.dataset = prepared.config, prepared.dataset
         self.directory, self.display, self.command = directory, display, command
-        self.network = steps.Network(model, freeze_backbone=self.config.freeze_backbone)
+        self.network = network
         self.preprocess = steps.Preprocess(self.config.data.mean, self.config.data.std)
-        self.rows = stage_rows(model, prepared.image_shape)
+        self.stages = stage_rows(network.to_model(network.initial), prepared.image_shape)
         self.num_train = len(self.dataset.train)
         self.steps_per_epoch = self.num_train // self.config.batch_size
         self.progress = Progress()
@@ -177,7 +188,7 @@ class Run:
     def _announce(self):
         model, data = self.config.model, self.config.data
         sizes = [len(getattr(self.dataset, s)) for s in ("train", "validation", "test")]
-        self.display.show(summary_table(model.arch, self.rows))
+        self.display.show(summary_table(model.arch, self.stages))
         self.display.say(
             f"{data.dataset}: {sizes[0]:,} training, {sizes[1]:,} validation, {sizes[2]:,} test"
             f" images, {model.num_classes} classes; {model.arch}"

@@ -1,0 +1,244 @@
+"""Commands given wrong words, broken files and impossible numbers; evaluate and predict."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from equivalence_tests.program.command import ROOT, refused, run_script, train
+
+CLASSES = ("ant", "bee")
+
+
+def write_folder(root, *, per_class=12, splits=("train", "test"), size=12):
+    """Class folders of small PNGs; bees are brighter than ants."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for label, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(per_class):
+                pixels = rng.integers(0, 100, (size, size, 3)) + 150 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("insects"))
+
+
+@pytest.fixture(scope="module")
+def insects(folder, tmp_path_factory):
+    """A run on the two classes."""
+    run_dir = tmp_path_factory.mktemp("run") / "insects"
+    outcome = train_on(folder, run_dir, "--epochs", 4)
+    assert outcome.status == 0, outcome.err
+    return run_dir
+
+
+def train_on(folder, run_dir, *arguments):
+    arguments = ["--dataset", f"folder:{folder}", "--batch-size", 8, *arguments]
+    return run_script(
+        "train.py", "--arch", "basic_cnn", "--devices", 1, "--run-dir", run_dir, *arguments,
+        "--optimizer", "adam", "--lr", 0.003,
+    )  # fmt: skip
+
+
+WRONG_WORDS = [
+    (["--arch", "resnet19"], ["--arch", "resnet19", "resnet1"]),
+    (["--epohcs", "3"], ["--epohcs", "--epochs"]),
+    (["--optimizer", "sdg"], ["sdg", "'sgd'"]),
+    (["--dataset", "digts"], ["digts", "'digits'"]),
+    (["--dataset", "floder:x"], ["floder", "'folder:'"]),
+    (["--epochs", "ten"], ["--epochs", "ten"]),
+    (["--epochs", "0"], ["--epochs", "0"]),
+    (["--batch-size", "0"], ["--batch-size"]),
+    (["--lr", "-1"], ["--lr", "-1"]),
+    (["--lr", "nan"], ["--lr", "nan"]),
+    (["--dropout", "1"], ["--dropout"]),
+    (["--num-classes", "1000000000"], ["--num-classes"]),
+    (["--num-classes", "7"], ["num_classes 7", "10 classes"]),
+    (["--stem", "cifar", "--arch", "resnet20"], ["own stem"]),
+    (["--batch-size", "5000"], ["5000", "training split"]),
+    (["--mean", "0.5"], ["mean and std"]),
+    (["--mean", "1", "1", "--std", "1", "1"], ["2 values", "1 channels"]),
+    (["--patience", "2", "--validation-fraction", "0"], ["validation"]),
+    (["--devices", "99"], ["99"]),
+    (["--recipe", "cifar10-resnet19"], ["recipe"]),
+    (["--config", "no-such-file.json"], ["no-such-file.json"]),
+    (["--dataset", "folder:no-such-folder"], ["no-such-folder"]),
+    (["--dataset", "tfds:no_such_set"], ["no_such_set"]),
+    (["--init-from", "no-such-run"], ["no-such-run"]),
+    (["--resume", "--overwrite", "extra"], ["extra"]),
+]
+
+
+@pytest.mark.parametrize("arguments,words", WRONG_WORDS, ids=lambda x: " ".join(x)[:40])
+def test_wrong_words_are_one_line_and_leave_nothing(tmp_path, arguments, words):
+    outcome = run_script(
+        "train.py", "--arch", "basic_cnn", "--run-dir", tmp_path / "run", "--devices", 1, *arguments
+    )
+    refused(outcome, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_real_process_says_the_same():
+    command = [sys.executable, "scripts/train.py", "--arch", "resnet19"]
+    outcome = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert outcome.returncode == 2 and outcome.stdout == ""
+    assert outcome.stderr.count("\n") == 1 and "did you mean" in outcome.stderr
+
+
+def test_an_existing_run_is_kept(insects, folder):
+    before = (insects / "report.json").read_bytes()
+    refused(train_on(folder, insects), "--resume", "--overwrite")
+    assert (insects / "report.json").read_bytes() == before
+
+
+def test_overwrite_replaces_a_run(folder, tmp_path):
+    assert train_on(folder, tmp_path / "run", "--epochs", 1).status == 0
+    assert train_on(folder, tmp_path / "run", "--epochs", 2, "--overwrite").status == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["epochs"] == 2
+    assert len(list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))) == 2
+
+
+def test_resume_refuses_other_flags(insects):
+    outcome = run_script("train.py", "--resume", "--run-dir", insects, "--epochs", 9)
+    refused(outcome, "other flags")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", None], ids=["empty", "no image", "truncated"])
+def test_broken_images_are_named_or_left_out(tmp_path, content):
+    root = write_folder(tmp_path / "data")
+    broken = root / "train" / "bee" / "05.png"
+    broken.write_bytes(broken.read_bytes()[:200] if content is None else content)
+    refused(train_on(root, tmp_path / "run"), str(broken))
+    assert not (tmp_path / "run").exists()
+    outcome = train_on(root, tmp_path / "run", "--on-bad-image", "skip", "--epochs", 1)
+    assert outcome.status == 0 and f"left out: {broken}" in outcome.out
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["left_out_images"] == 1
+
+
+def test_a_broken_image_of_an_uncached_set_is_named(tmp_path):
+    root = write_folder(tmp_path / "data")
+    (root / "train" / "bee" / "05.png").write_bytes(b"")
+    refused(train_on(root, tmp_path / "run", "--cache", "none"), "05.png")
+
+
+def test_a_class_without_images_is_named(tmp_path):
+    root = write_folder(tmp_path / "data")
+    (root / "train" / "cow").mkdir()
+    refused(train_on(root, tmp_path / "run"), "cow")
+
+
+@pytest.mark.parametrize("lr", ["1e30"])
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, lr):
+    outcome = train(tmp_path / "run", "--optimizer", "sgd", "--lr", lr, "--schedule", "constant")
+    assert outcome.status == 1
+    assert "step 2" in outcome.err and "checkpoint" in outcome.err and "--lr" in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_it_names_the_checkpoint_to_go_on_from(tmp_path):
+    """The learning rate explodes in the second epoch, so the first one's checkpoint is sound."""
+    outcome = train(
+        tmp_path / "run", "--optimizer", "sgd", "--lr", 1e30, "--warmup-epochs", 3,
+        "--warmup-factor", 1e-36, "--epochs", 4, "--schedule", "constant", "--momentum", 0,
+    )  # fmt: skip
+    assert outcome.status == 1, outcome
+    assert "last finite loss" in outcome.err
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of a few megabytes."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_disk_too_small_is_told_before_anything_is_written(tiny_disk):
+    refused(train(tiny_disk / "run"), "no space left", "MB")
+    assert not list(tiny_disk.iterdir())
+
+
+def test_a_disk_that_fills_up_is_told_in_one_line(tiny_disk, monkeypatch):
+    monkeypatch.setattr("flax_resnet.train.check_space", lambda *_: None)
+    refused(train(tiny_disk / "run"), "no space left")
+
+
+def test_evaluate_repeats_the_report(insects, tmp_path):
+    report = json.loads((insects / "report.json").read_text())
+    for split in ("test", "validation", "train"):
+        outcome = run_script(
+            "evaluate.py", insects, "--split", split, "--json", tmp_path / "out.json"
+        )
+        assert outcome.status == 0, outcome.err
+        figures = json.loads((tmp_path / "out.json").read_text())
+        assert figures["images"] == {"test": 24, "validation": 3, "train": 21}[split]
+        for name, value in report["splits"][split].items():
+            assert figures[name] == pytest.approx(value, abs=1e-6)
+
+
+def test_evaluate_takes_another_set_with_the_same_classes(insects, tmp_path):
+    other = write_folder(tmp_path / "other", splits=("train", "val", "test"), per_class=5)
+    outcome = run_script(
+        "evaluate.py", insects, "--dataset", f"folder:{other}", "--split", "all",
+        "--json", tmp_path / "out.json",
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    assert json.loads((tmp_path / "out.json").read_text())["images"] == 30
+
+
+def test_evaluate_refuses_what_does_not_fit(insects, tmp_path):
+    refused(run_script("evaluate.py", insects, "--split", "tset"), "tset", "'test'")
+    refused(run_script("evaluate.py", tmp_path), "config.json")
+    refused(run_script("evaluate.py", insects, "--dataset", "digits"), "ant", "classes")
+
+
+def test_predict_writes_names_and_probabilities(insects, folder, tmp_path):
+    picture, bees = folder / "test" / "ant" / "00.png", folder / "test" / "bee"
+    outcome = run_script(
+        "predict.py", insects, picture, bees, "--top-k", 2,
+        "--json", tmp_path / "out.json", "--csv", tmp_path / "out.csv",
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["image"] for row in rows][0] == str(picture) and len(rows) == 13
+    for row in rows:
+        likely = [p["probability"] for p in row["predictions"]]
+        assert likely == sorted(likely, reverse=True) and sum(likely) == pytest.approx(1, abs=1e-5)
+        assert {p["class"] for p in row["predictions"]} == set(CLASSES)
+    right = [row["predictions"][0]["class"] == row["image"].split("/")[-2] for row in rows]
+    assert np.mean(right) > 0.9
+    table = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert len(table) == 26 and table[0]["class"] == rows[0]["predictions"][0]["class"]
+
+
+def test_predict_prints_a_table(insects, folder):
+    outcome = run_script("predict.py", insects, folder / "test" / "bee")
+    assert outcome.status == 0 and "bee" in outcome.out and "%" in outcome.out
+
+
+def test_predict_refuses_what_is_no_image(insects, folder, tmp_path):
+    (tmp_path / "note.png").write_text("not an image")
+    target = tmp_path / "out.json"
+    refused(run_script("predict.py", insects, tmp_path / "note.png", "--json", target), "note.png")
+    refused(run_script("predict.py", insects, tmp_path / "gone.png"), "gone.png")
+    refused(run_script("predict.py", insects, tmp_path / "run"), "run")
+    assert not target.exists()
+
+
+def test_help_explains_every_flag():
+    outcome = run_script("train.py", "--help")
+    assert outcome.status == 0
+    for word in ("--label-smoothing", "(default: 0.05)", "--no-nesterov", "Share of the target"):
+        assert word in outcome.out

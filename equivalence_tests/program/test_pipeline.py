@@ -1,0 +1,139 @@
+"""Decoding, order, batches and statistics of the input pipeline."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import functional
+
+from flax_resnet.data import pipeline
+from flax_resnet.data.pipeline import BatchOrder, Decoder
+from flax_resnet.data.sources import ArraySource
+
+
+def picture(height, width, channels=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (height, width, channels)).astype(np.uint8)
+
+
+def torchvisions(image, resize, size):
+    pil = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    pil = functional.center_crop(functional.resize(pil, resize), [size, size])
+    return np.asarray(pil).reshape(size, size, -1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "height,width,resize,size",
+    [(50, 70, 40, 32), (70, 50, 40, 33), (31, 31, 48, 40), (64, 48, 48, 47), (33, 97, 32, 31)],
+)
+def test_resize_and_centre_crop_are_torchvisions(height, width, resize, size, channels):
+    image = picture(height, width, channels)
+    got = Decoder(size=size, resize=resize)(image)
+    np.testing.assert_array_equal(got, torchvisions(image, resize, size))
+    assert got.dtype == np.uint8 and got.shape == (size, size, channels)
+
+
+def test_an_image_of_the_right_size_is_left_alone():
+    image = picture(32, 32)
+    np.testing.assert_array_equal(Decoder(size=32, resize=32)(image), image)
+
+
+def test_random_resized_crop_draws_areas_and_ratios_as_torchvision():
+    """The same distribution: means of area and log-ratio over 4,000 draws, within 3 sigma."""
+    image, rng = picture(60, 80), np.random.default_rng(0)
+    areas, ratios = [], []
+    for _ in range(4000):
+        height, width = pipeline._random_area(image, rng).shape[:2]
+        areas.append(height * width)
+        ratios.append(np.log(width / height))
+    torch.manual_seed(0)
+    blank = torch.zeros(3, 60, 80)
+    draw = transforms.RandomResizedCrop.get_params
+    params = [draw(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
+    for got, expected in (
+        (areas, [h * w for *_, h, w in params]),
+        (ratios, [np.log(w / h) for *_, h, w in params]),
+    ):
+        sigma = np.hypot(np.std(got), np.std(expected)) / np.sqrt(4000)
+        assert abs(np.mean(got) - np.mean(expected)) < 3 * sigma
+        assert np.std(got) == pytest.approx(np.std(expected), rel=0.1)
+
+
+def test_random_resized_crop_only_where_there_is_a_draw():
+    decoder = Decoder(size=16, resize=16, random_resized_crop=True)
+    image = picture(40, 60)
+    rng = np.random.default_rng(0)
+    first, second = decoder(image, rng), decoder(image, rng)
+    assert first.shape == (16, 16, 3) and not (first == second).all()
+    np.testing.assert_array_equal(decoder(image), Decoder(size=16, resize=16)(image))
+
+
+@settings(deadline=None)
+@given(
+    num_images=st.integers(1, 60),
+    batch_size=st.integers(1, 60),
+    epochs=st.integers(1, 4),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_an_epoch_is_a_permutation_without_its_remainder(num_images, batch_size, epochs, seed):
+    if batch_size > num_images:
+        return
+    order = BatchOrder(num_images=num_images, batch_size=batch_size, seed=seed, epochs=epochs)
+    steps = num_images // batch_size
+    assert len(order) == steps * epochs
+    for epoch in range(epochs):
+        seen = np.concatenate([order[epoch * steps + step] for step in range(steps)])
+        assert len(set(seen.tolist())) == len(seen) == steps * batch_size
+        assert set(seen.tolist()) <= set(range(num_images))
+
+
+def test_order_depends_on_seed_and_epoch():
+    order = BatchOrder(num_images=50, batch_size=50, seed=0, epochs=2)
+    other = BatchOrder(num_images=50, batch_size=50, seed=1, epochs=2)
+    assert not (order[0] == order[1]).all() and not (order[0] == other[0]).all()
+
+
+def test_the_iterator_goes_on_where_its_state_says():
+    source = ArraySource(np.stack([picture(8, 8, seed=i) for i in range(20)]), np.arange(20))
+    order = BatchOrder(num_images=20, batch_size=4, seed=0, epochs=2)
+    decoder = Decoder(size=8, resize=8, random_resized_crop=True)
+
+    def iterator():
+        return pipeline.image_iterator(source, decoder, order, num_workers=0)
+
+    whole = list(iterator())
+    assert len(whole) == 10
+    part = iterator()
+    for _ in range(3):
+        next(part)
+    again = iterator()
+    again.set_state(part.get_state())
+    for expected, got in zip(whole[3:], again, strict=True):
+        for name in ("image", "label", "index"):
+            np.testing.assert_array_equal(expected[name], got[name])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_statistics_are_those_of_the_pixels(channels):
+    images = picture(40, 30, channels)[None]
+    mean, std = pipeline.channel_statistics(images)
+    np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(std, (images / 255).std((0, 1, 2)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 16])
+def test_evaluation_sees_every_image_once(batch_size):
+    images = np.stack([picture(4, 4, seed=i) for i in range(10)])
+    source = ArraySource(images, np.arange(10))
+    decoder = Decoder(size=4, resize=4)
+    for decoded in (images, None):
+        batches = list(pipeline.evaluation_batches(source, decoder, batch_size, decoded))
+        assert {len(batch["image"]) for batch in batches} == {batch_size}
+        mask = np.concatenate([batch["mask"] for batch in batches])
+        for name, expected in (("image", images), ("label", np.arange(10))):
+            seen = np.concatenate([batch[name] for batch in batches])
+            np.testing.assert_array_equal(seen[mask], expected)
