@@ -16,7 +16,8 @@ from flax import nnx
 import flax_resnet
 from equivalence_tests import replay
 from equivalence_tests.inputs import Case
-from flax_resnet import convert, losses, steps
+from equivalence_tests.states import named, optimizer_state
+from flax_resnet import losses, steps
 from flax_resnet.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from flax_resnet.models import cnn, resnet
 from flax_resnet.models.cpu_convolution import COMPILER_OPTIONS
@@ -29,7 +30,8 @@ FORWARD = "forward"
 def run(case: Case, dtype=np.float64, *, train=True, decisions=None, jit=False) -> dict:
     """A trace (`parity.run_jax`)."""
     network, config, state = start(case, dtype)
-    step = probed_train_step(network, config) if train else probed_evaluation(network, config)
+    probed = probed_train_step if train else probed_evaluation
+    step = probed(network, config, case.num_classes)
     if jit:
         step = jax.jit(step, compiler_options=COMPILER_OPTIONS)
     values = {}
@@ -47,8 +49,10 @@ def start(case: Case, dtype=np.float64, *, compute_dtype=None):
         optimizer=OptimizerConfig(**case.rule), schedule=ScheduleConfig(schedule="constant")
     )
     network = ProbedNetwork(model)
-    assert {leaf.dtype for leaf in jax.tree.leaves(network.initial.params)} == {np.dtype(dtype)}
-    return network, config, steps.make_state(network.initial, config)
+    state = steps.make_state(network.initial, config)
+    network.initial = None  # a second copy of up to 127 million numbers
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(dtype)}
+    return network, config, state
 
 
 def make_model(case: Case, dtype=np.float64, compute_dtype=None) -> nnx.Module:
@@ -140,10 +144,10 @@ class AsGiven:
         return images
 
 
-def probed_train_step(network: ProbedNetwork, config: TrainConfig):
+def probed_train_step(network: ProbedNetwork, config: TrainConfig, num_classes: int):
     """(state, batch) -> (state, {"forward", "loss", "gradient"})."""
     step = steps.make_train_step(
-        network, config, AsGiven(), num_classes=_num_classes(network), steps_per_epoch=1
+        network, config, AsGiven(), num_classes=num_classes, steps_per_epoch=1
     )
     update = steps._update
 
@@ -162,7 +166,7 @@ def probed_train_step(network: ProbedNetwork, config: TrainConfig):
     return probed
 
 
-def probed_evaluation(network: ProbedNetwork, config: TrainConfig):
+def probed_evaluation(network: ProbedNetwork, config: TrainConfig, num_classes: int):
     """The same of a forward and backward pass in evaluation mode; the state stays."""
     smoothing = config.optimizer.label_smoothing
 
@@ -171,7 +175,7 @@ def probed_evaluation(network: ProbedNetwork, config: TrainConfig):
             variables = steps.Variables(params, state.frozen, state.batch_stats)
             logits, stats = network.apply(variables, batch["image"], train=False)
             targets = losses.soft_targets(
-                batch["label"], logits.shape[-1], smoothing, batch["image"].dtype
+                batch["label"], num_classes, smoothing, batch["image"].dtype
             )
             return losses.cross_entropy(logits, targets).mean(), stats[FORWARD]
 
@@ -193,10 +197,6 @@ def _unprobed(state):
 
 def _without_images(tree):
     return {k: v for k, v in tree.items() if k != IMAGES}
-
-
-def _num_classes(network) -> int:
-    return network.initial.params["fc"]["bias"].shape[0]
 
 
 @contextlib.contextmanager
@@ -226,42 +226,8 @@ def trace(state, seen: dict, values: dict, config: TrainConfig, *, train=True) -
     }
 
 
-def named(tree: dict) -> dict[str, np.ndarray]:
-    """Nested leaves -> arrays under torch's names, in torch's layouts."""
-    arrays = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        keys = tuple(part.key for part in path)
-        arrays[convert.torch_name(keys, leaf.ndim)] = convert.to_torch_layout(keys, leaf)
-    return arrays
-
-
-# Fields of Optax's states -> names of torch's.
-_ADAM = {"mu": "exp_avg", "nu": "exp_avg_sq", "count": "step"}
-_KINDS = {
-    "sgd": {"trace": "momentum_buffer"},
-    "rmsprop": {"trace": "momentum_buffer", "mu": "grad_avg", "nu": "square_avg"},
-    "adam": _ADAM,
-    "adamw": _ADAM,
-}
-
-
-def optimizer_state(opt_state, optimizer: str) -> dict[str, np.ndarray]:
-    """Optax's state under the names of `torch_side.optimizer_state`."""
-    if not hasattr(opt_state, "_fields"):  # of a chain
-        parts = [optimizer_state(part, optimizer) for part in opt_state]
-        return {name: array for part in parts for name, array in part.items()}
-    arrays = {}
-    for field, value in opt_state._asdict().items():
-        kind = _KINDS[optimizer].get(field)
-        if kind == "step":
-            arrays[kind] = np.asarray(value)
-        elif kind:
-            arrays |= {f"{name} {kind}": array for name, array in named(value).items()}
-        elif isinstance(value, tuple):
-            arrays |= optimizer_state(value, optimizer)
-    return arrays
-
-
 def _channels_first(array) -> np.ndarray:
     array = np.asarray(array)
+    if array.dtype == jnp.bfloat16:  # which NumPy cannot do arithmetic with
+        array = array.astype(np.float32)
     return array.transpose(0, 3, 1, 2) if array.ndim == 4 else array

@@ -69,8 +69,10 @@ def compare(got: Trace, reference: Trace) -> list[Row]:
       ValueError: a side has tensors that the other lacks, or their shapes differ. Activations
         may have more names in the reference, which has modules where JAX has functions.
     """
+    if odd := set(got) ^ set(reference):
+        raise ValueError(f"phases of one side only: {', '.join(sorted(odd))}")
     rows = []
-    for phase in reference:
+    for phase in filter(reference.__contains__, PHASES):
         names = [n for n in reference[phase] if phase != "forward" or n in got[phase]]
         if odd := set(names) ^ set(got[phase]):
             raise ValueError(f"{phase} of one side only: {', '.join(sorted(odd))}")
@@ -97,7 +99,7 @@ def _row(phase, name, got, reference) -> Row:
 
 def _largest(array):
     """The largest absolute value, in the array's type; NaN if there is one."""
-    return np.maximum(array.max(), -array.min())
+    return abs(np.maximum(array.max(), -array.min()))
 
 
 def _ratio(error, size) -> float:

@@ -41,3 +41,6 @@ def float64(arch: str, phase: str) -> float:
         return FORWARD
     depth = re.search(r"\d+", arch)
     return BACKWARD_DEEP if depth and int(depth[0]) > DEEP else BACKWARD
+
+# The same float64 program on another number of devices: only the order of summation differs.
+PARALLEL = 1e-11

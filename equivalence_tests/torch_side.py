@@ -16,7 +16,7 @@ from torch_ref import checkpoint, losses, optim, steps
 def run(case: Case, dtype=np.float64, *, train=True, decisions=None, record=None) -> dict:
     """A trace (`parity.run_torch`)."""
     model = make_model(case, dtype).train(train)
-    optimizer = optim.make_optimizer(model, **_chosen(case.rule, optim.make_optimizer))
+    optimizer = optim.make_optimizer(model, **chosen(case.rule, optim.make_optimizer))
     seen = {"loss": {}}
     for index in range(len(case.images)):
         with _deciding(decisions and decisions[index], record):
@@ -50,7 +50,7 @@ def one_step(model, optimizer, case: Case, index: int, seen: dict, *, autocast=N
     mask = None if case.masks is None else case.masks[index]
     with recorded_activations(model) as seen["forward"], replay.masked_torch(mask):
         if model.training:
-            options = _chosen(case.rule, steps.train_step)
+            options = chosen(case.rule, steps.train_step)
             dtype = autocast or parameter.dtype
             loss = steps.train_step(
                 model, optimizer, images, labels, dtype=dtype, step=index, **options
@@ -67,10 +67,10 @@ def one_step(model, optimizer, case: Case, index: int, seen: dict, *, autocast=N
 
 
 def trace(model, optimizer, seen: dict, *, train=True) -> dict:
-    """What was seen and, after training, the state of everything."""
+    """What was seen and, after training, the state of everything; it shares the model's memory."""
     if not train:
         return seen
-    state = checkpoint.to_arrays(model.state_dict())
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     parameters = dict(model.named_parameters())
     return seen | {
         "batch_norm": {n: a for n, a in state.items() if n not in parameters},
@@ -83,9 +83,14 @@ def optimizer_state(optimizer, parameters: dict) -> dict[str, np.ndarray]:
     """`layer1.0.conv1.weight momentum_buffer` and so on; `step`, the same for all, once."""
     arrays = {}
     for name, parameter in parameters.items():
-        for kind, value in optimizer.state[parameter].items():
-            if value is not None:
-                arrays["step" if kind == "step" else f"{name} {kind}"] = to_numpy(value)
+        state = optimizer.state[parameter]
+        if "exp_avg" in state:  # RMSprop counts too, but never looks
+            arrays["step"] = state["step"].numpy()
+        arrays |= {
+            f"{name} {kind}": value.numpy()
+            for kind, value in state.items()
+            if kind != "step" and value is not None
+        }
     return arrays
 
 
@@ -134,6 +139,6 @@ def _recording(record):
     record.append(decisions)
 
 
-def _chosen(options: dict, function) -> dict:
+def chosen(options: dict, function) -> dict:
     """Those options that a function has."""
     return {k: v for k, v in options.items() if k in inspect.signature(function).parameters}

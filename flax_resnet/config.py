@@ -94,10 +94,10 @@ class DataConfig:
     """Seed of these two splits."""
 
     train_images: PositiveCount | None = None
-    """Use only this many training images (stratified, after the split)."""
+    """Use at most this many training images (stratified where it is enough for every class)."""
 
     eval_images: PositiveCount | None = None
-    """Use only this many validation and test images each (stratified)."""
+    """Use at most this many validation and test images each."""
 
     mean: tuple[float, ...] | None = None
     """Per channel, of images in [0, 1]. Left out: measured on the training split."""

@@ -54,6 +54,12 @@ def torch_name(path: tuple, rank: int) -> str:
     return ".".join(str(part) for part in (*path[:-1], leaf) if part != "layers")
 
 
+def torch_shape(path: tuple, shape: tuple) -> tuple[int, ...]:
+    """The shape of one NNX leaf in torch's layout."""
+    _, axes = _LEAVES[path[-1], len(shape)]
+    return tuple(shape[axis] for axis in np.argsort(axes))
+
+
 def to_torch_layout(path: tuple, value) -> np.ndarray:
     """A copy of one NNX leaf in torch's layout, contiguous."""
     value = np.asarray(value)
@@ -138,17 +144,12 @@ def _faults(targets, arrays) -> list[str]:
     faults += [f"unexpected {', '.join(extra)}"] if extra else []
     for name in sorted(targets.keys() & arrays.keys()):
         path, variable = targets[name]
-        expected, got = _torch_shape(path, variable[...].shape), np.shape(arrays[name])
+        expected, got = torch_shape(path, variable[...].shape), np.shape(arrays[name])
         if expected != got:
             faults.append(f"{name} has shape {got} instead of {expected}")
         elif not np.isfinite(np.asarray(arrays[name])).all():
             faults.append(f"{name} has non-finite values")
     return faults
-
-
-def _torch_shape(path, shape) -> tuple[int, ...]:
-    _, axes = _LEAVES[path[-1], len(shape)]
-    return tuple(shape[axis] for axis in np.argsort(axes))
 
 
 def _position(item) -> list[int]:

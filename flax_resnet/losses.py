@@ -18,8 +18,9 @@ def cross_entropy(logits, targets):
 
 
 def l1_penalty(params) -> jax.Array:
-    """Sum of the absolute values of all leaves."""
-    return sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(params))
+    """Sum of the absolute values of all leaves; gradient 0 at 0, as torch, where jnp.abs has 1."""
+    leaves = jax.tree.leaves(params)
+    return sum((leaf * jax.lax.stop_gradient(jnp.sign(leaf))).sum() for leaf in leaves)
 
 
 def l2_penalty(params) -> jax.Array:

@@ -123,7 +123,7 @@ def _one_cycle(start, middle, end, pct_start, total):
         return high + (low - high) / 2 * (1 + jnp.cos(jnp.pi * share))
 
     def cycle(step):
-        step = jnp.minimum(_float(step), last)
+        step = jnp.minimum(_float(step), total)  # torch allows one step past the end
         rise = anneal(start, middle, step / peak if peak else 1.0)
         fall = anneal(middle, end, (step - peak) / (last - peak) if last > peak else 1.0)
         return jnp.where(step <= peak, rise, fall)
@@ -153,8 +153,9 @@ def plateau(
     best, bad = state.get("best"), state.get("bad_epochs", 0)
     cooldown, current = state.get("cooldown", 0), state.get("lr", lr)
     sign = 1 if mode == "min" else -1
-    threshold = None if best is None else best - sign * config.plateau_threshold * best
-    if value == value and (best is None or sign * value < sign * threshold):
+    start = sign * float("inf")  # which an infinite loss does not beat
+    threshold = start if best is None else best * (1 - sign * config.plateau_threshold)
+    if sign * value < sign * threshold:  # never of NaN
         best, bad = value, 0
     else:
         bad += 1

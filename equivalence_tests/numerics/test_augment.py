@@ -248,8 +248,11 @@ def test_draw_erasing_is_torchvisions_distribution():
 
 
 def test_draw_erasing_probability_and_ten_tries():
-    erased = draw(A.draw_erasing, MANY, 0.4, 32, 32)[:, 2] > 0
+    some, every = (draw(A.draw_erasing, MANY, p, 32, 32) for p in (0.4, 1.0))
+    erased = some[:, 2] > 0
     assert abs(erased.mean() - 0.4) < 0.02
+    for left, all_ in zip(some[erased].T, every.T, strict=True):  # chance decides nothing else
+        assert stats.ks_2samp(left, all_).pvalue > 1e-4
     # In a line of pixels nothing has a height below 1 but what rounds to 0: none fits.
     assert not draw(A.draw_erasing, 100, 1.0, 1, 400)[:, 2].any()
 

@@ -27,7 +27,7 @@ CASES = [
 
 def too_large(case, *, train=True, bound=None) -> list[parity.Row]:
     """The rows beyond their bound."""
-    reference, got = parity.run_torch(case, train=train), parity.run_jax(case, train=train)
+    got, reference = parity.run_jax(case, train=train), parity.run_torch(case, train=train)
     assert {a.dtype for phase in got.values() for a in phase.values() if a.ndim} == {np.dtype("f8")}
     rows = parity.compare(got, reference)
     limit = {p: bound or tolerances.float64(case.arch, p) for p in parity.PHASES}

@@ -131,7 +131,7 @@ class DataSet:
 def open_dataset(config: DataConfig) -> DataSet:
     """The splits of `config.dataset`. Where a set has a validation split but no test split, the
     former is the test. What is then still missing is cut from the training images, stratified,
-    the test first; `train_images` of what is left are used.
+    the test first. Of what is left, at most `train_images` and `eval_images` are used.
 
     folder:DIR has either class folders directly in DIR, which is one split, or `DIR/train` and
     `DIR/test`, `DIR/val` (or `DIR/validation`), or one of these alone, which is then the test.
@@ -153,21 +153,34 @@ def open_dataset(config: DataConfig) -> DataSet:
         splits["validation"] = Subset(train, np.arange(0))
         if config.validation_fraction:
             train, splits["validation"] = _cut(train, config, "validation_fraction")
-    if config.train_images not in (None, len(train)):
-        train, _ = _cut(train, config, "train_images")
-    return DataSet(**(splits | facts | {"train": train}))
+    splits["train"] = train
+    limits = {"train": config.train_images}
+    limits |= dict.fromkeys(("validation", "test"), config.eval_images)
+    splits = {name: _limit(s, limits[name], config.split_seed) for name, s in splits.items()}
+    return DataSet(**(splits | facts))
+
+
+def _limit(source: Source, count: int | None, seed: int) -> Source:
+    """At most `count` images, stratified where that is enough for every class."""
+    if count is None or count >= len(source):
+        return source
+    everything = np.arange(len(source))
+    try:
+        chosen, _ = train_test_split(
+            everything, train_size=count, stratify=source.labels, random_state=seed
+        )
+    except ValueError:
+        chosen = np.random.default_rng(seed).choice(everything, count, replace=False)
+    return Subset(source, np.sort(chosen))
 
 
 def _cut(train: Source, config: DataConfig, field: str) -> tuple[Subset, Subset]:
     """What stays for training and what is cut off by a field of the config, both stratified."""
     value, total = getattr(config, field), len(train)
-    if field == "train_images" and value > total:
-        raise InputError(f"train_images {value}: there are {total} training images")
-    size = total - value if field == "train_images" else value
     classes, counts = np.unique(train.labels, return_counts=True)
     try:
         stay, off = train_test_split(
-            np.arange(total), test_size=size, stratify=train.labels, random_state=config.split_seed
+            np.arange(total), test_size=value, stratify=train.labels, random_state=config.split_seed
         )
     except ValueError:  # sklearn's words name its own arguments
         stay = off = np.arange(0)

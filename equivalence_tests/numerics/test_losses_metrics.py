@@ -1,0 +1,292 @@
+"""Losses are torch's, metrics scikit-learn's, and both stop at the same epoch."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+
+import torch_ref.early_stopping
+import torch_ref.losses
+from equivalence_tests import tolerances
+from flax_resnet import early_stopping, losses, metrics, steps
+from flax_resnet.config import EarlyStoppingConfig
+
+pytestmark = pytest.mark.quick
+
+NUM_CLASSES = 9
+
+
+def random_logits(size=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return size * rng.standard_normal((11, NUM_CLASSES)), rng.integers(0, NUM_CLASSES, 11)
+
+
+def loss_and_gradient_of_torch(logits, targets, smoothing=0.0):
+    logits = torch.tensor(logits, requires_grad=True)
+    loss = torch_ref.losses.cross_entropy(
+        logits, torch.tensor(targets), label_smoothing=smoothing
+    )
+    loss.backward()
+    return loss.item(), logits.grad.numpy()
+
+
+def loss_and_gradient_of_jax(logits, targets):
+    def loss(logits):
+        return losses.cross_entropy(logits, targets).mean()
+
+    return jax.value_and_grad(loss)(jnp.asarray(logits))
+
+
+def close(got, expected):
+    return all(
+        np.linalg.norm(g - e) <= tolerances.RULES * np.linalg.norm(e)
+        for g, e in zip(got, expected, strict=True)
+    )
+
+
+# Logits of 1000 overflow every softmax that does not subtract the largest.
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_cross_entropy_and_label_smoothing(size, smoothing, x64):
+    logits, labels = random_logits(size)
+    targets = losses.soft_targets(labels, NUM_CLASSES, smoothing, jnp.float64)
+    got = loss_and_gradient_of_jax(logits, targets)
+    assert close(got, loss_and_gradient_of_torch(logits, labels, smoothing))
+
+
+def test_soft_targets_of_mixup(x64):
+    logits, labels = random_logits()
+    targets = losses.soft_targets(labels, NUM_CLASSES, 0.1, jnp.float64)
+    mixed = np.asarray(0.3 * targets + 0.7 * targets[::-1])
+    got = loss_and_gradient_of_jax(logits, mixed)
+    assert close(got, loss_and_gradient_of_torch(logits, mixed))
+    # Smoothed by torch after mixing, or by us before: the same targets.
+    hard = losses.soft_targets(labels, NUM_CLASSES, 0.0, jnp.float64)
+    expected = loss_and_gradient_of_torch(logits, np.asarray(0.3 * hard + 0.7 * hard[::-1]), 0.1)
+    assert close(got, expected)
+
+
+def test_smoothing_over_the_other_classes_only_is_seen(x64):
+    logits, labels = random_logits()
+    wrong = losses.soft_targets(labels, NUM_CLASSES, 0.1 * NUM_CLASSES / (NUM_CLASSES - 1))
+    got = loss_and_gradient_of_jax(logits, wrong)
+    assert not close(got, loss_and_gradient_of_torch(logits, labels, 0.1))
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    (losses.l1_penalty, torch_ref.losses.l1_penalty),
+    (losses.l2_penalty, torch_ref.losses.l2_penalty),
+])  # fmt: skip
+def test_penalties(ours, theirs, x64):
+    rng = np.random.default_rng(0)
+    params = {"a": rng.standard_normal((3, 4)), "b": {"c": rng.standard_normal(5)}}
+    params["a"][0, 0] = 0  # where |w| has no slope, both take 0
+    tensors = [torch.tensor(leaf, requires_grad=True) for leaf in jax.tree.leaves(params)]
+    expected = theirs(tensors, 0.3)
+    expected.backward()
+    got = jax.value_and_grad(lambda p: 0.3 * ours(p))(params)
+    assert close(jax.tree.leaves(got), [expected.item(), *(t.grad.numpy() for t in tensors)])
+
+
+# Metrics: the reference sees labels and predictions, ours only the counts.
+
+
+def random_labels(kind: str, seed: int):
+    """(labels, predictions) with the awkward classes that `kind` says."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(NUM_CLASSES, 200, p=rng.dirichlet(np.ones(NUM_CLASSES)))
+    predicted = np.where(rng.random(200) < 0.6, labels, rng.integers(0, NUM_CLASSES, 200))
+    if kind == "absent":
+        labels[labels < 3] = 5  # 0 to 2 are predicted only
+    if kind == "never predicted":
+        predicted[predicted < 3] = 5
+    if kind == "neither":
+        labels[labels < 3], predicted[predicted < 3] = 5, 5
+    if kind == "one class":
+        labels[:], predicted[:] = 4, 4
+    if kind == "all wrong":
+        predicted = (labels + 1) % NUM_CLASSES
+    return labels, predicted
+
+
+def counts(labels, predicted):
+    confusion = np.zeros((NUM_CLASSES, NUM_CLASSES), np.int32)
+    np.add.at(confusion, (labels, predicted), 1)
+    return confusion
+
+
+KINDS = ["any", "absent", "never predicted", "neither", "one class", "all wrong"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_are_scikit_learns(kind, seed):
+    labels, predicted = random_labels(kind, seed)
+    summary = metrics.summarize(counts(labels, predicted))
+    expected = {"accuracy": sklearn.metrics.accuracy_score(labels, predicted)}
+    for average in ("macro", "micro", "weighted"):
+        scores = sklearn.metrics.precision_recall_fscore_support(
+            labels, predicted, average=average, zero_division=0
+        )
+        names = (f"precision_{average}", f"recall_{average}", f"f1_{average}")
+        expected |= dict(zip(names, scores[:3], strict=True))
+    assert summary == pytest.approx(expected, abs=1e-14)
+    each = sklearn.metrics.precision_recall_fscore_support(
+        labels, predicted, labels=range(NUM_CLASSES), zero_division=0
+    )
+    for got, want in zip(metrics.per_class(counts(labels, predicted)).values(), each, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-14)
+
+
+def test_rows_are_the_true_classes():
+    labels, predicted = random_labels("absent", 0)
+    swapped = metrics.summarize(counts(predicted, labels))
+    summary = metrics.summarize(counts(labels, predicted))
+    assert swapped["precision_macro"] == summary["recall_macro"] != summary["precision_macro"]
+
+
+def test_no_images_give_zeros():
+    summary = metrics.summarize(np.zeros((3, 3), int))
+    assert set(summary.values()) == {0.0}
+
+
+class Logits:
+    """A network whose images are its logits."""
+
+    def apply(self, variables, images, *, train):
+        assert not train
+        return images[:, 0, 0], None
+
+
+class AsGiven:
+    def to_unit(self, images, dtype):
+        return images.astype(dtype)
+
+    def normalize(self, images):
+        return images
+
+
+def evaluated(logits, labels, split) -> dict:
+    """Sums of `eval_step` over batches of these sizes, padded to the largest."""
+    step = steps.make_eval_step(Logits(), AsGiven(), num_classes=NUM_CLASSES)
+    variables = steps.Variables({"w": jnp.zeros((), jnp.float64)}, {}, {})
+    total, start = None, 0
+    for size in split:
+        rows = slice(start, start + size)
+        pad = max(split) - size
+        batch = {
+            # What fills a batch up must not matter: NaN would show.
+            "image": jnp.pad(logits[rows], ((0, pad), (0, 0)), constant_values=jnp.nan)[:, None, None],
+            "label": jnp.pad(jnp.asarray(labels[rows]), (0, pad), constant_values=3),
+            "mask": jnp.arange(max(split)) < size,
+        }
+        sums = step(variables, batch)
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        start += size
+    return jax.tree.map(np.asarray, total)
+
+
+@pytest.mark.parametrize("split", [(53,), (20, 20, 13), (1,) * 53, (52, 1), (30, 23)])
+def test_any_split_into_batches_gives_the_sums_of_the_whole(split, x64):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((53, NUM_CLASSES)), rng.integers(0, NUM_CLASSES, 53)
+    sums = evaluated(logits, labels, split)
+    assert sums["count"] == 53
+    loss = torch.nn.functional.cross_entropy(
+        torch.tensor(logits), torch.tensor(labels), reduction="sum"
+    )
+    assert sums["loss"] == pytest.approx(loss.item(), rel=tolerances.RULES)
+    top5 = sklearn.metrics.top_k_accuracy_score(
+        labels, logits, k=5, normalize=False, labels=range(NUM_CLASSES)
+    )
+    assert sums["top5"] == top5
+    np.testing.assert_array_equal(
+        sums["confusion"], sklearn.metrics.confusion_matrix(labels, logits.argmax(1))
+    )
+
+
+def test_a_mean_of_means_would_be_seen(x64):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((53, NUM_CLASSES)), rng.integers(0, NUM_CLASSES, 53)
+    whole = evaluated(logits, labels, (53,))
+    parts = [evaluated(logits[a:b], labels[a:b], (b - a,)) for a, b in ((0, 50), (50, 53))]
+    means = np.mean([part["loss"] / part["count"] for part in parts])
+    assert means != pytest.approx(whole["loss"] / 53, rel=1e-3)
+
+
+@pytest.mark.parametrize("k", [2, 4, 5, 6])
+def test_top_5_with_few_classes(k, x64):
+    """With five classes or fewer everything is among the first five."""
+    logits, labels = random_logits()
+    logits, labels = logits[:, :k], labels % k
+    step = steps.make_eval_step(Logits(), AsGiven(), num_classes=k)
+    batch = {"image": jnp.asarray(logits)[:, None, None], "label": jnp.asarray(labels)}
+    batch["mask"] = jnp.ones(len(labels), bool)
+    sums = step(steps.Variables({"w": jnp.zeros((), jnp.float64)}, {}, {}), batch)
+    ranked = torch.tensor(logits).topk(min(5, k)).indices.numpy()
+    assert sums["top5"] == (ranked == labels[:, None]).sum()
+
+
+# Early stopping.
+
+NAN, INF = math.nan, math.inf
+COURSES = [
+    [1.0, 0.9, 0.8, 0.85, 0.9, 0.79, 0.95, 0.95, 0.95, 0.95],
+    [0.1, 0.2, 0.3, 0.25, 0.3, 0.31, 0.31, 0.31, 0.31, 0.31],
+    [NAN, NAN, 0.5, NAN, 0.4, INF, -INF, NAN, NAN, NAN],
+    [1.0] * 8,
+    [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7],
+    list(np.random.default_rng(1).standard_normal(40)),
+]
+
+
+def stops(config, values):
+    """Of every epoch: whether to stop, the best value and its epoch."""
+    state, seen = early_stopping.EarlyStopping(), []
+    for epoch, value in enumerate(values, start=1):
+        state, stop = early_stopping.update(state, value, epoch, config)
+        seen.append((stop, state.best, state.best_epoch or None, state.bad_epochs))
+    return seen
+
+
+def stops_of_torch(config, values):
+    state, seen = torch_ref.early_stopping.EarlyStopping(
+        mode=config.mode, patience=config.patience, min_delta=config.min_delta
+    ), []
+    for epoch, value in enumerate(values, start=1):
+        state = state.update(value, epoch)
+        seen.append((state.stop, state.best, state.best_epoch, state.bad_epochs))
+    return seen
+
+
+@pytest.mark.parametrize("monitor", ["validation_loss", "validation_accuracy"])
+@pytest.mark.parametrize("patience", [0, 1, 2, 3])
+@pytest.mark.parametrize("min_delta", [0.0, 0.07])
+def test_early_stopping_is_the_twins(monitor, patience, min_delta):
+    config = EarlyStoppingConfig(monitor=monitor, patience=patience, min_delta=min_delta)
+    for values in COURSES:
+        assert stops(config, values) == stops_of_torch(config, values)
+
+
+@pytest.mark.parametrize(
+    "monitor, patience, min_delta, values, stop, best",
+    [
+        ("validation_loss", 2, 0.0, [1.0, 0.5, 0.6, 0.5], 4, 2),  # as good is not better
+        ("validation_loss", 1, 0.1, [1.0, 0.95, 0.5], 2, 1),
+        ("validation_loss", 2, 0.1, [1.0, 0.95, 0.89, 0.9], None, 3),  # against the best, not the last
+        ("validation_accuracy", 2, 0.0, [0.1, 0.3, 0.2, 0.3, 0.4], 4, 2),
+        ("validation_accuracy", 0, 0.0, [0.9] + [0.1] * 50, None, 1),
+        ("validation_accuracy", 1, 0.0, [NAN, 0.2], 1, None),
+        ("validation_f1_macro", 3, 0.0, [0.2, NAN, INF, 0.3], None, 4),
+    ],
+)
+def test_early_stopping_by_hand(monitor, patience, min_delta, values, stop, best):
+    config = EarlyStoppingConfig(monitor=monitor, patience=patience, min_delta=min_delta)
+    seen = stops(config, values)
+    flags = [row[0] for row in seen]
+    assert (flags.index(True) + 1 if True in flags else None) == stop
+    assert seen[(stop or len(values)) - 1][2] == best

@@ -1,0 +1,371 @@
+"""Optimizers and schedules are torch.optim's, in float64: every option, update by update.
+
+Updates and states are compared, not only parameters: a wrong step of Adam is 1e-5 of a step and
+1e-8 of a weight.
+"""
+
+import contextlib
+import itertools
+import math
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from torch import nn
+
+import torch_ref.optim
+from equivalence_tests import tolerances, torch_side
+from equivalence_tests.states import named, optimizer_state
+from flax_resnet import convert, optim, steps
+from flax_resnet.config import OptimizerConfig, ScheduleConfig, TrainConfig
+
+pytestmark = pytest.mark.quick
+
+STEPS = 24
+SHAPES = {"conv.weight": (3, 2, 3, 3), "bn.weight": (5,), "fc.weight": (4, 5), "fc.bias": (4,)}
+
+
+def tree(arrays: dict) -> dict:
+    """Torch's names and layouts -> nested NNX leaves."""
+    leaves = {"conv.weight": "kernel", "bn.weight": "scale", "fc.weight": "kernel"}
+    nested = {}
+    for name, array in arrays.items():
+        module, leaf = name.split(".")
+        leaf = leaves.get(name, leaf)
+        layout = convert.to_nnx_layout((module, leaf), array)
+        nested.setdefault(module, {})[leaf] = jnp.asarray(layout)
+    return nested
+
+
+def numbers(seed=0):
+    """Parameters, and the gradients of every step: norms from 1e-9, about Adam's eps, to 30."""
+    rng = np.random.default_rng(seed)
+    params = {name: rng.standard_normal(shape) for name, shape in SHAPES.items()}
+    sizes = 10.0 ** rng.uniform(-9, 1, STEPS)
+    sizes[:4] = 1, 1e-8, 10, 1e-2
+    return params, [
+        {name: size * rng.standard_normal(shape) for name, shape in SHAPES.items()}
+        for size in sizes
+    ]
+
+
+def rates() -> np.ndarray:
+    """A learning rate for every step, that jumps: some rules differ only then."""
+    return 0.01 * 0.3 ** (np.arange(STEPS) // 7)
+
+
+def run_torch(rule: dict) -> list[dict]:
+    """After every step: parameters, state and moving average."""
+    params, gradients = numbers()
+    model = nn.Module()
+    for name, value in params.items():
+        model.register_parameter(name.replace(".", "_"), nn.Parameter(torch.tensor(value)))
+    parameters = dict(zip(params, model.parameters(), strict=True))
+    options = {k: v for k, v in rule.items() if k not in ("clip_norm", "ema_decay")}
+    accumulate = options.pop("accumulate_steps", 1)
+    optimizer = torch_ref.optim.make_optimizer(model, **options)
+    ema = torch_ref.optim.make_ema(model, rule["ema_decay"]) if "ema_decay" in rule else None
+    seen = []
+    for step, (gradient, lr) in enumerate(zip(gradients, rates(), strict=True)):
+        if step % accumulate == 0:
+            optimizer.zero_grad()
+        for name, parameter in parameters.items():
+            share = torch.tensor(gradient[name]) / accumulate
+            parameter.grad = share if parameter.grad is None else parameter.grad + share
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if (step + 1) % accumulate == 0:
+            if "clip_norm" in rule:
+                nn.utils.clip_grad_norm_(model.parameters(), rule["clip_norm"])
+            optimizer.step()
+            if ema:
+                ema.update_parameters(model)
+        state = torch_side.optimizer_state(optimizer, parameters)
+        seen.append({n: p.detach().numpy().copy() for n, p in parameters.items()})
+        seen[-1] |= {n: a.copy() for n, a in state.items()}
+        if ema and step + 1 >= accumulate:
+            averages = dict(zip(params, ema.module.parameters(), strict=True))
+            seen[-1] |= {f"{n} ema": p.detach().numpy().copy() for n, p in averages.items()}
+    return seen
+
+
+def run_jax(rule: dict) -> list[dict]:
+    """The same by `flax_resnet.steps._update`, which is what a training step calls."""
+    params, gradients = numbers()
+    config = TrainConfig(optimizer=OptimizerConfig(**rule))
+    state = steps.make_state(steps.Variables(tree(params), {}, {}), config)
+    update = jax.jit(lambda state, g, lr: steps._update(state, g, {}, config, lr, None))
+    seen = []
+    for gradient, lr in zip(gradients, rates(), strict=True):
+        state = update(state, tree(gradient), lr)
+        optimizer = optimizer_state(state.opt_state, config.optimizer.optimizer)
+        seen.append(named(state.params) | optimizer)
+        if state.ema and state.step >= config.optimizer.accumulate_steps:
+            averages = named(state.ema)
+            seen[-1] |= {f"{name} ema": array for name, array in averages.items()}
+    return seen
+
+
+def differences(rule: dict) -> list[str]:
+    """What differs, and when."""
+    found, before = [], [numbers()[0]] * 2
+    for step, after in enumerate(zip(run_jax(rule), run_torch(rule), strict=True)):
+        states = [now | updates(now, last) for now, last in zip(after, before, strict=True)]
+        found += [f"step {step}: {name}" for name in unlike(*states)]
+        before = after
+    return found
+
+
+def updates(now: dict, last: dict) -> dict:
+    return {f"{name} update": now[name] - last[name] for name in SHAPES}
+
+
+def unlike(got: dict, expected: dict) -> list[str]:
+    """Names of what differs by more than the bound."""
+    # Optax has a state before the first update, torch only after it.
+    updated = any(np.any(expected[f"{name} update"]) for name in SHAPES)
+    names = expected.keys() | got.keys() if updated else expected.keys()
+    return sorted(name for name in names if not close(name, got, expected))
+
+
+def close(name: str, got: dict, expected: dict) -> bool:
+    if name not in got or name not in expected:
+        return False
+    bound = tolerances.RULES * np.linalg.norm(expected[name])
+    if parameter := name.removesuffix(" update") if name.endswith("update") else None:
+        # The difference of two weights is known to the rounding of a weight.
+        bound += np.finfo(float).eps * np.linalg.norm(expected[parameter])
+    return bool(np.linalg.norm(got[name] - expected[name]) <= bound)
+
+
+SGD = [
+    dict(momentum=m, nesterov=n, weight_decay=d)
+    for m, n, d in itertools.product((0.0, 0.9), (False, True), (0.0, 0.1))
+]
+ADAM = [dict(optimizer=o, weight_decay=d) for o in ("adam", "adamw") for d in (0.0, 0.1)]
+RMSPROP = [
+    dict(optimizer="rmsprop", momentum=m, centered=c, weight_decay=d)
+    for m, c, d in itertools.product((0.0, 0.9), (False, True), (0.0, 0.1))
+]
+EVERY = [
+    dict(optimizer=o, weight_decay=0.1, centered=o == "rmsprop")
+    for o in ("sgd", "adam", "adamw", "rmsprop")
+]
+MORE = [
+    dict(decoupled_weight_decay=True),
+    dict(decay_norm_and_bias=False),
+    dict(decay_norm_and_bias=False, decoupled_weight_decay=True),
+    dict(clip_norm=1.0),
+    dict(clip_norm=1e9),
+    dict(accumulate_steps=3),
+    dict(accumulate_steps=3, clip_norm=1.0),
+    dict(ema_decay=0.9),
+    dict(ema_decay=0.9, accumulate_steps=2),
+]
+RULES = SGD + ADAM + RMSPROP + [a | b for a, b in itertools.product(EVERY, MORE)]
+RULES += [dict(optimizer="adam", beta1=0.5, beta2=0.9, eps=1e-3), dict(optimizer="rmsprop", alpha=0.5)]
+
+
+def label(rule: dict) -> str:
+    return " ".join(f"{k}={v}" for k, v in rule.items())
+
+
+@pytest.mark.parametrize("rule", RULES, ids=label)
+def test_every_update_and_state_is_torchs(rule, x64):
+    assert differences(rule) == []
+
+
+def test_gradients_lie_on_both_sides_of_every_threshold():
+    norms = [math.sqrt(sum((g**2).sum() for g in step.values())) for step in numbers()[1]]
+    assert min(norms) < 1e-7 and max(norms) > 10  # of Adam's eps, and of clip_norm
+    assert len(set(rates())) > 2
+
+
+def eps_inside(decay, eps, eps_in_sqrt):
+    return RMS(decay, eps, eps_in_sqrt=True)
+
+
+def no_epsilon_in_clip(max_norm):
+    return optax.clip_by_global_norm(max_norm)
+
+
+def decay_after_momentum(config, momentum):
+    decay = optax.add_decayed_weights(config.weight_decay)
+    return optax.chain(optax.trace(config.momentum, config.nesterov), decay)
+
+
+RMS = optax.scale_by_rms
+ADAM_RULE = optax.scale_by_adam
+FAULTS = {
+    "eps inside RMSprop's root": (optax, "scale_by_rms", eps_inside, dict(optimizer="rmsprop")),
+    "eps inside Adam's root": (
+        optax,
+        "scale_by_adam",
+        lambda b1, b2, eps: ADAM_RULE(b1, b2, 0.0, eps_root=eps**2),
+        dict(optimizer="adam"),
+    ),
+    "Optax's clipping": (optim, "clip_by_global_norm", no_epsilon_in_clip, dict(clip_norm=1.0)),
+    "EMA starts at zero": (
+        steps,
+        "_moving_average",
+        lambda state, params, config: jax.tree.map(
+            lambda old, new: 0.9 * old * (state.step > 0) + 0.1 * new, state.ema, params
+        ),
+        dict(ema_decay=0.9),
+    ),
+    "gradients summed": (
+        optim,
+        "accumulate",
+        lambda rule, n, dtype: optax.MultiSteps(rule, n, use_grad_mean=False),
+        dict(accumulate_steps=3),
+    ),
+    "biases spared": (
+        optim,
+        "_decay_mask",
+        lambda config: lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        dict(weight_decay=0.1),
+    ),
+    "decay decoupled": (optim, "_direction", decay_after_momentum, dict(weight_decay=0.1)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen(fault, x64):
+    module, name, wrong, rule = FAULTS[fault]
+    with mock.patch.object(module, name, wrong):
+        assert differences(rule) != []
+
+
+# Schedules
+
+EPOCHS, UPDATES = 9, 4
+PAST = 5
+
+SCHEDULES = [
+    dict(schedule="constant"),
+    dict(schedule="step", step_epochs=2, gamma=0.3),
+    dict(schedule="step", step_epochs=100),
+    dict(schedule="multistep", milestones=(2, 5, 6), gamma=0.5),
+    dict(schedule="cosine"),
+    dict(schedule="cosine", min_lr=0.03),
+    dict(schedule="onecycle"),
+    dict(schedule="onecycle", pct_start=0.5, div_factor=10.0, final_div_factor=100.0),
+    dict(schedule="onecycle", cycle_momentum=True),
+    dict(schedule="onecycle", pct_start=0.05),
+]
+WARMUPS = [{}, dict(warmup_epochs=2.0), dict(warmup_epochs=0.75, warmup_factor=0.5)]
+
+
+def torch_course(options: dict, updates=UPDATES) -> np.ndarray:
+    """[steps, 2]: learning rate and momentum of every update, and as far past as torch goes."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4, momentum=0.9)
+    scheduler, _ = torch_ref.optim.make_schedulers(optimizer, EPOCHS, updates, **options)
+    course = []
+    with contextlib.suppress(ValueError):  # OneCycleLR ends with its last step
+        for _ in range(round(EPOCHS * updates) + PAST):
+            group = optimizer.param_groups[0]
+            course.append((group["lr"], group["momentum"]))
+            optimizer.step()
+            scheduler.step()
+    return np.array(course)
+
+
+def jax_course(options: dict, num_steps: int, updates=UPDATES) -> np.ndarray:
+    config = ScheduleConfig(**options)
+    rate = optim.make_schedule(config, 0.4, updates, EPOCHS)
+    momentum = optim.make_momentum_schedule(config, updates, EPOCHS) or (lambda step: 0.9)
+    return np.array([(rate(step), momentum(step)) for step in jnp.arange(num_steps)])
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+@pytest.mark.parametrize("warmup", WARMUPS, ids=label)
+@pytest.mark.parametrize("options", SCHEDULES, ids=label)
+def test_schedules_to_their_end_and_beyond(options, warmup, x64):
+    for updates in (UPDATES, 3.5):
+        expected = torch_course(options | warmup, updates)
+        assert len(expected) >= round(EPOCHS * updates)
+        if options["schedule"] != "onecycle":
+            assert len(expected) == round(EPOCHS * updates) + PAST
+        got = jax_course(options | warmup, len(expected), updates)
+        np.testing.assert_allclose(got, expected, rtol=tolerances.RULES, atol=1e-18)
+
+
+def optax_cosine(config, lr, updates_per_epoch, total):
+    return optax.cosine_decay_schedule(lr, total)
+
+
+def optax_onecycle(config, lr, updates_per_epoch, total):
+    return optax.cosine_onecycle_schedule(total, lr, config.pct_start)
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+@pytest.mark.parametrize(
+    "options, wrong",
+    [(dict(schedule="cosine"), optax_cosine), (dict(schedule="onecycle"), optax_onecycle)],
+    ids=["cosine", "onecycle"],
+)
+def test_optaxs_own_schedules_differ(options, wrong, x64):
+    expected = torch_course(options)
+    with mock.patch.object(optim, "_main_schedule", wrong):
+        assert np.abs(jax_course(options, len(expected)) - expected).max() > 1e-5
+
+
+# Plateau
+
+NAN = float("nan")
+COURSES = {
+    "falls and stays": [1.0, 0.9, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.7, 0.7, 0.7, 0.7, 0.7],
+    "within the threshold": [1.0 - 3e-5 * i for i in range(14)],
+    "negative": [-1.0, -1.00001, -1.2, -1.2, -1.1, -1.1, -1.3, -1.3, -1.3, -1.3],
+    "not a number": [NAN, 1.0, NAN, NAN, NAN, 0.9, NAN, NAN, NAN, NAN],
+    "infinite": [math.inf, 1.0, math.inf, math.inf, math.inf, 0.5, 0.5, 0.5],
+    "zero": [0.0] * 8,
+    "walk": list(np.random.default_rng(0).standard_normal(60).cumsum()),
+}
+PLATEAUS = [
+    dict(plateau_patience=p, plateau_cooldown=c, min_lr=m, plateau_threshold=t)
+    for p, c, m, t in itertools.product((0, 1, 3), (0, 2), (0.0, 0.05), (1e-4, 0.1))
+] + [dict(gamma=0.01, plateau_patience=0)]
+
+
+def torch_cuts(options: dict, mode: str, values: list) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
+    _, plateau = torch_ref.optim.make_schedulers(
+        optimizer, 1, 1, mode, schedule="plateau", **options
+    )
+    seen = []
+    for value in values:
+        plateau.step(value)
+        seen.append(optimizer.param_groups[0]["lr"])
+    return seen
+
+
+def jax_cuts(options: dict, mode: str, values: list) -> list[float]:
+    config = ScheduleConfig(schedule="plateau", **options)
+    state, seen = {}, []
+    for value in values:
+        state, factor = optim.plateau(state, value, config, 0.4, mode)
+        seen.append(0.4 * factor)
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("values", COURSES.values(), ids=COURSES)
+def test_plateau(values, mode):
+    for options in PLATEAUS:
+        expected = torch_cuts(options, mode, values)
+        np.testing.assert_allclose(
+            jax_cuts(options, mode, values), expected, rtol=tolerances.RULES, err_msg=str(options)
+        )
+
+
+def test_the_courses_cut_and_a_patience_off_by_one_is_seen():
+    for name, values in COURSES.items():
+        options = dict(plateau_patience=1)
+        expected = torch_cuts(options, "min", values)
+        assert expected[-1] < 0.4, name
+        assert jax_cuts(dict(plateau_patience=0), "min", values) != pytest.approx(expected)

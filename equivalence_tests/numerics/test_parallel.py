@@ -1,0 +1,113 @@
+"""One device = a mesh = pmap: the same loss, gradients, statistics and weights, in float64.
+
+Everything random is on, and the shards differ, so a statistic of a shard instead of the global
+batch, or a draw that depends on the device, moves the result by far more than the bound.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from equivalence_tests.tolerances import PARALLEL
+from flax_resnet import cli, steps
+from flax_resnet.config import ParallelConfig, TrainConfig
+from flax_resnet.models import create_model
+from flax_resnet.parallel import Engine
+
+NUM_STEPS, BATCH = 5, 16
+CONFIG = {
+    "batch_size": str(BATCH),
+    "augment": {
+        "random_crop": "1", "horizontal_flip": ".5", "rotation": "20", "brightness": ".2",
+        "contrast": ".2", "saturation": ".2", "hue": ".1", "random_erasing": ".5", "mixup": ".3",
+    },
+    "optimizer": {"lr": ".01", "l1": "1e-5", "label_smoothing": ".1", "clip_norm": "1"},
+    "model": {"dropout": ".4", "dtype": "float64"},
+}  # fmt: skip
+
+
+def images_and_labels():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 10, 12, 3))
+    images = images * np.linspace(0.1, 1, 40).reshape(-1, 1, 1, 1)  # shards differ in brightness
+    return images.astype(np.uint8), rng.integers(0, 5, 40).astype(np.int32)
+
+
+def run(mode: str, devices: int, steps_per_dispatch: int = 1, share_statistics=True) -> dict:
+    """{name: value} after five steps: every metric of every step and the whole state."""
+    config = cli.merge(TrainConfig(), CONFIG)
+    engine = Engine(ParallelConfig(parallel=mode, devices=devices))
+    model = create_model(
+        "resnet20", 5, dropout=config.model.dropout, param_dtype="float64",
+        bn_axis_name=engine.axis_name if share_statistics else None,
+    )  # fmt: skip
+    network = steps.Network(model)
+    train_step = steps.make_train_step(
+        network, config, steps.Preprocess((0.4,) * 3, (0.2,) * 3), num_classes=5,
+        steps_per_epoch=2, axis_name=engine.axis_name,
+    )  # fmt: skip
+    images, labels = images_and_labels()
+    resident = engine.replicate({"image": images, "label": labels})
+    state = engine.replicate(steps.make_state(network.initial, config))
+    rng, values = np.random.default_rng(1), {}
+    step_fn = engine.compile_train(train_step, steps_per_dispatch)
+    for first in range(0, NUM_STEPS, steps_per_dispatch):
+        batches = [
+            {"index": rng.permutation(40)[:BATCH].astype(np.int32)}
+            for _ in range(steps_per_dispatch)
+        ]
+        state, metrics = step_fn(state, resident, engine.shard(batches))
+        for name, value in engine.fetch_metrics(metrics).items():
+            values |= {f"{name} {first + i}": v for i, v in enumerate(value)}
+    state = jax.device_get(engine.single(state))
+    return values | {jax.tree_util.keystr(p): v for p, v in jax.tree.flatten_with_path(state)[0]}
+
+
+@functools.cache
+def one_device() -> dict:
+    return run("jit", 1)
+
+
+def worst(got: dict, expected: dict) -> float:
+    """Largest relative error of any array, by its norm."""
+    assert got.keys() == expected.keys()
+    errors = []
+    for name, value in expected.items():
+        value, other = np.asarray(value, float), np.asarray(got[name], float)
+        errors.append(np.linalg.norm(other - value) / max(np.linalg.norm(value), 1e-300))
+    return max(errors)
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_the_number_of_devices_does_not_matter(mode, devices, x64):
+    assert worst(run(mode, devices), one_device()) <= PARALLEL
+
+
+def test_pmap_of_one_device_is_plain(x64):
+    assert worst(run("pmap", 1), one_device()) <= PARALLEL
+
+
+@pytest.mark.slow  # XLA:CPU runs convolutions inside a scan tens of times slower
+@pytest.mark.parametrize("mode,devices", [("jit", 1), ("jit", 2), ("pmap", 2)])
+def test_several_steps_a_dispatch_are_the_same_steps(mode, devices, x64):
+    assert worst(run(mode, devices, steps_per_dispatch=5), one_device()) <= PARALLEL
+
+
+def test_statistics_of_a_shard_are_noticed(x64):
+    """Negative control: BatchNorm without the other devices."""
+    assert worst(run("pmap", 2, share_statistics=False), one_device()) > 1e6 * PARALLEL
+
+
+def test_draws_of_the_device_are_noticed(x64, monkeypatch):
+    """Negative control: keys by position in the shard instead of by example."""
+    original = jax.random.fold_in
+    expected = one_device()
+
+    def by_position(key, data):
+        return original(key, data % 7)
+
+    monkeypatch.setattr(jax.random, "fold_in", by_position)
+    assert worst(run("jit", 2), expected) > 1e6 * PARALLEL
