@@ -22,8 +22,8 @@ MOST_VALUES = 20_000
 """Values per channel up to which n / (n - 1) moves a variance by 5e-5 or more."""
 
 RESIDUAL_END = 0.3
-"""Size of the last scale of a residual branch: 54 blocks then add up to a few times one. With 1 each
-block would double the variance in evaluation mode and saturate the loss."""
+"""Size of the last scale of a residual branch: 54 blocks then add up to a few times one. With 1
+each block would double the variance in evaluation mode, and saturate the loss."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

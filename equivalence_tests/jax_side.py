@@ -1,8 +1,8 @@
 """A case in JAX: `flax_resnet.steps.make_train_step`, with probes in it.
 
 The network that the step is made of reports its activations beside the running statistics, and
-adds zeros, an extra parameter, to the images: so their gradient comes out with the others'. Both are
-taken out again before the update.
+adds zeros, an extra parameter, to the images: so their gradient comes out with the others'. Both
+are taken out again before the update.
 """
 
 import contextlib

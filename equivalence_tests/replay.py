@@ -1,5 +1,5 @@
-"""What the two frameworks draw or decide for themselves, made one: dropout masks, and the sides that
-ReLU and max-pool take.
+"""What the two frameworks draw or decide for themselves, made one: dropout masks, and the sides
+that ReLU and max-pool take.
 
 A ReLU whose input is within rounding of 0 may open in one framework and stay shut in the other.
 One such flip in two million moves float32 gradients by 4e-3, a thousand times their rounding. So

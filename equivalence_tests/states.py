@@ -82,9 +82,7 @@ def _visit(node, kinds: dict, function):
     if not hasattr(node, "_fields"):  # of a chain
         return tuple(_visit(part, kinds, function) for part in node)
     fields = {
-        field: function(kinds[field], value)
-        if field in kinds
-        else _visit(value, kinds, function)
+        field: function(kinds[field], value) if field in kinds else _visit(value, kinds, function)
         for field, value in node._asdict().items()
     }
     return node._replace(**fields)

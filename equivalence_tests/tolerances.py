@@ -4,8 +4,8 @@ difference over the norm of the reference, per tensor."""
 import re
 
 FORWARD = 1e-11
-"""Float64, activations, loss and BatchNorm statistics. Rounding gives 1e-15 to 1e-13 in all 16 nets;
-the smallest known difference of definition that a forward pass shows is 1e-6."""
+"""Float64, activations, loss and BatchNorm statistics. Rounding gives 1e-15 to 1e-12 in all 16
+nets; the smallest known difference of definition that a forward pass shows is 1e-6."""
 
 DEEP = 50
 """Layers beyond which BACKWARD_DEEP holds."""
@@ -14,7 +14,8 @@ BACKWARD = 1e-11
 """Float64, gradients, optimizer state and parameters after a step."""
 
 BACKWARD_DEEP = 1e-10
-"""The same in nets of more than 50 layers: rounding grows with depth, and resnet152 sits at 1.4e-11."""
+"""The same in nets of more than 50 layers: rounding grows with depth, to 1.4e-11 in resnet152 on
+some inputs."""
 
 TRAJECTORY = 1e-11
 """Float64, parameters after 20 steps at a learning rate of 1e-3, where training does not yet
@@ -27,8 +28,8 @@ most a few hundred steps."""
 BUDGET_FACTOR = 2
 BUDGET_ULPS = 4
 """Narrow types: error <= 2 x the error of torch + 4 ulp, both errors measured against float64. The
-order of a sum is free, so two right answers differ by about their own errors; 4 ulp are for tensors that
-torch happens to get exactly."""
+order of a sum is free, so two right answers differ by about their own errors; 4 ulp are for
+tensors that torch happens to get exactly."""
 
 SCALAR_BATCHES = 32
 """The error of one scalar is luck (torch's may be 0): scalars are compared by the root mean square
@@ -41,6 +42,7 @@ def float64(arch: str, phase: str) -> float:
         return FORWARD
     depth = re.search(r"\d+", arch)
     return BACKWARD_DEEP if depth and int(depth[0]) > DEEP else BACKWARD
+
 
 # The same float64 program on another number of devices: only the order of summation differs.
 PARALLEL = 1e-11

@@ -176,7 +176,7 @@ class OptimizerConfig:
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
     """Which rule."""
 
-    lr: Positive = 0.05
+    lr: Positive = 0.02
     """Learning rate at its highest."""
 
     momentum: Fraction = 0.9
@@ -278,7 +278,7 @@ class EarlyStoppingConfig:
     """Epochs without improvement before the run stops; 0 never stops it."""
 
     monitor: Literal["validation_loss", "validation_accuracy", "validation_f1_macro"] = (
-        "validation_accuracy"
+        "validation_loss"
     )
     """What is watched: for the best checkpoint, early stopping and the plateau schedule."""
 

@@ -85,7 +85,7 @@ class Display:
 def results_table(splits: dict[str, dict]) -> Table:
     """{"test": {"loss", "accuracy", ...}} -> a row a split."""
     table = Table()
-    table.add_column("split")
+    table.add_column("split", no_wrap=True)
     for name in _COLUMNS:
         table.add_column(name.replace("_", " "), justify="right")
     for split, values in splits.items():

@@ -86,7 +86,7 @@ def fit(
     ema_decay: float = 0.0,
     mixup: float = 0.0,
     patience: int = 0,
-    monitor: Monitor = "validation_accuracy",
+    monitor: Monitor = "validation_loss",
     min_delta: float = 0.0,
     restore_best: bool = True,
 ) -> dict:

@@ -294,19 +294,20 @@ def test_belongs_to_the_example(name):
     assert np.abs(np.asarray(whole - other)).max() > 0.1
 
 
-ALL = AugmentConfig(**{name: x for values in CONFIGS.values() for name, x in values.items()})
 augment = jax.jit(A.augment, static_argnums=2)
 
 
 def test_order_of_the_transforms():
+    """With contrast, whose mean sees what crop and rotation have cut off."""
+    geometry = CONFIGS["crop"] | CONFIGS["flip"] | CONFIGS["rotation"]
     images = to_jax(pixels())
     expected = A.crop(images, draw(A.draw_crop, B, 3), 3)
     expected = A.flip(expected, draw(A.draw_flip, B, 0.5))
     expected = A.rotate(expected, draw(A.draw_rotation, B, 30.0))
-    expected = jax.jit(A.color_jitter)(
-        expected, *draw(A.draw_color_jitter, B, (0.4, 0.3, 0.5, 0.2))
-    )
-    np.testing.assert_allclose(augment(keys(B), images, ALL), expected, atol=FLOAT)
+    order, factors = draw(A.draw_color_jitter, B, (0, 0.8, 0, 0))
+    expected = A.color_jitter(expected, order, factors, active=(A.CONTRAST,))
+    actual = augment(keys(B), images, AugmentConfig(**geometry, contrast=0.8))
+    np.testing.assert_allclose(actual, expected, atol=FLOAT)
 
 
 def test_off_is_no_operation():

@@ -175,9 +175,17 @@ def test_other_widths_keep_their_values(dtype):
     assert same(flax_resnet.state_dict(model), expected)
 
 
+def transposed_in_memory(array):
+    return array.T.copy().T
+
+
+def reversed_in_memory(array):
+    return array[..., ::-1].copy()[..., ::-1] if array.ndim else array
+
+
 def test_arrays_that_are_not_contiguous_keep_their_values():
     case = inputs.make_case("resnet20")
-    for change in (lambda a: a.T.copy().T, lambda a: a[..., ::-1].copy()[..., ::-1] if a.ndim else a):
+    for change in (transposed_in_memory, reversed_in_memory):
         odd = {name: change(array) for name, array in case.arrays.items()}
         assert not odd["conv1.weight"].flags.c_contiguous
         model = flax_resnet.load_state_dict(model_of(case), odd)
@@ -196,7 +204,7 @@ def test_files_older_than_the_count_of_batches_load():
 
 @pytest.mark.quick
 def test_swapped_kernel_axes_show_in_the_numbers_only():
-    """H and W of a square kernel swapped on both ways: same names, same shapes, exact round trip."""
+    """H and W of square kernels swapped both ways: same names and shapes, exact round trip."""
     case = inputs.make_case("resnet20")
     swapped = convert._LEAVES | {("kernel", 4): ("weight", (3, 2, 1, 0))}
     with mock.patch.dict(convert._LEAVES, swapped):

@@ -27,9 +27,7 @@ def random_logits(size=1.0, seed=0):
 
 def loss_and_gradient_of_torch(logits, targets, smoothing=0.0):
     logits = torch.tensor(logits, requires_grad=True)
-    loss = torch_ref.losses.cross_entropy(
-        logits, torch.tensor(targets), label_smoothing=smoothing
-    )
+    loss = torch_ref.losses.cross_entropy(logits, torch.tensor(targets), label_smoothing=smoothing)
     loss.backward()
     return loss.item(), logits.grad.numpy()
 
@@ -178,9 +176,10 @@ def evaluated(logits, labels, split) -> dict:
     for size in split:
         rows = slice(start, start + size)
         pad = max(split) - size
+        # What fills a batch up must not matter: NaN would show.
+        padded = jnp.pad(logits[rows], ((0, pad), (0, 0)), constant_values=jnp.nan)
         batch = {
-            # What fills a batch up must not matter: NaN would show.
-            "image": jnp.pad(logits[rows], ((0, pad), (0, 0)), constant_values=jnp.nan)[:, None, None],
+            "image": padded[:, None, None],
             "label": jnp.pad(jnp.asarray(labels[rows]), (0, pad), constant_values=3),
             "mask": jnp.arange(max(split)) < size,
         }
@@ -254,9 +253,8 @@ def stops(config, values):
 
 
 def stops_of_torch(config, values):
-    state, seen = torch_ref.early_stopping.EarlyStopping(
-        mode=config.mode, patience=config.patience, min_delta=config.min_delta
-    ), []
+    options = dict(mode=config.mode, patience=config.patience, min_delta=config.min_delta)
+    state, seen = torch_ref.early_stopping.EarlyStopping(**options), []
     for epoch, value in enumerate(values, start=1):
         state = state.update(value, epoch)
         seen.append((state.stop, state.best, state.best_epoch, state.bad_epochs))
@@ -277,7 +275,7 @@ def test_early_stopping_is_the_twins(monitor, patience, min_delta):
     [
         ("validation_loss", 2, 0.0, [1.0, 0.5, 0.6, 0.5], 4, 2),  # as good is not better
         ("validation_loss", 1, 0.1, [1.0, 0.95, 0.5], 2, 1),
-        ("validation_loss", 2, 0.1, [1.0, 0.95, 0.89, 0.9], None, 3),  # against the best, not the last
+        ("validation_loss", 2, 0.1, [1.0, 0.95, 0.89, 0.9], None, 3),  # against the best
         ("validation_accuracy", 2, 0.0, [0.1, 0.3, 0.2, 0.3, 0.4], 4, 2),
         ("validation_accuracy", 0, 0.0, [0.9] + [0.1] * 50, None, 1),
         ("validation_accuracy", 1, 0.0, [NAN, 0.2], 1, None),

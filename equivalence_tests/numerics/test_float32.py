@@ -1,0 +1,201 @@
+"""Narrow types, held to what rounding can explain: at most twice torch's own error, and 4 ulp.
+
+Both errors are measured against float64, so no tolerance is set by hand. Gradients are compared
+with torch's ReLU and max-pool decisions replayed on all three sides (`replay.py`).
+"""
+
+import dataclasses
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.datasets
+import torch
+
+import flax_resnet
+import torch_ref
+from equivalence_tests import inputs, jax_side, parity, replay, states, tolerances, torch_side
+from flax_resnet.models import layers
+from flax_resnet.models.cpu_convolution import COMPILER_OPTIONS
+from torch_ref import checkpoint, optim
+
+FAST = ("resnet20", "basic_cnn")
+
+
+def over_budget(got, reference, truth, dtype=np.float32) -> list[parity.Budget]:
+    """The tensors beyond their budget; scalars have a test of their own.
+
+    Args:
+      dtype: of the computation, whose ulp counts.
+    """
+    ulps = tolerances.BUDGET_ULPS * float(jnp.finfo(dtype).eps)
+    rows = parity.budgets(got, reference, truth, factor=tolerances.BUDGET_FACTOR, ulps=ulps)
+    return [row for row in rows if row.phase != "loss" and not row.within]
+
+
+def one_step(case) -> list[parity.Budget]:
+    decisions = []
+    reference = parity.run_torch(case, np.float32, record=decisions)
+    truth = parity.run_torch(case, np.float64, decisions=decisions)
+    got = parity.run_jax(case, np.float32, decisions=decisions, jit=True)
+    return over_budget(got, reference, truth)
+
+
+ARCHS = [
+    pytest.param(arch, marks=[] if arch in (*FAST, "resnet18") else [pytest.mark.slow])
+    for arch in flax_resnet.list_models()
+]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_one_step_of_training(arch):
+    assert one_step(inputs.make_case(arch, batch=4)) == []
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_evaluation(arch):
+    """Activations, where every framework decides for itself."""
+    case = inputs.make_case(arch, batch=4)
+    runs = [
+        parity.run_jax(case, np.float32, train=False, jit=True),
+        parity.run_torch(case, np.float32, train=False),
+        parity.run_torch(case, np.float64, train=False),
+    ]
+    assert over_budget(*({"forward": run["forward"]} for run in runs)) == []
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_scalars_over_many_batches(train):
+    """A learning rate of nearly 0 keeps the weights, so that every batch meets the same."""
+    steps = tolerances.SCALAR_BATCHES
+    case = inputs.make_case("resnet20", batch=4, steps=steps, lr=1e-30, label_smoothing=0.1)
+    got, reference, truth = (
+        np.array(list(run["loss"].values()), np.float64)
+        for run in (
+            parity.run_jax(case, np.float32, train=train, jit=True),
+            parity.run_torch(case, np.float32, train=train),
+            parity.run_torch(case, np.float64, train=train),
+        )
+    )
+    assert len(truth) == len(set(truth)) == steps
+    # As one tensor, whose norm-wise error is the root mean square over the batches.
+    traces = ({"forward": {"loss": values}} for values in (got, reference, truth))
+    assert over_budget(*traces) == []
+
+
+def digits(num_steps: int, batch: int = 64) -> inputs.Case:
+    """The first steps of an epoch of resnet20 on scikit-learn's scans of digits."""
+    data = sklearn.datasets.load_digits()
+    order = np.random.default_rng(0).permutation(len(data.images))[: num_steps * batch]
+    images = (data.images - data.images.mean()) / data.images.std()
+    torch.manual_seed(0)
+    model = torch_ref.create_model("resnet20", in_channels=1)
+    return inputs.Case(
+        arch="resnet20",
+        num_classes=10,
+        arrays=checkpoint.to_arrays(model.state_dict()),
+        images=images[order].astype(np.float32).reshape(num_steps, batch, 8, 8, 1),
+        labels=data.target[order].reshape(num_steps, batch),
+        rule=dict(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, label_smoothing=0.1),
+    )
+
+
+class Torch:
+    """A model and its optimizer, one step at a time."""
+
+    def __init__(self, case, dtype, autocast=None):
+        self.case, self.autocast = case, autocast
+        self.model = torch_side.make_model(case, dtype).train()
+        self.optimizer = optim.make_optimizer(
+            self.model, **torch_side.chosen(case.rule, optim.make_optimizer)
+        )
+
+    def step(self, index, context) -> dict:
+        seen = {"loss": {}}
+        with context as decisions:
+            torch_side.one_step(
+                self.model, self.optimizer, self.case, index, seen, autocast=self.autocast
+            )
+        self.decisions = decisions
+        return self.trace(seen)
+
+    def trace(self, seen) -> dict:
+        trace = torch_side.trace(self.model, self.optimizer, seen)
+        return {phase: {n: a.copy() for n, a in trace[phase].items()} for phase in trace}
+
+    def follow(self, other):
+        """Goes on from the state of another."""
+        self.model.load_state_dict(other.model.state_dict())
+        self.optimizer.load_state_dict(other.optimizer.state_dict())
+
+
+def teacher_forced(case, *, compute_dtype=None, autocast=None):
+    """At every step torch's state goes into JAX and into float64, and all three take the step.
+
+    Yields:
+      The tensors that are over budget after each step.
+    """
+    teacher, truth = Torch(case, np.float32, autocast), Torch(case, np.float64)
+    network, config, state = jax_side.start(case, np.float32, compute_dtype=compute_dtype)
+    step = jax_side.probed_train_step(network, config, case.num_classes)
+    step = jax.jit(step, compiler_options=COMPILER_OPTIONS)
+    for index in range(len(case.images)):
+        truth.follow(teacher)
+        state = states.resumed(state, teacher.trace({}), "sgd")
+        reference = teacher.step(index, replay.recorded_torch())
+        expected = truth.step(index, replay.replayed_torch(teacher.decisions))
+        batch = jax_side.batch_of(case, index, np.float32, teacher.decisions)
+        state, seen = step(state, batch)
+        values = {f"loss of step {index}": np.asarray(seen.pop("loss"))}
+        got = jax_side.trace(state, seen, values, config)
+        yield over_budget(got, reference, expected, compute_dtype or np.float32)
+
+
+def test_a_teacher_forced_epoch_of_digits():
+    for index, rows in enumerate(teacher_forced(digits(20))):
+        assert rows == [], f"step {index}"
+
+
+def test_teacher_forced_bfloat16():
+    """Against torch's autocast. The 4 ulp are needed: XLA sums the gradient of a bias in bfloat16,
+    torch in float32."""
+    case = digits(4)
+    runs = teacher_forced(case, compute_dtype=jnp.bfloat16, autocast=torch.bfloat16)
+    for index, rows in enumerate(runs):
+        assert rows == [], f"step {index}"
+
+
+def variance_by_difference(self, x):
+    """E[x^2] - E[x]^2, which loses its digits where the mean is large."""
+    axes = tuple(range(x.ndim - 1))
+    mean = x.mean(axes)
+    return mean, jnp.square(x).mean(axes) - jnp.square(mean), x.size // x.shape[-1]
+
+
+def test_a_variance_that_loses_digits_is_over_budget():
+    """Invisible in float64, and in float32 unless the mean is large."""
+    case = inputs.make_case("resnet20", batch=4)
+    shifted = dataclasses.replace(case, images=case.images + np.float32(100))
+
+    def first_variances():
+        return [row for row in one_step(shifted) if row.name == "bn1.running_var"]
+
+    assert first_variances() == []
+    with mock.patch.object(layers.BatchNorm, "_batch_statistics", variance_by_difference):
+        assert len(first_variances()) == 1
+
+
+def test_a_float32_gradient_needs_the_decisions_of_torch():
+    """Without them a flipped ReLU can be a thousand times the rounding: what `replay` is for."""
+    case = inputs.make_case("resnet20", batch=4)
+    decisions = []
+    parity.run_torch(case, np.float32, record=decisions)
+    flipped = [[d.copy() for d in step] for step in decisions]
+    flipped[0][3][0, 0, 0, 0] ^= True
+    rows = parity.compare(
+        parity.run_jax(case, np.float32, decisions=flipped),
+        parity.run_torch(case, np.float32, decisions=decisions),
+    )
+    assert parity.worst(rows, "gradient").norm_relative > 1e-3

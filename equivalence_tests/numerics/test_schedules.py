@@ -1,0 +1,151 @@
+"""Schedules are torch.optim.lr_scheduler's in float64, over their whole course and past its end."""
+
+import contextlib
+import itertools
+import math
+from unittest import mock
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from torch import nn
+
+import torch_ref.optim
+from equivalence_tests import tolerances
+from flax_resnet import optim
+from flax_resnet.config import ScheduleConfig
+
+pytestmark = pytest.mark.quick
+
+
+def label(options: dict) -> str:
+    return " ".join(f"{k}={v}" for k, v in options.items())
+
+
+EPOCHS, UPDATES = 9, 4
+PAST = 5
+
+SCHEDULES = [
+    dict(schedule="constant"),
+    dict(schedule="step", step_epochs=2, gamma=0.3),
+    dict(schedule="step", step_epochs=100),
+    dict(schedule="multistep", milestones=(2, 5, 6), gamma=0.5),
+    dict(schedule="cosine"),
+    dict(schedule="cosine", min_lr=0.03),
+    dict(schedule="onecycle"),
+    dict(schedule="onecycle", pct_start=0.5, div_factor=10.0, final_div_factor=100.0),
+    dict(schedule="onecycle", cycle_momentum=True),
+    dict(schedule="onecycle", pct_start=0.05),
+]
+WARMUPS = [{}, dict(warmup_epochs=2.0), dict(warmup_epochs=0.75, warmup_factor=0.5)]
+
+
+def torch_course(options: dict, updates=UPDATES) -> np.ndarray:
+    """[steps, 2]: learning rate and momentum of every update, and as far past as torch goes."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4, momentum=0.9)
+    scheduler, _ = torch_ref.optim.make_schedulers(optimizer, EPOCHS, updates, **options)
+    course = []
+    with contextlib.suppress(ValueError):  # OneCycleLR ends with its last step
+        for _ in range(round(EPOCHS * updates) + PAST):
+            group = optimizer.param_groups[0]
+            course.append((group["lr"], group["momentum"]))
+            optimizer.step()
+            scheduler.step()
+    return np.array(course)
+
+
+def jax_course(options: dict, num_steps: int, updates=UPDATES) -> np.ndarray:
+    config = ScheduleConfig(**options)
+    rate = optim.make_schedule(config, 0.4, updates, EPOCHS)
+    momentum = optim.make_momentum_schedule(config, updates, EPOCHS) or (lambda step: 0.9)
+    return np.array([(rate(step), momentum(step)) for step in jnp.arange(num_steps)])
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+@pytest.mark.parametrize("warmup", WARMUPS, ids=label)
+@pytest.mark.parametrize("options", SCHEDULES, ids=label)
+def test_schedules_to_their_end_and_beyond(options, warmup, x64):
+    for updates in (UPDATES, 3.5):
+        expected = torch_course(options | warmup, updates)
+        assert len(expected) >= round(EPOCHS * updates)
+        if options["schedule"] != "onecycle":
+            assert len(expected) == round(EPOCHS * updates) + PAST
+        got = jax_course(options | warmup, len(expected), updates)
+        np.testing.assert_allclose(got, expected, rtol=tolerances.RULES, atol=1e-18)
+
+
+def optax_cosine(config, lr, updates_per_epoch, total):
+    return optax.cosine_decay_schedule(lr, total)
+
+
+def optax_onecycle(config, lr, updates_per_epoch, total):
+    return optax.cosine_onecycle_schedule(total, lr, config.pct_start)
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+@pytest.mark.parametrize(
+    "options, wrong",
+    [(dict(schedule="cosine"), optax_cosine), (dict(schedule="onecycle"), optax_onecycle)],
+    ids=["cosine", "onecycle"],
+)
+def test_optaxs_own_schedules_differ(options, wrong, x64):
+    expected = torch_course(options)
+    with mock.patch.object(optim, "_main_schedule", wrong):
+        assert np.abs(jax_course(options, len(expected)) - expected).max() > 1e-5
+
+
+NAN = float("nan")
+COURSES = {
+    "falls and stays": [1.0, 0.9, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.7, 0.7, 0.7, 0.7, 0.7],
+    "within the threshold": [1.0 - 3e-5 * i for i in range(14)],
+    "negative": [-1.0, -1.00001, -1.2, -1.2, -1.1, -1.1, -1.3, -1.3, -1.3, -1.3],
+    "not a number": [NAN, 1.0, NAN, NAN, NAN, 0.9, NAN, NAN, NAN, NAN],
+    "infinite": [math.inf, 1.0, math.inf, math.inf, math.inf, 0.5, 0.5, 0.5],
+    "zero": [0.0] * 8,
+    "walk": list(np.random.default_rng(0).standard_normal(60).cumsum()),
+}
+PLATEAUS = [
+    dict(plateau_patience=p, plateau_cooldown=c, min_lr=m, plateau_threshold=t)
+    for p, c, m, t in itertools.product((0, 1, 3), (0, 2), (0.0, 0.05), (1e-4, 0.1))
+] + [dict(gamma=0.01, plateau_patience=0)]
+
+
+def torch_cuts(options: dict, mode: str, values: list) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
+    _, plateau = torch_ref.optim.make_schedulers(
+        optimizer, 1, 1, mode, schedule="plateau", **options
+    )
+    seen = []
+    for value in values:
+        plateau.step(value)
+        seen.append(optimizer.param_groups[0]["lr"])
+    return seen
+
+
+def jax_cuts(options: dict, mode: str, values: list) -> list[float]:
+    config = ScheduleConfig(schedule="plateau", **options)
+    state, seen = {}, []
+    for value in values:
+        state, factor = optim.plateau(state, value, config, 0.4, mode)
+        seen.append(0.4 * factor)
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("values", COURSES.values(), ids=COURSES)
+def test_plateau(values, mode):
+    for options in PLATEAUS:
+        expected = torch_cuts(options, mode, values)
+        np.testing.assert_allclose(
+            jax_cuts(options, mode, values), expected, rtol=tolerances.RULES, err_msg=str(options)
+        )
+
+
+def test_the_courses_cut_and_a_patience_off_by_one_is_seen():
+    for name, values in COURSES.items():
+        options = dict(plateau_patience=1)
+        expected = torch_cuts(options, "min", values)
+        assert expected[-1] < 0.4, name
+        assert jax_cuts(dict(plateau_patience=0), "min", values) != pytest.approx(expected)
