@@ -51,6 +51,7 @@ def one_step(model, optimizer, case: Case, index: int, seen: dict, *, autocast=N
     with recorded_activations(model) as seen["forward"], replay.masked_torch(mask):
         if model.training:
             options = chosen(case.rule, steps.train_step)
+            options.pop("optimizer", None)  # which is the name of the rule
             dtype = autocast or parameter.dtype
             loss = steps.train_step(
                 model, optimizer, images, labels, dtype=dtype, step=index, **options

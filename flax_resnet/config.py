@@ -53,7 +53,7 @@ class ModelConfig:
 
     stem: Literal["imagenet", "cifar"] | None = None
     """First layers of torchvision's ten: "imagenet" (7x7 stride 2, max-pool) or "cifar" (3x3
-    stride 1, no pool). Left out: "cifar" where the images are smaller than 64 pixels."""
+    stride 1, no pool). Left out: "cifar" for images of 17 to 63 pixels, else "imagenet"."""
 
     num_classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     """Left out: as many as the data has; another number than that is an error."""
@@ -75,7 +75,8 @@ class DataConfig:
 
     image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Pixels a side of what the network sees. Left out: the size of the first image if it is
-    square and at most 64 pixels, else 224."""
+    square and at most 64 pixels, else 224; smaller than 16 and with both sizes of the stem left
+    open, they are enlarged to 16."""
 
     resize_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Pixels of the shorter side before the centre crop. Left out: image_size."""
@@ -176,7 +177,7 @@ class OptimizerConfig:
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
     """Which rule."""
 
-    lr: Positive = 0.02
+    lr: Positive = 0.04
     """Learning rate at its highest."""
 
     momentum: Fraction = 0.9
@@ -310,10 +311,10 @@ class ParallelConfig:
 class TrainConfig:
     """A whole run."""
 
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 16
     """Passes over the training split."""
 
-    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 64
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 128
     """Images a step, over all devices."""
 
     eval_batch_size: PositiveCount = 256

@@ -52,6 +52,7 @@ class Data:
 
 def load_data(
     augment: dict | None = None,
+    smallest: int = 1,
     *,
     dataset: str = "digits",
     image_size: int | None = None,
@@ -68,6 +69,7 @@ def load_data(
 
     Args:
       augment: arguments of `augmented_transform`.
+      smallest: pixels to which smaller images are enlarged where image_size is left out.
       dataset: digits | folder:DIR.
       image_size: left out: that of the first image if square and at most 64 pixels, else 224.
       resize_size: of the shorter side before the centre crop; left out: image_size.
@@ -83,7 +85,7 @@ def load_data(
     splits = {name: splits[name] for name in FOLDER_NAMES if name in splits}  # in this order
     if train_images:
         splits["train"] = stratified(splits["train"], train_images, split_seed)[0]
-    image_size = image_size or natural_size(splits["train"])
+    image_size = image_size or max(smallest, natural_size(splits["train"]))
     resize_size = resize_size or image_size
     if resize_size < image_size:
         raise ValueError(f"resize_size {resize_size} is smaller than image_size {image_size}")

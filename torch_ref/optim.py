@@ -13,7 +13,7 @@ def make_optimizer(
     model: nn.Module,
     *,
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd",
-    lr: float = 0.02,
+    lr: float = 0.04,
     momentum: float = 0.9,
     nesterov: bool = True,
     beta1: float = 0.9,

@@ -20,7 +20,8 @@ def train_step(
     accumulate_steps: int = 1,
     step: int = 0,
 ) -> Tensor:
-    """One batch; the last of every `accumulate_steps` updates the weights. Returns the loss.
+    """One batch; the last of every `accumulate_steps` updates the weights. Returns the loss
+    without penalties.
 
     Args:
       images: [B, C, H, W].
@@ -33,9 +34,8 @@ def train_step(
         optimizer.zero_grad()
     with autocast(images.device, dtype):
         loss = cross_entropy(model(images), labels, label_smoothing=label_smoothing)
-    if l1:
-        loss = loss + l1_penalty(model.parameters(), l1)
-    (loss / accumulate_steps).backward()
+    objective = loss + l1_penalty(model.parameters(), l1) if l1 else loss
+    (objective / accumulate_steps).backward()
     if (step + 1) % accumulate_steps == 0:
         if clip_norm:
             nn.utils.clip_grad_norm_(model.parameters(), clip_norm)

@@ -30,6 +30,7 @@ from torch_ref.run_directory import environment, keep, log
 from torch_ref.steps import train_step
 
 SMALL = 64  # pixels; of smaller images an ImageNet stem leaves hardly anything
+TINY = 16  # pixels; smaller images are enlarged, and go through the ImageNet stem all the same
 OWN_STEM = (*CIFAR, "basic_cnn")
 Monitor = Literal["validation_loss", "validation_accuracy", "validation_f1_macro"]
 
@@ -73,8 +74,8 @@ def fit(
     run_dir: Path | None = None,
     device: str | torch.device = "cpu",
     *,
-    epochs: int = 10,
-    batch_size: int = 64,
+    epochs: int = 16,
+    batch_size: int = 128,
     eval_batch_size: int = 256,
     seed: int = 0,
     num_workers: int = 0,
@@ -198,9 +199,11 @@ def run(args: argparse.Namespace) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic cuBLAS needs
     torch.use_deterministic_algorithms(args.deterministic)
 
-    data = load_data(chosen(args, augmented_transform), **chosen(args, load_data))
     stem = args.stem
-    if stem is None and args.arch not in OWN_STEM and data.image_size < SMALL:
+    open_stem = stem is None and args.arch not in OWN_STEM
+    smallest = TINY if open_stem else 1
+    data = load_data(chosen(args, augmented_transform), smallest, **chosen(args, load_data))
+    if open_stem and TINY < data.image_size < SMALL:
         stem = "cifar"
     torch.manual_seed(args.seed)
     model = create_model(

@@ -240,5 +240,5 @@ def test_predict_refuses_what_is_no_image(insects, folder, tmp_path):
 def test_help_explains_every_flag():
     outcome = run_script("train.py", "--help")
     assert outcome.status == 0
-    for word in ("--label-smoothing", "(default: 0.02)", "--no-nesterov", "Share of the target"):
+    for word in ("--label-smoothing", "(default: 0.04)", "--no-nesterov", "Share of the target"):
         assert word in outcome.out

@@ -9,8 +9,11 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
+from flax_resnet import cli
+from flax_resnet.config import TrainConfig
 from flax_resnet.data import pipeline
 from flax_resnet.data.pipeline import BatchOrder, Decoder
+from flax_resnet.data.prepare import prepare
 from flax_resnet.data.sources import ArraySource
 
 
@@ -137,3 +140,18 @@ def test_evaluation_sees_every_image_once(batch_size):
         for name, expected in (("image", images), ("label", np.arange(10))):
             seen = np.concatenate([batch[name] for batch in batches])
             np.testing.assert_array_equal(seen[mask], expected)
+
+
+@pytest.mark.parametrize(
+    "model,data,expected",
+    [
+        ({"arch": "resnet18"}, {}, (16, "imagenet", 2)),
+        ({"arch": "resnet18", "stem": "cifar"}, {}, (8, "cifar", 1)),
+        ({"arch": "resnet20"}, {}, (8, None, 1)),
+        ({"arch": "resnet18"}, {"image_size": "32"}, (32, "cifar", 4)),
+        ({"arch": "resnet18"}, {"image_size": "64"}, (64, "imagenet", 8)),
+    ],
+)
+def test_size_stem_and_crop_are_chosen(model, data, expected):
+    config = prepare(cli.merge(TrainConfig(), {"model": model, "data": data})).config
+    assert (config.data.image_size, config.model.stem, config.augment.random_crop) == expected

@@ -12,6 +12,7 @@ from flax_resnet.data.sources import DataSet, open_dataset
 from flax_resnet.models import has_stem_choice
 
 SMALL = 64  # pixels a side up to which images keep their size, and below which the stem is small
+TINY = 16  # pixels a side to which smaller images are enlarged for the large stem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,8 @@ def prepare(config: TrainConfig) -> Prepared:
 def _resolve_sizes(config, dataset):
     data = config.data
     size = data.image_size or _natural_size(dataset)
+    if data.image_size is None and _is_tiny(size, config.model):
+        size = TINY
     if data.resize_size and data.resize_size < size:
         raise InputError(f"resize_size {data.resize_size} is smaller than the image size {size}")
     data = replace(data, image_size=size, resize_size=data.resize_size or size)
@@ -98,13 +101,19 @@ def _natural_size(dataset) -> int:
     return height if height == width <= SMALL else 224
 
 
+def _is_tiny(size, model) -> bool:
+    """Whether images are enlarged for the large stem: on 8-pixel digits that is four times
+    cheaper than the small stem on the pixels as they are, and more accurate in the same time."""
+    return size < TINY and model.stem is None and has_stem_choice(model.arch)
+
+
 def _resolve_model(config, dataset):
     model, classes = config.model, len(dataset.class_names)
     if model.num_classes not in (None, classes):
         raise InputError(f"num_classes {model.num_classes}, but the data has {classes} classes")
     stem = model.stem
     if stem is None and has_stem_choice(model.arch):
-        stem = "cifar" if config.data.image_size < SMALL else "imagenet"
+        stem = "cifar" if TINY < config.data.image_size < SMALL else "imagenet"
     return replace(config, model=replace(model, num_classes=classes, stem=stem))
 
 

@@ -14,6 +14,8 @@ Measured on 2 cores with jaxlib 0.10.2, batch 64, forward + both gradients, mill
 Used through `nnx.Conv(conv_general_dilated=...)`; a jaxlib without the collapse retires the file.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -73,8 +75,16 @@ def _product_is_faster(image, kernel, strides, padding) -> bool:
 
 
 def _matrix_product(lhs, rhs, strides, padding, precision):
-    """Every kernel position is one strided slice; all of them meet the kernel in one product."""
+    """Every kernel position is one strided slice; all of them meet the kernel in one product.
+
+    Positions that see nothing but padding are left out: of a 3x3 kernel on a 1x1 map, eight.
+    """
     rows, columns = _output_size(lhs.shape, rhs.shape, strides, padding)
+    taps = [
+        (i, j)
+        for i in _useful(lhs.shape[1], rhs.shape[0], rows, strides[0], padding[0])
+        for j in _useful(lhs.shape[2], rhs.shape[1], columns, strides[1], padding[1])
+    ]
     lhs = jnp.pad(lhs, ((0, 0), *map(tuple, padding), (0, 0)))
     patches = [
         lhs[
@@ -82,8 +92,17 @@ def _matrix_product(lhs, rhs, strides, padding, precision):
             i : i + strides[0] * (rows - 1) + 1 : strides[0],
             j : j + strides[1] * (columns - 1) + 1 : strides[1],
         ]
-        for i in range(rhs.shape[0])
-        for j in range(rhs.shape[1])
+        for i, j in taps
     ]
-    patches = jnp.concatenate(patches, axis=-1)  # [B, H', W', kh * kw * C], as the kernel's rows
-    return jnp.dot(patches, rhs.reshape(-1, rhs.shape[-1]), precision=precision)
+    patches = jnp.concatenate(patches, axis=-1)  # [B, H', W', taps * C], as the kernel's rows
+    kernel = rhs if len(taps) == math.prod(rhs.shape[:2]) else jnp.stack([rhs[t] for t in taps])
+    return jnp.dot(patches, kernel.reshape(-1, rhs.shape[-1]), precision=precision)
+
+
+def _useful(size, kernel, output, stride, padding):
+    """Kernel positions along one axis that meet a pixel at some output."""
+    return [
+        k
+        for k in range(kernel)
+        if any(0 <= k + stride * o - padding[0] < size for o in range(output))
+    ]
