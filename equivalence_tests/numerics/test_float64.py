@@ -20,19 +20,19 @@ from flax_resnet import losses
 from flax_resnet.models import has_stem_choice, layers, resnet
 
 QUICK = ("resnet20", "resnet18")
-# The blocks behind both stems are the same; of these six a pass takes longest.
+# Each of these takes minutes on two cores.
 LARGE = ("resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2",
          "wide_resnet101_2")  # fmt: skip
 
 
-def marks(arch, stem):
+def marks(arch):
     if arch in QUICK:
         return [pytest.mark.quick]
-    return [pytest.mark.slow] if arch in LARGE and stem == "cifar" else []
+    return [pytest.mark.slow] if arch in LARGE else []
 
 
 CASES = [
-    pytest.param(arch, stem, marks=marks(arch, stem))
+    pytest.param(arch, stem, marks=marks(arch))
     for arch in flax_resnet.list_models()
     for stem in (("imagenet", "cifar") if has_stem_choice(arch) else (None,))
 ]
