@@ -27,7 +27,7 @@ def fit(model="resnet20", num_images=128, load=None, **options):
 
 def test_a_run_learns_and_writes_what_it_found(tmp_path, capsys):
     run_dir = tmp_path / "run"
-    flags = ["--arch", "resnet20", "--epochs", "3", "--train-images", "512", "--lr", "0.1"]
+    flags = ["--arch", "resnet20", "--epochs", "3", "--train-images", "512", "--batch-size", "32"]
     assert torch_train.main([*flags, "--run-dir", str(run_dir)]) == 0
     assert capsys.readouterr().out.count("epoch") == 3
     report = json.loads((run_dir / "report.json").read_text())
