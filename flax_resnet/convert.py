@@ -4,13 +4,18 @@ Images of a name: torch `layer1.0.conv1.weight` [O, I, kh, kw] <-> NNX `layer1.0
 [kh, kw, I, O]. Every crossing copies, so that neither side can write into the other.
 """
 
+import functools
+import itertools
 import re
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from flax_resnet.config import InputError
+from flax_resnet.models import create_model, has_stem_choice, list_models
+from flax_resnet.models.resnet import CONSTRUCTORS
 
 # NNX leaf and rank -> torch leaf, axes that bring a torch array to NNX (and their inverse back).
 _LEAVES = {
@@ -87,6 +92,15 @@ def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
     }
 
 
+def state_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of `state_dict`, in its order; the model may be of `nnx.eval_shape`."""
+    leaves = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    return {
+        torch_name(path, len(leaf.shape)): torch_shape(path, leaf.shape)
+        for path, leaf in sorted(leaves, key=_position)
+    }
+
+
 def load_state_dict(model: nnx.Module, arrays: dict[str, np.ndarray]) -> nnx.Module:
     """Fill a model with weights from PyTorch.
 
@@ -100,20 +114,74 @@ def load_state_dict(model: nnx.Module, arrays: dict[str, np.ndarray]) -> nnx.Mod
       The model.
 
     Raises:
-      InputError: all missing, unexpected, misshaped and non-finite entries, in one message;
-        nothing is loaded then.
+      InputError: all missing, unexpected, misshaped and non-finite entries, in one message with
+        the nearest architecture; nothing is loaded then.
     """
-    arrays = translate_names(arrays)
-    targets = {torch_name(path, v[...].ndim): (path, v) for path, v in _variables(model)}
-    if not any(name.endswith("num_batches_tracked") for name in arrays):
-        arrays |= {n: np.zeros((), np.int64) for n in targets if n.endswith("num_batches_tracked")}
-    faults = _faults(targets, arrays)
-    if faults:
-        raise InputError("weights do not fit the model: " + "; ".join(faults))
-    for name, (path, variable) in targets.items():
-        value = to_nnx_layout(path, arrays[name])
+    arrays = conform(arrays, state_shapes(model))
+    for path, variable in _variables(model):
+        value = to_nnx_layout(path, arrays[torch_name(path, variable[...].ndim)])
         variable[...] = jnp.array(value, dtype=variable[...].dtype)  # jnp.array always copies
     return model
+
+
+def conform(arrays: dict[str, np.ndarray], shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
+    """Weights in any dialect -> exactly the names and shapes of `state_shapes`, in its order.
+
+    Returns:
+      Contiguous copies; half precision as float32, counts as int64.
+
+    Raises:
+      InputError: as `load_state_dict`.
+    """
+    arrays = translate_names(arrays)
+    if not any(map(_is_count, arrays)):
+        arrays |= {name: np.zeros((), np.int64) for name in filter(_is_count, shapes)}
+    if found := faults(shapes, arrays):
+        found.append(f"the nearest architecture is {_describe_nearest(arrays)}")
+        raise InputError("weights do not fit the model: " + "; ".join(found))
+    return {name: _widen(np.array(arrays[name], order="C")) for name in shapes}
+
+
+class Architecture(NamedTuple):
+    """What `create_model` has to be told of a network."""
+
+    arch: str
+    num_classes: int
+    in_channels: int
+    stem: str | None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """`state_shapes` of the network, which is not made for it."""
+        return _architecture_shapes(self)
+
+    def __str__(self):
+        stem = f", stem {self.stem}" if self.stem else ""
+        return f"{self.arch} ({self.num_classes} classes, {self.in_channels} channels{stem})"
+
+
+def describe(arrays: dict[str, np.ndarray], arch: str, stem: str | None = None) -> Architecture:
+    """Classes, channels and, where it is left open, the stem that weights speak of."""
+    head, first = (np.shape(arrays.get(name)) for name in ("fc.weight", "conv1.weight"))
+    if stem is None and has_stem_choice(arch):
+        stem = "cifar" if first[2:] == (3, 3) else "imagenet"
+    in_channels = max(1, first[1]) if len(first) == 4 else 3
+    return Architecture(arch, max(1, head[0]) if len(head) == 2 else 10, in_channels, stem)
+
+
+def nearest_architecture(arrays: dict[str, np.ndarray]) -> Architecture:
+    """The one of our networks whose names and shapes differ least from these (torchvision's)."""
+    depths = _depths(arrays)
+    distances = {arch: _distance(depths, _DEPTHS[arch]) for arch in list_models()}
+    # Shapes take a tenth of a second to a second a network: only the nearest depths are compared.
+    close = [arch for arch, d in distances.items() if d == min(distances.values())]
+    candidates = [describe(arrays, arch) for arch in close]
+    return min(candidates, key=lambda c: len(differing(c.shapes(), arrays)))
+
+
+def differing(shapes: dict[str, tuple], arrays: dict[str, np.ndarray]) -> set[str]:
+    """Names that one side lacks or has in another shape; counts of batches aside."""
+    given = {name: np.shape(array) for name, array in arrays.items()}
+    return {name for name, _ in shapes.items() ^ given.items() if not _is_count(name)}
 
 
 def translate_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -137,19 +205,52 @@ def _translate(name: str) -> str:
     return name
 
 
-def _faults(targets, arrays) -> list[str]:
-    missing = sorted(targets.keys() - arrays.keys())
-    extra = sorted(arrays.keys() - targets.keys())
-    faults = [f"missing {', '.join(missing)}"] if missing else []
-    faults += [f"unexpected {', '.join(extra)}"] if extra else []
-    for name in sorted(targets.keys() & arrays.keys()):
-        path, variable = targets[name]
-        expected, got = torch_shape(path, variable[...].shape), np.shape(arrays[name])
-        if expected != got:
-            faults.append(f"{name} has shape {got} instead of {expected}")
-        elif not np.isfinite(np.asarray(arrays[name])).all():
-            faults.append(f"{name} has non-finite values")
-    return faults
+def faults(shapes: dict[str, tuple], arrays: dict[str, np.ndarray]) -> list[str]:
+    """Everything in which arrays are not finite numbers of these names and shapes."""
+    missing, extra = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
+    found = [f"missing {', '.join(missing)}"] if missing else []
+    found += [f"unexpected {', '.join(extra)}"] if extra else []
+    for name in sorted(shapes.keys() & arrays.keys()):
+        array = np.asarray(arrays[name])
+        if array.shape != shapes[name]:
+            found.append(f"{name} has shape {array.shape} instead of {shapes[name]}")
+        elif not (_is_count(name) or jnp.issubdtype(array.dtype, jnp.floating)):
+            found.append(f"{name} has type {array.dtype} instead of a floating one")
+        elif not np.isfinite(array).all():
+            found.append(f"{name} has non-finite values")
+    return found
+
+
+def _is_count(name: str) -> bool:
+    return name.rpartition(".")[-1] in ("num_batches_tracked", "step")
+
+
+def _describe_nearest(arrays) -> str:
+    nearest = nearest_architecture(arrays)
+    count = len(differing(nearest.shapes(), arrays))
+    return f"{nearest}, " + (f"with {count} other entries" if count else "which has these shapes")
+
+
+@functools.cache
+def _architecture_shapes(architecture: Architecture) -> dict:
+    return state_shapes(nnx.eval_shape(lambda: create_model(**architecture._asdict())))
+
+
+_DEPTHS = {arch: CONSTRUCTORS[arch].args[-1] for arch in CONSTRUCTORS} | {"basic_cnn": ()}
+
+
+def _depths(names) -> tuple[int, ...]:
+    """Blocks a stage."""
+    found = {}
+    for name in names:
+        if m := re.match(r"layer(\d+)\.(\d+)\.", name):
+            found[int(m[1])] = max(found.get(int(m[1]), 0), int(m[2]) + 1)
+    return tuple(found.get(stage, 0) for stage in range(1, max(found, default=0) + 1))
+
+
+def _distance(depths, others) -> int:
+    pairs = itertools.zip_longest(depths, others, fillvalue=0)
+    return sum(abs(one - other) for one, other in pairs)
 
 
 def _position(item) -> list[int]:
@@ -158,7 +259,9 @@ def _position(item) -> list[int]:
 
 
 def _widen(value: np.ndarray) -> np.ndarray:
-    return value.astype(np.int64) if value.dtype == np.int32 else value
+    if jnp.issubdtype(value.dtype, jnp.integer):
+        return value.astype(np.int64)
+    return value.astype(np.float32) if value.dtype.itemsize < 4 else value
 
 
 def _variables(module, prefix=()):
