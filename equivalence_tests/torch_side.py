@@ -10,12 +10,16 @@ from torch import nn
 import torch_ref
 from equivalence_tests import replay
 from equivalence_tests.inputs import Case
-from torch_ref import checkpoint, losses, optim, steps
+from torch_ref import checkpoint, losses, optim, steps, training_state
+
+optimizer_state = training_state.optimizer_arrays
 
 
-def run(case: Case, dtype=np.float64, *, train=True, decisions=None, record=None) -> dict:
+def run(
+    case: Case, dtype=np.float64, *, train=True, decisions=None, record=None, model=None
+) -> dict:
     """A trace (`parity.run_torch`)."""
-    model = make_model(case, dtype).train(train)
+    model = (model or make_model(case, dtype)).train(train)
     optimizer = optim.make_optimizer(model, **chosen(case.rule, optim.make_optimizer))
     seen = {"loss": {}}
     for index in range(len(case.images)):
@@ -68,7 +72,8 @@ def one_step(model, optimizer, case: Case, index: int, seen: dict, *, autocast=N
 
 
 def trace(model, optimizer, seen: dict, *, train=True) -> dict:
-    """What was seen and, after training, the state of everything; it shares the model's memory."""
+    """What was seen and, after training, the state of everything; it shares the model's memory,
+    not the optimizer's."""
     if not train:
         return seen
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
@@ -78,21 +83,6 @@ def trace(model, optimizer, seen: dict, *, train=True) -> dict:
         "optimizer": optimizer_state(optimizer, parameters),
         "parameters": {n: a for n, a in state.items() if n in parameters},
     }
-
-
-def optimizer_state(optimizer, parameters: dict) -> dict[str, np.ndarray]:
-    """`layer1.0.conv1.weight momentum_buffer` and so on; `step`, the same for all, once."""
-    arrays = {}
-    for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
-        if "exp_avg" in state:  # RMSprop counts too, but never looks
-            arrays["step"] = state["step"].numpy()
-        arrays |= {
-            f"{name} {kind}": value.numpy()
-            for kind, value in state.items()
-            if kind != "step" and value is not None
-        }
-    return arrays
 
 
 @contextlib.contextmanager

@@ -18,8 +18,25 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
     Raises:
       ValueError: the file is damaged, carries code, or holds anything but named tensors.
     """
+    state = unwrap(load_content(path))
+    wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if wrong or not state:
+        what = f"{wrong[0]!r} is no tensor" if wrong else "no names with tensors in it"
+        raise ValueError(f"{path}: not a state_dict, {what}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return to_arrays(state)
+    except (TypeError, RuntimeError) as error:  # sparse, 8-bit, quantised: NumPy has no such thing
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def load_content(path: str | os.PathLike):
+    """What `torch.load` makes of a file on the CPU.
+
+    Raises:
+      ValueError: the file is damaged or carries code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:  # not there, not readable: says so itself
         raise
     except Exception as error:  # torch.load on a damaged file raises nearly anything
@@ -27,17 +44,12 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{path}: damaged, or refused because it carries code ({reason})"
         ) from error
-    state = unwrap(content)
-    wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if wrong or not state:
-        what = f"{wrong[0]!r} is no tensor" if wrong else "no names with tensors in it"
-        raise ValueError(f"{path}: not a state_dict, {what}")
-    return to_arrays(state)
 
 
 def save(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a plain state_dict, as `torch.save(model.state_dict(), path)` does."""
-    torch.save(to_tensors(arrays), path)
+    with open(path, "wb") as file:  # given the path, torch would write its name into the file
+        torch.save(to_tensors(arrays), file)
 
 
 def to_arrays(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ LAYERS = [
     {"data.sources"},
     {"convert", "data.pipeline", "optim", "losses", "environment"},
     {"data.prepare", "steps"},
-    {"parallel"},
+    {"parallel", "convert_training"},
     {"evaluate", "checkpoint", "run_directory"},
     {"serve", "export"},
     {"train"},
