@@ -41,10 +41,12 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def add_config_flags(parser: argparse.ArgumentParser):
-    """One flag for every field of `TrainConfig` and its groups; none has a default here."""
+def add_config_flags(parser: argparse.ArgumentParser, only: tuple[str, ...] | None = None):
+    """One flag for every field of `TrainConfig` and its groups, or for those in `only`; none has
+    a default here."""
     for group, fields in _fields().items():
-        section = parser.add_argument_group(group or "run")
+        fields = [field for field in fields if only is None or field.name in only]
+        section = parser.add_argument_group(group or "run") if fields else None
         for field in fields:
             section.add_argument(_flag(field.name), default=None, **_argument(field))
 
@@ -53,7 +55,7 @@ def requested_values(args: argparse.Namespace) -> dict:
     """The flags that were given, nested as in `config.to_dict`; values are still strings."""
     values = {}
     for group, fields in _fields().items():
-        given = {f.name: v for f in fields if (v := getattr(args, f.name)) is not None}
+        given = {f.name: v for f in fields if (v := getattr(args, f.name, None)) is not None}
         if given and group:
             values[group] = given
         else:

@@ -1,7 +1,7 @@
 """A finished run, taken up again: its network, weights, preprocessing and class names."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -50,26 +50,38 @@ def load_run(run_dir: Path | str) -> LoadedRun:
     Raises:
       InputError: there is no run, or none of its checkpoints is sound.
     """
+    document, config, network, state = restore(run_dir, Checkpoints.best)
+    variables = jax.tree.map(jnp.asarray, steps.evaluation_variables(state))
+    class_names, channels = tuple(document["class_names"]), document["channels"]
+    return LoadedRun(config, class_names, channels, network, variables)
+
+
+def restore(
+    run_dir: Path | str, choose: Callable[[Checkpoints], int | None]
+) -> tuple[dict, TrainConfig, steps.Network, steps.TrainState]:
+    """The checkpoint of a run that `choose` names: document, config, network and state.
+
+    Raises:
+      InputError: as `load_run`.
+    """
     run_dir = Path(run_dir)
     read_config(run_dir)  # says what is missing where this is no run directory
     checkpoints = Checkpoints(run_dir / "checkpoints")
     try:
-        step = checkpoints.best()
+        step = choose(checkpoints)
         if step is None:
             raise InputError(f"{run_dir} has no checkpoint yet")
         document = checkpoints.document(step)
-        config, channels = from_dict(document["config"]), document["channels"]
+        config = from_dict(document["config"])
         environment.configure_jax(config)
         network = steps.Network(
-            create_from_config(config.model, in_channels=channels),
+            create_from_config(config.model, in_channels=document["channels"]),
             freeze_backbone=config.freeze_backbone,
         )
         like = jax.eval_shape(lambda: steps.make_state(network.initial, config))
-        state = checkpoints.restore(step, like)
+        return document, config, network, checkpoints.restore(step, like)
     finally:
         checkpoints.close()
-    variables = jax.tree.map(jnp.asarray, steps.evaluation_variables(state))
-    return LoadedRun(config, tuple(document["class_names"]), channels, network, variables)
 
 
 def load_weights(path: Path | str) -> dict[str, np.ndarray]:
@@ -79,7 +91,10 @@ def load_weights(path: Path | str) -> dict[str, np.ndarray]:
         run = load_run(path)
         return convert.state_dict(run.network.to_model(run.variables))
     if path.suffix != ".safetensors":
-        raise InputError(f"{path} is neither a run directory nor a .safetensors file")
+        raise InputError(
+            f"{path} is neither a run directory nor a .safetensors file"
+            " (scripts/convert.py makes one of .pth, .pt and .th)"
+        )
     try:
         return load_file(path)
     except FileNotFoundError:
