@@ -104,9 +104,11 @@ def write_file(path: Path, arrays: dict[str, np.ndarray]):
         export.write_verified(path, arrays, files.save, files.load)
 
 
-def build_config(args, architecture: convert.Architecture | None = None, dtype=None) -> TrainConfig:
-    """What --config and the flags say, and what the weights say of the model."""
-    config = config_from_file(args.config) if args.config else TrainConfig()
+def build_config(args, architecture=None, arrays=None) -> TrainConfig:
+    """What --config or the run and the flags say, and what the weights say of the model."""
+    run = args.input / "config.json" if args.input.is_dir() else None
+    source = args.config or run
+    config = config_from_file(source) if source else TrainConfig()
     config = cli.merge(config, cli.requested_values(args))
     if architecture is None:
         return config
@@ -115,7 +117,7 @@ def build_config(args, architecture: convert.Architecture | None = None, dtype=N
         arch=architecture.arch,
         stem=architecture.stem,
         num_classes=architecture.num_classes,
-        dtype="float64" if dtype == np.float64 else config.model.dtype,
+        dtype="float64" if arrays["fc.weight"].dtype == np.float64 else config.model.dtype,
     )
     return replace(config, model=model)
 
@@ -124,7 +126,8 @@ def complete(config: TrainConfig, args, channels: int | None):
     """The config with its data's sizes and statistics, class names and, with a data set, channels
     and number of training images."""
     if args.class_names:
-        return without_data(config, args), class_names(args.class_names, config), channels, None
+        config = without_data(config, args, channels)
+        return config, class_names(args.class_names, config), channels, None
     # Nothing is trained: no batch has to fit, no image has to be kept.
     loose = replace(config, batch_size=1, data=replace(config.data, cache="none"))
     prepared = prepare(loose)
@@ -132,43 +135,51 @@ def complete(config: TrainConfig, args, channels: int | None):
     full = replace(prepared.config, batch_size=config.batch_size, data=data)
     dataset = prepared.dataset
     if channels not in (None, dataset.channels):
-        raise InputError(f"the weights are for {channels} channels, {data.dataset} has"
-                         f" {dataset.channels}")  # fmt: skip
+        raise InputError(
+            f"the weights are for {channels} channels, {data.dataset} has {dataset.channels}"
+        )
     return full, dataset.class_names, dataset.channels, len(dataset.train)
 
 
-def without_data(config: TrainConfig, args) -> TrainConfig:
+def without_data(config: TrainConfig, args, channels: int) -> TrainConfig:
     data = config.data
     if None in (data.image_size, data.mean, data.std):
         raise InputError("--class-names needs --image-size, --mean and --std too")
+    if len(data.mean) != channels or len(data.std) != channels:
+        raise InputError(f"--mean and --std need {channels} values, one a channel of the weights")
     resize = data.resize_size or data.image_size
     data = replace(data, dataset=args.dataset or NO_DATA, resize_size=resize)
     return replace(config, data=data)
 
 
 def class_names(text: str, config: TrainConfig) -> tuple[str, ...]:
+    """A file's lines, or the words between commas."""
     path = Path(text)
-    names = path.read_text().splitlines() if path.is_file() else text.split(",")
+    try:
+        names = path.read_text().splitlines() if path.is_file() else text.split(",")
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"--class-names: {text} is no readable text") from None
     names = tuple(name.strip() for name in names if name.strip())
     if len(names) != config.model.num_classes:
+        where = text if path.is_file() else f"{text} (a list: there is no such file)"
         raise InputError(
-            f"--class-names: {len(names)} names, the weights have {config.model.num_classes}"
+            f"--class-names: {len(names)} names in {where}, the weights have"
+            f" {config.model.num_classes}"
         )
     return names
 
 
 def write_run(args, arrays: dict[str, np.ndarray], architecture: convert.Architecture):
     """A finished run of these weights."""
+    config, channels = build_config(args, architecture, arrays), architecture.in_channels
     if args.input.is_dir() and not (args.dataset or args.class_names or args.config):
-        run = serve.load_run(args.input)
-        config, names, channels = run.config, run.class_names, run.channels
+        names = serve.load_run(args.input).class_names
     else:
-        config = build_config(args, architecture, arrays["fc.weight"].dtype)
-        config, names, channels, _ = complete(config, args, architecture.in_channels)
+        config, names, _, _ = complete(config, args, channels)
     environment.configure_jax(config)
     model = create_from_config(config.model, in_channels=channels)
     convert.load_state_dict(model, arrays)
-    state = steps.make_state(steps.Network(model).initial, config)
+    state = steps.make_state(network_of(model, config).initial, config)
     report = {
         "splits": {},
         "converted_from": args.input.name,
@@ -187,6 +198,10 @@ def write_run(args, arrays: dict[str, np.ndarray], architecture: convert.Archite
     )
 
 
+def network_of(model, config: TrainConfig) -> steps.Network:
+    return steps.Network(model, freeze_backbone=config.freeze_backbone)
+
+
 def digest(arrays: dict[str, np.ndarray]) -> str:
     """Of names and numbers, in torch's order."""
     sha = hashlib.sha256()
@@ -197,10 +212,8 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
 
 def convert_weights(args):
     arrays = read_weights(args.input)
-    if args.arch:
-        architecture = convert.describe(arrays, args.arch, args.stem)
-    else:
-        architecture = convert.nearest_architecture(arrays)
+    arch = args.arch or convert.nearest_architecture(arrays).arch
+    architecture = convert.describe(arrays, arch, args.stem)
     arrays = convert.conform(arrays, architecture.shapes())
     if args.output.suffix:
         write_file(args.output, arrays)
@@ -254,7 +267,7 @@ def torch_to_run(args):
     parts = torch_training(config, channels)
     files = torch_ref().training_state
     step = reading(args.input, files.load, *parts)
-    network = steps.Network(create_from_config(config.model, in_channels=channels))
+    network = network_of(create_from_config(config.model, in_channels=channels), config)
     state = convert_training.load_training_arrays(
         steps.make_state(network.initial, config),
         files.training_arrays(*parts, step),
@@ -282,7 +295,10 @@ def main():
     args = parse()
     check_output(args.output, args.overwrite)
     try:
-        convert_a_training(args) if args.training else convert_weights(args)
+        if args.training:
+            convert_a_training(args)
+        else:
+            convert_weights(args)
     except export.DamagedExport as error:
         raise cli.CheckFailed(str(error)) from None
 

@@ -205,6 +205,9 @@ WRONG_WORDS = [
     (["kept", "--overwrite"], ["no run"]),
     (["out", "--class-names", "a,b"], ["--image-size", "--mean", "--std"]),
     (["out", *LOOKS, "--class-names", "a,b"], ["2 names", "7"]),
+    (["out", *LOOKS, "--class-names", "gone.txt"], ["gone.txt", "no such file"]),
+    (["out", *LOOKS, "--mean", 0.5, "--std", 0.5], ["--mean", "3 values"]),
+    (["out.pth", "--stem", "imagenet"], ["own stem"]),
     (["out", "--dataset", "digits"], ["num_classes 7", "10 classes"]),
     (["out", "--dataset", "folder:gone"], ["gone"]),
     (["out.pt", "--training"], ["--training", "run directory"]),
@@ -221,6 +224,14 @@ def test_wrong_words_are_one_line_and_leave_nothing(sources, tmp_path, arguments
     refused(run_script("convert.py", sources[".pth"], tmp_path / out, *rest), *words)
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "kept.pth").read_text() == "precious"
+
+
+def test_a_run_converted_to_a_run_keeps_what_no_flag_changes(sources, weights, tmp_path):
+    flags = ["--mean", 0.1, 0.1, 0.1, "--std", 1, 1, 1]
+    assert run_script("convert.py", sources["run"], tmp_path / "run", *flags).status == 0
+    old, new = serve.load_run(sources["run"]), serve.load_run(tmp_path / "run")
+    assert same(read(tmp_path / "run"), weights) and new.preprocess.mean == (0.1, 0.1, 0.1)
+    assert new.class_names == old.class_names and new.config.model == old.config.model
 
 
 def test_overwrite_replaces_files_and_runs(sources, weights, tmp_path):
