@@ -5,8 +5,9 @@
      "ema": {name: array},                       parameters; {} where there is no average
      "step": int}                                batches seen
 
-All under torch's names and in its layouts; `torch_ref.checkpoint` has the other half. Learning
-rates are not in it: both sides have them from the schedule and the step.
+All under torch's names and in its layouts; `torch_ref.training_state` has the other half. Learning
+rates are not in it: both sides have them from the schedule and the step, and cuts of the plateau
+schedule stay behind.
 """
 
 import jax

@@ -224,6 +224,8 @@ def convert_weights(args):
 
 def torch_training(config: TrainConfig, channels: int):
     """Model, optimizer and moving average of the PyTorch side, as a run's config has them."""
+    if config.schedule.schedule == "plateau":
+        raise InputError("--training: the cuts of the plateau schedule do not convert")
     twin, model, rule = torch_ref(), config.model, config.optimizer
     net = twin.create_model(
         model.arch, model.num_classes, channels, stem=model.stem, dropout=model.dropout

@@ -10,21 +10,22 @@ from flax_resnet.config import InputError, OptimizerConfig, ScheduleConfig, Trai
 from torch_ref import optim, training_state
 
 STEPS, CROSSING = 6, 3
+SLOW = "adam, two batches an update"
 RULES = {
     # Two groups of parameters, which torch numbers in another order than the model has.
     "sgd": dict(momentum=0.9, nesterov=True, weight_decay=0.1, decay_norm_and_bias=False),
     "adam": dict(optimizer="adam"),
     "adamw": dict(optimizer="adamw", weight_decay=0.1),
     "rmsprop": dict(optimizer="rmsprop", momentum=0.9, centered=True),
-    "adam, two batches an update": dict(optimizer="adam", accumulate_steps=2),
+    SLOW: dict(optimizer="adam", accumulate_steps=2),
 }
 
 
 def make_case(rule: dict) -> inputs.Case:
     # The crossing has to lie between two updates.
     steps = STEPS * rule.get("accumulate_steps", 1)
-    size = (9, 12)
-    return inputs.make_case("basic_cnn", size=size, steps=steps, lr=1e-3, ema_decay=0.9, **rule)
+    rule = dict(lr=1e-3, ema_decay=0.9, label_smoothing=0.1) | rule
+    return inputs.make_case("basic_cnn", size=(9, 12), steps=steps, **rule)
 
 
 def crossing(case: inputs.Case) -> int:
@@ -110,7 +111,9 @@ def differences(got: dict, expected: dict) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [pytest.param(r, marks=pytest.mark.slow) if r == SLOW else r for r in RULES]
+)
 def test_the_other_framework_goes_on(rule, x64):
     """In both directions into a training that stands elsewhere, so that all has to be replaced."""
     case = make_case(RULES[rule])
@@ -129,7 +132,7 @@ def test_the_other_framework_goes_on(rule, x64):
 
 
 def test_batch_norm_crosses_too(x64):
-    case = inputs.make_case("resnet20", steps=2, lr=1e-3, ema_decay=0.9)
+    case = inputs.make_case("resnet20", steps=2, lr=1e-3, ema_decay=0.9, label_smoothing=0.1)
     ours, theirs = Jax(case), Torch(case)
     from_jax, from_torch = ours.arrays, theirs.train(1).arrays
     assert differences(ours.load(from_torch).arrays, from_torch) == []
@@ -178,7 +181,7 @@ def test_numbers_that_are_not_finite_are_refused(x64):
 
 
 def test_between_two_updates_nothing_crosses(x64):
-    training = Jax(make_case(RULES["adam, two batches an update"]))
+    training = Jax(make_case(RULES[SLOW]))
     training.state = training.state._replace(step=training.state.step + 1)
     with pytest.raises(InputError, match="between two updates"):
         assert training.arrays
