@@ -43,7 +43,10 @@ def write_verified(
     """Save beside `path`, load, compare bit for bit, and only then take the name."""
     temporary = _beside(path)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save(temporary, arrays)
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
         _compare(load(temporary), arrays, path)
         os.replace(temporary, path)
     finally:

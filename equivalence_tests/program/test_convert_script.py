@@ -78,6 +78,8 @@ def test_every_pair_of_formats_keeps_every_bit(sources, weights, source, target,
     if target.startswith(".p"):
         assert list(read(out)) == list(weights)
     assert list(tmp_path.iterdir()) == [out]
+    (tmp_path / "any").touch()
+    assert target == "" or out.stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
