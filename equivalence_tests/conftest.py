@@ -1,4 +1,8 @@
-"""Strict JAX for every test: eight CPU devices, rank promotion is an error."""
+"""Strict JAX for every test: eight CPU devices, rank promotion is an error.
+
+--mutant NAME      run on code with a known fault in it (`mutants.py`); tests have to fail
+--inputs-seed N    draw other random inputs; none may fail
+"""
 
 import os
 
@@ -9,8 +13,25 @@ import jax
 import pytest
 import torch
 
+from equivalence_tests import inputs
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(2)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--mutant", metavar="NAME")
+    parser.addoption("--inputs-seed", type=int, default=0, metavar="N")
+
+
+def pytest_configure(config):
+    inputs.SEED = config.getoption("--inputs-seed")
+    if name := config.getoption("--mutant"):
+        from equivalence_tests import mutants
+
+        fault = mutants.injected(mutants.MUTANTS[name])
+        fault.__enter__()
+        config.add_cleanup(lambda: fault.__exit__(None, None, None))
 
 
 @pytest.fixture

@@ -18,6 +18,15 @@ import torch_ref
 
 NUM_CLASSES = 7
 
+SEED = 0
+"""Of everything random in the tests; `pytest --inputs-seed N` draws other inputs."""
+
+
+def random_numbers(seed=0) -> np.random.Generator:
+    """The generator of one test."""
+    return np.random.default_rng([SEED, seed])
+
+
 MOST_VALUES = 20_000
 """Values per channel up to which n / (n - 1) moves a variance by 5e-5 or more."""
 
@@ -65,7 +74,7 @@ def make_case(
         ties the block's last ReLU at exactly 0.
       rule: options of the optimizer and the loss; left out, SGD with all of its own in use.
     """
-    rng = np.random.default_rng(seed)
+    rng = random_numbers(seed)
     shapes = state_shapes(arch, stem)
     images = rng.standard_normal((steps, batch, *(size or image_size(arch, stem)), 3), np.float32)
     features = shapes["fc.weight"][1]
@@ -77,11 +86,30 @@ def make_case(
         labels=rng.integers(0, NUM_CLASSES, (steps, batch)),
         dropout=dropout,
         masks=rng.random((steps, batch, features)) >= dropout if dropout else None,
-        rule=rule or dict(lr=1e-3, momentum=0.9, weight_decay=5e-4, label_smoothing=0.1),
+        rule=rule or RULE,
     )
     if found := faults(case, zero_init=zero_init):
         raise ValueError("inputs that cannot fail: " + "; ".join(found))
     return case
+
+
+RULE = dict(lr=1e-3, momentum=0.9, weight_decay=5e-4, label_smoothing=0.1)
+
+
+def case_of_weights(arrays: dict, arch: str, stem: str | None, *, size=None, batch=4) -> Case:
+    """Random images for weights that somebody trained."""
+    rng = random_numbers()
+    shape = (1, batch, *(size or image_size(arch, stem)), arrays["conv1.weight"].shape[1])
+    classes = len(arrays["fc.bias"])
+    return Case(
+        arch=arch,
+        stem=stem,
+        arrays=arrays,
+        num_classes=classes,
+        images=rng.standard_normal(shape, np.float32),
+        labels=rng.integers(0, classes, shape[:2]),
+        rule=RULE,
+    )
 
 
 def image_size(arch: str, stem: str | None) -> tuple[int, int]:

@@ -27,9 +27,9 @@ IMAGES = "images"
 FORWARD = "forward"
 
 
-def run(case: Case, dtype=np.float64, *, train=True, decisions=None, jit=False) -> dict:
+def run(case: Case, dtype=np.float64, *, train=True, decisions=None, jit=False, edit=None) -> dict:
     """A trace (`parity.run_jax`)."""
-    network, config, state = start(case, dtype)
+    network, config, state = start(case, dtype, edit=edit)
     probed = probed_train_step if train else probed_evaluation
     step = probed(network, config, case.num_classes)
     if jit:
@@ -42,11 +42,14 @@ def run(case: Case, dtype=np.float64, *, train=True, decisions=None, jit=False) 
     return trace(state, seen, values, config, train=train)
 
 
-def start(case: Case, dtype=np.float64, *, compute_dtype=None):
+def start(case: Case, dtype=np.float64, *, compute_dtype=None, edit=None):
     """The network with the weights of the case, the config of its step and the first state."""
     model = make_model(case, dtype, compute_dtype)
+    if edit:
+        edit(model)
+    rule = {"label_smoothing": 0.0} | case.rule  # the twin's step has none by itself
     config = TrainConfig(
-        optimizer=OptimizerConfig(**case.rule), schedule=ScheduleConfig(schedule="constant")
+        optimizer=OptimizerConfig(**rule), schedule=ScheduleConfig(schedule="constant")
     )
     network = ProbedNetwork(model)
     state = steps.make_state(network.initial, config)

@@ -22,25 +22,31 @@ PHASES = ("forward", "loss", "gradient", "batch_norm", "optimizer", "parameters"
 """In the order in which a step computes them; forward, loss and gradient are the last step's."""
 
 
-def run_torch(case: Case, dtype=np.float64, *, train=True, decisions=None, record=None) -> Trace:
+def run_torch(
+    case: Case, dtype=np.float64, *, train=True, decisions=None, record=None, model=None
+) -> Trace:
     """All steps of a case in PyTorch, or its forward and backward pass in evaluation mode.
 
     Args:
+      model: another network than the twin, with its own weights.
       decisions: of every step, to replay (`replay.py`).
       record: a list to which the decisions of every step are appended.
     """
-    return torch_side.run(case, dtype, train=train, decisions=decisions, record=record)
+    return torch_side.run(case, dtype, train=train, decisions=decisions, record=record, model=model)
 
 
-def run_jax(case: Case, dtype=np.float64, *, train=True, decisions=None, jit=False) -> Trace:
+def run_jax(
+    case: Case, dtype=np.float64, *, train=True, decisions=None, jit=False, edit=None
+) -> Trace:
     """The same in JAX.
 
     Args:
+      edit: called with the model before the first step, to change it in place.
       jit: compile the whole step. Op by op is faster for few steps of deep nets, since all of
         them consist of the same few operations.
     """
     with jax.enable_x64(dtype == np.float64):
-        return jax_side.run(case, dtype, train=train, decisions=decisions, jit=jit)
+        return jax_side.run(case, dtype, train=train, decisions=decisions, jit=jit, edit=edit)
 
 
 class Row(NamedTuple):
@@ -53,7 +59,7 @@ class Row(NamedTuple):
     shape: tuple[int, ...]
 
     max_relative: float
-    """Largest difference over the largest value."""
+    """Largest difference over the largest value; infinite where the shapes differ."""
 
     norm_relative: float
     """Norm of the difference over the norm of the reference."""
@@ -66,8 +72,8 @@ def compare(got: Trace, reference: Trace) -> list[Row]:
     """All tensors in the order in which a step computes them.
 
     Raises:
-      ValueError: a side has tensors that the other lacks, or their shapes differ. Activations
-        may have more names in the reference, which has modules where JAX has functions.
+      ValueError: a side has tensors that the other lacks. Activations may have more names in the
+        reference, which has modules where JAX has functions.
     """
     if odd := set(got) ^ set(reference):
         raise ValueError(f"phases of one side only: {', '.join(sorted(odd))}")
@@ -82,7 +88,7 @@ def compare(got: Trace, reference: Trace) -> list[Row]:
 
 def _row(phase, name, got, reference) -> Row:
     if got.shape != reference.shape:
-        raise ValueError(f"{phase} {name}: shape {got.shape} instead of {reference.shape}")
+        return Row(phase, name, reference.shape, *[float("inf")] * 3)
     size = _largest(reference)
     ulp = np.spacing(size) if reference.dtype.kind == "f" else 1
     difference = np.subtract(got, reference, dtype=np.float64)
@@ -119,7 +125,13 @@ class Budget(NamedTuple):
 
     reference_error: float
 
-    bound: float
+    factor: float
+
+    ulps: float
+
+    @property
+    def bound(self) -> float:
+        return self.factor * self.reference_error + self.ulps
 
     @property
     def within(self) -> bool:
@@ -135,17 +147,30 @@ def budgets(got: Trace, reference: Trace, truth: Trace, *, factor, ulps) -> list
       factor: how much larger the error may be.
       ulps: what is granted beyond, in relative units of the narrow type.
     """
-    rows = zip(compare(got, truth), compare(_shared(reference, got), truth), strict=True)
+    rows = zip(compare(got, truth), compare(shared(reference, got), truth), strict=True)
     return [
-        Budget(a.phase, a.name, a.norm_relative, b.norm_relative, factor * b.norm_relative + ulps)
-        for a, b in rows
+        Budget(a.phase, a.name, a.norm_relative, b.norm_relative, factor, ulps) for a, b in rows
     ]
 
 
-def _shared(trace: Trace, other: Trace) -> Trace:
+def pooled(rows: list[Budget]) -> Budget:
+    """One tensor over several batches, its errors as root mean squares."""
+
+    def rms(values):
+        return float(np.sqrt(np.mean(np.square(list(values)))))
+
+    return rows[0]._replace(
+        error=rms(row.error for row in rows),
+        reference_error=rms(row.reference_error for row in rows),
+    )
+
+
+def shared(trace: Trace, other: Trace) -> Trace:
+    """What both have, of the first, in the order of the second."""
     return {
-        phase: {n: v for n, v in arrays.items() if n in other[phase]}
+        phase: {n: arrays[n] for n in other[phase] if n in arrays}
         for phase, arrays in trace.items()
+        if phase in other
     }
 
 

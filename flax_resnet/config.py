@@ -213,7 +213,7 @@ class OptimizerConfig:
     l1: NonNegative = 0.0
     """Factor of the sum of absolute weights added to the loss."""
 
-    label_smoothing: Fraction = 0.0
+    label_smoothing: Fraction = 0.1
     """Share of the target spread evenly over all classes."""
 
     clip_norm: NonNegative = 0.0

@@ -23,7 +23,7 @@ from torch_ref import create_model, list_models
 from torch_ref.arguments import Parser, add_flags, chosen
 from torch_ref.data import Data, augmented_transform, load_data, loader
 from torch_ref.early_stopping import EarlyStopping
-from torch_ref.evaluate import evaluate, parameter_dtype, to_device
+from torch_ref.evaluate import evaluate, memory_format, parameter_dtype, to_device
 from torch_ref.optim import make_ema, make_optimizer, make_schedulers
 from torch_ref.resnet import CIFAR
 from torch_ref.run_directory import environment, keep, log
@@ -80,7 +80,7 @@ def fit(
     seed: int = 0,
     num_workers: int = 0,
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-    label_smoothing: float = 0.0,
+    label_smoothing: float = 0.1,
     l1: float = 0.0,
     clip_norm: float = 0.0,
     accumulate_steps: int = 1,
@@ -112,8 +112,9 @@ def fit(
     }
     mode = "min" if monitor == "validation_loss" else "max"
     stopping = EarlyStopping(mode=mode, patience=patience, min_delta=min_delta)
+    keeping = EarlyStopping(mode=mode)  # the best weights are the best by however little
 
-    model.to(device, parameter_dtype(dtype), memory_format=torch.channels_last)
+    model.to(device, parameter_dtype(dtype), memory_format=memory_format(dtype))
     optimizer = make_optimizer(model, **(optimizer_options or {}))
     updates_per_epoch = len(batches) / accumulate_steps
     scheduler, plateau = make_schedulers(
@@ -139,7 +140,8 @@ def fit(
             scores = evaluate(evaluated, splits["validation"], device, dtype)
             row |= {f"validation_{name}": score for name, score in scores.items()}
             stopping = stopping.update(row[monitor], epoch)
-            if stopping.best_epoch == epoch:
+            keeping = keeping.update(row[monitor], epoch)
+            if keeping.best_epoch == epoch:
                 best = {k: v.clone() for k, v in evaluated.state_dict().items()}
             if plateau:
                 plateau.step(row[monitor])
@@ -151,7 +153,7 @@ def fit(
     return {
         "splits": {k: evaluate(model, split, device, dtype) for k, split in splits.items()},
         "epochs": epoch,
-        "best_epoch": stopping.best_epoch or epoch,
+        "best_epoch": keeping.best_epoch or epoch,
         "stopped_early": stopping.stop,
         "seconds": time.perf_counter() - started,
         "images_per_second": epoch * len(batches) * batch_size / training_seconds,

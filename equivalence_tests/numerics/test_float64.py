@@ -89,14 +89,16 @@ def test_even_and_odd_sizes(size):
     assert too_large(make_case("resnet20", size=size)) == []
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "rule",
     [
+        dict(lr=1e-3, ema_decay=0.9),  # which leaves the running statistics alone
         dict(optimizer="adamw", lr=1e-3, weight_decay=0.1, label_smoothing=0.2),
         dict(optimizer="rmsprop", lr=1e-4, centered=True, decay_norm_and_bias=False),
         dict(lr=1e-3, nesterov=False, l1=1e-4, weight_decay=0.1, decoupled_weight_decay=True),
     ],
-    ids=["adamw", "rmsprop", "l1"],
+    ids=["moving average", "adamw", "rmsprop", "l1"],
 )
 def test_other_rules_on_a_network(rule):
     assert too_large(make_case("resnet20", steps=2, **rule)) == []
@@ -141,6 +143,7 @@ FAULTS = [  # the fault, where it goes, the first phase that shows it
 ]
 
 
+@pytest.mark.control
 @pytest.mark.quick
 @pytest.mark.parametrize("fault, module, name, phase", FAULTS)
 def test_a_fault_shows_first_in_its_phase(fault, module, name, phase):
@@ -149,6 +152,7 @@ def test_a_fault_shows_first_in_its_phase(fault, module, name, phase):
         assert too_large(case)[0].phase == phase
 
 
+@pytest.mark.control
 @pytest.mark.quick
 def test_half_a_gradient_at_zero_shows_only_in_ties():
     with mock.patch.object(resnet, "relu", lambda x: jnp.maximum(x, 0)):
@@ -159,6 +163,7 @@ def test_half_a_gradient_at_zero_shows_only_in_ties():
         }
 
 
+@pytest.mark.control
 @pytest.mark.quick
 def test_narrow_numbers_are_not_float64():
     """A "float64" test that ran in float32 would be off by more than every bound."""

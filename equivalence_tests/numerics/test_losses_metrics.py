@@ -11,7 +11,7 @@ import torch
 
 import torch_ref.early_stopping
 import torch_ref.losses
-from equivalence_tests import tolerances
+from equivalence_tests import inputs, tolerances
 from flax_resnet import early_stopping, losses, metrics, steps
 from flax_resnet.config import EarlyStoppingConfig
 
@@ -21,7 +21,7 @@ NUM_CLASSES = 9
 
 
 def random_logits(size=1.0, seed=0):
-    rng = np.random.default_rng(seed)
+    rng = inputs.random_numbers(seed)
     return size * rng.standard_normal((11, NUM_CLASSES)), rng.integers(0, NUM_CLASSES, 11)
 
 
@@ -68,6 +68,7 @@ def test_soft_targets_of_mixup(x64):
     assert close(got, expected)
 
 
+@pytest.mark.control
 def test_smoothing_over_the_other_classes_only_is_seen(x64):
     logits, labels = random_logits()
     wrong = losses.soft_targets(labels, NUM_CLASSES, 0.1 * NUM_CLASSES / (NUM_CLASSES - 1))
@@ -80,7 +81,7 @@ def test_smoothing_over_the_other_classes_only_is_seen(x64):
     (losses.l2_penalty, torch_ref.losses.l2_penalty),
 ])  # fmt: skip
 def test_penalties(ours, theirs, x64):
-    rng = np.random.default_rng(0)
+    rng = inputs.random_numbers()
     params = {"a": rng.standard_normal((3, 4)), "b": {"c": rng.standard_normal(5)}}
     params["a"][0, 0] = 0  # where |w| has no slope, both take 0
     tensors = [torch.tensor(leaf, requires_grad=True) for leaf in jax.tree.leaves(params)]
@@ -95,7 +96,7 @@ def test_penalties(ours, theirs, x64):
 
 def random_labels(kind: str, seed: int):
     """(labels, predictions) with the awkward classes that `kind` says."""
-    rng = np.random.default_rng(seed)
+    rng = inputs.random_numbers(seed)
     labels = rng.choice(NUM_CLASSES, 200, p=rng.dirichlet(np.ones(NUM_CLASSES)))
     predicted = np.where(rng.random(200) < 0.6, labels, rng.integers(0, NUM_CLASSES, 200))
     if kind == "absent":
@@ -191,7 +192,7 @@ def evaluated(logits, labels, split) -> dict:
 
 @pytest.mark.parametrize("split", [(53,), (20, 20, 13), (1,) * 53, (52, 1), (30, 23)])
 def test_any_split_into_batches_gives_the_sums_of_the_whole(split, x64):
-    rng = np.random.default_rng(0)
+    rng = inputs.random_numbers()
     logits, labels = rng.standard_normal((53, NUM_CLASSES)), rng.integers(0, NUM_CLASSES, 53)
     sums = evaluated(logits, labels, split)
     assert sums["count"] == 53
@@ -208,8 +209,9 @@ def test_any_split_into_batches_gives_the_sums_of_the_whole(split, x64):
     )
 
 
+@pytest.mark.control
 def test_a_mean_of_means_would_be_seen(x64):
-    rng = np.random.default_rng(0)
+    rng = inputs.random_numbers()
     logits, labels = rng.standard_normal((53, NUM_CLASSES)), rng.integers(0, NUM_CLASSES, 53)
     whole = evaluated(logits, labels, (53,))
     parts = [evaluated(logits[a:b], labels[a:b], (b - a,)) for a, b in ((0, 50), (50, 53))]
@@ -239,7 +241,7 @@ COURSES = [
     [NAN, NAN, 0.5, NAN, 0.4, INF, -INF, NAN, NAN, NAN],
     [1.0] * 8,
     [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7],
-    list(np.random.default_rng(1).standard_normal(40)),
+    list(inputs.random_numbers(1).standard_normal(40)),
 ]
 
 

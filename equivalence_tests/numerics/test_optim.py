@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import torch_ref.optim
-from equivalence_tests import tolerances, torch_side
+from equivalence_tests import inputs, tolerances, torch_side
 from equivalence_tests.states import named, optimizer_state
 from flax_resnet import convert, optim, steps
 from flax_resnet.config import OptimizerConfig, TrainConfig
@@ -42,7 +42,7 @@ def tree(arrays: dict) -> dict:
 
 def numbers(seed=0):
     """Parameters, and the gradients of every step: norms from 1e-9, about Adam's eps, to 30."""
-    rng = np.random.default_rng(seed)
+    rng = inputs.random_numbers(seed)
     params = {name: rng.standard_normal(shape) for name, shape in SHAPES.items()}
     sizes = 10.0 ** rng.uniform(-9, 1, STEPS)
     sizes[:4] = 1, 1e-8, 10, 1e-2
@@ -181,6 +181,7 @@ def test_every_update_and_state_is_torchs(rule, x64):
     assert differences(rule) == []
 
 
+@pytest.mark.control
 def test_gradients_lie_on_both_sides_of_every_threshold():
     norms = [math.sqrt(sum((g**2).sum() for g in step.values())) for step in numbers()[1]]
     assert min(norms) < 1e-7 and max(norms) > 10  # of Adam's eps, and of clip_norm
@@ -235,6 +236,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.control
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_seen(fault, x64):
     module, name, wrong, rule = FAULTS[fault]

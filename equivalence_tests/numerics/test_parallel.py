@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from equivalence_tests import inputs
 from equivalence_tests.tolerances import PARALLEL
 from flax_resnet import cli, steps
 from flax_resnet.config import ParallelConfig, TrainConfig
@@ -29,7 +30,7 @@ CONFIG = {
 
 
 def images_and_labels():
-    rng = np.random.default_rng(0)
+    rng = inputs.random_numbers()
     images = rng.integers(0, 256, (40, 10, 12, 3))
     images = images * np.linspace(0.1, 1, 40).reshape(-1, 1, 1, 1)  # shards differ in brightness
     return images.astype(np.uint8), rng.integers(0, 5, 40).astype(np.int32)
@@ -51,7 +52,7 @@ def run(mode: str, devices: int, steps_per_dispatch: int = 1, share_statistics=T
     images, labels = images_and_labels()
     resident = engine.replicate({"image": images, "label": labels})
     state = engine.replicate(steps.make_state(network.initial, config))
-    rng, values = np.random.default_rng(1), {}
+    rng, values = inputs.random_numbers(1), {}
     step_fn = engine.compile_train(train_step, steps_per_dispatch)
     for first in range(0, NUM_STEPS, steps_per_dispatch):
         batches = [
@@ -96,11 +97,13 @@ def test_several_steps_a_dispatch_are_the_same_steps(mode, devices, x64):
     assert worst(run(mode, devices, steps_per_dispatch=5), one_device()) <= PARALLEL
 
 
+@pytest.mark.control
 def test_statistics_of_a_shard_are_noticed(x64):
     """Negative control: BatchNorm without the other devices."""
     assert worst(run("pmap", 2, share_statistics=False), one_device()) > 1e6 * PARALLEL
 
 
+@pytest.mark.control
 def test_draws_of_the_device_are_noticed(x64, monkeypatch):
     """Negative control: keys by position in the shard instead of by example."""
     original = jax.random.fold_in

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import torch_ref.optim
-from equivalence_tests import tolerances
+from equivalence_tests import inputs, tolerances
 from flax_resnet import optim
 from flax_resnet.config import ScheduleConfig
 
@@ -84,6 +84,7 @@ def optax_onecycle(config, lr, updates_per_epoch, total):
     return optax.cosine_onecycle_schedule(total, lr, config.pct_start)
 
 
+@pytest.mark.control
 @pytest.mark.filterwarnings("ignore:The epoch parameter")
 @pytest.mark.parametrize(
     "options, wrong",
@@ -104,7 +105,7 @@ COURSES = {
     "not a number": [NAN, 1.0, NAN, NAN, NAN, 0.9, NAN, NAN, NAN, NAN],
     "infinite": [math.inf, 1.0, math.inf, math.inf, math.inf, 0.5, 0.5, 0.5],
     "zero": [0.0] * 8,
-    "walk": list(np.random.default_rng(0).standard_normal(60).cumsum()),
+    "walk": list(inputs.random_numbers().standard_normal(60).cumsum()),
 }
 PLATEAUS = [
     dict(plateau_patience=p, plateau_cooldown=c, min_lr=m, plateau_threshold=t)
@@ -143,6 +144,7 @@ def test_plateau(values, mode):
         )
 
 
+@pytest.mark.control
 def test_the_courses_cut_and_a_patience_off_by_one_is_seen():
     for name, values in COURSES.items():
         options = dict(plateau_patience=1)

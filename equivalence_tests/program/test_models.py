@@ -84,22 +84,6 @@ def test_bad_names_are_answered_with_the_nearest():
         flax_resnet.create_model("resnet18", dropout=1.0)
 
 
-def test_convolutions_start_with_a_full_normal_by_fan_out():
-    kernel = np.asarray(layers.kaiming_normal_fan_out(jax.random.key(0), (3, 3, 64, 256)))
-    std = np.sqrt(2 / (9 * 256))
-    assert kernel.std() == pytest.approx(std, rel=0.01)
-    assert np.abs(kernel).max() > 3.5 * std  # a truncated normal ends at 2.3
-
-
-def test_linear_layers_start_uniform_by_fan_in_with_a_bias():
-    fc = layers.linear(512, 1000, rngs=nnx.Rngs(0))
-    bound = 1 / np.sqrt(512)
-    for leaf in (fc.kernel[...], fc.bias[...]):
-        values = np.asarray(leaf)
-        assert np.abs(values).max() == pytest.approx(bound, rel=0.01)
-        assert values.std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
-
-
 def test_zero_init_residual_starts_blocks_as_identities():
     model = flax_resnet.create_model("resnet20", zero_init_residual=True)
     assert all((block.bn2.scale[...] == 0).all() for block in model.blocks())
@@ -139,22 +123,6 @@ def test_dropout_belongs_to_the_example():
     assert (whole == halves).all()
     assert set(np.unique(whole)) == {0.0, 2.0}
     assert len({row.tobytes() for row in np.asarray(whole)}) == 6
-
-
-def test_one_value_per_channel_cannot_be_normalised():
-    norm = layers.BatchNorm(3)
-    with pytest.raises(ValueError, match="more than one value"):
-        norm(jnp.ones((1, 1, 1, 3)))
-    norm.use_running_average = True
-    assert norm(jnp.ones((1, 1, 1, 3))).shape == (1, 1, 1, 3)
-
-
-@pytest.mark.parametrize("size", [(7, 9), (8, 8), (16, 12), (3, 20)])
-def test_adaptive_pooling_is_torchs(size, x64):
-    x = np.random.default_rng(0).normal(size=(2, *size, 3))
-    expected = torch.nn.AdaptiveAvgPool2d((8, 8))(torch.tensor(x.transpose(0, 3, 1, 2)))
-    got = layers.adaptive_average_pool(jnp.asarray(x), 8)
-    np.testing.assert_allclose(got.transpose(0, 3, 1, 2), expected, atol=1e-14)
 
 
 CONVOLUTIONS = [  # size of the map, kernel, stride, whether a product serves it

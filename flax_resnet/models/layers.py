@@ -148,19 +148,26 @@ class BatchNorm(nnx.Module):
         )
 
     def _batch_statistics(self, x):
-        """Mean `[C]`, biased variance `[C]` and the number of values behind each."""
+        """Mean `[C]`, biased variance `[C]` and the number of values behind each.
+
+        The corrected two-pass algorithm (Chan, Golub and LeVeque 1983): what the first mean lost
+        to rounding is the mean of the distances from it. torch sums in float64 on the CPU.
+        """
         axes = tuple(range(x.ndim - 1))
         count = math.prod(x.shape[:-1])
-        mean = x.mean(axes)
         if self.axis_name is not None:
-            mean = lax.pmean(mean, self.axis_name)
             count *= lax.axis_size(self.axis_name)
-        var = jnp.square(_centred(x, mean)).mean(axes)
-        if self.axis_name is not None:
-            var = lax.pmean(var, self.axis_name)
         if count < 2:
             raise ValueError("BatchNorm in training needs more than one value per channel")
-        return mean, var, count
+        first = lax.stop_gradient(self._mean(x, axes))  # any constant would do: no slope
+        distance = _centred(x, first)
+        rest = self._mean(distance, axes)
+        var = self._mean(jnp.square(distance), axes) - jnp.square(rest)
+        return first + rest, var, count
+
+    def _mean(self, x, axes):
+        mean = x.mean(axes)
+        return mean if self.axis_name is None else lax.pmean(mean, self.axis_name)
 
     def _update(self, mean, var, count):
         unbiased = var * (count / (count - 1))

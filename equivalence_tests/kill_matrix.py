@@ -1,0 +1,157 @@
+"""The suite proves itself: every mutant against the unchanged tests, and against the criteria by
+which other projects call a port correct.
+
+    python -m equivalence_tests.kill_matrix                     # all; two hours on two cores
+    python -m equivalence_tests.kill_matrix --only "no Nesterov"
+    python -m equivalence_tests.kill_matrix --seeds 20          # false alarms instead
+
+Writes results/kill-matrix.json and .md. Exit status 1 if a mutant survives or a test fails on
+sound code.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from equivalence_tests import criteria, mutants
+from flax_resnet import cli, environment
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+TESTS = ROOT / "equivalence_tests" / "numerics"
+
+
+# Files whose tests a mutant of a group most likely fails, to be run first; then all others.
+FIRST = {
+    "layers": ("layers", "float64", "convert"),
+    "optimizers": ("optim", "float64"),
+    "schedules": ("schedules",),
+    "losses": ("losses_metrics", "layers", "float64"),
+    "images": ("images", "augment"),
+}
+
+
+def run_tests(*flags: str, first=()) -> tuple[int, list[str]]:
+    """Runs the tests of equality; how many ran, and which of them failed."""
+    names = sorted(path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py"))
+    names.sort(key=lambda name: first.index(name) if name in first else len(first))
+    files = [str(TESTS / f"test_{name}.py") for name in names]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", *files]
+        command += ["-m", "quick and not control and not slow", "-p", "no:cacheprovider"]
+        run = subprocess.run(
+            [*command, f"--junit-xml={report}", *flags], cwd=ROOT, capture_output=True, text=True
+        )
+        if run.returncode not in (0, 1, 2):
+            raise RuntimeError(f"pytest {' '.join(flags)}: {run.stdout[-2000:]}{run.stderr[-500:]}")
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    wrong = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    return len(cases), [f"{_file(case)}::{case.get('name')}" for case in wrong]
+
+
+def _file(case) -> str:
+    return (case.get("classname") or case.get("name")).rsplit("test_", 1)[-1]
+
+
+def row(mutant: mutants.Mutant) -> dict:
+    """The first test that fails on one mutant."""
+    started = time.monotonic()
+    group = next(name for name, group in mutants.GROUPS.items() if mutant in group)
+    count, failed = run_tests("-x", "--mutant", mutant.name, first=FIRST[group])
+    return {
+        "mutant": mutant.name,
+        "difference": mutant.difference,
+        "what": mutant.what,
+        "killed_by": failed[0] if failed else None,
+        "tests_run": count,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def measure(chosen: list[mutants.Mutant], jobs: int) -> list[dict]:
+    """A row for each; prints them as they come."""
+    rows = []
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for result in pool.map(row, chosen):
+            rows.append(result)
+            print(
+                f"{result['difference']:4s}{result['mutant']:36s}{result['killed_by']}", flush=True
+            )
+    seen_by_others = criteria.verdicts(chosen)
+    return [r | {"seen_by": seen_by_others[r["mutant"]]} for r in rows]
+
+
+def false_alarms(seeds: int) -> dict[int, list[str]]:
+    """seed of the inputs -> tests that fail on sound code."""
+    alarms = {}
+    for seed in range(1, seeds + 1):
+        count, failed = run_tests("--inputs-seed", str(seed))
+        alarms[seed] = failed
+        print(f"inputs {seed}: {count} tests, {len(failed)} failed {failed}", flush=True)
+    return alarms
+
+
+def markdown(rows: list[dict]) -> str:
+    """The matrix as a table."""
+    others = list(criteria.CRITERIA)
+    lines = ["| no. | mutant | what it does | first test to fail | " + " | ".join(others) + " |"]
+    lines += ["|---" * (4 + len(others)) + "|"]
+    for r in sorted(rows, key=lambda r: _order(r["difference"])):
+        killer = f"`{r['killed_by']}`" if r["killed_by"] else "**survives**"
+        seen = ["sees it" if name in r["seen_by"] else "blind" for name in others]
+        cells = [r["difference"], r["mutant"], r["what"], killer, *seen]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _order(difference: str) -> tuple[int, str]:
+    number, letter = re.fullmatch(r"(\d+)(\w?)", difference).groups()
+    return int(number), letter
+
+
+def summary(rows: list[dict]) -> str:
+    """One sentence with all counts."""
+    killed = sum(bool(r["killed_by"]) for r in rows)
+    others = [f"{name} {sum(name in r['seen_by'] for r in rows)}" for name in criteria.CRITERIA]
+    return f"{killed} of {len(rows)} mutants killed. Seen by others' criteria: {', '.join(others)}."
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants only")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="test runs at a time")
+    parser.add_argument("--seeds", type=int, metavar="N", help="look for false alarms instead")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    document = {"command": cli.command_line(), "environment": environment.describe(1)}
+    if args.seeds:
+        document["failed"] = false_alarms(args.seeds)
+        (RESULTS / "false-alarms.json").write_text(json.dumps(document, indent=1) + "\n")
+        return int(any(document["failed"].values()))
+    chosen = [mutants.MUTANTS[name] for name in args.only or mutants.MUTANTS]
+    rows = measure(chosen, args.jobs)
+    print(summary(rows))
+    if not args.only:
+        document |= {"summary": summary(rows), "rows": rows}
+        (RESULTS / "kill-matrix.json").write_text(json.dumps(document, indent=1) + "\n")
+        head = f"# Kill matrix\n\n`{document['command']}`\n\n{summary(rows)}\n\n"
+        without = [f"- {n}: {why}" for n, why in mutants.NOT_APPLICABLE.items()]
+        (RESULTS / "kill-matrix.md").write_text(
+            head + markdown(rows) + "\nWithout a mutant:\n\n" + "\n".join(without) + "\n"
+        )
+    return int(not all(r["killed_by"] for r in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""How often the localiser names the right module and phase: every mutant of a training step, put
+into every layer of resnet18 that can have it and into 20 drawn layers of resnet50.
+
+    python -m equivalence_tests.localiser_check        # an hour on two cores
+
+Writes results/localiser.json. Exit status 1 below 99%.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+
+from equivalence_tests import inputs, jax_side, localise, mutants, parity
+from flax_resnet import cli, environment
+from flax_resnet.models import resnet
+
+RESULTS = Path(__file__).parents[1] / "results"
+DRAWN = 20
+RULES = {
+    "17": dict(optimizer="adam", lr=1e-3, weight_decay=0.1),
+    "18": dict(optimizer="adam", lr=1e-3, weight_decay=0.1),
+    "19": dict(optimizer="adamw", lr=1e-3, weight_decay=0.1),
+    "20a": dict(optimizer="rmsprop", lr=1e-3, weight_decay=0.1),
+    "21": dict(lr=1e-3, clip_norm=0.1),
+}
+"""Rules under which a mutant of an optimizer shows, where the usual one hides it."""
+
+
+class Trial(NamedTuple):
+    """One fault in one place, and what the localiser says of it."""
+
+    arch: str
+
+    mutant: str
+
+    layer: str
+    """"" for a fault that has no layer."""
+
+    phase: str
+
+    found_phase: str | None
+
+    found_module: str | None
+
+    causes: tuple[str, ...]
+
+    @property
+    def right(self) -> bool:
+        inside = not self.layer or f"{self.found_module}.".startswith(f"{self.layer}.")
+        return self.found_phase == self.phase and inside
+
+
+@functools.cache
+def case_of(arch: str, *, zero_init=False, rule=()) -> inputs.Case:
+    return inputs.make_case(arch, zero_init=zero_init, **dict(rule))
+
+
+@functools.cache
+def reference(arch: str, *, zero_init=False, rule=()) -> parity.Trace:
+    return parity.run_torch(case_of(arch, zero_init=zero_init, rule=rule))
+
+
+def localised(mutant, arch, layer, *, edit=None, phase=None, **kind) -> Trial:
+    """What the localiser makes of the arrays; the mutant is named for the record only."""
+    case = case_of(arch, **kind)
+    got = parity.run_jax(case, edit=edit)
+    finding = localise.first_divergence(got, reference(arch, **kind), case)
+    found = (finding.phase, finding.module, tuple(finding.causes)) if finding else (None, None, ())
+    return Trial(arch, mutant.name, layer, phase or mutant.phase, *found)
+
+
+def layer_trials(arch: str, most: int | None) -> Iterator[Trial]:
+    """Every mutant of a layer, in all layers or in a number of drawn ones."""
+    rng = np.random.default_rng(0)
+    model = jax_side.make_model(case_of(arch))
+    for mutant in mutants.MUTANTS.values():
+        if not (mutant.layer and mutant.phase):
+            continue
+        names = list(mutants.eligible_layers(mutant, model))
+        if most and len(names) > most:
+            names = sorted(rng.choice(names, most, replace=False))
+        for name in names:
+            yield localised(mutant, arch, name, edit=functools.partial(_put, mutant, name))
+
+
+def _put(mutant, name, model):
+    mutant.layer.edit(mutants.eligible_layers(mutant, model)[name])
+
+
+def pool_trial(arch: str) -> Iterator[Trial]:
+    mutant = mutants.MUTANTS["SAME max-pool"]
+    with mutants.injected(mutant):
+        yield localised(mutant, arch, "maxpool")
+
+
+def relu_trials(arch: str, most: int | None) -> Iterator[Trial]:
+    """Half a gradient at zero in one ReLU, of the blocks that end in ties."""
+    mutant = mutants.MUTANTS["half a gradient at zero"]
+    shapes = inputs.state_shapes(arch)
+    ends = [e for e in inputs.residual_ends(shapes)
+            if f"{e.rpartition('.')[0]}.downsample.0.weight" not in shapes]  # fmt: skip
+    for end in ends[:most]:
+        calls = _calls_until(end, shapes)
+        with mock.patch.object(resnet, "relu", _one_faulty(resnet.relu, calls)):
+            yield localised(mutant, arch, end, zero_init=True)
+
+
+def _calls_until(end: str, shapes) -> int:
+    """Number of the call of the ReLU behind the last BatchNorm of a block, from 1."""
+    norms = [n for n in shapes if n.endswith("running_mean") and "downsample" not in n]
+    return [n.removesuffix(".running_mean") for n in norms].index(end) + 1
+
+
+def _one_faulty(relu, number):
+    calls = iter(range(1, 1_000_000))
+    return lambda x: (mutants._half_at_zero if next(calls) == number else relu)(x)
+
+
+def rule_trials(arch: str) -> Iterator[Trial]:
+    """Faults of the loss and the optimizer, which have no layer."""
+    for mutant in [*mutants.GROUPS["losses"], *mutants.GROUPS["optimizers"]]:
+        rule = RULES.get(mutant.difference)
+        if mutant.phase or rule:
+            phase = mutant.phase or ("optimizer" if mutant.difference == "21" else "parameters")
+            with mutants.injected(mutant):
+                kind = {"rule": tuple(rule.items())} if rule else {}
+                yield localised(mutant, arch, "", phase=phase, **kind)
+
+
+def trials() -> Iterator[Trial]:
+    for arch, most in (("resnet18", None), ("resnet50", DRAWN)):
+        yield from rule_trials(arch)
+        yield from pool_trial(arch)
+        yield from relu_trials(arch, most)
+        yield from layer_trials(arch, most)
+
+
+def main() -> int:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    done = []
+    for trial in trials():
+        done.append(trial)
+        mark = "" if trial.right else "  WRONG"
+        print(f"{trial.arch} {trial.mutant}: {trial.layer} -> {trial.found_phase}"
+              f" {trial.found_module} {list(trial.causes)}{mark}", flush=True)  # fmt: skip
+    document = {"command": cli.command_line(), "environment": environment.describe(1)}
+    document |= {
+        "summary": summary(done),
+        "trials": [t._asdict() | {"right": t.right} for t in done],
+    }
+    (RESULTS / "localiser.json").write_text(json.dumps(document, indent=1) + "\n")
+    return int(summary(done)["right_share"] < 0.99)
+
+
+def summary(done: list[Trial]) -> dict:
+    right, explained = sum(t.right for t in done), sum(bool(t.causes) for t in done)
+    return {
+        "trials": len(done),
+        "right": right,
+        "right_share": right / len(done),
+        "with_a_cause": explained,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Each layer on its own, where whole networks cannot tell: behind a ReLU a max-pool cannot show
+what it pads with, and no network has a batch of one value."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from scipy import stats
+from torch import nn
+
+import flax_resnet
+import torch_ref
+import torch_ref.losses
+from equivalence_tests import inputs, tolerances
+from flax_resnet import losses
+from flax_resnet.models import layers
+from flax_resnet.models.summary import recorded_activations
+
+pytestmark = pytest.mark.quick
+
+
+def random_images(*shape):
+    """[B, H, W, C] for JAX and [B, C, H, W] for torch."""
+    images = inputs.random_numbers().standard_normal(shape)
+    return jnp.asarray(images), torch.tensor(images.transpose(0, 3, 1, 2))
+
+
+def assert_equal(got, expected):
+    expected = expected.detach().numpy().transpose(0, 2, 3, 1)
+    assert got.shape == expected.shape
+    assert np.linalg.norm(got - expected) <= tolerances.FORWARD * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("size", [(7, 9), (8, 8), (9, 12)])
+@pytest.mark.parametrize("window, stride, padding", [(3, 2, 1), (2, 2, 0), (5, 3, 2)])
+def test_max_pool_of_negative_numbers(size, window, stride, padding, x64):
+    x, x_torch = random_images(2, *size, 3)
+    expected = nn.MaxPool2d(window, stride, padding)(-x_torch.abs())
+    assert_equal(layers.max_pool(-jnp.abs(x), window, stride, padding=padding), expected)
+
+
+@pytest.mark.parametrize("size", [(7, 9), (8, 8), (16, 12), (3, 20)])
+def test_adaptive_average_pool(size, x64):
+    x, x_torch = random_images(2, *size, 3)
+    assert_equal(layers.adaptive_average_pool(x, 8), nn.AdaptiveAvgPool2d(8)(x_torch))
+
+
+@pytest.mark.parametrize("size", [(7, 9), (8, 8), (9, 12), (2, 3)])
+@pytest.mark.parametrize("kernel, stride, groups", [(3, 1, 1), (3, 2, 4), (1, 2, 1), (7, 2, 1)])
+def test_convolution(size, kernel, stride, groups, x64):
+    x, x_torch = random_images(2, *size, 8)
+    theirs = nn.Conv2d(
+        8, 12, kernel, stride, kernel // 2, groups=groups, bias=False, dtype=torch.float64
+    )
+    ours = layers.conv(
+        8, 12, kernel, stride=stride, padding=kernel // 2, groups=groups,
+        param_dtype=jnp.float64, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    ours.kernel[...] = jnp.asarray(theirs.weight.detach().numpy().transpose(2, 3, 1, 0))
+    assert_equal(ours(x), theirs(x_torch))
+
+
+def test_one_value_per_channel_cannot_be_normalised():
+    with pytest.raises(ValueError, match="more than 1 value"):
+        nn.BatchNorm2d(3)(torch.ones(1, 3, 1, 1))
+    norm = layers.BatchNorm(3)
+    with pytest.raises(ValueError, match="more than one value"):
+        norm(jnp.ones((1, 1, 1, 3)))
+    norm.use_running_average = True
+    assert norm(jnp.ones((1, 1, 1, 3))).shape == (1, 1, 1, 3)
+
+
+def test_batch_norm_of_a_batch_on_two_devices(x64):
+    """Mean, variance and n are those of the whole batch."""
+    x, x_torch = random_images(4, 2, 3, 5)
+    theirs = nn.BatchNorm2d(5, dtype=torch.float64)
+    expected = theirs(x_torch)
+
+    @partial(jax.vmap, axis_name="data", out_axes=(0, None))
+    def ours(x):
+        norm = layers.BatchNorm(5, axis_name="data", param_dtype=jnp.float64)
+        return norm(x), (norm.mean[...], norm.var[...])
+
+    got, (mean, var) = ours(x.reshape(2, 2, *x.shape[1:]))
+    assert_equal(got.reshape(x.shape), expected)
+    np.testing.assert_allclose(mean, theirs.running_mean, rtol=tolerances.FORWARD)
+    np.testing.assert_allclose(var, theirs.running_var, rtol=tolerances.FORWARD)
+
+
+MANY = 200_000
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "basic_cnn"])
+def test_fresh_weights_are_drawn_as_torchs(arch):
+    """The same distribution in every layer: constants equal, others by Kolmogorov and Smirnov."""
+    ours = flax_resnet.state_dict(flax_resnet.create_model(arch))
+    torch.manual_seed(0)
+    twin = torch_ref.create_model(arch).state_dict()
+    for name, tensor in twin.items():
+        got, expected = ours[name].ravel(), tensor.numpy().ravel()
+        if np.ptp(expected) == 0:
+            np.testing.assert_array_equal(got, expected, err_msg=name)
+        else:
+            assert stats.ks_2samp(got[:MANY], expected[:MANY]).pvalue > 1e-6, name
+
+
+def types_in_jax(arch):
+    """Of every activation in mixed precision."""
+
+    def run(images):
+        model = flax_resnet.create_model(arch, dtype=jnp.bfloat16)
+        with recorded_activations(model) as outputs:
+            model(images)
+        return {name: output for name, output in outputs.items() if name}
+
+    shapes = jax.eval_shape(run, jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32))
+    return {name: str(leaf.dtype) for name, leaf in shapes.items()}
+
+
+def types_in_torch(arch):
+    seen, model = {}, torch_ref.create_model(arch)
+    for name, module in model.named_modules():
+        keep = lambda m, i, out, name=name: seen.update({name: str(out.dtype)[6:]})  # noqa: E731
+        module.register_forward_hook(keep)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.ones(4, 3, 32, 32))
+    return seen
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "resnet18", "basic_cnn"])
+def test_types_in_mixed_precision(arch):
+    """What is narrow in torch's autocast is narrow here, layer by layer."""
+    got, expected = types_in_jax(arch), types_in_torch(arch)
+    assert set(got.values()) == {"bfloat16"}
+    assert got == {name: expected[name] for name in got}
+
+
+def test_the_loss_is_wide_in_mixed_precision():
+    logits = jnp.asarray([[1.0, 2.0, 3.001]], jnp.bfloat16)
+    targets = losses.soft_targets(jnp.array([2]), 3, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch_ref.losses.cross_entropy(
+            torch.tensor(np.asarray(logits, np.float32)).bfloat16(), torch.tensor([2]),
+            label_smoothing=0.1,
+        )  # fmt: skip
+    got = losses.cross_entropy(logits, targets)
+    assert got.dtype == "float32" and expected.dtype == torch.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-6)

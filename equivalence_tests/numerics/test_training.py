@@ -1,0 +1,52 @@
+"""A whole training comes out the same: every loss, every learning rate, the epoch it stops at,
+the metrics of the best weights, and the weights."""
+
+import numpy as np
+import pytest
+
+from equivalence_tests import tolerances, trajectory
+
+COURSES = {
+    "one-cycle, moving average, smoothing": {"optimizer": {"ema_decay": 0.9}},
+    "plateau, early stopping": {
+        "epochs": 12,
+        "schedule": {"schedule": "plateau", "plateau_patience": 0, "plateau_threshold": 0.2},
+        "early_stopping": {"patience": 2, "min_delta": 0.1},
+    },
+}
+
+
+def assert_same(got: trajectory.Course, expected: trajectory.Course, weights: float):
+    assert len(got.losses) == len(expected.losses) >= 60
+    np.testing.assert_allclose(got.rates, expected.rates, rtol=tolerances.RULES)
+    np.testing.assert_allclose(got.losses, expected.losses, rtol=weights)
+    for name in ("epochs", "best_epoch", "stopped_early"):
+        assert got.report[name] == expected.report[name], name
+    np.testing.assert_array_equal(got.confusion, expected.confusion)
+    for split, scores in expected.report["splits"].items():
+        for name, score in scores.items():
+            assert got.report["splits"][split][name] == pytest.approx(score, rel=weights), name
+    assert trajectory.distance(got.weights, expected.weights) <= weights
+
+
+@pytest.mark.parametrize("course", COURSES)
+def test_a_training_of_120_steps(course):
+    got, expected = trajectory.both(trajectory.config(**COURSES[course]))
+    assert_same(got, expected, tolerances.TRAINING)
+    if "stopping" in course:
+        assert got.report["stopped_early"] and len(set(np.round(got.rates, 12))) > 1
+
+
+@pytest.mark.slow
+def test_at_a_high_learning_rate():
+    got, expected = trajectory.both(trajectory.config(optimizer={"lr": 0.1}))
+    assert_same(got, expected, tolerances.TRAINING_FAST)
+
+
+@pytest.mark.control
+@pytest.mark.slow
+def test_another_order_of_the_batches_is_seen():
+    config = trajectory.config(epochs=4)
+    got, _ = trajectory.both(config)
+    _, expected = trajectory.both(trajectory.config(epochs=4, seed=1))
+    assert trajectory.distance(got.weights, expected.weights) > 1e-3

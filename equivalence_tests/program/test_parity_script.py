@@ -1,0 +1,138 @@
+"""scripts/parity.py: says what is equal, and where and why something is not."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import torch_ref
+from equivalence_tests.program.command import refused, run_script
+from torch_ref import checkpoint
+
+HERE = __name__
+
+
+def sound():
+    torch.manual_seed(0)
+    return torch_ref.create_model("resnet20")
+
+
+def with_another_eps():
+    model = sound()
+    model.layer2[0].bn1.eps = 1e-3
+    return model
+
+
+def with_another_momentum():
+    model = sound()
+    model.layer3[1].bn2.momentum = 0.01
+    return model
+
+
+def with_same_padding():
+    model = sound()
+    conv = model.layer2[0].conv1
+    pad = nn.functional.pad
+
+    def forward(x):
+        return conv._conv_forward(pad(x, (x.shape[3] % 2, 1, x.shape[2] % 2, 1)), conv.weight, None)
+
+    conv.padding, conv.forward = (0, 0), forward
+    return model
+
+
+def of_another_make():
+    """The names of pytorch-cifar, behind a wrapper."""
+    wrapper = nn.Module()
+    wrapper.module = sound()
+    wrapper.module.linear = wrapper.module.fc
+    del wrapper.module.fc
+    net = wrapper.module
+
+    def forward(x):
+        x = net.relu(net.bn1(net.conv1(x)))
+        for stage in net.stages():
+            x = stage(x)
+        return net.linear(net.avgpool(x).flatten(1))
+
+    net.forward, wrapper.forward = forward, forward
+    return wrapper
+
+
+def not_a_network():
+    return 1
+
+
+def report(tmp_path, *arguments):
+    outcome = run_script("parity.py", *arguments, "--report", tmp_path / "report")
+    return outcome, json.loads((tmp_path / "report" / "parity.json").read_text())
+
+
+@pytest.mark.quick
+def test_our_own_network_is_equal(tmp_path):
+    outcome, document = report(tmp_path, "--arch", "resnet20", "--image-size", 12, 14)
+    assert outcome.status == 0, outcome.err
+    assert "equal: every tensor agrees to rounding" in outcome.out
+    assert "layer3.2.bn2" in outcome.out
+    rows = document["rows"]["training"]
+    assert {r["phase"] for r in rows} >= {"forward", "gradient", "batch_norm", "optimizer"}
+    assert {r["verdict"] for r in rows} <= {"equal", "rounding"}
+    assert document["first_divergence"] is None and document["environment"]["revision"]
+    page = (tmp_path / "report" / "parity.html").read_text()
+    assert page.count("<svg") == 2 and 'src="http' not in page and 'href="http' not in page
+    assert (tmp_path / "report" / "parity.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("make", [sound, of_another_make])
+def test_a_network_of_ones_own_is_equal(make):
+    outcome = run_script("parity.py", "--torch-model", f"{HERE}:{make.__name__}")
+    assert outcome.status == 0, outcome.err
+
+
+@pytest.mark.parametrize(
+    "make, phase, module, cause",
+    [
+        (with_another_eps, "forward", "layer2.0.bn1", "eps is 0.001 instead of 1e-05"),
+        (with_another_momentum, "batch_norm", "layer3.1.bn2", "momentum is 0.01 instead of 0.1"),
+        (with_same_padding, "forward", "layer2.0.conv1", 'padding is "SAME"'),
+    ],
+)
+def test_a_difference_is_found_and_explained(make, phase, module, cause, tmp_path):
+    outcome, document = report(tmp_path, "--torch-model", f"{HERE}:{make.__name__}")
+    assert outcome.status == 1 and cause in outcome.err and module in outcome.err
+    first = document["first_divergence"]
+    assert (first["phase"], first["module"]) == (phase, module)
+    assert cause in first["causes"][0]
+    assert "Divergent" in (tmp_path / "report" / "parity.html").read_text()
+
+
+def test_weights_of_ones_own_and_their_predictions(tmp_path):
+    path = tmp_path / "mine.pth"
+    torch.manual_seed(0)
+    model = torch_ref.create_model("resnet20", in_channels=1)
+    checkpoint.save(path, checkpoint.to_arrays(model.state_dict()))
+    outcome, document = report(
+        tmp_path, "--checkpoint", path, "--dataset", "digits", "--image-size", 8, 10
+    )
+    assert outcome.status == 0, outcome.err
+    assert document["predictions"]["agree"] == document["predictions"]["images"] == 360
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], ["--arch", "--checkpoint", "--torch-model"]),
+        (["--arch", "resnet19"], ["resnet19", "resnet18"]),
+        (["--checkpoint", "nowhere.pth"], ["nowhere.pth"]),
+        (["--checkpoint", "nowhere.safetensors"], ["nowhere.safetensors"]),
+        (["--torch-model", "no_such_module:net"], ["no_such_module"]),
+        (["--torch-model", f"{HERE}:no_such_function"], ["no_such_function"]),
+        (["--torch-model", f"{HERE}:not_a_network"], ["no nn.Module"]),
+        (["--arch", "resnet20", "--stem", "cifar"], ["--stem"]),
+        (["--arch", "resnet18", "--stem", "cfar"], ["did you mean 'cifar'"]),
+    ],
+)
+def test_bad_input(arguments, words):
+    refused(run_script("parity.py", *arguments), *words)

@@ -1,0 +1,212 @@
+"""Hold a network in JAX against PyTorch, tensor by tensor, in float64 on the CPU.
+
+python scripts/parity.py --arch resnet18                           # random weights and our twin
+python scripts/parity.py --checkpoint mine.pth --report out/        # your weights
+python scripts/parity.py --torch-model my_package.nets:make_resnet  # your own PyTorch network
+python scripts/parity.py --checkpoint RUN_DIR --dataset folder:DIR  # and their predictions
+
+Exit status: 0 equal, 1 divergent, 2 bad input.
+"""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from rich import box
+from rich.table import Table
+
+from equivalence_tests import localise, own_model, parity, predictions, report
+from equivalence_tests.inputs import case_of_weights, make_case
+from flax_resnet import cli, convert, environment, list_models, serve
+from flax_resnet.config import DataConfig, InputError
+from flax_resnet.display import Display
+from flax_resnet.models import STEMS, has_stem_choice
+from flax_resnet.run_directory import read_config
+from torch_ref import checkpoint
+
+TORCH_SUFFIXES = (".pth", ".pt", ".th")
+VERDICTS = ("equal", "rounding", "semantic")
+COLUMNS = {
+    "forward": "forward",
+    "gradient": "backward",
+    "batch_norm": "norm",
+    "optimizer": "optim",
+    "parameters": "params",
+}
+MODES = {"evaluation": False, "training": True}
+
+
+def parse():
+    parser = cli.Parser(prog="parity.py", description=__doc__)
+    parser.add_argument("--arch", metavar="NAME", help="left out: told from the weights")
+    parser.add_argument("--stem", metavar="|".join(STEMS), help="with --arch alone")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights file or run directory")
+    parser.add_argument("--torch-model", metavar="MODULE:CALLABLE", help="your own network")
+    parser.add_argument("--image-size", type=int, nargs="+", metavar="N", help="height and width")
+    parser.add_argument("--dataset", metavar="TEXT", help="compare predictions on its test split")
+    parser.add_argument("--mean", type=float, nargs="+", metavar="X", help="of its channels")
+    parser.add_argument("--std", type=float, nargs="+", metavar="X", help="of its channels")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write parity.json and .html")
+    args = parser.parse_args()
+    if args.checkpoint and args.torch_model:
+        raise InputError("--checkpoint and --torch-model exclude each other")
+    if not (args.arch or args.checkpoint or args.torch_model):
+        raise InputError("give --arch, --checkpoint or --torch-model")
+    if args.arch:
+        cli.check_choice("--arch", args.arch, list_models())
+    if args.stem and args.arch:
+        cli.check_choice("--stem", args.stem, STEMS if has_stem_choice(args.arch) else ())
+    return args
+
+
+def build_case(args, model):
+    """What both sides run on."""
+    size = tuple(args.image_size * 2)[:2] if args.image_size else None
+    if not (args.checkpoint or model):
+        return make_case(args.arch, stem=args.stem, size=size, batch=4)
+    arrays = own_model.weights(model) if model else read_weights(args.checkpoint)
+    kind = (
+        convert.describe(arrays, args.arch, args.stem)
+        if args.arch
+        else convert.nearest_architecture(convert.translate_names(arrays))
+    )
+    arrays = convert.conform(arrays, kind.shapes())
+    return case_of_weights(arrays, kind.arch, kind.stem, size=size)
+
+
+def compare(case, model) -> tuple[dict, dict | None]:
+    """Rows of both modes, and the first divergence."""
+    rows, first = {}, None
+    for mode, train in MODES.items():
+        ours = parity.run_jax(case, train=train)
+        if model:  # which is the side that may be wrong: ours is proven
+            subject, standard = own_model.trace(model, case, train=train), ours
+            standard = parity.shared(standard, subject)
+            subject = parity.shared(subject, standard)
+        else:
+            subject, standard = ours, parity.run_torch(case, train=train)
+        rows[mode] = [
+            row._asdict() | {"verdict": localise.verdict(row, case.arch)}
+            for row in parity.compare(subject, standard)
+        ]
+        finding = first is None and localise.first_divergence(subject, standard, case)
+        if finding:
+            first = {**finding.row._asdict(), "mode": mode}
+            first |= {"module": finding.module, "causes": finding.causes}
+    return rows, first
+
+
+def read_weights(path: str) -> dict:
+    """Of a run directory or any weights file, under the names that are in it."""
+    if Path(path).suffix not in TORCH_SUFFIXES:
+        return serve.load_weights(path)
+    try:
+        return checkpoint.load(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def data_config(args) -> DataConfig:
+    """The data set for predictions, preprocessed as the run was if there is one."""
+    options = {k: v for k in ("mean", "std") if (v := getattr(args, k))}
+    options = {name: tuple(values) for name, values in options.items()}
+    base = DataConfig()
+    if args.checkpoint and Path(args.checkpoint).is_dir():
+        base = read_config(args.checkpoint).data
+    return replace(base, dataset=args.dataset, **options)
+
+
+def layer_table(rows: dict) -> Table:
+    """A line a layer: its largest relative difference in each phase of a training step."""
+    table = Table(title="one step of training: largest relative differences", box=box.SIMPLE)
+    table.add_column("layer", no_wrap=True)
+    for name in (*COLUMNS.values(), "ulp"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for layer, part in by_layer(rows["training"]).items():
+        cells = [_largest(r["max_relative"] for r in part if r["phase"] == p) for p in COLUMNS]
+        worst = max((r["verdict"] for r in part), key=VERDICTS.index)
+        table.add_row(layer, *cells, f"{max(r['ulp'] for r in part):.3g}", worst)
+    return table
+
+
+def by_layer(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows of one module each, in the order of the forward pass."""
+    layers = {}
+    for row in rows:
+        if row["phase"] in COLUMNS:
+            name = localise.module_of(parity.Row(**{k: row[k] for k in parity.Row._fields}))
+            layers.setdefault(name or row["name"], []).append(row)
+    return layers
+
+
+def _largest(values) -> str:
+    values = list(values)
+    return f"{max(values):.1e}" if values else ""
+
+
+def main():
+    args = parse()
+    model = own_model.load(args.torch_model) if args.torch_model else None
+    case = build_case(args, model)
+    rows, first = compare(case, model)
+    document = {
+        "subject": args.torch_model or f"flax_resnet's {case.arch}",
+        "standard": f"flax_resnet's {case.arch}" if model else "its PyTorch twin",
+        "what": f"{case.arch}, {args.checkpoint or args.torch_model or 'random weights'}, images"
+        f" {'x'.join(map(str, case.images.shape[1:]))}, float64",
+        "verdict": "equal" if first is None else "divergent",
+        "first_divergence": first,
+        "largest": max(r["norm_relative"] for part in rows.values() for r in part),
+        "rows": rows,
+    }
+    if args.dataset:
+        own = own_model.load(args.torch_model) if model else None  # training has moved the first
+        document["predictions"] = predictions.agreement(case, data_config(args), own)
+    document |= {"command": cli.command_line(), "environment": environment.describe(1)}
+    show(document)
+    if args.report:
+        write(args.report, document)
+    if document["verdict"] == "divergent":
+        raise cli.CheckFailed(sentence(document))
+
+
+def show(document: dict):
+    display = Display()
+    display.show(layer_table(document["rows"]))
+    if found := document.get("predictions"):
+        display.say(
+            f"{found['agree']:,} of {found['images']:,} predictions agree; accuracy"
+            f" {found['accuracy']:.4f} and {found['reference_accuracy']:.4f}"
+        )
+    if document["verdict"] == "equal":
+        display.say(sentence(document))
+
+
+def sentence(document: dict) -> str:
+    first = document["first_divergence"]
+    if first is None:
+        return f"equal: every tensor agrees to rounding, {document['largest']:.1e} at most"
+    causes = " or ".join(first["causes"]) or "unknown"
+    return (
+        f"divergent, first in {first['phase']} of {first['module'] or first['name']}"
+        f" ({first['mode']} mode, relative difference {first['norm_relative']:.1e});"
+        f" likely cause: {causes}"
+    )
+
+
+def write(folder: Path, document: dict):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "parity.json").write_text(json.dumps(document, indent=1) + "\n")
+    (folder / "parity.html").write_text(report.page(document))
+    report.picture(folder / "parity.png", document["rows"]["training"])
+    print(folder / "parity.html")
+
+
+if __name__ == "__main__":
+    cli.run_command(main)
