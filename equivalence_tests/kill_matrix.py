@@ -1,8 +1,8 @@
 """The suite proves itself: every mutant against the unchanged tests, and against the criteria by
 which other projects call a port correct.
 
-    python -m equivalence_tests.kill_matrix                     # all; two hours on two cores
-    python -m equivalence_tests.kill_matrix --only "no Nesterov"
+    python -m equivalence_tests.kill_matrix                       # all; an hour on two cores
+    python -m equivalence_tests.kill_matrix --only "no Nesterov"  # these rows of the table anew
     python -m equivalence_tests.kill_matrix --seeds 20          # false alarms instead
 
 Writes results/kill-matrix.json and .md. Exit status 1 if a mutant survives or a test fails on
@@ -38,8 +38,8 @@ FIRST = {
 }
 
 
-def run_tests(*flags: str, first=()) -> tuple[int, list[str]]:
-    """Runs the tests of equality; how many ran, and which of them failed."""
+def run_tests(*flags: str, first=()) -> tuple[int, dict[str, str]]:
+    """Runs the tests of equality; how many ran, and which of them failed, with their message."""
     names = sorted(path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py"))
     names.sort(key=lambda name: first.index(name) if name in first else len(first))
     files = [str(TESTS / f"test_{name}.py") for name in names]
@@ -54,7 +54,12 @@ def run_tests(*flags: str, first=()) -> tuple[int, list[str]]:
             raise RuntimeError(f"pytest {' '.join(flags)}: {run.stdout[-2000:]}{run.stderr[-500:]}")
         cases = list(ElementTree.parse(report).iter("testcase"))
     wrong = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    return len(cases), [f"{_file(case)}::{case.get('name')}" for case in wrong]
+    return len(cases), {f"{_file(case)}::{case.get('name')}": _message(case) for case in wrong}
+
+
+def _message(case) -> str:
+    fault = case.find("failure") if case.find("failure") is not None else case.find("error")
+    return fault.get("message", "").splitlines()[0][:200]
 
 
 def _file(case) -> str:
@@ -70,9 +75,11 @@ def row(mutant: mutants.Mutant) -> dict:
         "mutant": mutant.name,
         "difference": mutant.difference,
         "what": mutant.what,
-        "killed_by": failed[0] if failed else None,
+        "killed_by": next(iter(failed), None),
+        "message": next(iter(failed.values()), None),
         "tests_run": count,
         "seconds": round(time.monotonic() - started, 1),
+        "revision": environment.revision(),
     }
 
 
@@ -94,8 +101,8 @@ def false_alarms(seeds: int) -> dict[int, list[str]]:
     alarms = {}
     for seed in range(1, seeds + 1):
         count, failed = run_tests("--inputs-seed", str(seed))
-        alarms[seed] = failed
-        print(f"inputs {seed}: {count} tests, {len(failed)} failed {failed}", flush=True)
+        alarms[seed] = list(failed)
+        print(f"inputs {seed}: {count} tests, {len(failed)} failed {list(failed)}", flush=True)
     return alarms
 
 
@@ -141,16 +148,30 @@ def main() -> int:
         return int(any(document["failed"].values()))
     chosen = [mutants.MUTANTS[name] for name in args.only or mutants.MUTANTS]
     rows = measure(chosen, args.jobs)
+    if args.only:
+        before = json.loads((RESULTS / "kill-matrix.json").read_text())
+        rows = _updated(before["rows"], rows)
+        document["command"] = before["command"]
+    write(document | {"summary": summary(rows), "rows": rows})
     print(summary(rows))
-    if not args.only:
-        document |= {"summary": summary(rows), "rows": rows}
-        (RESULTS / "kill-matrix.json").write_text(json.dumps(document, indent=1) + "\n")
-        head = f"# Kill matrix\n\n`{document['command']}`\n\n{summary(rows)}\n\n"
-        without = [f"- {n}: {why}" for n, why in mutants.NOT_APPLICABLE.items()]
-        (RESULTS / "kill-matrix.md").write_text(
-            head + markdown(rows) + "\nWithout a mutant:\n\n" + "\n".join(without) + "\n"
-        )
     return int(not all(r["killed_by"] for r in rows))
+
+
+def _updated(before: list[dict], rows: list[dict]) -> list[dict]:
+    known = {r["mutant"]: r for r in before} | {r["mutant"]: r for r in rows}
+    return [known[name] for name in mutants.MUTANTS if name in known]
+
+
+def write(document: dict):
+    (RESULTS / "kill-matrix.json").write_text(json.dumps(document, indent=1) + "\n")
+    without = [f"- {n}: {why}" for n, why in mutants.NOT_APPLICABLE.items()]
+    (RESULTS / "kill-matrix.md").write_text(
+        f"# Kill matrix\n\n`{document['command']}`\n\n{document['summary']}\n\n"
+        + markdown(document["rows"])
+        + "\nWithout a mutant:\n\n"
+        + "\n".join(without)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

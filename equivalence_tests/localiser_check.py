@@ -24,13 +24,14 @@ from flax_resnet.models import resnet
 RESULTS = Path(__file__).parents[1] / "results"
 DRAWN = 20
 RULES = {
-    "17": dict(optimizer="adam", lr=1e-3, weight_decay=0.1),
-    "18": dict(optimizer="adam", lr=1e-3, weight_decay=0.1),
-    "19": dict(optimizer="adamw", lr=1e-3, weight_decay=0.1),
-    "20a": dict(optimizer="rmsprop", lr=1e-3, weight_decay=0.1),
-    "21": dict(lr=1e-3, clip_norm=0.1),
+    "17": (dict(optimizer="adam", lr=1e-3, weight_decay=0.1), "parameters"),
+    "18": (dict(optimizer="adam", lr=1e-3, weight_decay=0.1), "parameters"),
+    "19": (dict(optimizer="adamw", lr=1e-3, weight_decay=0.1), "parameters"),
+    # Directions that are scaled already go into RMSprop's momentum.
+    "20a": (dict(optimizer="rmsprop", lr=1e-3, weight_decay=0.1), "optimizer"),
+    "21": (dict(lr=1e-3, clip_norm=0.1), "optimizer"),
 }
-"""Rules under which a mutant of an optimizer shows, where the usual one hides it."""
+"""Rules under which a mutant of an optimizer shows, where the usual one hides it, and the phase."""
 
 
 class Trial(NamedTuple):
@@ -79,7 +80,7 @@ def localised(mutant, arch, layer, *, edit=None, phase=None, **kind) -> Trial:
 def layer_trials(arch: str, most: int | None) -> Iterator[Trial]:
     """Every mutant of a layer, in all layers or in a number of drawn ones."""
     rng = np.random.default_rng(0)
-    model = jax_side.make_model(case_of(arch))
+    model = jax_side.make_model(case_of(arch), np.float32)
     for mutant in mutants.MUTANTS.values():
         if not (mutant.layer and mutant.phase):
             continue
@@ -104,12 +105,24 @@ def relu_trials(arch: str, most: int | None) -> Iterator[Trial]:
     """Half a gradient at zero in one ReLU, of the blocks that end in ties."""
     mutant = mutants.MUTANTS["half a gradient at zero"]
     shapes = inputs.state_shapes(arch)
-    ends = [e for e in inputs.residual_ends(shapes)
-            if f"{e.rpartition('.')[0]}.downsample.0.weight" not in shapes]  # fmt: skip
-    for end in ends[:most]:
+    for end in list(_ends_with_ties(arch, shapes))[:most]:
         calls = _calls_until(end, shapes)
         with mock.patch.object(resnet, "relu", _one_faulty(resnet.relu, calls)):
             yield localised(mutant, arch, end, zero_init=True)
+
+
+def _ends_with_ties(arch, shapes) -> Iterator[str]:
+    """Last BatchNorms of blocks whose branch is 0, whose shortcut is exactly 0 somewhere, and
+    whose ties a gradient reaches: the ReLU of an identity block behind them would stop it."""
+    activations = reference(arch, zero_init=True)["forward"]
+    ends = inputs.residual_ends(shapes)
+    blocks = [end.rpartition(".")[0] for end in ends]
+    projects = [f"{block}.downsample.0.weight" in shapes for block in blocks]
+    for end, block, own, following in zip(
+        ends, blocks, projects, [*projects[1:], True], strict=True
+    ):
+        if following and not own and (activations[block] == 0).any():
+            yield end
 
 
 def _calls_until(end: str, shapes) -> int:
@@ -126,12 +139,10 @@ def _one_faulty(relu, number):
 def rule_trials(arch: str) -> Iterator[Trial]:
     """Faults of the loss and the optimizer, which have no layer."""
     for mutant in [*mutants.GROUPS["losses"], *mutants.GROUPS["optimizers"]]:
-        rule = RULES.get(mutant.difference)
-        if mutant.phase or rule:
-            phase = mutant.phase or ("optimizer" if mutant.difference == "21" else "parameters")
+        rule, phase = RULES.get(mutant.difference, ({}, mutant.phase))
+        if phase:
             with mutants.injected(mutant):
-                kind = {"rule": tuple(rule.items())} if rule else {}
-                yield localised(mutant, arch, "", phase=phase, **kind)
+                yield localised(mutant, arch, "", phase=phase, rule=tuple(rule.items()))
 
 
 def trials() -> Iterator[Trial]:

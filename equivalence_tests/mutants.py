@@ -6,7 +6,7 @@ The suite proves itself on them: `pytest --mutant NAME` runs its unchanged tests
 and some test of equality has to fail (`kill_matrix.py`). A fault of a layer can also be put into
 one layer of one model (`Mutant.layer`), for the localiser to find.
 
-`difference` numbers the 33 known differences; their list stands in `results/README.md`.
+`difference` numbers the 33 known differences; `results/kill-matrix.md` lists them.
 """
 
 import contextlib
@@ -150,9 +150,11 @@ def _uncounted(self, mean, var, count):
 
 
 def _cumulative(self, mean, var, count):
-    momentum, self.momentum = self.momentum, 1.0 / (self.num_batches_tracked[...] + 1)
+    before = self.mean[...], self.var[...]
     _UPDATE(self, mean, var, count)
-    self.momentum = momentum
+    share = 1 / (self.momentum * self.num_batches_tracked[...])
+    for variable, old in zip((self.mean, self.var), before, strict=True):
+        variable[...] = old + (variable[...] - old) * share.astype(old.dtype)
 
 
 def _count_of_the_shard(self, x):

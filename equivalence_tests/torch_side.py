@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+from unittest import mock
 
 import numpy as np
 import torch
@@ -52,7 +53,11 @@ def one_step(model, optimizer, case: Case, index: int, seen: dict, *, autocast=N
     images = images.contiguous().requires_grad_()
     labels = torch.from_numpy(case.labels[index])
     mask = None if case.masks is None else case.masks[index]
-    with recorded_activations(model) as seen["forward"], replay.masked_torch(mask):
+    with (
+        recorded_activations(model) as seen["forward"],
+        replay.masked_torch(mask),
+        _gradients_before_clipping(model, seen),
+    ):
         if model.training:
             options = chosen(case.rule, steps.train_step)
             options.pop("optimizer", None)  # which is the name of the rule
@@ -66,9 +71,24 @@ def one_step(model, optimizer, case: Case, index: int, seen: dict, *, autocast=N
             loss = losses.cross_entropy(model(images), labels, label_smoothing=smoothing)
             loss.backward()
     seen["loss"][f"loss of step {index}"] = to_numpy(loss)
-    # The first layers come last in a backward pass.
-    gradients = reversed([(n, p.grad) for n, p in model.named_parameters()])
-    seen["gradient"] = {n: to_numpy(g) for n, g in [*gradients, ("images", images.grad)]}
+    unclipped = seen.pop("unclipped", None) or gradients(model)
+    seen["gradient"] = unclipped | {"images": to_numpy(images.grad)}
+
+
+def gradients(model) -> dict[str, np.ndarray]:
+    """Of all parameters; the first layers come last in a backward pass."""
+    return {n: to_numpy(p.grad) for n, p in reversed(list(model.named_parameters()))}
+
+
+def _gradients_before_clipping(model, seen: dict):
+    """torch clips gradients where they lie."""
+    clip = nn.utils.clip_grad_norm_
+
+    def recording(parameters, max_norm):
+        seen["unclipped"] = gradients(model)
+        return clip(parameters, max_norm)
+
+    return mock.patch.object(nn.utils, "clip_grad_norm_", recording)
 
 
 def trace(model, optimizer, seen: dict, *, train=True) -> dict:

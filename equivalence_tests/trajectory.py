@@ -78,14 +78,15 @@ def config(**changes) -> TrainConfig:
 
 def both(config: TrainConfig) -> tuple[Course, Course]:
     """JAX's and torch's course."""
-    with jax.enable_x64(True), tempfile.TemporaryDirectory() as folder:
-        before = jax.config.jax_enable_x64
-        try:
-            prepared = prepare(config)
-            initial = _initial_weights(prepared)
+    before = jax.config.jax_enable_x64
+    environment.configure_jax(config)  # as `fit` does
+    try:
+        prepared = prepare(config)
+        initial = _initial_weights(prepared)
+        with tempfile.TemporaryDirectory() as folder:
             return in_jax(config, Path(folder)), in_torch(prepared, initial)
-        finally:
-            jax.config.update("jax_enable_x64", before)
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def _initial_weights(prepared: Prepared) -> dict:
@@ -117,7 +118,7 @@ def in_torch(prepared: Prepared, initial: dict) -> Course:
     model = torch_ref.create_model(
         config.model.arch, config.model.num_classes, prepared.dataset.channels
     )
-    model.double().load_state_dict(checkpoint.to_tensors(initial))
+    model.to(getattr(torch, config.model.dtype)).load_state_dict(checkpoint.to_tensors(initial))
     train_step = torch_ref.train.train_step
 
     def recording(model, optimizer, *args, **kwargs):
@@ -137,12 +138,12 @@ def in_torch(prepared: Prepared, initial: dict) -> Course:
 
 def _torch_options(config: TrainConfig) -> dict:
     rule, course = (dataclasses.asdict(part) for part in (config.optimizer, config.schedule))
-    whole = {**rule, **dataclasses.asdict(config.early_stopping)}
+    whole = {**rule, **dataclasses.asdict(config.early_stopping), "dtype": config.model.dtype}
     whole |= {k: getattr(config, k) for k in ("epochs", "batch_size", "eval_batch_size", "seed")}
     return {
         "optimizer_options": chosen(rule, optim.make_optimizer),
         "schedule_options": chosen(course, optim.make_schedulers),
-        **chosen(whole | {"dtype": "float64"}, torch_ref.train.fit),
+        **chosen(whole, torch_ref.train.fit),
     }
 
 
@@ -195,6 +196,7 @@ def _loader_of_the_same_batches(prepared: Prepared):
 @torch.no_grad()
 def _confusion(model, split: TensorDataset) -> np.ndarray:
     images, labels = split.tensors
+    images = images.to(next(model.parameters()).dtype)
     return sklearn.metrics.confusion_matrix(labels, model.eval()(images).argmax(1))
 
 

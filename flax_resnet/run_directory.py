@@ -25,6 +25,8 @@ class RunDirectory:
             raise InputError(
                 f"{self.path} exists: continue it with --resume, or replace it with --overwrite"
             )
+        if overwrite and not resume and not _is_run_or_empty(self.path):
+            raise InputError(f"{self.path} is no run: --overwrite replaces nothing else")
         created = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path)
@@ -93,6 +95,13 @@ class RunDirectory:
         for entry in self.path.iterdir():
             if entry.name != _LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _is_run_or_empty(path: Path) -> bool:
+    """Whether nothing is lost but a run. One that died early has its lock and nothing else."""
+    if not path.exists() or (path / "config.json").exists():
+        return True
+    return all(entry.name == _LOCK for entry in path.iterdir())
 
 
 def _summary_writer(path: Path, purge_step: int):

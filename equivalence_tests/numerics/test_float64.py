@@ -94,11 +94,12 @@ def test_even_and_odd_sizes(size):
     "rule",
     [
         dict(lr=1e-3, ema_decay=0.9),  # which leaves the running statistics alone
+        dict(lr=1e-3, clip_norm=0.1),
         dict(optimizer="adamw", lr=1e-3, weight_decay=0.1, label_smoothing=0.2),
         dict(optimizer="rmsprop", lr=1e-4, centered=True, decay_norm_and_bias=False),
         dict(lr=1e-3, nesterov=False, l1=1e-4, weight_decay=0.1, decoupled_weight_decay=True),
     ],
-    ids=["moving average", "adamw", "rmsprop", "l1"],
+    ids=["moving average", "clipping", "adamw", "rmsprop", "l1"],
 )
 def test_other_rules_on_a_network(rule):
     assert too_large(make_case("resnet20", steps=2, **rule)) == []

@@ -15,10 +15,12 @@ from torch import nn
 import flax_resnet
 import torch_ref
 import torch_ref.losses
+import torch_ref.resnet
 from equivalence_tests import inputs, tolerances
 from flax_resnet import losses
-from flax_resnet.models import layers
+from flax_resnet.models import layers, resnet
 from flax_resnet.models.summary import recorded_activations
+from torch_ref import checkpoint
 
 pytestmark = pytest.mark.quick
 
@@ -62,6 +64,23 @@ def test_convolution(size, kernel, stride, groups, x64):
     )  # fmt: skip
     ours.kernel[...] = jnp.asarray(theirs.weight.detach().numpy().transpose(2, 3, 1, 0))
     assert_equal(ours(x), theirs(x_torch))
+
+
+@pytest.mark.parametrize("stride, groups", [(1, 1), (2, 1), (2, 4)])
+def test_bottleneck(stride, groups, x64):
+    """Where it strides, and how its groups lie."""
+    x, x_torch = random_images(2, 7, 10, 16)
+    torch.manual_seed(0)
+    theirs = torch_ref.resnet.Bottleneck(
+        16, 8, stride, torch_ref.resnet.projection, groups=groups
+    ).double()
+    options = dict(param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    parts = dict(conv=partial(layers.conv, **options), norm=partial(layers.BatchNorm, **options))
+    shortcut = partial(resnet._shortcut, projection=True, **parts)
+    ours = resnet.Bottleneck(16, 8, stride, shortcut, groups=groups, base_width=64, **parts)
+    flax_resnet.load_state_dict(ours, checkpoint.to_arrays(theirs.state_dict()))
+    assert_equal(ours(x), theirs(x_torch))
+    np.testing.assert_array_equal(ours.bn1.num_batches_tracked[...], theirs.bn1.num_batches_tracked)
 
 
 def test_one_value_per_channel_cannot_be_normalised():

@@ -108,6 +108,12 @@ def test_overwrite_replaces_a_run(folder, tmp_path):
     assert len(list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))) == 2
 
 
+def test_overwrite_leaves_other_directories_alone(folder, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    refused(train_on(folder, tmp_path, "--overwrite"), "is no run")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_resume_refuses_other_flags(insects):
     outcome = run_script("train.py", "--resume", "--run-dir", insects, "--epochs", 9)
     refused(outcome, "other flags")

@@ -1,0 +1,73 @@
+"""The localiser names the module, the phase and the cause; on equal traces it names nothing.
+
+`python -m equivalence_tests.localiser_check` is the long run over all layers.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+
+from equivalence_tests import jax_side, localise, localiser_check, mutants, parity
+
+pytestmark = pytest.mark.control
+
+ARCH = "resnet20"
+OF_A_LAYER = [
+    m.name
+    for m in mutants.MUTANTS.values()
+    if m.layer and m.phase and m.difference not in ("8a", "11b")  # which need bottlenecks
+]
+
+
+def some_layer(mutant) -> str:
+    model = jax_side.make_model(localiser_check.case_of(ARCH), np.float32)
+    names = list(mutants.eligible_layers(mutant, model))
+    return names[len(names) // 2]
+
+
+@pytest.mark.parametrize("name", OF_A_LAYER)
+def test_a_fault_in_one_layer(name):
+    mutant = mutants.MUTANTS[name]
+    layer = some_layer(mutant)
+    edit = functools.partial(localiser_check._put, mutant, layer)
+    trial = localiser_check.localised(mutant, ARCH, layer, edit=edit)
+    assert trial.right, trial
+    assert len(trial.causes) == 1, trial
+
+
+CAUSES = {
+    "smoothing over the other classes": "e / (K - 1)",
+    "no Nesterov": "plain instead of Nesterov's",
+    "norm and bias spared": "weight decay is not in the gradient",
+    "dampened momentum": "times 1 - momentum",
+}
+
+
+def test_faults_without_a_layer():
+    trials = {trial.mutant: trial for trial in localiser_check.rule_trials(ARCH)}
+    assert [t for t in trials.values() if not t.right] == []
+    for name, words in CAUSES.items():
+        assert words in trials[name].causes[0]
+
+
+def test_a_gradient_at_zero():
+    trials = list(localiser_check.relu_trials(ARCH, 2))
+    assert len(trials) == 1 and trials[0].right and "ReLU" in trials[0].causes[0], trials
+
+
+def test_equal_traces_have_no_first_divergence():
+    case = localiser_check.case_of(ARCH)
+    got = parity.run_jax(case)
+    assert localise.first_divergence(got, localiser_check.reference(ARCH), case) is None
+
+
+def test_an_unknown_fault_has_no_cause():
+    case = localiser_check.case_of(ARCH)
+    got = parity.run_jax(case)
+    wrong = np.array(got["forward"]["layer2.0.conv1"])
+    wrong[0, 0] += 0.1
+    got["forward"]["layer2.0.conv1"] = wrong
+    finding = localise.first_divergence(got, localiser_check.reference(ARCH), case)
+    assert (finding.phase, finding.module) == ("forward", "layer2.0.conv1")
+    assert finding.causes == []

@@ -1,0 +1,75 @@
+"""Whether trainings in float32, which rounding drives apart, end equally good: test accuracies of
+20 paired trainings in JAX and PyTorch, by two one-sided t-tests (Schuirmann 1987).
+
+    python -m equivalence_tests.tost          # half an hour on two cores
+
+Writes results/tost.json. Exit status 1 if they are not equivalent.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from equivalence_tests import trajectory
+from flax_resnet import cli, environment
+
+RESULTS = Path(__file__).parents[1] / "results"
+SEEDS = range(100, 120)
+"""Fixed before the first run. Five would have a power of 0.3."""
+
+MARGIN = 0.005
+"""Largest difference of the mean accuracies that counts as none."""
+
+LEVEL = 0.05
+
+
+def accuracies(seed: int) -> tuple[float, float]:
+    """Test accuracy of resnet20 on all digits, in JAX and in PyTorch, from the same weights and on
+    the same batches."""
+    config = trajectory.config(
+        seed=seed,
+        epochs=6,
+        model={"dtype": "float32"},
+        data={"train_images": None, "eval_images": None},
+        optimizer={"lr": 0.05},
+    )
+    courses = trajectory.both(config)
+    return tuple(course.report["splits"]["test"]["accuracy"] for course in courses)
+
+
+def equivalence(ours, theirs) -> dict:
+    """Two one-sided paired t-tests of |mean difference| < MARGIN."""
+    difference = np.subtract(ours, theirs)
+    low = stats.ttest_1samp(difference, -MARGIN, alternative="greater").pvalue
+    high = stats.ttest_1samp(difference, MARGIN, alternative="less").pvalue
+    interval = stats.t.interval(
+        1 - 2 * LEVEL, len(difference) - 1, difference.mean(), stats.sem(difference)
+    )
+    return {
+        "mean_difference": float(difference.mean()),
+        "standard_deviation": float(difference.std(ddof=1)),
+        "interval_90": [float(bound) for bound in interval],
+        "p_value": float(max(low, high)),
+        "equivalent": bool(max(low, high) < LEVEL),
+    }
+
+
+def main() -> int:
+    pairs = []
+    for seed in SEEDS:
+        pairs.append(accuracies(seed))
+        print(f"seed {seed}: JAX {pairs[-1][0]:.4f}, torch {pairs[-1][1]:.4f}", flush=True)
+    ours, theirs = zip(*pairs, strict=True)
+    outcome = equivalence(ours, theirs)
+    document = {"command": cli.command_line(), "environment": environment.describe(1)}
+    document |= {"margin": MARGIN, "seeds": list(SEEDS), "jax": ours, "torch": theirs} | outcome
+    (RESULTS / "tost.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(outcome)
+    return int(not outcome["equivalent"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
