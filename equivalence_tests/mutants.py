@@ -424,7 +424,7 @@ _LAYERS = [
         name="BatchNorm in float32 under bfloat16",
         difference="29a",
         what="BatchNorm gives float32 in mixed precision",
-        layer=_norm(_sets("dtype", jnp.float32)),
+        layer=_norm(_sets("dtype", jnp.float32), eligible=lambda m: m.dtype == jnp.bfloat16),
     ),
     Mutant(
         name="n of the shard",

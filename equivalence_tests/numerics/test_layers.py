@@ -102,12 +102,13 @@ def test_batch_norm_of_a_batch_on_two_devices(x64):
     @partial(jax.vmap, axis_name="data", out_axes=(0, None))
     def ours(x):
         norm = layers.BatchNorm(5, axis_name="data", param_dtype=jnp.float64)
-        return norm(x), (norm.mean[...], norm.var[...])
+        return norm(x), (norm.mean[...], norm.var[...], norm.num_batches_tracked[...])
 
-    got, (mean, var) = ours(x.reshape(2, 2, *x.shape[1:]))
+    got, (mean, var, count) = ours(x.reshape(2, 2, *x.shape[1:]))
     assert_equal(got.reshape(x.shape), expected)
     np.testing.assert_allclose(mean, theirs.running_mean, rtol=tolerances.FORWARD)
     np.testing.assert_allclose(var, theirs.running_var, rtol=tolerances.FORWARD)
+    assert count == theirs.num_batches_tracked == 1
 
 
 MANY = 200_000
