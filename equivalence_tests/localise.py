@@ -204,9 +204,17 @@ def other_convolution(evidence: Evidence) -> list[str]:
     for x in map(torch.from_numpy, evidence.inputs()):
         for stride in (1, 2):
             if _convolves(x, kernel, stride, evidence.expected):
-                variants = CONVOLUTIONS.items()
-                return [why for why, f in variants if evidence.has(f(x, kernel, stride))]
+                return [
+                    w for w, f in CONVOLUTIONS.items() if _explains(evidence, f, x, kernel, stride)
+                ]
     return []
+
+
+def _explains(evidence, convolution, x, kernel, stride) -> bool:
+    try:
+        return evidence.has(convolution(x, kernel, stride))
+    except RuntimeError:  # a map smaller than the kernel, without padding
+        return False
 
 
 def _convolves(x, kernel, stride, expected) -> bool:

@@ -33,7 +33,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto
   color: #222; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 .verdict { border-left: .5rem solid $colour; background: #f6f6f6; padding: .8rem 1rem; }
-.verdict b { color: $colour; font-size: 1.25rem }
+.verdict strong { color: $colour; font-size: 1.25rem }
 svg { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-size: .85rem; width: 100% }
 th { text-align: left; border-bottom: 2px solid #999; position: sticky; top: 0; background: white }
@@ -46,7 +46,7 @@ summary { cursor: pointer; margin-top: 1rem }
 </style>
 <h1>$title</h1>
 <p>$subtitle</p>
-<div class="verdict"><b>$verdict</b><br>$explanation</div>
+<div class="verdict"><strong>$verdict</strong><br>$explanation</div>
 $charts
 <h2>What was compared</h2>
 $counts

@@ -62,7 +62,7 @@ def over_budget_of_steps(steps, dtype=np.float32) -> list:
 def marks(arch):
     if arch in FAST:
         return [pytest.mark.quick]
-    return [] if arch == "resnet18" else [pytest.mark.slow]
+    return [pytest.mark.slow]
 
 
 ARCHS = [pytest.param(arch, marks=marks(arch)) for arch in flax_resnet.list_models()]

@@ -1,0 +1,172 @@
+"""A damaged checkpoint is passed over, said so, and the one before it is used: for every file of a
+checkpoint and every kind of damage. Broken images and settings are errors, never tracebacks."""
+
+import functools
+import io
+import random
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from flax_resnet import cli
+from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.config import InputError, TrainConfig, from_dict, to_dict
+from flax_resnet.data.image_files import decode_image
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "one bit flipped": lambda path: path.write_bytes(_flipped(path.read_bytes())),
+    "emptied": lambda path: path.write_bytes(b""),
+    "deleted": lambda path: path.unlink(),
+}
+
+
+def _flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def state(value):
+    return {"a": jnp.full((50, 40), value), "b": {"c": jnp.arange(7.0) * value}}
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """Checkpoints of step 1 and 2; the number is in every leaf."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    checkpoints = Checkpoints(folder)
+    for step in (1, 2):
+        checkpoints.save(step, state(float(step)), {"step": step}, improvement=False)
+    checkpoints.close()
+    return folder
+
+
+def reopened(folder):
+    """(newest sound step, its state, what was said)."""
+    said = []
+    checkpoints = Checkpoints(folder, say=said.append)
+    step = checkpoints.latest()
+    restored = None if step is None else checkpoints.restore(step, state(0.0))
+    checkpoints.close()
+    return step, restored, said
+
+
+def test_undamaged_the_newest_is_used(two_steps):
+    step, restored, said = reopened(two_steps)
+    assert (step, said) == (2, []) and (restored["a"] == 2).all()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damaged_file_is_noticed(two_steps, tmp_path, damage):
+    files = sorted(p.relative_to(two_steps) for p in (two_steps / "2").rglob("*") if p.is_file())
+    assert len(files) > 5
+    for number, name in enumerate(files):
+        folder = tmp_path / str(number)
+        shutil.copytree(two_steps, folder)
+        if not (folder / name).stat().st_size:
+            continue  # an empty file cannot be damaged but by deleting it, which is below
+        DAMAGES[damage](folder / name)
+        step, restored, said = reopened(folder)
+        assert step == 1, (name, said)
+        assert (restored["a"] == 1).all() and (restored["b"]["c"] == np.arange(7)).all()
+        assert len(said) == 1 and "step 2" in said[0], said
+        manifest = name.name.startswith("manifest")
+        assert manifest or name.name in said[0], said
+
+
+def test_nothing_sound_is_nothing(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "all")
+    for path in (tmp_path / "all").rglob("*"):
+        if path.is_file() and path.stat().st_size:
+            DAMAGES["one bit flipped"](path)
+    step, _, said = reopened(tmp_path / "all")
+    assert step is None and len(said) == 2
+
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+NUM_IMAGES = 10_000
+
+
+def picture(kind: str, rng) -> bytes:
+    file = io.BytesIO()
+    pixels = np.array([[rng.randrange(256) for _ in range(12)] for _ in range(9)], np.uint8)
+    Image.fromarray(pixels).convert("RGB").save(file, kind)
+    return file.getvalue()
+
+
+def spoiled(content: bytes, rng) -> bytes:
+    """Some bytes changed, cut off or put in."""
+    content = bytearray(content)
+    for _ in range(rng.randrange(1, 8)):
+        content[rng.randrange(len(content))] = rng.randrange(256)
+    if rng.random() < 0.3:
+        del content[rng.randrange(1, len(content)) :]
+    if rng.random() < 0.2:
+        content[rng.randrange(len(content)) :] = rng.randbytes(rng.randrange(40))
+    return bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+def test_ten_thousand_spoiled_images():
+    """Each is decoded or refused in one line; nothing else is ever raised."""
+    rng, refused = random.Random(0), 0
+    originals = [picture(kind, rng) for kind in FORMATS]
+    for number in range(NUM_IMAGES):
+        file = io.BytesIO(spoiled(rng.choice(originals), rng))
+        try:
+            image = decode_image(file, rng.choice((1, 3)), name=f"{number}.jpg")
+            assert image.dtype == np.uint8 and image.ndim == 3
+        except InputError as error:
+            refused += 1
+            assert str(error).startswith(f"{number}.jpg: ") and "\n" not in str(error)
+    assert 1000 < refused < 9900
+
+
+ODD = [None, True, False, 0, 1, -1, 10**12, -(10**12), 0.5, float("nan"), float("inf"), 1e-320, "",
+       "résumé\n", "auto", "sgd", "../..", [], [1, 2], {}, {"x": 1}]  # fmt: skip
+
+
+def odd_config(rng) -> dict:
+    """The default with some fields replaced by odd values, and now and then an unknown one."""
+    values = to_dict(TrainConfig())
+    for _ in range(rng.randrange(1, 5)):
+        group = rng.choice([values, *(v for v in values.values() if isinstance(v, dict))])
+        name = rng.choice([*group, "unknown"]) if group else "unknown"
+        group[name] = rng.choice(ODD)
+    return values
+
+
+def from_odd_file(rng) -> TrainConfig:
+    return from_dict(odd_config(rng))
+
+
+@functools.cache
+def all_flags() -> cli.Parser:
+    parser = cli.Parser()
+    cli.add_config_flags(parser)
+    return parser
+
+
+def from_odd_flags(rng) -> TrainConfig:
+    parser = all_flags()
+    flags = sorted(set(parser._option_string_actions) - {"-h", "--help"})
+    argv = [
+        w for _ in range(rng.randrange(1, 5)) for w in (rng.choice(flags), str(rng.choice(ODD)))
+    ]
+    return cli.merge(TrainConfig(), cli.requested_values(parser.parse_args(argv)))
+
+
+@pytest.mark.parametrize("read, times", [(from_odd_file, 1000), (from_odd_flags, 1000)])
+def test_a_thousand_odd_configs(read, times):
+    """Each is a config or one line."""
+    rng, refused = random.Random(1), 0
+    for _ in range(times):
+        try:
+            assert isinstance(read(rng), TrainConfig)
+        except InputError as error:
+            refused += 1
+            assert str(error)
+    assert 0.3 * times < refused < times
