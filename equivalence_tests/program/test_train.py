@@ -215,7 +215,7 @@ def test_several_steps_a_dispatch_are_the_same_steps(tmp_path):
 def test_early_stopping_ends_the_run_and_restores_the_best(tmp_path):
     config = small(
         epochs="8",
-        optimizer={"optimizer": "adam", "lr": "0.02"},
+        optimizer={"optimizer": "adam", "lr": "0.02", "label_smoothing": "0"},
         schedule={"schedule": "constant"},
         early_stopping={"patience": "2", "monitor": "validation_loss"},
     )
