@@ -51,4 +51,4 @@ TRAINING = 1e-10
 """Float64, a training of 120 steps at a learning rate of 0.01: rounding grows with every step."""
 
 TRAINING_FAST = 1e-6
-"""The same at 0.1, where it grows a thousand times faster (results/error-growth.png)."""
+"""The same at 0.1, where it grows faster (`python -m equivalence_tests.trajectory`)."""
