@@ -9,6 +9,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 
 import pydantic
 
@@ -107,8 +108,13 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
 
 
 def command_line() -> str:
-    """How this process was called."""
-    return shlex.join(["python", *sys.argv])
+    """How this process was called, without the place where the project lies."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None and spec.name.startswith("equivalence_tests."):
+        return shlex.join(["python", "-m", spec.name, *sys.argv[1:]])
+    script = Path(sys.argv[0])
+    name = f"scripts/{script.name}" if script.parent.name == "scripts" else sys.argv[0]
+    return shlex.join(["python", name, *sys.argv[1:]])
 
 
 def _fail(line: str, status: int) -> typing.NoReturn:
