@@ -2,6 +2,7 @@
 
 --mutant NAME      run on code with a known fault in it (`mutants.py`); tests have to fail
 --inputs-seed N    draw other random inputs; none may fail
+--record NAME      write outcomes and seconds to results/NAME.json
 """
 
 import os
@@ -13,15 +14,16 @@ import jax
 import pytest
 import torch
 
-from equivalence_tests import inputs
+from equivalence_tests import inputs, results
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_addoption(parser):
     parser.addoption("--mutant", metavar="NAME")
     parser.addoption("--inputs-seed", type=int, default=0, metavar="N")
+    parser.addoption("--record", metavar="NAME")
 
 
 def pytest_configure(config):
@@ -32,6 +34,8 @@ def pytest_configure(config):
         fault = mutants.injected(mutants.MUTANTS[name])
         fault.__enter__()
         config.add_cleanup(lambda: fault.__exit__(None, None, None))
+    if (name := config.getoption("--record")) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(results.Recorder(name))
 
 
 @pytest.fixture

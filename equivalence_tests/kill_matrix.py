@@ -11,7 +11,6 @@ sound code.
 
 import argparse
 import concurrent.futures
-import json
 import re
 import subprocess
 import sys
@@ -20,11 +19,10 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from equivalence_tests import criteria, mutants
+from equivalence_tests import criteria, mutants, results
 from flax_resnet import cli, environment
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "results"
 TESTS = ROOT / "equivalence_tests" / "numerics"
 
 
@@ -46,7 +44,7 @@ def run_tests(*flags: str, first=()) -> tuple[int, dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", *files]
-        command += ["-m", "quick and not control and not slow", "-p", "no:cacheprovider"]
+        command += ["-m", "quick and not control and not slow", "-p", "no:cacheprovider", "-n", "0"]
         run = subprocess.run(
             [*command, f"--junit-xml={report}", *flags], cwd=ROOT, capture_output=True, text=True
         )
@@ -141,18 +139,17 @@ def parse():
 
 def main() -> int:
     args = parse()
-    document = {"command": cli.command_line(), "environment": environment.describe(1)}
     if args.seeds:
-        document["failed"] = false_alarms(args.seeds)
-        (RESULTS / "false-alarms.json").write_text(json.dumps(document, indent=1) + "\n")
-        return int(any(document["failed"].values()))
+        failed = false_alarms(args.seeds)
+        results.write("false-alarms", {"failed": failed})
+        return int(any(failed.values()))
     chosen = [mutants.MUTANTS[name] for name in args.only or mutants.MUTANTS]
     rows = measure(chosen, args.jobs)
+    command = cli.command_line()
     if args.only:
-        before = json.loads((RESULTS / "kill-matrix.json").read_text())
-        rows = _updated(before["rows"], rows)
-        document["command"] = before["command"]
-    write(document | {"summary": summary(rows), "rows": rows})
+        before = results.read("kill-matrix")
+        rows, command = _updated(before["rows"], rows), before["command"]
+    write({"command": command, "summary": summary(rows), "rows": rows})
     print(summary(rows))
     return int(not all(r["killed_by"] for r in rows))
 
@@ -163,9 +160,9 @@ def _updated(before: list[dict], rows: list[dict]) -> list[dict]:
 
 
 def write(document: dict):
-    (RESULTS / "kill-matrix.json").write_text(json.dumps(document, indent=1) + "\n")
+    results.write("kill-matrix", document)
     without = [f"- {n}: {why}" for n, why in mutants.NOT_APPLICABLE.items()]
-    (RESULTS / "kill-matrix.md").write_text(
+    (results.FOLDER / "kill-matrix.md").write_text(
         f"# Kill matrix\n\n`{document['command']}`\n\n{document['summary']}\n\n"
         + markdown(document["rows"])
         + "\nThe criteria run on resnet18, and on resnext50_32x4d for 8a and 11b; faults of"

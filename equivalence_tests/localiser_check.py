@@ -8,20 +8,16 @@ Writes results/localiser.json. Exit status 1 below 99%.
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 
-from equivalence_tests import inputs, jax_side, localise, mutants, parity
-from flax_resnet import cli, environment
+from equivalence_tests import inputs, jax_side, localise, mutants, parity, results
 from flax_resnet.models import resnet
 
-RESULTS = Path(__file__).parents[1] / "results"
 DRAWN = 20
 RULES = {
     "17": (dict(optimizer="adam", lr=1e-3, weight_decay=0.1), "parameters"),
@@ -161,12 +157,8 @@ def main() -> int:
         mark = "" if trial.right else "  WRONG"
         print(f"{trial.arch} {trial.mutant}: {trial.layer} -> {trial.found_phase}"
               f" {trial.found_module} {list(trial.causes)}{mark}", flush=True)  # fmt: skip
-    document = {"command": cli.command_line(), "environment": environment.describe(1)}
-    document |= {
-        "summary": summary(done),
-        "trials": [t._asdict() | {"right": t.right} for t in done],
-    }
-    (RESULTS / "localiser.json").write_text(json.dumps(document, indent=1) + "\n")
+    rows = [t._asdict() | {"right": t.right} for t in done]
+    results.write("localiser", {"summary": summary(done), "trials": rows})
     return int(summary(done)["right_share"] < 0.99)
 
 

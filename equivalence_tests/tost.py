@@ -6,17 +6,13 @@
 Writes results/tost.json. Exit status 1 if they are not equivalent.
 """
 
-import json
 import sys
-from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-from equivalence_tests import trajectory
-from flax_resnet import cli, environment
+from equivalence_tests import results, trajectory
 
-RESULTS = Path(__file__).parents[1] / "results"
 SEEDS = range(100, 120)
 """Fixed before the first run. Five would have a power of 0.3."""
 
@@ -64,9 +60,8 @@ def main() -> int:
         print(f"seed {seed}: JAX {pairs[-1][0]:.4f}, torch {pairs[-1][1]:.4f}", flush=True)
     ours, theirs = zip(*pairs, strict=True)
     outcome = equivalence(ours, theirs)
-    document = {"command": cli.command_line(), "environment": environment.describe(1)}
-    document |= {"margin": MARGIN, "seeds": list(SEEDS), "jax": ours, "torch": theirs} | outcome
-    (RESULTS / "tost.json").write_text(json.dumps(document, indent=1) + "\n")
+    measured = {"margin": MARGIN, "seeds": list(SEEDS), "jax": ours, "torch": theirs}
+    results.write("tost", measured | outcome)
     print(outcome)
     return int(not outcome["equivalent"])
 

@@ -7,7 +7,6 @@ Writes results/error-growth.json and .png.
 """
 
 import dataclasses
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import torch_ref.data
 import torch_ref.early_stopping
 import torch_ref.train
+from equivalence_tests import results
 from equivalence_tests.torch_side import chosen
 from flax_resnet import cli, convert, environment, train
 from flax_resnet.config import TrainConfig
@@ -36,7 +36,6 @@ from flax_resnet.run_directory import RunDirectory
 from flax_resnet.serve import load_weights
 from torch_ref import checkpoint, optim
 
-RESULTS = Path(__file__).parents[1] / "results"
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 
@@ -238,9 +237,8 @@ def plot(rows: list[dict], path: Path):
 
 def main() -> int:
     rows = error_growth()
-    document = {"command": cli.command_line(), "environment": environment.describe(1)}
-    (RESULTS / "error-growth.json").write_text(json.dumps(document | {"rows": rows}, indent=1))
-    plot(rows, RESULTS / "error-growth.png")
+    results.write("error-growth", {"rows": rows})
+    plot(rows, results.FOLDER / "error-growth.png")
     return 0
 
 

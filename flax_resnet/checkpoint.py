@@ -4,6 +4,8 @@ One step directory holds the whole state and a JSON document (data position, ear
 config, class names), committed atomically. Around it:
 
 - a SHA-256 of every file, checked before anything is read (a flipped byte restores silently);
+- written in the background from a copy on the host, so that a step never waits for the disk; an
+  error of the writing is raised at the next step;
 - the latest and the best are both kept, and only an improvement can be the best;
 - a damaged step is passed over for the newest sound one, and the reader is told;
 - names, shapes and types are compared before anything is loaded.
@@ -15,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -49,11 +52,37 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_handlers=handlers
         )
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future | None = None
 
     def save(self, step: int, state, document: dict, *, improvement: bool):
-        """Write one step; `improvement` marks it as the best so far."""
+        """Begin to write one step; `improvement` marks it as the best so far.
+
+        The state is copied first: the caller may donate it at once.
+
+        Raises:
+          OSError: the save before this one failed.
+        """
+        self.wait()
         if step in self._manager.all_steps():
             return
+        if not _is_all_here(state):  # every process writes its part, and they have to meet
+            return self._write(step, state, document, improvement)
+        state = jax.tree.map(lambda x: np.array(x, copy=True), state)
+        self._writing = self._writer.submit(self._write, step, state, document, improvement)
+
+    def check(self):
+        """Raises the error of a save that has failed since it began; does not wait."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self):
+        """Wait for the save that is being written; raises its error."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, step, state, document, improvement):
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_flatten(state)), document=ocp.args.JsonSave(document)
         )
@@ -79,6 +108,7 @@ class Checkpoints:
 
     def document(self, step: int) -> dict:
         """The JSON document of a step."""
+        self.wait()
         args = ocp.args.Composite(document=ocp.args.JsonRestore())
         return self._manager.restore(step, args=args)["document"]
 
@@ -88,6 +118,7 @@ class Checkpoints:
         Raises:
           InputError: names, shapes or types differ; nothing is loaded then.
         """
+        self.wait()
         template = _flatten(jax.eval_shape(lambda: like))
         self._check(step, template)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
@@ -96,10 +127,12 @@ class Checkpoints:
         return jax.tree.unflatten(structure, [arrays[_name(path)] for path, _ in leaves])
 
     def close(self):
-        """Let go of Orbax's threads."""
+        """Finish writing and let go of Orbax's threads; an error nobody asked for is dropped."""
+        self._writer.shutdown()
         self._manager.close()
 
     def _newest_sound(self, wanted) -> int | None:
+        self.wait()
         for step in sorted(self._manager.all_steps(), reverse=True):
             fault = _damage(self.directory / str(step))
             if fault:
@@ -136,6 +169,11 @@ def check_space(directory: Path, state):
             f"{directory}: no space left: checkpoints need {needed / 1e6:,.0f} MB,"
             f" {free / 1e6:,.0f} MB are free"
         )
+
+
+def _is_all_here(state) -> bool:
+    """Whether this process can read every array."""
+    return all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(state))
 
 
 def _flatten(tree) -> dict:

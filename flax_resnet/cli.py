@@ -110,8 +110,9 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
 def command_line() -> str:
     """How this process was called, without the place where the project lies."""
     spec = sys.modules["__main__"].__spec__
-    if spec is not None and spec.name.startswith("equivalence_tests."):
-        return shlex.join(["python", "-m", spec.name, *sys.argv[1:]])
+    if spec is not None:
+        name = spec.name.removesuffix(".__main__")
+        return shlex.join(["python", "-m", name, *sys.argv[1:]])
     script = Path(sys.argv[0])
     name = f"scripts/{script.name}" if script.parent.name == "scripts" else sys.argv[0]
     return shlex.join(["python", name, *sys.argv[1:]])

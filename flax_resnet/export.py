@@ -73,7 +73,7 @@ def write_run(
     temporary, step = _beside(run_dir), int(state.step)
     document = {
         "progress": progress,
-        "data": {"next_index": step},  # the position of Grain's iterators
+        "num_devices": 1,
         "config": to_dict(config),
         "class_names": list(class_names),
         "channels": channels,

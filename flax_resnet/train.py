@@ -89,7 +89,7 @@ def fit(
     """Train, evaluate and write a run directory.
 
     Args:
-      config: what to do; a run that is resumed keeps its own.
+      config: what to do; a run that is resumed keeps its own, but for devices and workers.
       run_dir: a new directory, or that of the run to resume or overwrite.
       command: how it was called, for the report.
 
@@ -104,7 +104,7 @@ def fit(
     display = display or Display()
     run_dir = Path(run_dir)
     if resume and (run_dir / "config.json").exists():
-        config = read_config(run_dir)
+        config = as_begun(config, read_config(run_dir))
     environment.configure_jax(config)
     engine = Engine(config.parallel, deterministic=config.deterministic)
     engine.check_batch_size(config.batch_size)
@@ -120,6 +120,12 @@ def fit(
     finally:
         display.stop()
         directory.close()
+
+
+def as_begun(config: TrainConfig, own: TrainConfig) -> TrainConfig:
+    """The config of a run to resume: where it runs may change, what it computes may not."""
+    data = dataclasses.replace(own.data, num_workers=config.data.num_workers)
+    return dataclasses.replace(own, data=data, parallel=config.parallel)
 
 
 def _initial_model(prepared: Prepared, engine: Engine) -> nnx.Module:
@@ -172,6 +178,7 @@ class Run:
         self.steps_per_epoch = self.num_train // self.config.batch_size
         self.progress = Progress()
         self.pending, self.signum, self.last_finite = [], None, None
+        self.save_wait = 0.0
 
     def execute(self) -> dict:
         """All of it: set up or take up, train, report."""
@@ -204,14 +211,10 @@ class Run:
         """Fresh state, or that of the newest sound checkpoint; compiled functions."""
         config = self.config
         state = steps.make_state(self.network.initial, config)
-        self.iterator = self._iterator()
         step = self.checkpoints.latest()
         if step is not None:
-            state = self.checkpoints.restore(step, state)
-            document = self.checkpoints.document(step)
-            self.progress = Progress(**document["progress"])
-            self.iterator.set_state(document["data"])
-            self.display.say(f"resumed at step {step}, epoch {self.progress.epoch + 1}")
+            state = self._take_up(step, state)
+        self.iterator = self._iterator(start=step or 0)
         self.directory.write_config(config)
         self.directory.start_logs(self.progress.epoch, step or 0)
         self.state = self.engine.replicate(state)
@@ -231,13 +234,25 @@ class Run:
         )
         self.eval_fn = self.engine.compile_eval(eval_step)
 
+    def _take_up(self, step, state):
+        document = self.checkpoints.document(step)
+        self.progress = Progress(**document["progress"])
+        self.display.say(f"resumed at step {step}, epoch {self.progress.epoch + 1}")
+        before, now = document["num_devices"], len(self.engine.devices)
+        if before != now:
+            self.display.say(
+                f"the run had {before} device(s) and now has {now}: it goes on equal up to"
+                " rounding, not bit for bit"
+            )
+        return self.checkpoints.restore(step, state)
+
     def _resident(self) -> dict:
         if self.prepared.images is None:
             return {}
         labels = self.dataset.train.labels.astype("int32")
         return self.engine.replicate({"image": self.prepared.images, "label": labels})
 
-    def _iterator(self):
+    def _iterator(self, start: int):
         config = self.config
         order = pipeline.BatchOrder(
             num_images=self.num_train,
@@ -246,12 +261,13 @@ class Run:
             epochs=config.epochs,
         )
         if self.prepared.images is not None:
-            return pipeline.index_iterator(order)
+            return pipeline.index_iterator(order, start=start)
         return pipeline.image_iterator(
             self.dataset.train,
             self.prepared.training_decoder,
             order,
             num_workers=config.data.num_workers,
+            start=start,
         )
 
     def _train(self):
@@ -281,13 +297,20 @@ class Run:
                 self.state, self.resident, self.engine.shard(self._columns(batches))
             )
             self.pending.append(metrics)
+            self.checkpoints.check()
             progress.step_in_epoch += count
             self.epoch_steps += count
             if self._at_log_step(count) or count == left or self.signum:
                 self._drain()
             if self.signum:
                 self._save(improvement=False)
-                raise Interrupted(self.signum)
+                self.checkpoints.wait()
+            self._stop_if_asked()
+
+    def _stop_if_asked(self):
+        """Once everything done so far is saved."""
+        if self.signum:
+            raise Interrupted(self.signum)
 
     def _columns(self, batches):
         return batches if not self.resident else [{"index": indices} for indices in batches]
@@ -362,7 +385,9 @@ class Run:
             "seconds": seconds,
             "images_per_second": self.epoch_steps * config.batch_size / seconds,
             "data_wait_seconds": self.data_wait,
+            "checkpoint_seconds": self.save_wait,  # since the row before
         }
+        self.save_wait = 0.0
         progress.step_in_epoch = progress.counted_steps = 0
         progress.loss_sum = progress.accuracy_sum = 0.0
         improvement = False
@@ -418,18 +443,21 @@ class Run:
     def _save(self, *, improvement: bool):
         document = {
             "progress": dataclasses.asdict(self.progress),
-            "data": self.iterator.get_state(),
+            "num_devices": len(self.engine.devices),
             "config": to_dict(self.config),
             "class_names": list(self.dataset.class_names),
             "channels": self.dataset.channels,
             "improvement": improvement,
         }
+        before = time.monotonic()
         state = self.engine.single(self.state)
         self.checkpoints.save(self._global_step(), state, document, improvement=improvement)
+        self.save_wait += time.monotonic() - before
 
     def _report(self) -> dict:
         """Evaluate the chosen weights on every split and write everything down."""
         config, progress = self.config, self.progress
+        self.checkpoints.wait()
         variables = steps.evaluation_variables(self.engine.single(self.state))
         best = config.early_stopping.restore_best and progress.best_epoch
         if best:
@@ -437,6 +465,7 @@ class Run:
             variables = steps.evaluation_variables(state)
         splits, confusions = {}, {}
         for split in ("train", "validation", "test"):
+            self._stop_if_asked()
             if len(getattr(self.dataset, split)):
                 splits[split], confusions[split] = self._evaluate(split, variables)
         report = {
@@ -478,11 +507,12 @@ class Run:
         return self.progress.epoch * self.steps_per_epoch + self.progress.step_in_epoch
 
     def _signals(self):
-        return _SignalFlag(self)
+        return SignalFlag(self)
 
 
-class _SignalFlag:
-    """The first SIGTERM or Ctrl-C is noted for the next step boundary, a second one kills."""
+class SignalFlag:
+    """The first SIGTERM or Ctrl-C is noted for the next step boundary, a second one kills at once,
+    even within a compilation, where Python's handlers do not run."""
 
     def __init__(self, run):
         self._run = run
@@ -495,10 +525,9 @@ class _SignalFlag:
             signal.signal(signum, handler)
 
     def _note(self, signum, frame):
-        if self._run.signum:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
         self._run.signum = signum
+        for number in self._old:
+            signal.signal(number, signal.SIG_DFL)
 
 
 _LOGGED = ("loss", "accuracy", "top5_accuracy", "precision_macro", "recall_macro", "f1_macro")

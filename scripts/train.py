@@ -52,11 +52,16 @@ def free_directory(config: TrainConfig) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-def check_unchanged(args):
-    """A run is resumed as it was begun: a flag that says otherwise is an error."""
+def resumed_config(args) -> TrainConfig:
+    """A run is resumed as it was begun; only where it runs may change."""
     own = read_config(args.run_dir)
-    if cli.merge(own, cli.requested_values(args)) != own:
-        raise InputError(f"{args.run_dir} was begun with other flags; --resume takes none")
+    config = cli.merge(own, cli.requested_values(args))
+    if config != train.as_begun(config, own):
+        raise InputError(
+            f"{args.run_dir} was begun with other flags; --resume takes only those of devices"
+            " and --num-workers"
+        )
+    return config
 
 
 def main():
@@ -69,7 +74,7 @@ def main():
     config = build_config(args)
     run_dir = Path(args.run_dir) if args.run_dir else free_directory(config)
     if args.resume and (run_dir / "config.json").exists():
-        check_unchanged(args)
+        config = resumed_config(args)
         if (run_dir / "report.json").exists():
             print(f"{run_dir} is finished; nothing to do")
             return

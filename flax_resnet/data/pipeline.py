@@ -136,16 +136,20 @@ def _permutation(length, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(length).astype(np.int32)
 
 
-def index_iterator(order: BatchOrder):
-    """An iterator with get_state and set_state; no threads: there is nothing to wait for."""
+def index_iterator(order: BatchOrder, *, start: int = 0):
+    """The batches from step `start` on; no threads: there is nothing to wait for."""
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(grain.MapDataset.source(order).to_iter_dataset(options))
+    return iter(grain.MapDataset.source(order)[start:].to_iter_dataset(options))
 
 
-def image_iterator(source, decoder: Decoder, order: BatchOrder, *, num_workers: int):
-    """An iterator over {"image", "label", "index"} that decodes ahead of its user."""
+def image_iterator(source, decoder: Decoder, order: BatchOrder, *, num_workers: int, start=0):
+    """{"image", "label", "index"} from step `start` on, decoded ahead of their user.
+
+    A step's batch depends on its number alone: not on where the run was cut off, nor on how many
+    workers there are.
+    """
     indices = grain.MapDataset.source(order).seed(order.seed)
-    batches = indices.random_map(_DecodeBatch(source, decoder))
+    batches = indices.random_map(_DecodeBatch(source, decoder))[start:]
     batches = batches.to_iter_dataset(
         grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
     )

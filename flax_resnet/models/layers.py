@@ -143,9 +143,8 @@ class BatchNorm(nnx.Module):
             mean, var, count = self._batch_statistics(wide)
             self._update(mean, var, count)
         scale = self.scale[...] * lax.rsqrt(var + self.epsilon)
-        return (_centred(wide, mean) * _like(scale, wide) + _like(self.bias[...], wide)).astype(
-            dtype
-        )
+        result = _centred(wide, mean) * _spread(scale, wide) + _spread(self.bias[...], wide)
+        return result.astype(dtype)
 
     def _batch_statistics(self, x):
         """Mean `[C]`, biased variance `[C]` and the number of values behind each.
@@ -153,20 +152,21 @@ class BatchNorm(nnx.Module):
         The corrected two-pass algorithm (Chan, Golub and LeVeque 1983): what the first mean lost
         to rounding is the mean of the distances from it. torch sums in float64 on the CPU.
         """
-        axes = tuple(range(x.ndim - 1))
         count = math.prod(x.shape[:-1])
         if self.axis_name is not None:
             count *= lax.axis_size(self.axis_name)
         if count < 2:
             raise ValueError("BatchNorm in training needs more than one value per channel")
-        first = lax.stop_gradient(self._mean(x, axes))  # any constant would do: no slope
+        first = lax.stop_gradient(self._mean(x))  # any constant would do: no slope
         distance = _centred(x, first)
-        rest = self._mean(distance, axes)
-        var = self._mean(jnp.square(distance), axes) - jnp.square(rest)
+        rest = self._mean(distance)
+        var = self._mean(jnp.square(distance)) - jnp.square(rest)
         return first + rest, var, count
 
-    def _mean(self, x, axes):
-        mean = x.mean(axes)
+    def _mean(self, x):
+        # Image by image and then over the images: two short sums lose fewer digits than a long
+        # one. The barrier keeps XLA from making one of them.
+        mean = lax.optimization_barrier(x.mean(tuple(range(1, x.ndim - 1)))).mean(0)
         return mean if self.axis_name is None else lax.pmean(mean, self.axis_name)
 
     def _update(self, mean, var, count):
@@ -181,13 +181,14 @@ def _moving(old, new, momentum):
     return (1 - momentum) * old + momentum * lax.stop_gradient(new).astype(old.dtype)
 
 
-def _like(vector, x):
-    """`[C]` -> `[1, ..., 1, C]`, with as many axes as x."""
-    return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+def _spread(vector, x):
+    """`[C]` -> `[B, 1, ..., 1, C]`, with as many axes as x; gradients are summed as in `_mean`."""
+    rows = jnp.broadcast_to(vector, (x.shape[0], *(1,) * (x.ndim - 2), *vector.shape))
+    return lax.optimization_barrier(rows)
 
 
 def _centred(x, mean):
-    return x - _like(mean, x)
+    return x - _spread(mean, x)
 
 
 class Dropout(nnx.Module):

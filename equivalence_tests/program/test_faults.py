@@ -1,0 +1,147 @@
+"""Nothing is lost: real processes killed and resumed to the same bits, signals, saves that fail.
+
+The long form, 35 processes, is `python -m equivalence_tests.faults`.
+"""
+
+import errno
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from equivalence_tests import faults
+from equivalence_tests.program.command import run_script
+from equivalence_tests.program.test_train import EVERYTHING, digest, quiet, small, weights
+from flax_resnet import serve
+from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.train import Interrupted, Run, SignalFlag, fit
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The run that nobody touches."""
+    run_dir = tmp_path_factory.mktemp("faults") / "straight"
+    return SimpleNamespace(run_dir=run_dir, fingerprint=faults.straight(run_dir)[0])
+
+
+def test_a_run_killed_inside_a_save_comes_back_to_the_same_bits(straight, tmp_path):
+    row = faults.survive(tmp_path / "run", faults.in_save(2), signal.SIGKILL, straight.fingerprint)
+    assert row["status"] == -signal.SIGKILL
+    assert row["phase"] == "save" and row["resumed_from"] > 0 and not row["different"], row
+
+
+def test_a_run_that_is_told_to_stop_comes_back_to_the_same_bits(straight, tmp_path):
+    row = faults.survive(
+        tmp_path / "run", faults.after(3, 0.05), signal.SIGTERM, straight.fingerprint
+    )
+    assert row["status"] == 128 + signal.SIGTERM
+    assert row["resumed_from"] > 0 and not row["different"], row
+
+
+@pytest.mark.control
+def test_one_bit_of_an_average_is_noticed(straight, monkeypatch):
+    """Negative control: the fingerprint of the same run with the smallest change there is."""
+    original = serve.restore
+
+    def one_bit_off(*arguments):
+        *rest, state = original(*arguments)
+        bias = state.ema["fc"]["bias"]
+        state.ema["fc"]["bias"] = np.nextafter(bias, np.float32("inf"))
+        return *rest, state
+
+    monkeypatch.setattr(serve, "restore", one_bit_off)
+    changed = faults.fingerprint(straight.run_dir)
+    assert [n for n in changed if changed[n] != straight.fingerprint[n]] == ["state"]
+
+
+def test_the_second_signal_kills_at_once():
+    run = SimpleNamespace(signum=None)
+    before = signal.getsignal(signal.SIGINT)
+    with SignalFlag(run):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert run.signum == signal.SIGINT
+        for number in (signal.SIGTERM, signal.SIGINT):
+            assert signal.getsignal(number) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+STATE = {"a": jnp.arange(6.0)}
+
+
+def test_a_save_that_fails_is_told_at_the_next_step(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.check()
+
+    def no_space(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", no_space)
+    checkpoints.save(1, STATE, {}, improvement=False)
+    with pytest.raises(OSError) as error:
+        for _ in range(500):  # steps
+            checkpoints.check()
+            time.sleep(0.01)
+    assert error.value.errno == errno.ENOSPC
+    checkpoints.close()
+
+
+def test_a_failed_save_ends_the_training(tmp_path, monkeypatch):
+    """In the epoch after, not at the end of the run."""
+
+    def broken(self, *_):
+        raise OSError(errno.EIO, "disk broke")
+
+    monkeypatch.setattr(Checkpoints, "_write", broken)
+    with pytest.raises(OSError, match="disk broke"):
+        fit(small(epochs="50"), tmp_path / "run", display=quiet())
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) < 5
+
+
+def test_what_is_saved_is_the_state_of_that_moment(tmp_path):
+    """The step after may write into the same memory."""
+    checkpoints = Checkpoints(tmp_path)
+    state = {"a": np.arange(1e6, dtype=np.float32)}
+    checkpoints.save(1, state, {}, improvement=False)
+    state["a"][:] = 0
+    assert checkpoints.restore(1, state)["a"][-1] == 1e6 - 1
+    checkpoints.close()
+
+
+def cut(config, run_dir, step, monkeypatch):
+    """A run that is told to stop after so many steps."""
+    original = Run._at_log_step
+
+    def at_log_step(self, count):
+        if self._global_step() == step:
+            self.signum = signal.SIGTERM
+        return original(self, count)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Run, "_at_log_step", at_log_step)
+        fit(config, run_dir, display=quiet())
+
+
+def test_the_number_of_workers_may_change(tmp_path, monkeypatch):
+    """Images decoded by threads, then by two processes, with random areas: the same bits."""
+    config = small(**EVERYTHING, epochs="2", data={"train_images": "320", "cache": "none"})
+    fit(config, tmp_path / "straight", display=quiet())
+    cut(config, tmp_path / "cut", 13, monkeypatch)
+    outcome = run_script("train.py", "--resume", "--run-dir", tmp_path / "cut", "--num-workers", 2)
+    assert outcome.status == 0, outcome.err
+    assert digest(tmp_path / "cut") == digest(tmp_path / "straight")
+
+
+def test_the_number_of_devices_may_change_and_is_said(tmp_path, monkeypatch):
+    config = small(epochs="2", data={"train_images": "320"})
+    fit(config, tmp_path / "straight", display=quiet())
+    cut(config, tmp_path / "cut", 13, monkeypatch)
+    outcome = run_script("train.py", "--resume", "--run-dir", tmp_path / "cut", "--devices", 2)
+    assert outcome.status == 0, outcome.err
+    assert "had 1 device(s) and now has 2" in outcome.out
+    expected = weights(tmp_path / "straight")
+    for name, value in weights(tmp_path / "cut").items():
+        np.testing.assert_allclose(value, expected[name], rtol=2e-3, atol=2e-4)

@@ -1,0 +1,41 @@
+"""Where measured results go: results/NAME.json, with the command and the machine that made them."""
+
+import json
+from pathlib import Path
+
+from flax_resnet import cli, environment
+
+FOLDER = Path(__file__).parents[1] / "results"
+
+
+def write(name: str, document: dict):
+    """results/NAME.json; "command" and "environment" are filled in unless the document has them."""
+    measured = {"command": cli.command_line(), "environment": environment.describe(1)}
+    (FOLDER / f"{name}.json").write_text(json.dumps(measured | document, indent=1) + "\n")
+
+
+def read(name: str) -> dict:
+    """What `write` has written."""
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+class Recorder:
+    """A pytest plugin: outcome, seconds and revision of every test, added to results/NAME.json."""
+
+    def __init__(self, name: str):
+        self.name = name
+        path = FOLDER / f"{name}.json"
+        self.tests = json.loads(path.read_text())["tests"] if path.exists() else {}
+        self.revision = environment.revision()
+
+    def pytest_runtest_logreport(self, report):
+        """The call of every test, and a set-up that failed or skipped."""
+        if report.when == "call" or not report.passed:
+            row = {"outcome": report.outcome, "seconds": round(report.duration, 1)}
+            self.tests[report.nodeid] = row | {"revision": self.revision}
+
+    def pytest_sessionfinish(self):
+        """Write them all."""
+        outcomes = [row["outcome"] for row in self.tests.values()]
+        counts = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
+        write(self.name, {**counts, "tests": self.tests})
