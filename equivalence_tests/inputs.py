@@ -12,9 +12,6 @@ import dataclasses
 import re
 
 import numpy as np
-import torch
-
-import torch_ref
 
 NUM_CLASSES = 7
 
@@ -123,6 +120,10 @@ def image_size(arch: str, stem: str | None) -> tuple[int, int]:
 
 def state_shapes(arch: str, stem: str | None = None) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the twin's state, in torch's order."""
+    import torch  # an extra, which the benchmark draws weights without
+
+    import torch_ref
+
     with torch.device("meta"):
         state = torch_ref.create_model(arch, NUM_CLASSES, stem=stem).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -67,6 +67,33 @@ def confusion_matrix(path: Path, confusion: np.ndarray, class_names):
     _save(figure, path)
 
 
+def throughput(path: Path, rows: list[dict]):
+    """Images a second of every variant, a panel a mode; the line is the interquartile range.
+
+    Args:
+      rows: framework, variant, mode, images_per_second, images_per_second_iqr.
+    """
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    height = 1.2 + 0.35 * max(sum(row["mode"] == mode for row in rows) for mode in modes)
+    figure, axes = plt.subplots(
+        1, len(modes), figsize=(5.5 * len(modes), height), layout="constrained", squeeze=False
+    )
+    for axis, mode in zip(axes[0], modes, strict=True):
+        part = [row for row in rows if row["mode"] == mode]
+        speeds = [row["images_per_second"] for row in part]
+        axis.barh(
+            [f"{row['framework']} {row['variant']}" for row in part],
+            speeds,
+            xerr=[row["images_per_second_iqr"] / 2 for row in part],
+            color=[_TRAIN if row["framework"] == "jax" else _VALIDATION for row in part],
+        )
+        axis.bar_label(axis.containers[-1], [f"{speed:,.0f}" for speed in speeds], padding=6)
+        axis.set(xlabel="images/s", title=mode)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+    _save(figure, path)
+
+
 def _save(figure, path):
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)

@@ -1,0 +1,376 @@
+"""JAX and PyTorch side by side: the same network, weights, batch, optimizer and precision.
+
+    measure(settings) -> {"rows", "skipped", "ratios", "torchvision", "ceilings", ...}
+
+Every variant runs in a process of its own, one at a time, in rounds: A B C, A B C. So each starts
+without the other's memory and threads, meets the same weather, and shows its compile time twice,
+with an empty cache and with a full one. Nothing is timed until the logits of both sides agree.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from equivalence_tests import inputs, roofline
+from equivalence_tests.timing import CHECKED_IMAGES, Job
+from equivalence_tests.tolerances import BUDGET_FACTOR, BUDGET_ULPS
+from flax_resnet.convert import Architecture
+
+VARIANTS = {
+    "jax": ("jit", "multi_step", "mesh", "pmap"),
+    "torch": ("eager", "compile", "compile-reduce-overhead", "compile-max-autotune"),
+}
+MODES = ("train", "inference")
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float64": 8}
+EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float64": 2.0**-52}
+
+SAME_LOSS = {"float32": 1e-3, "bfloat16": 5e-2, "float64": 1e-9}
+"""Relative difference of the first losses of a timed training from those of the first variant.
+They differ by rounding, which three steps have amplified; another optimizer, learning rate or
+BatchNorm differs by more in float32. It guards the timed programs, the logits are the proof."""
+
+
+class Disagreement(Exception):
+    """The two sides do not compute the same; they are not timed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is compared."""
+
+    job: Job
+    """Without framework, variant and mode."""
+
+    variants: dict[str, tuple[str, ...]]
+    """{framework: its variants}."""
+
+    modes: tuple[str, ...] = MODES
+
+    rounds: int = 2
+
+
+def measure(settings: Settings, say=print) -> dict:
+    """The whole comparison.
+
+    Raises:
+      Disagreement: logits or first losses differ by more than rounding.
+    """
+    load = os.getloadavg()
+    with tempfile.TemporaryDirectory() as folder:
+        caches, files = Path(folder, "caches"), weight_files(settings.job, Path(folder))
+        missing = {f: why for f in settings.variants if (why := absence(f))}
+        agreement = compare_logits(settings, files, missing, Path(folder, "checks"), say)
+        plan = make_plan(settings, files, missing)
+        outcomes = run_rounds(plan, settings.rounds, caches, say)
+        ceilings = measure_ceilings(settings, missing, caches)
+    check_losses(outcomes)
+    network = roofline.layers(
+        settings.job.arch,
+        stem=settings.job.stem,
+        num_classes=settings.job.num_classes,
+        image_size=settings.job.image_size,
+    )
+    rows = [summarize(runs, ceilings, network) for runs in outcomes if timed(runs)]
+    own = [row for row in rows if row["variant"] != "torchvision"]
+    return {
+        "rows": own,
+        "skipped": [*absent(settings, missing), *filter(None, map(reason, outcomes))],
+        "ratios": ratios(own),
+        "torchvision": against_torchvision(rows),
+        "agreement": agreement,
+        "ceilings": ceilings,
+        "network": describe_network(network),
+        "method": describe_method(settings, load),
+    }
+
+
+def weight_files(job: Job, folder: Path) -> dict[str, Path]:
+    """Random weights, the same for both; each framework reads its own file."""
+    shapes = Architecture(job.arch, job.num_classes, 3, job.stem).shapes()
+    arrays = inputs.random_state(shapes, np.random.default_rng(0))
+    files = {framework: folder / f"{framework}.npz" for framework in VARIANTS}
+    for path in files.values():
+        np.savez(path, **arrays)
+    return files
+
+
+def absence(framework: str) -> str | None:
+    """Why a framework cannot run; None if it can."""
+    found = importlib.util.find_spec(framework) is not None
+    return None if found else f"{framework} is not installed (--extra torch)"
+
+
+def absent(settings, missing: dict) -> list[dict]:
+    return [
+        {"framework": framework, "variant": variant, "mode": mode, "reason": missing[framework]}
+        for framework in missing
+        for mode, variant in itertools.product(settings.modes, settings.variants[framework])
+    ]
+
+
+def make_plan(settings: Settings, files, missing) -> list[Job]:
+    """Jobs of one round, the frameworks taking turns."""
+    variants = {f: v for f, v in settings.variants.items() if f not in missing}
+    if "torch" in variants:
+        variants["torch"] = (*variants["torch"], "torchvision")
+    turns = itertools.zip_longest(*([(f, v) for v in names] for f, names in variants.items()))
+    turns = [turn for group in turns for turn in group if turn]
+    return [
+        replace(
+            settings.job,
+            framework=framework,
+            variant=variant,
+            mode=mode,
+            weights=str(files[framework]),
+        )
+        for mode in settings.modes
+        for framework, variant in turns
+    ]
+
+
+def launch(job: Job, caches: Path) -> dict:
+    """The outcome of a job in a fresh process.
+
+    A program that fails is an outcome too: {"skipped": why}, or {"out_of_memory": True}.
+    """
+    command = [sys.executable, "-m", f"equivalence_tests.timed_{job.framework}"]
+    done = subprocess.run(
+        command,
+        input=json.dumps(dataclasses.asdict(job)),
+        capture_output=True,
+        text=True,
+        env=environment(job, caches),
+        cwd=Path(__file__).parents[1],
+    )
+    if done.returncode == -9:  # as the kernel ends what asks for more memory than there is
+        return {"out_of_memory": True}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        return {"skipped": f"failed: {lines[-1][:200]}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def environment(job: Job, caches: Path) -> dict[str, str]:
+    """Variables of a fresh process: caches of its own, the device, one CPU device."""
+    variables = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(caches / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    variables.pop("JAX_PLATFORMS", None)
+    if job.device == "cpu":
+        variables |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return variables
+
+
+def compare_logits(settings, files, missing, caches, say) -> dict | None:
+    """Both sides on a few images against float64: the error of JAX may be twice that of PyTorch,
+    and 4 units of the last place where PyTorch happens to be exact.
+
+    Returns:
+      Both errors and the bound; None where only one side is there.
+    """
+    if set(settings.variants) - set(missing) != set(VARIANTS):
+        return None
+    job = replace(settings.job, mode="logits", batch_size=CHECKED_IMAGES)
+    jobs = {"jax": replace(job, framework="jax", variant="jit")}
+    jobs["torch"] = replace(job, framework="torch", variant="eager")
+    jobs["truth"] = replace(jobs["torch"], dtype="float64", device="cpu")
+    say("comparing logits")
+    logits = {}
+    for name, each in jobs.items():
+        outcome = launch(replace(each, weights=str(files[each.framework])), caches)
+        if "values" not in outcome:
+            if "GPU" in outcome.get("skipped", ""):
+                return None
+            raise Disagreement(f"the logits of {each.framework}: {outcome}")
+        logits[name] = np.array(outcome["values"])
+    errors = {name: relative(logits[name], logits["truth"]) for name in VARIANTS}
+    bound = BUDGET_FACTOR * errors["torch"] + BUDGET_ULPS * EPSILON[job.dtype]
+    if not errors["jax"] <= bound:
+        raise Disagreement(
+            f"logits disagree: JAX is {errors['jax']:.1e} from float64, PyTorch"
+            f" {errors['torch']:.1e}; nothing was timed"
+        )
+    return {"jax_error": errors["jax"], "torch_error": errors["torch"], "bound": bound}
+
+
+def relative(got, reference) -> float:
+    """Norm of the difference over the norm of the reference."""
+    return float(np.linalg.norm(got - reference) / np.linalg.norm(reference))
+
+
+def run_rounds(plan: list[Job], rounds: int, caches: Path, say) -> list[list[tuple[Job, dict]]]:
+    """[job][round] -> (job as it ran, outcome); what was skipped is not tried again."""
+    outcomes = [[] for _ in plan]
+    for number in range(1, rounds + 1):
+        for runs, job in zip(outcomes, plan, strict=True):
+            if runs and "skipped" in runs[-1][1]:
+                continue
+            say(f"round {number} of {rounds}: {job.mode} {job.framework} {job.variant}")
+            runs.append(run_where_it_fits(runs[-1][0] if runs else job, caches))
+    return outcomes
+
+
+def run_where_it_fits(job: Job, caches: Path) -> tuple[Job, dict]:
+    """A job, with half the batch as often as the memory does not hold it."""
+    outcome = launch(job, caches)
+    while "out_of_memory" in outcome and job.batch_size > 1:
+        job = replace(job, batch_size=job.batch_size // 2)
+        outcome = launch(job, caches)
+    return job, {"skipped": "out of memory"} if "out_of_memory" in outcome else outcome
+
+
+def timed(runs) -> bool:
+    return "seconds_per_step" in runs[-1][1]
+
+
+def reason(runs) -> dict | None:
+    """Why there is no row."""
+    job, outcome = runs[-1]
+    if timed(runs) or job.variant == "torchvision":
+        return None
+    names = {name: getattr(job, name) for name in ("framework", "variant", "mode")}
+    return names | {"reason": outcome["skipped"]}
+
+
+def check_losses(outcomes):
+    """Raises Disagreement where timed programs of a mode did not compute the same."""
+    first = {}
+    for job, outcome in (run for runs in outcomes for run in runs if "values" in run[1]):
+        values = np.array(outcome["values"])
+        key = job.mode, job.batch_size
+        if key not in first:
+            first[key] = job, values
+        other, expected = first[key]
+        if not (distance := relative(values, expected)) <= SAME_LOSS[job.dtype]:
+            raise Disagreement(
+                f"{job.mode}: {job.framework} {job.variant} is {distance:.1e} from"
+                f" {other.framework} {other.variant}"
+            )
+
+
+def measure_ceilings(settings, missing, caches) -> dict:
+    """The most that either framework gets out of the device, and each on its own."""
+    found = {}
+    for framework in settings.variants.keys() - missing.keys():
+        variant = VARIANTS[framework][0]
+        job = replace(settings.job, framework=framework, variant=variant, mode="ceilings")
+        outcome = launch(job, caches)
+        if "flops" in outcome:
+            found[framework] = outcome
+    best = {key: max((o[key] for o in found.values()), default=None) for key in ("flops", "bytes")}
+    return best | {"dtype": settings.job.dtype, "by": found}
+
+
+def summarize(runs, ceilings: dict, network) -> dict:
+    """The row of one program."""
+    job = runs[-1][0]
+    outcomes = [outcome for ran, outcome in runs if ran == job and "seconds_per_step" in outcome]
+    seconds = np.array([s for outcome in outcomes for s in outcome["seconds_per_step"]])
+    rates = job.batch_size / seconds
+    low, median, high = np.percentile(rates, (25, 50, 75))
+    step = float(np.median(seconds))
+    flops = roofline.step_flops(network, job.mode, job.batch_size)
+    floor = roofline.floor_seconds(network, job.mode, job.batch_size, ITEMSIZE[job.dtype], ceilings)
+    names = ("framework", "variant", "mode", "arch", "stem", "image_size", "dtype", "device")
+    compiles = [outcome["compile_seconds"] for outcome in outcomes]
+    return {name: getattr(job, name) for name in names} | {
+        "batch_size": job.batch_size,
+        "requested_batch_size": runs[0][0].batch_size,
+        "images_per_second": float(median),
+        "images_per_second_iqr": float(high - low),
+        "ms_per_step": 1000 * step,
+        "compile_seconds": compiles[0],
+        "compile_seconds_warm_cache": compiles[1] if len(compiles) > 1 else None,
+        "peak_memory_bytes": max(outcome["peak_memory_bytes"] or 0 for outcome in outcomes) or None,
+        "model_flop_utilisation": flops / step / ceilings["flops"],
+        "roofline_share": floor / step,
+        "roofline_images_per_second": job.batch_size / floor,
+        "images_per_second_blocks": rates.tolist(),
+        "hardware": outcomes[0]["device"],
+    }
+
+
+def ratios(rows: list[dict]) -> dict:
+    """{mode: best of JAX over best of PyTorch, and the plain variants}."""
+    found = {}
+    for mode in MODES:
+        speeds = {
+            (row["framework"], row["variant"]): row["images_per_second"]
+            for row in rows
+            if row["mode"] == mode
+        }
+        best = {
+            f: max((k for k in speeds if k[0] == f), key=speeds.get, default=None) for f in VARIANTS
+        }
+        if None in best.values():
+            continue
+        found[mode] = {
+            "best_jax": best["jax"][1],
+            "best_torch": best["torch"][1],
+            "best_to_best": speeds[best["jax"]] / speeds[best["torch"]],
+        }
+        if ("torch", "eager") in speeds:
+            found[mode]["best_to_eager"] = speeds[best["jax"]] / speeds["torch", "eager"]
+    return found
+
+
+def against_torchvision(rows: list[dict]) -> dict:
+    """{mode: images a second of torchvision's net, and the twin's ratio to it}; both eager."""
+    found = {}
+    for row in rows:
+        if row["variant"] != "torchvision":
+            continue
+        twin = [r for r in rows if (r["mode"], r["variant"]) == (row["mode"], "eager")]
+        ratio = twin[0]["images_per_second"] / row["images_per_second"] if twin else None
+        found[row["mode"]] = {"images_per_second": row["images_per_second"], "ratio": ratio}
+    return found
+
+
+def describe_network(network) -> dict:
+    return {
+        "forward_flops_per_image": roofline.step_flops(network, "inference", 1),
+        "parameters_of_convolutions_and_linear_layers": sum(x.weights for x in network),
+        "convolution_outputs_per_image": sum(x.outputs for x in network),
+    }
+
+
+def describe_method(settings: Settings, load) -> dict:
+    job = settings.job
+    return {
+        "rounds": settings.rounds,
+        "blocks_per_round": job.blocks,
+        "steps_per_block": job.steps,
+        "warmup_steps_per_round": job.warmup,
+        "steps_per_dispatch_of_multi_step": job.steps_per_dispatch,
+        "spread": "interquartile range over all blocks of all rounds",
+        "compile_seconds": "first call with its step: trace, compile, run; in an empty cache",
+        "peak_memory_bytes": "of the allocator on the device"
+        if job.device == "gpu"
+        else "resident set of the process",
+        "load_average_before": load[0],
+        "gpu": gpu_state() if job.device == "gpu" else None,
+    }
+
+
+def gpu_state() -> str | None:
+    """Driver, clocks, power and temperature."""
+    query = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

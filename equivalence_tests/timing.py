@@ -1,0 +1,176 @@
+"""One timed program in a process of its own: `timed_jax` and `timed_torch` fill it in.
+
+The process reads a `Job` as JSON from standard input and prints its outcome as one line of JSON.
+Neither framework is imported here.
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+CHECKED_STEPS = 3
+"""Training steps whose loss is reported: they show the optimizer and BatchNorm too."""
+
+CHECKED_IMAGES = 4
+"""Of a batch, whose logits are reported."""
+
+
+class Skipped(Exception):
+    """What the job asks for is not there."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is run, and how often."""
+
+    arch: str
+    stem: str | None
+    num_classes: int
+    image_size: int
+    batch_size: int
+
+    dtype: str
+    """float32, bfloat16 (computation; parameters are float32) or float64."""
+
+    device: str
+    """cpu or gpu."""
+
+    framework: str = ""
+    variant: str = ""
+
+    mode: str = "train"
+    """train, inference, logits (of one batch, nothing timed) or ceilings (of the device)."""
+
+    weights: str = ""
+    """.npz under torch's names and in its layouts."""
+
+    warmup: int = 10
+    blocks: int = 3
+    """Of `steps` steps each, with one wait for the device at the end."""
+
+    steps: int = 40
+
+    steps_per_dispatch: int = 20
+    """multi_step only."""
+
+
+RULE = dict(lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
+LABEL_SMOOTHING = 0.1
+
+
+class Program(NamedTuple):
+    """A compiled step with everything that it works on."""
+
+    step: Callable[[], None]
+    """Starts one dispatch."""
+
+    finish: Callable[[], None]
+    """Waits for the device."""
+
+    values: Callable[[], list[float]]
+    """What the last dispatch computed: logits or losses."""
+
+    steps_per_dispatch: int = 1
+
+
+class Side(NamedTuple):
+    """What a framework brings."""
+
+    build: Callable[[Job], Program]
+
+    measure_ceilings: Callable[[Job], dict]
+    """{"flops": a second, in the job's dtype, "bytes": a second}."""
+
+    describe: Callable[[Job], dict]
+    """Name of the device and versions."""
+
+    peak_memory: Callable[[Job], int | None]
+    """Bytes on the device; None where the framework does not count them."""
+
+
+def synthetic_batch(job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """Normalised images float32 [B, H, W, 3] and labels [B], the same in every process."""
+    rng = np.random.default_rng(0)
+    shape = (job.batch_size, job.image_size, job.image_size, 3)
+    return rng.standard_normal(shape, np.float32), rng.integers(0, job.num_classes, shape[0])
+
+
+def main(side: Side):
+    """Run the job of this process."""
+    job = Job(**json.load(sys.stdin))
+    try:
+        outcome = side.measure_ceilings(job) if job.mode == "ceilings" else run(side, job)
+        outcome["device"] = side.describe(job)
+    except Skipped as reason:
+        outcome = {"skipped": str(reason)}
+    except Exception as error:
+        if not out_of_memory(error):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            raise SystemExit(1) from error
+        outcome = {"out_of_memory": True}
+    print(json.dumps(outcome))
+
+
+def run(side: Side, job: Job) -> dict:
+    program = side.build(job)
+    started = time.perf_counter()
+    program.step()
+    program.finish()
+    outcome = {"compile_seconds": time.perf_counter() - started, "values": program.values()}
+    if job.mode == "logits":
+        return outcome
+    if job.mode == "train":
+        while len(outcome["values"]) < CHECKED_STEPS:
+            program.step()
+            outcome["values"] += program.values()
+        outcome["values"] = outcome["values"][:CHECKED_STEPS]
+    _repeat(program, job.warmup)
+    outcome["seconds_per_step"] = [_repeat(program, job.steps) for _ in range(job.blocks)]
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    outcome["peak_memory_bytes"] = side.peak_memory(job) if job.device == "gpu" else resident
+    return outcome
+
+
+def _repeat(program: Program, steps: int) -> float:
+    """Seconds a step of a block with one wait at its end."""
+    dispatches = -(-steps // program.steps_per_dispatch)
+    started = time.perf_counter()
+    for _ in range(dispatches):
+        program.step()
+    program.finish()
+    return (time.perf_counter() - started) / (dispatches * program.steps_per_dispatch)
+
+
+def best_seconds(call: Callable[[], None], finish: Callable[[], None], repeats: int = 5) -> float:
+    """Of one call, the fastest of a few: a ceiling is what the device can do at its best."""
+    call()
+    finish()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        finish()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def ceiling_sizes(job: Job) -> tuple[int, int]:
+    """Side of the square matrices to multiply, number of values to copy."""
+    return (8192, 1 << 29) if job.device == "gpu" else (2048, 1 << 26)
+
+
+def num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def out_of_memory(error: Exception) -> bool:
+    text = f"{type(error).__name__} {error}"
+    return any(word in text for word in ("RESOURCE_EXHAUSTED", "OutOfMemory", "out of memory"))

@@ -1,0 +1,175 @@
+"""Time a network in JAX and in PyTorch, side by side in one run.
+
+python scripts/benchmark.py --arch resnet18 --image-size 32 --batch-size 128
+python scripts/benchmark.py --arch resnet50 --batch-size 256 --dtype bfloat16 --json resnet50.json
+python scripts/benchmark.py --arch resnet18 --frameworks jax --variants jit multi_step
+
+The weights, the batch, the optimizer and the precision are the same, and the logits are compared
+before anything is timed. --json FILE writes a chart beside it.
+Exit status: 0 done, 1 the two do not compute the same, 2 bad input.
+"""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of this process, which computes nothing
+
+from rich import box
+from rich.table import Table
+
+from equivalence_tests import throughput
+from equivalence_tests.timing import Job
+from flax_resnet import cli, environment, list_models, plots
+from flax_resnet.config import InputError
+from flax_resnet.display import Display
+from flax_resnet.models import STEMS, has_stem_choice
+
+DTYPES = ("float32", "bfloat16", "float64")
+DEVICES = ("cpu", "gpu")
+REPEATS = {  # a step on a CPU takes seconds
+    "cpu": {"warmup": 2, "blocks": 3, "steps": 4, "steps_per_dispatch": 4},
+    "gpu": {"warmup": 10, "blocks": 3, "steps": 40, "steps_per_dispatch": 20},
+}
+
+
+def parse():
+    parser = cli.Parser(prog="benchmark.py", description=__doc__)
+    parser.add_argument("--arch", default="resnet18", metavar="NAME")
+    parser.add_argument("--stem", metavar="|".join(STEMS))
+    parser.add_argument("--image-size", type=int, metavar="N", help="pixels (default: the arch's)")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="default: 10, or 1000")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N")
+    parser.add_argument("--dtype", default="float32", metavar="|".join(DTYPES))
+    parser.add_argument("--device", metavar="cpu|gpu", help="default: gpu if there is one")
+    parser.add_argument("--frameworks", default="jax,torch", metavar="jax,torch")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--modes", nargs="+", default=throughput.MODES, metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="fresh processes each")
+    for name, text in (
+        ("warmup", "steps before a round is timed"),
+        ("blocks", "timed blocks a round"),
+        ("steps", "steps a block"),
+        ("steps-per-dispatch", "of multi_step"),
+    ):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and a chart")
+    args = parser.parse_args()
+    check(args)
+    return args
+
+
+def check(args):
+    cli.check_choice("--arch", args.arch, list_models())
+    cli.check_choice("--dtype", args.dtype, DTYPES)
+    if args.stem and not has_stem_choice(args.arch):
+        raise InputError(f"--stem: {args.arch} has its own stem")
+    for flag, value, valid in (
+        ("--stem", args.stem, STEMS),
+        ("--device", args.device, DEVICES),
+        *(("--frameworks", name, throughput.VARIANTS) for name in args.frameworks.split(",")),
+        *(("--modes", name, throughput.MODES) for name in args.modes),
+        *(
+            ("--variants", name, sum(throughput.VARIANTS.values(), ()))
+            for name in args.variants or ()
+        ),
+    ):
+        if value is not None:
+            cli.check_choice(flag, value, valid)
+    for name in ("image_size", "num_classes", "batch_size", "rounds", *REPEATS["cpu"]):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')}: at least 1, got {value}")
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise InputError(f"--json: the folder {args.json.absolute().parent} does not exist")
+
+
+def make_settings(args) -> throughput.Settings:
+    device = args.device or ("gpu" if Path("/dev/nvidiactl").exists() else "cpu")
+    large = has_stem_choice(args.arch) and args.stem != "cifar"
+    size = args.image_size or (224 if large else 32)
+    given = {name: getattr(args, name) for name in REPEATS[device]}
+    repeats = REPEATS[device] | {k: v for k, v in given.items() if v is not None}
+    job = Job(
+        arch=args.arch,
+        stem=(args.stem or "imagenet") if has_stem_choice(args.arch) else None,
+        num_classes=args.num_classes or (1000 if size > 64 else 10),
+        image_size=size,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        device=device,
+        **repeats,
+    )
+    variants = {
+        name: tuple(v for v in throughput.VARIANTS[name] if v in (args.variants or (v,)))
+        for name in args.frameworks.split(",")
+    }
+    return throughput.Settings(
+        job=job, variants=variants, modes=tuple(args.modes), rounds=args.rounds
+    )
+
+
+def table(document: dict, job: Job, mode: str) -> Table:
+    title = f"{mode}: {job.arch}, {job.image_size} pixels, {job.dtype}, {job.device}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.caption, table.caption_justify = "\n".join(notes(document, mode)), "left"
+    table.add_column("variant", no_wrap=True)
+    for name in ("images/s", "iqr", "compile", "warm", "GiB", "MFU", "roof"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in document["rows"]:
+        if row["mode"] == mode:
+            table.add_row(f"{row['framework']} {row['variant']}", *cells(row))
+    return table
+
+
+def cells(row: dict) -> list[str]:
+    warm, memory = row["compile_seconds_warm_cache"], row["peak_memory_bytes"]
+    return [
+        f"{row['images_per_second']:,.1f}",
+        f"{row['images_per_second_iqr'] / row['images_per_second']:.0%}",
+        f"{row['compile_seconds']:.1f} s",
+        "" if warm is None else f"{warm:.1f} s",
+        "" if memory is None else f"{memory / 2**30:.2f}",
+        f"{row['model_flop_utilisation']:.0%}",
+        f"{row['roofline_share']:.0%}",
+    ]
+
+
+def notes(document: dict, mode: str) -> list[str]:
+    """What stands below the table: ratios, what was skipped and why."""
+    lines = [
+        f"{row['framework']} {row['variant']}: skipped, {row['reason']}"
+        for row in document["skipped"]
+        if row["mode"] == mode
+    ]
+    lines += [
+        f"{row['framework']} {row['variant']}: out of memory at batch"
+        f" {row['requested_batch_size']}, halved to {row['batch_size']}"
+        for row in document["rows"]
+        if row["mode"] == mode and row["batch_size"] != row["requested_batch_size"]
+    ]
+    if found := document["ratios"].get(mode):
+        best = f"JAX ({found['best_jax']}) is {found['best_to_best']:.2f} x PyTorch"
+        lines.append(f"{best} ({found['best_torch']})")
+    if ratio := document["torchvision"].get(mode, {}).get("ratio"):
+        lines.append(f"our PyTorch net is {ratio:.2f} x torchvision's, both eager")
+    return lines
+
+
+def main():
+    args = parse()
+    settings, display = make_settings(args), Display()
+    try:
+        document = throughput.measure(settings, display.say)
+    except throughput.Disagreement as error:
+        raise cli.CheckFailed(str(error)) from None
+    document |= {"command": cli.command_line(), "environment": environment.describe(1)}
+    for mode in settings.modes:
+        display.show(table(document, settings.job, mode))
+    if args.json:
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        if document["rows"]:
+            plots.throughput(args.json.with_suffix(".png"), document["rows"])
+
+
+if __name__ == "__main__":
+    cli.run_command(main)
