@@ -1,6 +1,7 @@
 """Weights files (.pth, .pt, .th) <-> plain arrays. No file is ever allowed to run code."""
 
 import os
+import zipfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
+LARGEST_GROWTH = 100
+"""A file whose tensors take more than this many times its own size is refused: an archive or a
+tensor of stride 0 may promise terabytes."""
 
 
 def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -23,6 +27,9 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
     if wrong or not state:
         what = f"{wrong[0]!r} is no tensor" if wrong else "no names with tensors in it"
         raise ValueError(f"{path}: not a state_dict, {what}")
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if needed > LARGEST_GROWTH * os.path.getsize(path):
+        raise ValueError(f"{path}: {os.path.getsize(path)} bytes that stand for {needed:.1e}")
     try:
         return to_arrays(state)
     except (TypeError, RuntimeError) as error:  # sparse, 8-bit, quantised: NumPy has no such thing
@@ -33,8 +40,13 @@ def load_content(path: str | os.PathLike):
     """What `torch.load` makes of a file on the CPU.
 
     Raises:
-      ValueError: the file is damaged or carries code.
+      ValueError: the file is damaged, compressed or carries code.
     """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # torch never compresses; a bomb does
+            packed = [e.filename for e in archive.infolist() if e.file_size > e.compress_size]
+        if packed:
+            raise ValueError(f"{path}: {packed[0]} is compressed, which torch.save never does")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:  # not there, not readable: says so itself

@@ -1,0 +1,108 @@
+"""Files made to do harm, and names made to confuse: one line and status 2, or nothing happens."""
+
+import csv
+import hashlib
+import io
+import json
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from equivalence_tests.program.command import refused, run_script
+from flax_resnet.config import InputError
+from flax_resnet.data import cifar10
+
+MEGABYTE = 1 << 20
+
+
+def test_an_archive_that_unpacks_to_gigabytes_is_refused(tmp_path):
+    """A weights file is a zip; torch writes it without compression."""
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("bomb/data.pkl", "w", force_zip64=True) as entry:
+            for _ in range(64):
+                entry.write(bytes(MEGABYTE))
+    assert path.stat().st_size < MEGABYTE
+    refused(run_script("convert.py", path, tmp_path / "out.safetensors"), "compressed")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_tensor_that_promises_terabytes_is_refused(tmp_path):
+    path = tmp_path / "promise.pth"
+    torch.save({"conv1.weight": torch.zeros(1).expand(10**12)}, path)
+    refused(run_script("convert.py", path, tmp_path / "out.safetensors"), "bytes that stand for")
+
+
+def test_an_archive_writes_nowhere(tmp_path, monkeypatch):
+    """Members that climb out of the folder, and links, are passed over; nothing is unpacked."""
+    path = tmp_path / "set" / "cifar-10-binary.tar.gz"
+    path.parent.mkdir()
+    with tarfile.open(path, "w:gz") as archive:
+        for name in ("../escaped.bin", "cifar-10-batches-bin/../../data_batch_1.bin"):
+            archive.addfile(_member(name, 3073), io.BytesIO(bytes(3073)))
+        link = _member("cifar-10-batches-bin/data_batch_1.bin", 0)
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    md5 = hashlib.md5(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(cifar10.ARCHIVE_MD5, path.name, md5)
+    with pytest.raises(InputError, match="data_batch_1"):
+        cifar10.read(path)
+    assert [p.name for p in tmp_path.rglob("*")] == ["set", path.name]
+
+
+def _member(name, size):
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info
+
+
+NAMES = ("<script>alert(1)<|script>", "two\nlines", '"quoted", with comma', "[b]é")
+
+
+def test_class_names_are_only_names(tmp_path):
+    """Markup, new lines, commas and Rich's brackets, from the folder to every output."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for number, name in enumerate(NAMES):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for i in range(6 if split == "test" else 12):
+                pixels = rng.integers(0, 60, (9, 9, 3)).astype(np.uint8) + 60 * number
+                path = tmp_path / "set" / split / name / f"{i}.png"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+    run, data = tmp_path / "run", f"folder:{tmp_path}/set"
+    flags = [
+        "--arch",
+        "basic_cnn",
+        "--dataset",
+        data,
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--validation-fraction",
+        0.2,
+    ]
+    outcome = run_script("train.py", "--run-dir", run, "--devices", 1, *flags)
+    assert outcome.status == 0, outcome.err
+    with (run / "per_class.csv").open(newline="") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == sorted(NAMES)
+    image = tmp_path / "set" / "test" / NAMES[1] / "0.png"
+    outcome = run_script("predict.py", run, image, "--json", tmp_path / "out.json")
+    assert outcome.status == 0, outcome.err
+    assert set(_words(json.loads((tmp_path / "out.json").read_text()))) >= set(NAMES)
+
+
+def _words(value):
+    """Every string in a JSON value."""
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _words(item)
+    elif isinstance(value, str):
+        yield value
