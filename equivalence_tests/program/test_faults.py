@@ -6,6 +6,8 @@ The long form, 35 processes, is `python -m equivalence_tests.faults`.
 import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -13,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from equivalence_tests import faults
+from equivalence_tests import faults, results
+from equivalence_tests.faults import ROOT
 from equivalence_tests.program.command import run_script
 from equivalence_tests.program.test_train import EVERYTHING, digest, quiet, small, weights
 from flax_resnet import serve
 from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.config import InputError
+from flax_resnet.run_directory import RunDirectory
 from flax_resnet.train import Interrupted, Run, SignalFlag, fit
 
 
@@ -145,3 +150,25 @@ def test_the_number_of_devices_may_change_and_is_said(tmp_path, monkeypatch):
     expected = weights(tmp_path / "straight")
     for name, value in weights(tmp_path / "cut").items():
         np.testing.assert_allclose(value, expected[name], rtol=2e-3, atol=2e-4)
+
+
+def test_one_run_a_directory(tmp_path):
+    """The second is refused while the first lives, and takes over from one that died."""
+    hold = (
+        f"from flax_resnet.run_directory import RunDirectory; d = RunDirectory({str(tmp_path)!r})"
+    )
+    command = [sys.executable, "-c", f"{hold}; print('held', flush=True); input()"]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(InputError, match=f"in use .*pid {first.pid}"):
+                RunDirectory(tmp_path, **how)
+        first.kill()
+    RunDirectory(tmp_path, resume=True).close()
+
+
+def test_the_readme_quotes_the_measured_figures():
+    measured, readme = results.read("faults"), (ROOT / "README.md").read_text()
+    for name, of_it in (("SIGKILL", measured["SIGKILL"]), ("SIGTERM", measured["SIGTERM"])):
+        assert f"{of_it['same_bits_after_resume']} of {of_it['struck']}" in readme, name
+    assert measured["SIGKILL"]["in_a_save"] >= 5

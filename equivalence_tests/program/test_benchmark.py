@@ -1,0 +1,58 @@
+"""The benchmark at a tiny size: what it writes, and that it never times two different things."""
+
+import json
+
+import numpy as np
+import pytest
+
+from equivalence_tests import throughput
+from equivalence_tests.program.command import refused, run_script
+
+TINY = "--arch resnet20 --image-size 8 --batch-size 4 --rounds 1 --blocks 1 --steps 1 --warmup 1"
+FLAGS = [*TINY.split(), "--modes", "inference", "--variants", "jit", "eager", "--device", "cpu"]
+FIELDS = {
+    "framework", "variant", "mode", "arch", "dtype", "device", "batch_size",
+    "images_per_second", "ms_per_step", "compile_seconds", "peak_memory_bytes",
+}  # fmt: skip
+
+
+@pytest.mark.slow  # six processes, each with its imports and compilations
+def test_it_times_both_and_writes_the_public_fields(tmp_path):
+    outcome = run_script("benchmark.py", *FLAGS, "--json", tmp_path / "speed.json")
+    assert outcome.status == 0, outcome.err
+    document = json.loads((tmp_path / "speed.json").read_text())
+    assert {(r["framework"], r["variant"]) for r in document["rows"]} == {
+        ("jax", "jit"), ("torch", "eager"),
+    }  # fmt: skip
+    for row in document["rows"]:
+        assert row.keys() >= FIELDS and row["images_per_second"] > 0
+    assert document["ceilings"] and document["environment"]["revision"]
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+
+
+@pytest.mark.control
+def test_two_different_networks_are_not_timed(tmp_path, monkeypatch):
+    """Negative control: one weight of one side a thousandth off."""
+    original = throughput.weight_files
+
+    def spoiled(*arguments):
+        files = original(*arguments)
+        arrays = dict(np.load(files["torch"]))
+        arrays["conv1.weight"] *= 1.001
+        np.savez(files["torch"], **arrays)
+        return files
+
+    monkeypatch.setattr(throughput, "weight_files", spoiled)
+    outcome = run_script("benchmark.py", *FLAGS, "--json", tmp_path / "speed.json")
+    assert outcome.status == 1 and outcome.err.startswith("failed: "), outcome
+    assert "round 1" not in outcome.out + outcome.err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--arch", "resnet19"], "resnet19"),
+    (["--dtype", "float8"], "float8"),
+    (["--variants", "jitt"], "jitt"),
+    (["--batch-size", "0"], "batch-size"),
+])  # fmt: skip
+def test_wrong_words_are_one_line(flags, word):
+    refused(run_script("benchmark.py", *FLAGS, *flags), word)
