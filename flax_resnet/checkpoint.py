@@ -115,11 +115,14 @@ class Checkpoints:
     def restore(self, step: int, like):
         """The state of a step, in the structure, shapes and types of `like`.
 
+        It comes to where `like` says (`jax.ShapeDtypeStruct.sharding`), by default to this
+        process's first device: how many wrote it does not matter.
+
         Raises:
           InputError: names, shapes or types differ; nothing is loaded then.
         """
         self.wait()
-        template = _flatten(jax.eval_shape(lambda: like))
+        template = _flatten(jax.tree.map(_described, like))
         self._check(step, template)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
         arrays = self._manager.restore(step, args=args)["state"]
@@ -169,6 +172,12 @@ def check_space(directory: Path, state):
             f"{directory}: no space left: checkpoints need {needed / 1e6:,.0f} MB,"
             f" {free / 1e6:,.0f} MB are free"
         )
+
+
+def _described(leaf) -> jax.ShapeDtypeStruct:
+    place = getattr(leaf, "sharding", None)
+    place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def _is_all_here(state) -> bool:

@@ -303,6 +303,10 @@ class ParallelConfig:
     devices: PositiveCount | None = None
     """How many. Left out: all."""
 
+    shard_parameters: bool = False
+    """Keep parameters and the optimizer's state in parts, one a device, instead of whole on each
+    (FSDP): less memory, the same numbers. Not under pmap."""
+
     steps_per_dispatch: PositiveCount | None = None
     """Training steps sent to the device at once. Left out: 1 on the CPU, 20 elsewhere."""
 

@@ -21,6 +21,7 @@ def evaluate(engine, eval_fn, variables, batches: Iterable[dict]) -> tuple[dict,
       {"loss", "accuracy", "top5_accuracy", "precision_macro", ...} and the confusion matrix
       `[K, K]`, row = true class. Loss in nats an image.
     """
+    variables = engine.whole(variables)
     counts, losses = None, []
     for batch in batches:
         sums = eval_fn(variables, engine.shard_eval(batch))

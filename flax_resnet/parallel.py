@@ -3,18 +3,23 @@
 Under jit the state is replicated over a mesh and the batch split along its "data" axis: the
 compiler turns every mean into one of the global batch, BatchNorm's included. Under pmap the
 step itself says so (`axis_name`).
+
+With shard_parameters every large array of the state (parameters, the optimizer's, the average)
+lies in equal parts on the devices between steps. A step puts the parameters together for the
+forward and backward pass, and each device updates its part.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from flax_resnet.config import InputError, ParallelConfig
 from flax_resnet.models import cpu_convolution
 
 AXIS = "data"
+SMALLEST_SHARDED = 4096  # elements; BatchNorm's vectors are smaller and stay whole
 
 
 class Engine:
@@ -27,7 +32,12 @@ class Engine:
             raise InputError(f"--devices {count}: this machine has {len(available)}")
         self.devices = available[:count]
         self.pmap = config.parallel == "pmap"
+        self.shard_parameters = config.shard_parameters
+        if self.pmap and config.shard_parameters:
+            raise InputError("--shard-parameters: pmap keeps whole parameters; use --parallel jit")
         self.mesh = Mesh(np.array(self.devices), (AXIS,))
+        self._whole = NamedSharding(self.mesh, PartitionSpec())
+        self._by_row = NamedSharding(self.mesh, PartitionSpec(AXIS))
         on_cpu = self.devices[0].platform == "cpu"
         self.steps_per_dispatch = config.steps_per_dispatch or (1 if on_cpu else 20)
         self._options = cpu_convolution.COMPILER_OPTIONS if on_cpu else {}
@@ -50,8 +60,43 @@ class Engine:
         """The same arrays on every device; under pmap with a leading axis of devices."""
         if self.pmap:
             tree = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * len(self.devices)), tree)
-            return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(AXIS)))
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+            return jax.device_put(tree, self._by_row)
+        return jax.device_put(tree, self._whole)
+
+    def place_state(self, state):
+        """`TrainState` -> the same where the compiled step takes and leaves it."""
+        if self.pmap:
+            return self.replicate(state)
+        places = jax.tree.map(lambda x: self._sharding(x.shape), state)
+        return jax.device_put(state, places)
+
+    def state_like(self, state):
+        """Shapes, types and places of a `TrainState`, for a checkpoint to restore into."""
+        alone = SingleDeviceSharding(self.devices[0])
+
+        def like(x):
+            place = alone if self.pmap else self._sharding(x.shape)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+        return jax.tree.map(like, state)
+
+    def gather(self, tree):
+        """Inside a step: whole arrays of those that are in parts. Its gradient is in parts."""
+        if not self.shard_parameters:
+            return tree
+        return lax.with_sharding_constraint(self._in_parts(tree), self._whole)
+
+    def _in_parts(self, tree):
+        places = jax.tree.map(lambda x: self._sharding(x.shape), tree)
+        return lax.with_sharding_constraint(tree, places)
+
+    def _sharding(self, shape) -> NamedSharding:
+        """Where an array of the state lives: in parts along its largest axis that divides."""
+        axes = [a for a, size in enumerate(shape) if size % len(self.devices) == 0]
+        if not (self.shard_parameters and axes and np.prod(shape) >= SMALLEST_SHARDED):
+            return self._whole
+        largest = max(axes, key=lambda a: shape[a])
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * largest, AXIS))
 
     def single(self, tree):
         """One copy of what `replicate` made: same values, no axis of devices."""
@@ -79,7 +124,7 @@ class Engine:
         """(state, resident data, batches) -> (state, metrics), the state donated.
 
         Args:
-          train_step: `steps.make_train_step`'s.
+          train_step: `steps.make_train_step`'s, made with `gather` and `axis_name` of this engine.
           num_steps: steps of one dispatch; with more than 1 the metrics are `[K]` each.
 
         Batches are without images where resident data ({"image", "label"} of the whole split)
@@ -87,7 +132,8 @@ class Engine:
         """
 
         def step(state, resident, batch):
-            return train_step(state, look_up(resident, batch))
+            new, metrics = train_step(state, look_up(resident, batch))
+            return (new if self.pmap else self._in_parts(new)), metrics
 
         def run(state, resident, batches):
             if num_steps == 1:
@@ -104,7 +150,13 @@ class Engine:
 
     def shard_eval(self, batch: dict):
         """A batch of an evaluation, split along the mesh."""
-        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(AXIS)))
+        return jax.device_put(batch, self._by_row)
+
+    def whole(self, tree):
+        """Whole arrays of those that are in parts, for many steps of an evaluation."""
+        if not self.shard_parameters:
+            return tree
+        return jax.jit(lambda x: x, out_shardings=self._whole)(tree)
 
     def fetch_metrics(self, metrics) -> dict[str, np.ndarray]:
         """Metrics of one dispatch as `[K]` arrays on the host."""

@@ -132,12 +132,14 @@ def make_train_step(
     num_classes: int,
     steps_per_epoch: int,
     axis_name: str | None = None,
+    gather=lambda params: params,
 ):
     """The step as a pure function (state, batch) -> (state, metrics).
 
     Args:
       steps_per_epoch: batches an epoch; lengths of schedules are in epochs.
       axis_name: pmap axis over which the batch is split; None under jit, sharded or not.
+      gather: parameters as they live between steps -> as a forward pass needs them.
 
     Returns:
       A function whose metrics are scalars of the global batch: loss (of the training objective
@@ -160,7 +162,7 @@ def make_train_step(
         )
 
         def objective(params):
-            variables = Variables(params, state.frozen, state.batch_stats)
+            variables = Variables(gather(params), gather(state.frozen), state.batch_stats)
             dropout_keys = _purpose(keys, _DROPOUT)
             logits, stats = network.apply(variables, images, train=True, dropout_keys=dropout_keys)
             loss = losses.cross_entropy(logits, targets).mean()
@@ -205,8 +207,7 @@ def make_eval_step(network: Network, preprocess: Preprocess, *, num_classes: int
         mask, labels = batch["mask"], batch["label"]
         targets = losses.soft_targets(labels, num_classes, 0.0, logits.dtype)
         each = losses.cross_entropy(logits, targets)
-        _, top = lax.top_k(logits, min(TOP_K, num_classes))
-        hits = (top == labels[:, None]).any(-1)
+        hits = _ahead(logits, labels) < TOP_K
         confusion = jnp.zeros((num_classes, num_classes), jnp.int32)
         confusion = confusion.at[labels, logits.argmax(-1)].add(mask.astype(jnp.int32))
         return {
@@ -217,6 +218,15 @@ def make_eval_step(network: Network, preprocess: Preprocess, *, num_classes: int
         }
 
     return eval_step
+
+
+def _ahead(logits, labels):
+    """How many classes come before the true one, `[B]`: as `lax.top_k` orders them, which the
+    compiler would only run on the logits of all devices brought together."""
+    logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    before = jnp.arange(logits.shape[1])[None] < labels[:, None]
+    return ((logits > own) | ((logits == own) & before)).sum(-1)
 
 
 def predict_logits(network: Network, preprocess: Preprocess, variables: Variables, images):

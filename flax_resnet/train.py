@@ -217,7 +217,7 @@ class Run:
         self.iterator = self._iterator(start=step or 0)
         self.directory.write_config(config)
         self.directory.start_logs(self.progress.epoch, step or 0)
-        self.state = self.engine.replicate(state)
+        self.state = self.engine.place_state(state)
         self.resident = self._resident()
         train_step = steps.make_train_step(
             self.network,
@@ -226,6 +226,7 @@ class Run:
             num_classes=config.model.num_classes,
             steps_per_epoch=self.steps_per_epoch,
             axis_name=self.engine.axis_name,
+            gather=self.engine.gather,
         )
         sizes = {1, self.engine.steps_per_dispatch}
         self.train_fns = {k: self.engine.compile_train(train_step, k) for k in sizes}
@@ -244,7 +245,7 @@ class Run:
                 f"the run had {before} device(s) and now has {now}: it goes on equal up to"
                 " rounding, not bit for bit"
             )
-        return self.checkpoints.restore(step, state)
+        return self.checkpoints.restore(step, self.engine.state_like(state))
 
     def _resident(self) -> dict:
         if self.prepared.images is None:
@@ -461,7 +462,8 @@ class Run:
         variables = steps.evaluation_variables(self.engine.single(self.state))
         best = config.early_stopping.restore_best and progress.best_epoch
         if best:
-            state = self.checkpoints.restore(self.checkpoints.best(), self._abstract_state())
+            like = self.engine.state_like(self._abstract_state())
+            state = self.checkpoints.restore(self.checkpoints.best(), like)
             variables = steps.evaluation_variables(state)
         splits, confusions = {}, {}
         for split in ("train", "validation", "test"):

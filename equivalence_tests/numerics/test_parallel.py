@@ -36,10 +36,12 @@ def images_and_labels():
     return images.astype(np.uint8), rng.integers(0, 5, 40).astype(np.int32)
 
 
-def run(mode: str, devices: int, steps_per_dispatch: int = 1, share_statistics=True) -> dict:
+def run(
+    mode: str, devices: int, steps_per_dispatch: int = 1, share_statistics=True, shard=False
+) -> dict:
     """{name: value} after five steps: every metric of every step and the whole state."""
     config = cli.merge(TrainConfig(), CONFIG)
-    engine = Engine(ParallelConfig(parallel=mode, devices=devices))
+    engine = Engine(ParallelConfig(parallel=mode, devices=devices, shard_parameters=shard))
     model = create_model(
         "resnet20", 5, dropout=config.model.dropout, param_dtype="float64",
         bn_axis_name=engine.axis_name if share_statistics else None,
@@ -47,11 +49,11 @@ def run(mode: str, devices: int, steps_per_dispatch: int = 1, share_statistics=T
     network = steps.Network(model)
     train_step = steps.make_train_step(
         network, config, steps.Preprocess((0.4,) * 3, (0.2,) * 3), num_classes=5,
-        steps_per_epoch=2, axis_name=engine.axis_name,
+        steps_per_epoch=2, axis_name=engine.axis_name, gather=engine.gather,
     )  # fmt: skip
     images, labels = images_and_labels()
     resident = engine.replicate({"image": images, "label": labels})
-    state = engine.replicate(steps.make_state(network.initial, config))
+    state = engine.place_state(steps.make_state(network.initial, config))
     rng, values = inputs.random_numbers(1), {}
     step_fn = engine.compile_train(train_step, steps_per_dispatch)
     for first in range(0, NUM_STEPS, steps_per_dispatch):
@@ -85,6 +87,11 @@ def worst(got: dict, expected: dict) -> float:
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_the_number_of_devices_does_not_matter(mode, devices, x64):
     assert worst(run(mode, devices), one_device()) <= PARALLEL
+
+
+@pytest.mark.parametrize("devices", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
+def test_sharded_parameters_do_not_matter(devices, x64):
+    assert worst(run("jit", devices, shard=True), one_device()) <= PARALLEL
 
 
 def test_pmap_of_one_device_is_plain(x64):
