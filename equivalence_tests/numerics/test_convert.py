@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from unittest import mock
 
+import hypothesis
+import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
 import pytest
@@ -240,3 +242,13 @@ def test_trained_checkpoints_give_the_same_logits(arch):
     predictions = reference["forward"]["fc"].argmax(1)
     assert np.array_equal(got["forward"]["fc"].argmax(1), predictions)
     assert len(set(predictions)) > 1
+
+
+@hypothesis.settings(deadline=None, derandomize=True)
+@hypothesis.given(
+    prefixes=st.lists(st.sampled_from(["module.", "_orig_mod.", "model.", "net."]), max_size=4)
+)
+def test_any_stack_of_wrappers_comes_off(prefixes):
+    names = ["conv1.weight", "layer1.0.bn2.running_var", "layer4.1.downsample.0.weight", "fc.bias"]
+    wrapped = {"".join(prefixes) + name: np.full(1, i) for i, name in enumerate(names)}
+    assert convert.translate_names(wrapped) == dict(zip(names, wrapped.values(), strict=True))

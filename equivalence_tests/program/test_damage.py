@@ -3,15 +3,18 @@ checkpoint and every kind of damage. Broken images and settings are errors, neve
 
 import functools
 import io
+import json
 import random
 import shutil
 
+import hypothesis
+import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from flax_resnet import cli
+from flax_resnet import cli, list_models
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import InputError, TrainConfig, from_dict, to_dict
 from flax_resnet.data.image_files import decode_image
@@ -170,3 +173,26 @@ def test_a_thousand_odd_configs(read, times):
             refused += 1
             assert str(error)
     assert 0.3 * times < refused < times
+
+
+@hypothesis.settings(deadline=None, derandomize=True)
+@hypothesis.given(
+    arch=st.sampled_from(list_models()),
+    epochs=st.integers(1, 100_000),
+    lr=st.floats(1e-300, 1e300),
+    mixup=st.floats(0, 1e300),
+    milestones=st.lists(st.integers(1, 10**6), min_size=1, max_size=5),
+    std=st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=4),
+    folder=st.text(min_size=1),
+)
+def test_any_config_comes_back_from_json(arch, epochs, lr, mixup, milestones, std, folder):
+    """Every digit of every number, and any path."""
+    values = to_dict(TrainConfig()) | {"epochs": epochs}
+    values["model"] |= {"arch": arch}
+    values["optimizer"] |= {"lr": lr}
+    values["augment"] |= {"mixup": mixup}
+    values["schedule"] |= {"milestones": milestones}
+    values["data"] |= {"mean": std, "std": std, "dataset": f"folder:{folder}"}
+    config = from_dict(values)
+    assert to_dict(config) == values
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
