@@ -33,9 +33,10 @@ class Recorder:
         if report.when == "call" or not report.passed:
             row = {"outcome": report.outcome, "seconds": round(report.duration, 1)}
             self.tests[report.nodeid] = row | {"revision": self.revision}
+            self.write()
 
-    def pytest_sessionfinish(self):
-        """Write them all."""
+    def write(self):
+        """After every test: a run of hours may be cut off."""
         outcomes = [row["outcome"] for row in self.tests.values()]
         counts = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
         write(self.name, {**counts, "tests": self.tests})
