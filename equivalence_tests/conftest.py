@@ -10,14 +10,18 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
+# A core for each test process: with as many threads as cores each, they would spend half their
+# time waiting for one another. Before the imports, which start the threads.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 import jax
 import pytest
-import torch
 
 from equivalence_tests import inputs, results
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_addoption(parser):
