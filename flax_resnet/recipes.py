@@ -1,5 +1,330 @@
-"""Named configs. Each says how it is run, how long it takes and what to expect."""
+"""Named configs, each of them one published result: `python scripts/train.py --recipe NAME`.
 
-from flax_resnet.config import TrainConfig
+The data set of a recipe is the public one; `--dataset folder:DIR` takes another copy of it. A
+name with a suffix is a second way to the same figure, where the source's own settings fall short
+or take a GPU. `python scripts/reproduce.py NAME` runs them over seeds and makes the table.
+"""
 
-RECIPES: dict[str, TrainConfig] = {}
+import dataclasses
+from typing import Any
+
+from flax_resnet.config import (
+    AugmentConfig,
+    DataConfig,
+    EarlyStoppingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+CIFAR10 = "tfds:cifar10"
+IMAGENETTE = "tfds:imagenette/320px-v2"
+HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One row of the table of results."""
+
+    config: TrainConfig
+
+    method: str
+    """What is done, in a line."""
+
+    published: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The source's figures, "split_metric" -> value; empty: the source has no such row."""
+
+    source: str = ""
+    """Whose figures they are."""
+
+    starts_from: str | None = None
+    """The recipe whose weights are fine-tuned."""
+
+    gpu: bool = False
+    """Hours on a CPU, minutes on a GPU."""
+
+
+def _config(**groups: Any) -> TrainConfig:
+    """A config from the fields of its groups."""
+    kinds = dict(
+        model=ModelConfig,
+        data=DataConfig,
+        augment=AugmentConfig,
+        optimizer=OptimizerConfig,
+        schedule=ScheduleConfig,
+        early_stopping=EarlyStoppingConfig,
+    )
+    return TrainConfig(**{k: kinds[k](**v) if k in kinds else v for k, v in groups.items()})
+
+
+FLIP = dict(horizontal_flip=0.5, random_crop=0)
+FLIP_AND_CROP = dict(horizontal_flip=0.5, random_crop=4)
+ADAM = dict(optimizer="adam", lr=1e-3, weight_decay=0.0, label_smoothing=0.0)
+BEST_ACCURACY = dict(monitor="validation_accuracy")
+
+
+def _resnet18_32(**optimizer) -> dict:
+    """ResNet-18 with the large stem on images of 32 pixels."""
+    return dict(
+        epochs=46,
+        model=dict(arch="resnet18", stem="imagenet"),
+        data=dict(dataset=CIFAR10, image_size=32, mean=HALF, std=HALF),
+        augment=FLIP,
+        optimizer=dict(lr=0.1, weight_decay=0.0, label_smoothing=0.0) | optimizer,
+        early_stopping=BEST_ACCURACY,
+    )
+
+
+def _regularized(dropout=0.0, weight_decay=0.0, patience=0) -> TrainConfig:
+    return _config(
+        epochs=40,
+        model=dict(arch="resnet18", stem="cifar", dropout=dropout),
+        data=dict(dataset=CIFAR10, image_size=32),
+        augment=FLIP_AND_CROP,
+        optimizer=ADAM | dict(weight_decay=weight_decay),
+        schedule=dict(schedule="constant"),
+        early_stopping=dict(patience=patience),
+    )
+
+
+def _at_224(arch, **changes) -> TrainConfig:
+    """Images enlarged to 224 pixels, as for ImageNet."""
+    groups = dict(
+        model=dict(arch=arch, stem="imagenet"),
+        data=dict(
+            dataset=CIFAR10,
+            image_size=224,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            validation_fraction=0.2,
+        ),
+        augment=dict(random_crop=0),
+        optimizer=ADAM,
+        schedule=dict(schedule="constant"),
+    )
+    return _config(**{k: groups.get(k, {}) | v if isinstance(v, dict) else v
+                      for k, v in (groups | changes).items()})  # fmt: skip
+
+
+def _bottleneck_224(arch, epochs) -> TrainConfig:
+    stopping = dict(monitor="validation_accuracy", min_delta=1e-4, patience=5)
+    return _at_224(arch, epochs=epochs, batch_size=32, early_stopping=stopping)
+
+
+def _he(arch) -> TrainConfig:
+    """He et al. 2015, section 4.2: 64,000 steps of 128 images, cut after 32,000 and 48,000."""
+    warm_up = dict(warmup_epochs=1, warmup_factor=0.1) if arch == "resnet110" else {}
+    return _config(
+        epochs=182,
+        model=dict(arch=arch),
+        data=dict(dataset=CIFAR10),
+        augment=FLIP_AND_CROP,
+        optimizer=dict(lr=0.1, nesterov=False, weight_decay=1e-4, label_smoothing=0.0),
+        schedule=dict(schedule="multistep", milestones=(91, 137)) | warm_up,
+        early_stopping=BEST_ACCURACY,
+    )
+
+
+def _he_recipe(depth: int, error: float) -> Recipe:
+    return Recipe(
+        config=_he(f"resnet{depth}"),
+        method="SGD 0.1, weight decay 1e-4, flip and crop, 64,000 steps of 128",
+        published={"test_accuracy": round(1 - error / 100, 4)},
+        source="He et al. 2015, table 6",
+        gpu=True,
+    )
+
+
+def _imagenette(**groups) -> TrainConfig:
+    data = dict(dataset=IMAGENETTE, image_size=64)
+    return _config(**groups | {"data": data | groups.get("data", {})})
+
+
+def _transfer(epochs, **changes) -> TrainConfig:
+    """Fine-tuned or from scratch, the same but for the start."""
+    groups = dict(
+        epochs=epochs,
+        model=dict(arch="resnet18", stem="imagenet"),
+        data=dict(dataset=CIFAR10, image_size=64),
+        augment=dict(horizontal_flip=0.5, random_crop=8),
+        optimizer=dict(lr=0.05),
+        early_stopping=BEST_ACCURACY,
+    )
+    return _config(**groups | changes)
+
+
+RECIPES = {
+    "cifar10-resnet18": Recipe(
+        config=_config(**_resnet18_32(l1=1e-5)),
+        method="7x7 stem at 32 px, flip, L1, one-cycle, batch 128, std 0.5",
+        published={"test_accuracy": 0.8766},
+        source="a public ResNet-18 on CIFAR-10 in PyTorch",
+    ),
+    "cifar10-resnet18-64px": Recipe(
+        config=_config(
+            epochs=12,
+            model=dict(arch="resnet18", stem="imagenet"),
+            data=dict(dataset=CIFAR10, image_size=64),
+            augment=dict(horizontal_flip=0.5, random_crop=8),
+            optimizer=dict(lr=0.1),
+            early_stopping=BEST_ACCURACY,
+        ),
+        method="the same net, images enlarged to 64 px: the stem keeps four times the pixels",
+        published={"test_accuracy": 0.85},
+        source="the same, by epoch 12",
+    ),
+    "resnet18-regularized": Recipe(
+        config=_regularized(dropout=0.5, weight_decay=1e-4, patience=5),
+        method="Adam, weight decay, dropout 0.5, early stopping",
+        published={
+            "test_accuracy": 0.8793,
+            "test_loss": 0.3229,
+            "test_precision_macro": 0.8884,
+            "test_recall_macro": 0.8793,
+            "test_f1_macro": 0.8801,
+        },
+        source="a public comparison of regularisers on ResNet-18 in PyTorch",
+        gpu=True,
+    ),
+    "resnet18-regularized-base": Recipe(
+        config=_regularized(), method="the same without any of them: it overfits", gpu=True
+    ),
+    "resnet18-regularized-decay": Recipe(
+        config=_regularized(weight_decay=1e-4), method="the same with weight decay alone", gpu=True
+    ),
+    "resnet18-224": Recipe(
+        config=_at_224(
+            "resnet18",
+            epochs=20,
+            model=dict(arch="resnet18", stem="imagenet", dropout=0.5),
+            augment=dict(horizontal_flip=0.5, random_crop=28),
+            optimizer=ADAM | dict(weight_decay=1e-4),
+            early_stopping=dict(patience=3),
+        ),
+        method="224 px, weight decay 1e-4, dropout 0.5, flip and crop, early stopping on the loss",
+        published={"validation_accuracy": 0.8676, "validation_loss": 0.3355},
+        source="a public study of overfitting with ResNet-18 in PyTorch",
+        gpu=True,
+    ),
+    "resnet18-224-plain": Recipe(
+        config=_at_224("resnet18", epochs=20),
+        method="the same without them",
+        published={"validation_accuracy": 0.8144, "validation_loss": 0.4898},
+        source="the same",
+        gpu=True,
+    ),
+    "imagenette-cnn": Recipe(
+        config=_imagenette(
+            epochs=15,
+            model=dict(arch="basic_cnn", dropout=0.3),
+            data=dict(grayscale=True),
+            augment=dict(horizontal_flip=0.5, random_crop=0),
+            optimizer=ADAM,
+            schedule=dict(schedule="cosine"),
+        ),
+        method="3 convolutions, 2 dense layers, dropout 0.3, grayscale at 64 px, Adam",
+        published={"test_accuracy": 0.6308},
+        source="a public CNN and ResNet-18 on Imagenette in PyTorch",
+    ),
+    "imagenette-resnet18": Recipe(
+        config=_imagenette(
+            epochs=15,
+            model=dict(arch="resnet18", stem="imagenet"),
+            data=dict(grayscale=True),
+            augment=dict(random_crop=0),
+            optimizer=ADAM,
+            schedule=dict(schedule="constant"),
+            early_stopping=dict(patience=5),
+        ),
+        method="7x7 stem, grayscale at 64 px, Adam, early stopping",
+        published={"test_accuracy": 0.5640},
+        source="the same",
+    ),
+    "cifar10-resnet18-dropout": Recipe(
+        config=_config(
+            epochs=20,
+            model=dict(arch="resnet18", stem="cifar", dropout=0.5),
+            data=dict(dataset=CIFAR10),
+            augment=FLIP | dict(rotation=15, brightness=0.2, contrast=0.2, saturation=0.2),
+            optimizer=ADAM,
+            schedule=dict(schedule="constant"),
+            early_stopping=dict(patience=5),
+        ),
+        method="dropout 0.5, flip, rotation, colour jitter",
+        published={"test_accuracy": 0.8206},
+        source="a public ResNet-18 with dropout in PyTorch",
+        gpu=True,
+    ),
+    "transfer-source": Recipe(
+        config=_imagenette(
+            epochs=20,
+            model=dict(arch="resnet18", stem="imagenet"),
+            augment=dict(horizontal_flip=0.5, random_crop=8),
+            optimizer=dict(lr=0.05),
+            early_stopping=BEST_ACCURACY,
+        ),
+        method="Imagenette at 64 px: what the next one starts from",
+    ),
+    "transfer": Recipe(
+        config=_transfer(5, optimizer=dict(lr=0.02)),
+        starts_from="transfer-source",
+        method="fine-tuned on CIFAR-10 at 64 px from Imagenette",
+        published={"validation_accuracy": 0.834},
+        source="a public transfer from Imagenette to CIFAR-10 in PyTorch",
+    ),
+    "transfer-scratch": Recipe(
+        config=_transfer(5),
+        method="the same from random weights",
+        published={"validation_accuracy": 0.786},
+        source="the same",
+    ),
+    "cifar10-resnet50-224": Recipe(
+        config=_bottleneck_224("resnet50", epochs=2),
+        method="224 px, Adam 1e-3, batch 32, 2 epochs",
+        published={"test_accuracy": 0.5647, "test_loss": 1.1774},
+        source="a public comparison of ResNet-50 and ResNet-101 in PyTorch",
+        gpu=True,
+    ),
+    "cifar10-resnet101-224": Recipe(
+        config=_bottleneck_224("resnet101", epochs=6),
+        method="224 px, Adam 1e-3, batch 32, 6 epochs",
+        published={"test_accuracy": 0.7312, "test_loss": 0.8384},
+        source="the same",
+        gpu=True,
+    ),
+    "cifar10-resnet20": _he_recipe(20, 8.75),
+    "cifar10-resnet32": _he_recipe(32, 7.51),
+    "cifar10-resnet44": _he_recipe(44, 7.17),
+    "cifar10-resnet56": _he_recipe(56, 6.97),
+    "cifar10-resnet110": _he_recipe(110, 6.43),
+    "cifar10-resnet20-short": Recipe(
+        config=_config(
+            epochs=30,
+            model=dict(arch="resnet20"),
+            data=dict(dataset=CIFAR10, validation_fraction=0.04),
+            augment=FLIP_AND_CROP,
+            optimizer=dict(lr=0.2, label_smoothing=0.0),
+            early_stopping=BEST_ACCURACY,
+        ),
+        method="one-cycle up to 0.2, a sixth of the epochs: for two CPU cores",
+        published={"test_accuracy": 0.9125},
+        source="He et al. 2015, table 6",
+    ),
+    "cifar10-fast": Recipe(
+        config=_config(
+            epochs=18,
+            batch_size=512,
+            model=dict(arch="resnet18", stem="cifar", dtype="bfloat16"),
+            data=dict(dataset=CIFAR10),
+            augment=FLIP_AND_CROP,
+            optimizer=dict(lr=0.4, label_smoothing=0.2, decay_norm_and_bias=False),
+            early_stopping=BEST_ACCURACY,
+        ),
+        method="3x3 stem, bfloat16, one-cycle, label smoothing 0.2: short",
+        published={"test_accuracy": 0.9547},
+        source="pytorch-cifar",
+        gpu=True,
+    ),
+}

@@ -36,7 +36,7 @@ def starting_point(args) -> dict:
         raise InputError(f"unknown recipe {args.recipe!r}{nearest(args.recipe, RECIPES)}")
     if args.config:
         return to_dict(config_from_file(args.config))
-    return to_dict(RECIPES[args.recipe]) if args.recipe else {}
+    return to_dict(RECIPES[args.recipe].config) if args.recipe else {}
 
 
 def build_config(args) -> TrainConfig:
