@@ -94,6 +94,27 @@ def throughput(path: Path, rows: list[dict]):
     _save(figure, path)
 
 
+def comparison(path: Path, courses: dict[str, list[dict]], title: str):
+    """Loss and accuracy over epochs of several runs: validation drawn through, training dashed.
+
+    Args:
+      courses: label -> rows as for `curves`.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+        for number, (label, rows) in enumerate(courses.items()):
+            epochs = [row["epoch"] for row in rows]
+            for split, line in (("train", "--"), ("validation", "-")):
+                values = [row[f"{split}_{name}"] for row in rows]
+                label_once = label if split == "validation" else None
+                axis.plot(epochs, values, line, color=f"C{number}", label=label_once)
+        axis.set(xlabel="epoch", ylabel=name + (" (nats)" if name == "loss" else ""))
+        axis.grid(alpha=0.3)
+    axes[1].legend(loc="lower right", frameon=False)
+    figure.suptitle(f"{title} (training dashed)", fontsize=11)
+    _save(figure, path)
+
+
 def _save(figure, path):
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)

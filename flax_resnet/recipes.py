@@ -328,3 +328,15 @@ RECIPES = {
         gpu=True,
     ),
 }
+
+COMPARISONS = {
+    "Weight decay, dropout and early stopping against overfitting": (
+        "resnet18-regularized-base", "resnet18-regularized-decay", "resnet18-regularized",
+    ),
+    "Regularised and not, at 224 pixels": ("resnet18-224-plain", "resnet18-224"),
+    "Fine-tuned from Imagenette and from scratch": ("transfer-scratch", "transfer"),
+    "A plain CNN and a ResNet on the same images": ("imagenette-cnn", "imagenette-resnet18"),
+    "More pixels through the same stem": ("cifar10-resnet18", "cifar10-resnet18-64px"),
+    "ResNet-50 and ResNet-101": ("cifar10-resnet50-224", "cifar10-resnet101-224"),
+}  # fmt: skip
+"""title -> recipes that differ in what the title says, the plainer one first."""

@@ -30,6 +30,7 @@ LAYERS = [
     {"serve", "export"},
     {"train"},
     {"recipes", "cli"},
+    {"reproduction"},
 ]
 
 

@@ -1,0 +1,122 @@
+"""Run recipes over seeds and rebuild the table of results from the files of their runs.
+
+python scripts/reproduce.py --table                      # only rebuild the table
+python scripts/reproduce.py imagenette-cnn --imagenette folder:DIR
+python scripts/reproduce.py cifar10-resnet20-short --cifar10 folder:DIR --seeds 0 1 2 --torch
+
+What is done is skipped, what was cut off goes on. Without names: all that this machine can do.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from flax_resnet import cli, reproduction
+from flax_resnet.config import InputError, to_dict
+from flax_resnet.recipes import CIFAR10, IMAGENETTE, RECIPES
+from flax_resnet.reproduction import folder_name
+
+ROOT = Path(__file__).parents[1]
+TORCH_LACKS = {
+    "dataset", "init_from", "new_head", "freeze_backbone", "log_steps", "checkpoint_epochs",
+    "skip_nonfinite", "compilation_cache", "num_classes", "on_bad_image", "cache", "cache_gib",
+    "eval_images", "parallel", "devices", "shard_parameters", "steps_per_dispatch",
+}  # fmt: skip
+
+
+def parse():
+    parser = cli.Parser(prog="reproduce.py", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="RECIPE", help="(all for this machine)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
+    parser.add_argument("--torch", action="store_true", help="run the PyTorch twin as well")
+    parser.add_argument("--subset", type=int, metavar="N", help="use N training images; marked so")
+    parser.add_argument("--cifar10", default=CIFAR10, metavar="DATASET", help="(%(default)s)")
+    parser.add_argument("--imagenette", default=IMAGENETTE, metavar="DATASET", help="(%(default)s)")
+    parser.add_argument("--runs", default="runs/recipes", metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--results", default=str(ROOT / "results"), metavar="DIR")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    return parser.parse_args()
+
+
+def chosen(args) -> list[str]:
+    """The recipes to run, each after what it starts from."""
+    for name in args.names:
+        cli.check_choice("RECIPE", name, RECIPES)
+    names = args.names or [n for n, r in RECIPES.items() if has_gpu() or not r.gpu]
+    with_sources = [step for name in names for step in (RECIPES[name].starts_from, name) if step]
+    return list(dict.fromkeys(with_sources))
+
+
+def has_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def run(args, name: str, seed: int, framework: str):
+    """One run in a process of its own, to its end; then its files go to the results."""
+    place = Path(name) / folder_name(seed, framework, args.subset)
+    run_dir = Path(args.runs) / place
+    if not (run_dir / "report.json").exists():
+        command = train_command if framework == "jax" else torch_command
+        print(f"{place}: running", flush=True)
+        status = subprocess.run([sys.executable, *command(args, name, seed, run_dir)]).returncode
+        if status:
+            sys.exit(status)
+    kept = Path(args.results) / "recipes" / place
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in filter(Path.exists, (run_dir / name for name in reproduction.KEPT)):
+        shutil.copyfile(file, kept / file.name)
+
+
+def train_command(args, name: str, seed: int, run_dir: Path) -> list[str]:
+    command = [str(ROOT / "scripts" / "train.py"), "--recipe", name, "--resume"]
+    command += ["--dataset", dataset(args, name), "--seed", str(seed), "--run-dir", str(run_dir)]
+    if args.subset:
+        command += ["--train-images", str(args.subset)]
+    if source := RECIPES[name].starts_from:
+        start = Path(args.runs) / source / folder_name(seed, "jax", args.subset)
+        command += ["--init-from", str(start)]
+    return command
+
+
+def torch_command(args, name: str, seed: int, run_dir: Path) -> list[str]:
+    """The same settings as flags of the twin, which cannot resume: a run cut off starts anew."""
+    if RECIPES[name].starts_from:
+        raise InputError(f"{name} starts from weights, which torch_ref.train has no flag for")
+    shutil.rmtree(run_dir, ignore_errors=True)
+    config = to_dict(RECIPES[name].config)
+    values = {k: v for k, v in config.items() if not isinstance(v, dict)}
+    for group in filter(lambda v: isinstance(v, dict), config.values()):
+        values |= group
+    values |= {"seed": seed, "run_dir": str(run_dir), "train_images": args.subset}
+    flags = [f for k, v in values.items() if k not in TORCH_LACKS for f in as_flag(k, v)]
+    return ["-m", "torch_ref.train", "--dataset", dataset(args, name), *flags]
+
+
+def as_flag(name: str, value) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag[2:]]
+    return [flag, *map(str, value if isinstance(value, list) else [value])]
+
+
+def dataset(args, name: str) -> str:
+    return args.cifar10 if RECIPES[name].config.data.dataset == CIFAR10 else args.imagenette
+
+
+def main():
+    args = parse()
+    for name in [] if args.table else chosen(args):
+        for seed in args.seeds:
+            for framework in ("jax", "torch") if args.torch else ("jax",):
+                run(args, name, seed, framework)
+    rows = reproduction.rebuild(Path(args.results))
+    print(reproduction.markdown(rows))
+
+
+if __name__ == "__main__":
+    cli.run_command(main)
