@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flax_resnet import plots
-from flax_resnet.config import InputError
+from flax_resnet.config import InputError, TrainConfig, to_dict
 from flax_resnet.recipes import COMPARISONS, RECIPES
 from flax_resnet.run_directory import read_rows
 
@@ -43,6 +43,31 @@ class Run(NamedTuple):
     report: dict
 
 
+JAX_ONLY = {
+    "seed", "dataset", "init_from", "new_head", "freeze_backbone", "log_steps",
+    "checkpoint_epochs", "skip_nonfinite", "compilation_cache", "num_classes", "on_bad_image",
+    "cache", "cache_gib", "eval_images", "devices", "shard_parameters", "steps_per_dispatch",
+}  # fmt: skip
+"""Fields of a config that `torch_ref.train` has no flag for, and those that its caller gives."""
+
+
+def twin_flags(config: TrainConfig) -> list[str]:
+    """The settings of a config as flags of `python -m torch_ref.train`."""
+    values = to_dict(config)
+    del values["parallel"]
+    for name in [name for name, value in values.items() if isinstance(value, dict)]:
+        values |= values.pop(name)
+    given = {k: v for k, v in values.items() if k not in JAX_ONLY and v is not None}
+    return [word for name, value in given.items() for word in _flag(name, value)]
+
+
+def _flag(name: str, value) -> list[str]:
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
 def folder_name(seed: int, framework: str, subset: int | None) -> str:
     """`seedN[-torch][-subsetM]`."""
     words = [f"seed{seed}", "torch" if framework == "torch" else "", f"subset{subset}"]
@@ -55,7 +80,11 @@ def finished(folder: Path) -> list[Run]:
     Raises:
       InputError: a run of a recipe that is not known.
     """
-    return sorted(_finished(folder), key=lambda run: (list(RECIPES).index(run.recipe), run[1:4]))
+    names = list(RECIPES)
+    return sorted(
+        _finished(folder),
+        key=lambda run: (names.index(run.recipe), run.framework, run.subset or 0, run.seed),
+    )
 
 
 def _finished(folder: Path) -> Iterator[Run]:
@@ -66,7 +95,8 @@ def _finished(folder: Path) -> Iterator[Run]:
         seed, torch, subset = re.fullmatch(r"seed(\d+)(-torch)?(?:-subset(\d+))?", name).groups()
         framework = "torch" if torch else "jax"
         report = json.loads(path.read_text())
-        yield Run(recipe, framework, int(subset or 0), int(seed), path.parent, report)
+        subset = int(subset) if subset else None
+        yield Run(recipe, framework, subset, int(seed), path.parent, report)
 
 
 def table_rows(runs: list[Run]) -> list[dict]:
@@ -85,7 +115,11 @@ def _row(runs: list[Run]) -> dict:
         "framework": first.framework,
         "subset": first.subset,
         "seeds": [run.seed for run in runs],
-        "figures": {name: _spread([_figure(r, name) for r in reports]) for name in _names(first)},
+        "figures": {
+            name: _spread([_figure(r, name) for r in reports])
+            for name in _names(first)
+            if name.split("_")[0] in first.report["splits"]
+        },
         "published": RECIPES[first.recipe].published,
         "epochs": [report["epochs"] for report in reports],
         "minutes": float(np.median([report["seconds"] for report in reports])) / 60,

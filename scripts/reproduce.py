@@ -15,16 +15,11 @@ from pathlib import Path
 import jax
 
 from flax_resnet import cli, reproduction
-from flax_resnet.config import InputError, to_dict
+from flax_resnet.config import InputError
 from flax_resnet.recipes import CIFAR10, IMAGENETTE, RECIPES
 from flax_resnet.reproduction import folder_name
 
 ROOT = Path(__file__).parents[1]
-TORCH_LACKS = {
-    "dataset", "init_from", "new_head", "freeze_backbone", "log_steps", "checkpoint_epochs",
-    "skip_nonfinite", "compilation_cache", "num_classes", "on_bad_image", "cache", "cache_gib",
-    "eval_images", "parallel", "devices", "shard_parameters", "steps_per_dispatch",
-}  # fmt: skip
 
 
 def parse():
@@ -86,22 +81,10 @@ def torch_command(args, name: str, seed: int, run_dir: Path) -> list[str]:
     if RECIPES[name].starts_from:
         raise InputError(f"{name} starts from weights, which torch_ref.train has no flag for")
     shutil.rmtree(run_dir, ignore_errors=True)
-    config = to_dict(RECIPES[name].config)
-    values = {k: v for k, v in config.items() if not isinstance(v, dict)}
-    for group in filter(lambda v: isinstance(v, dict), config.values()):
-        values |= group
-    values |= {"seed": seed, "run_dir": str(run_dir), "train_images": args.subset}
-    flags = [f for k, v in values.items() if k not in TORCH_LACKS for f in as_flag(k, v)]
+    flags = reproduction.twin_flags(RECIPES[name].config)
+    flags += ["--seed", str(seed), "--run-dir", str(run_dir)]
+    flags += ["--train-images", str(args.subset)] if args.subset else []
     return ["-m", "torch_ref.train", "--dataset", dataset(args, name), *flags]
-
-
-def as_flag(name: str, value) -> list[str]:
-    flag = "--" + name.replace("_", "-")
-    if value is None:
-        return []
-    if isinstance(value, bool):
-        return [flag if value else "--no-" + flag[2:]]
-    return [flag, *map(str, value if isinstance(value, list) else [value])]
 
 
 def dataset(args, name: str) -> str:

@@ -64,10 +64,18 @@ def resumed_config(args) -> TrainConfig:
     return config
 
 
+def described(name: str) -> str:
+    """A recipe in a line."""
+    recipe = RECIPES[name]
+    figures = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in recipe.published.items()]
+    published = f" (published: {', '.join(figures)})" if figures else ""
+    return f"{name:28s}{recipe.method}{published}"
+
+
 def main():
     args = parse()
     if args.list_recipes:
-        print("\n".join(RECIPES))
+        print("\n".join(map(described, RECIPES)))
         return
     if args.resume and not args.run_dir:
         raise InputError("--resume needs --run-dir")

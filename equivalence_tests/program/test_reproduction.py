@@ -1,0 +1,179 @@
+"""Recipes: what the commands make of them, and the table of what they reached."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+from equivalence_tests.program.command import ROOT, refused, run_script
+from equivalence_tests.program.test_commands import write_folder
+from flax_resnet import config, plots, reproduction
+from flax_resnet.models import create_model
+from flax_resnet.recipes import COMPARISONS, RECIPES
+
+COURSE = "epoch,train_loss,train_accuracy,validation_loss,validation_accuracy\n1,2,0.3,2,0.2\n"
+
+
+def write_run(results, recipe, name="seed0", *, accuracy=0.5, best_epoch=1):
+    folder = results / "recipes" / recipe / name
+    folder.mkdir(parents=True)
+    scores = {"loss": 1.0, "accuracy": accuracy, "precision_macro": accuracy}
+    scores |= {"recall_macro": accuracy, "f1_macro": accuracy}
+    report = {
+        "splits": {split: scores for split in ("train", "validation", "test")},
+        "epochs": 1,
+        "best_epoch": best_epoch,
+        "seconds": 90.0,
+        "environment": {"device": "<an abacus>"},
+        "command": "python scripts/train.py --dataset folder:beads",
+    }
+    (folder / "report.json").write_text(json.dumps(report))
+    (folder / "metrics.csv").write_text(COURSE)
+
+
+def test_every_recipe_can_be_built():
+    for recipe in RECIPES.values():
+        model = recipe.config.model
+        nnx.eval_shape(lambda model=model: create_model(model.arch, stem=model.stem))
+        assert config.from_dict(config.to_dict(recipe.config)) == recipe.config
+        assert recipe.starts_from is None or recipe.starts_from in RECIPES
+        assert all(re.fullmatch("(validation|test)_[a-z1_]+", name) for name in recipe.published)
+        assert bool(recipe.published) <= bool(recipe.source)
+
+
+def test_comparisons_are_of_recipes():
+    assert {name for names in COMPARISONS.values() for name in names} <= RECIPES.keys()
+
+
+def test_list_recipes_says_what_each_is():
+    lines = run_script("train.py", "--list-recipes").out.splitlines()
+    assert len(lines) == len(RECIPES)
+    [line] = [line for line in lines if line.split()[0] == "imagenette-cnn"]
+    assert "dropout 0.3" in line and "test accuracy 0.6308" in line
+
+
+def test_seeds_become_a_mean_and_a_deviation(tmp_path):
+    write_run(tmp_path, "imagenette-cnn", accuracy=0.5)
+    write_run(tmp_path, "imagenette-cnn", "seed1", accuracy=0.6)
+    write_run(tmp_path, "imagenette-cnn", "seed0-torch", accuracy=0.7)
+    write_run(tmp_path, "imagenette-cnn", "seed0-subset256", accuracy=0.1)
+    rows = reproduction.rebuild(tmp_path)
+    assert [(r["framework"], r["subset"], r["seeds"]) for r in rows] == [
+        ("jax", None, [0, 1]),
+        ("jax", 256, [0]),
+        ("torch", None, [0]),
+    ]
+    text = (tmp_path / "recipes.md").read_text()
+    assert "| `imagenette-cnn` | test accuracy | 0.6308 | 0.5500 ± 0.0707 | 2 | 1 | 2 |" in text
+    assert "`imagenette-cnn` (256 images) | test accuracy | 0.6308 | 0.1000 | 1 |" in text
+    assert "`imagenette-cnn` (torch) | test accuracy | 0.6308 | 0.7000 | 1 |" in text
+    assert "| `cifar10-fast` | test accuracy | 0.9547 | not run |" in text
+
+
+def test_the_page_compares_and_needs_nothing_else(tmp_path):
+    write_run(tmp_path, "transfer-scratch", accuracy=0.5)
+    write_run(tmp_path, "transfer", accuracy=0.75)
+    plots.curves(tmp_path / "recipes/transfer/seed0/curves.png", [
+        {"epoch": 1, "train_loss": 1, "train_accuracy": 0.5}
+    ])  # fmt: skip
+    reproduction.rebuild(tmp_path)
+    page = (tmp_path / "recipes.html").read_text()
+    assert "+25.0 points against transfer-scratch" in page
+    assert page.count("data:image/png;base64,") == 2
+    assert "&lt;an abacus&gt;" in page and "<an abacus>" not in page
+    assert not re.search(r"(src|href)=.?(http|/|\.)", page)
+    assert (tmp_path / "recipes-fine-tuned-from-imagenette-and-from-scratch.png").exists()
+
+
+def test_a_run_of_an_unknown_recipe_is_named(tmp_path):
+    write_run(tmp_path, "imagenette-dnn")
+    with pytest.raises(config.InputError, match="imagenette-dnn"):
+        reproduction.rebuild(tmp_path)
+
+
+def test_what_is_committed_is_what_the_runs_say():
+    """The table of the results and that of the README, from the reports of the runs."""
+    results = ROOT / "results"
+    rows = reproduction.table_rows(reproduction.finished(results / "recipes"))
+    assert json.loads((results / "recipes.json").read_text()) == {"rows": rows}
+    assert reproduction.markdown(rows) in (results / "recipes.md").read_text()
+    assert reproduction.markdown(rows) in (ROOT / "README.md").read_text()
+
+
+def test_each_seed_runs_once_in_both_frameworks(tmp_path, monkeypatch):
+    called = []
+
+    def pretend(command):
+        """The files of a run, without the run."""
+        called.append(command)
+        place = Path(command[command.index("--run-dir") + 1])
+        write_run(tmp_path, place.parent.name, place.name)
+        shutil.move(tmp_path / "recipes" / place.parent.name / place.name, place)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", pretend)
+    (tmp_path / "runs" / "imagenette-cnn").mkdir(parents=True)
+    flags = ["imagenette-cnn", "--runs", tmp_path / "runs", "--results", tmp_path, "--seeds", 3, 5]
+    assert run_script("reproduce.py", *flags).status == 0
+    assert [command[command.index("--seed") + 1] for command in called] == ["3", "5"]
+    outcome = run_script("reproduce.py", *flags, "--torch")
+    assert [command[1:3] for command in called[2:]] == [["-m", "torch_ref.train"]] * 2
+    assert "`imagenette-cnn` | test accuracy | 0.6308 | 0.5000 ± 0.0000 | 2 |" in outcome.out
+    kept = tmp_path / "recipes/imagenette-cnn"
+    assert {p.name for p in kept.iterdir()} == {"seed3", "seed5", "seed3-torch", "seed5-torch"}
+
+
+def test_what_a_recipe_starts_from_runs_first(tmp_path, monkeypatch):
+    called = []
+
+    def fail(command):
+        called.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    flags = ["transfer", "--runs", tmp_path / "runs", "--results", tmp_path]
+    assert run_script("reproduce.py", *flags).status == 1
+    assert [command[3] for command in called] == ["transfer-source"]
+
+
+@pytest.mark.slow  # 15 epochs
+def test_a_recipe_runs_and_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    write_folder(tmp_path / "images", per_class=80, size=20)
+    flags = ["imagenette-cnn", "--imagenette", f"folder:{tmp_path}/images", "--subset", 128]
+    flags += ["--runs", tmp_path / "runs", "--results", tmp_path / "results"]
+    outcome = run_script("reproduce.py", *flags)
+    assert outcome.status == 0, outcome
+    kept = tmp_path / "results/recipes/imagenette-cnn/seed0-subset128"
+    assert {path.name for path in kept.iterdir()} == set(reproduction.KEPT)
+    assert "`imagenette-cnn` (128 images)" in outcome.out
+    assert "running" in outcome.out and "running" not in run_script("reproduce.py", *flags).out
+
+
+def test_the_twin_takes_the_flags_of_every_recipe():
+    from torch_ref import train
+
+    for recipe in RECIPES.values():
+        parsed = vars(train.parse(reproduction.twin_flags(recipe.config)))
+        ours = config.to_dict(recipe.config)
+        for group in ("model", "augment", "optimizer", "schedule", "early_stopping"):
+            shared = ours[group].keys() & parsed.keys()
+            assert {n: ours[group][n] for n in shared} == {
+                n: list(v) if isinstance(v := parsed[n], tuple) else v for n in shared
+            }
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["imagenette-cmn"], ["imagenette-cnn"]),
+        (["--seeds", "one"], ["seeds"]),
+        (["--cifar11", "x"], ["--cifar10"]),
+    ],
+)
+def test_wrong_words(flags, words):
+    refused(run_script("reproduce.py", *flags), *words)
