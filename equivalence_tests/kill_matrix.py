@@ -4,6 +4,7 @@ which other projects call a port correct.
     python -m equivalence_tests.kill_matrix                       # all; an hour on two cores
     python -m equivalence_tests.kill_matrix --only "no Nesterov"  # these rows of the table anew
     python -m equivalence_tests.kill_matrix --seeds 20          # false alarms instead
+    python -m equivalence_tests.kill_matrix --seeds 20 --go-on  # where that was cut off
 
 Writes results/kill-matrix.json and .md. Exit status 1 if a mutant survives or a test fails on
 sound code.
@@ -94,14 +95,21 @@ def measure(chosen: list[mutants.Mutant], jobs: int) -> list[dict]:
     return [r | {"seen_by": seen_by_others[r["mutant"]]} for r in rows]
 
 
-def false_alarms(seeds: int) -> dict[int, list[str]]:
-    """seed of the inputs -> tests that fail on sound code."""
-    alarms = {}
-    for seed in range(1, seeds + 1):
-        count, failed = run_tests("--inputs-seed", str(seed))
-        alarms[seed] = list(failed)
-        print(f"inputs {seed}: {count} tests, {len(failed)} failed {list(failed)}", flush=True)
-    return alarms
+def false_alarms(seeds: int, rows: dict[str, dict]) -> dict[str, dict]:
+    """seed of the inputs -> how many tests ran on sound code, and which failed.
+
+    Args:
+      rows: of seeds that are done; each row is written as it comes.
+    """
+    for seed in map(str, range(1, seeds + 1)):
+        if seed not in rows:
+            count, failed = run_tests("--inputs-seed", seed)
+            rows[seed] = {"tests": count, "failed": failed, "revision": environment.revision()}
+            results.write("false-alarms", {"seeds": rows})
+        print(
+            f"inputs {seed}: {rows[seed]['tests']} tests, failed {rows[seed]['failed']}", flush=True
+        )
+    return rows
 
 
 def markdown(rows: list[dict]) -> str:
@@ -134,15 +142,15 @@ def parse():
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants only")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="test runs at a time")
     parser.add_argument("--seeds", type=int, metavar="N", help="look for false alarms instead")
+    parser.add_argument("--go-on", action="store_true", help="keep the seeds that are done")
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse()
     if args.seeds:
-        failed = false_alarms(args.seeds)
-        results.write("false-alarms", {"failed": failed})
-        return int(any(failed.values()))
+        done = results.read("false-alarms")["seeds"] if args.go_on else {}
+        return int(any(row["failed"] for row in false_alarms(args.seeds, done).values()))
     chosen = [mutants.MUTANTS[name] for name in args.only or mutants.MUTANTS]
     rows = measure(chosen, args.jobs)
     command = cli.command_line()
