@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from flax_resnet import distributed
 from flax_resnet.config import InputError
 
 _MANIFEST = "manifest.json"
@@ -95,7 +96,9 @@ class Checkpoints:
             if "No space left on device" not in str(error):
                 raise
             raise OSError(errno.ENOSPC, "no space left", str(self.directory)) from None
-        _write_manifest(self.directory / str(step))
+        if distributed.is_first():
+            _write_manifest(self.directory / str(step))
+        distributed.meet(f"checkpoint {step}")
 
     def latest(self) -> int | None:
         """The newest step whose files are as they were written."""

@@ -13,8 +13,8 @@ _SECONDS_BETWEEN_LINES = 60  # within an epoch, where there is no bar
 class Display:
     """Prints; where the console is no terminal, in plain lines."""
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console(soft_wrap=True, highlight=False)
+    def __init__(self, console: Console | None = None, *, quiet: bool = False):
+        self.console = console or Console(soft_wrap=True, highlight=False, quiet=quiet)
         self._bar = None
 
     def say(self, text: str):

@@ -28,6 +28,12 @@ def describe(num_devices: int) -> dict:
     }
 
 
+def code() -> dict:
+    """Versions and revision, for processes to compare."""
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    return {**versions, "revision": revision()}
+
+
 def revision() -> str:
     """The commit of the code, with "+" where it was changed since; "unknown" outside git."""
     here = Path(__file__).parent

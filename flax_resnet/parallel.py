@@ -2,7 +2,7 @@
 
 Under jit the state is replicated over a mesh and the batch split along its "data" axis: the
 compiler turns every mean into one of the global batch, BatchNorm's included. Under pmap the
-step itself says so (`axis_name`).
+step itself says so (`axis_name`). A mesh may span processes; each then holds its rows of the batch.
 
 With shard_parameters every large array of the state (parameters, the optimizer's, the average)
 lies in equal parts on the devices between steps. A step puts the parameters together for the
@@ -26,15 +26,14 @@ class Engine:
     """Places arrays on the devices and compiles steps for them."""
 
     def __init__(self, config: ParallelConfig, *, deterministic: bool = False):
-        available = jax.devices()
-        count = config.devices or len(available)
-        if count > len(available):
-            raise InputError(f"--devices {count}: this machine has {len(available)}")
-        self.devices = available[:count]
+        self.devices = _choose_devices(config.devices)
         self.pmap = config.parallel == "pmap"
         self.shard_parameters = config.shard_parameters
         if self.pmap and config.shard_parameters:
             raise InputError("--shard-parameters: pmap keeps whole parameters; use --parallel jit")
+        self.several = jax.process_count() > 1
+        if self.pmap and self.several:
+            raise InputError("--parallel pmap: several processes need --parallel jit")
         self.mesh = Mesh(np.array(self.devices), (AXIS,))
         self._whole = NamedSharding(self.mesh, PartitionSpec())
         self._by_row = NamedSharding(self.mesh, PartitionSpec(AXIS))
@@ -56,19 +55,42 @@ class Engine:
                 f"batch size {batch_size} cannot be divided among {len(self.devices)} devices"
             )
 
+    def local_rows(self, batch_size: int) -> slice:
+        """The rows of a batch that go to the devices of this process."""
+        places = self._by_row.addressable_devices_indices_map((batch_size,)).values()
+        rows = [place[0].indices(batch_size) for place in places]
+        return slice(min(start for start, *_ in rows), max(stop for _, stop, _ in rows))
+
     def replicate(self, tree):
         """The same arrays on every device; under pmap with a leading axis of devices."""
         if self.pmap:
             tree = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * len(self.devices)), tree)
             return jax.device_put(tree, self._by_row)
-        return jax.device_put(tree, self._whole)
+        return self._place(tree, jax.tree.map(lambda _: self._whole, tree))
 
     def place_state(self, state):
         """`TrainState` -> the same where the compiled step takes and leaves it."""
         if self.pmap:
             return self.replicate(state)
         places = jax.tree.map(lambda x: self._sharding(x.shape), state)
-        return jax.device_put(state, places)
+        return self._place(state, places)
+
+    def _place(self, tree, places):
+        """What every process has alike -> on the devices of all of them."""
+        if not self.several:
+            return jax.device_put(tree, places)
+        host = jax.tree.map(np.asarray, tree)
+        return jax.tree.map(
+            lambda x, place: jax.make_array_from_callback(x.shape, place, lambda i: x[i]),
+            host,
+            places,
+        )
+
+    def _place_rows(self, tree, place):
+        """Rows of a batch, of several processes the `local_rows` of each -> on all devices."""
+        if not self.several:
+            return jax.device_put(tree, place)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
 
     def state_like(self, state):
         """Shapes, types and places of a `TrainState`, for a checkpoint to restore into."""
@@ -106,14 +128,14 @@ class Engine:
         """Batches of `[B, ...]` -> what the compiled step takes: `[(K,) (D,) B / D, ...]`.
 
         K, the number of steps of one dispatch, is there if there are several; D, the number of
-        devices, under pmap.
+        devices, under pmap. Of several processes each gives its `local_rows` of the batches.
         """
         several = len(batches) > 1
         stacked = jax.tree.map(lambda *x: np.stack(x) if several else x[0], *batches)
         if self.pmap:
             return jax.tree.map(lambda x: self._split(x, several), stacked)
         spec = PartitionSpec(None, AXIS) if several else PartitionSpec(AXIS)
-        return jax.device_put(stacked, NamedSharding(self.mesh, spec))
+        return self._place_rows(stacked, NamedSharding(self.mesh, spec))
 
     def _split(self, x, several):
         shape = x.shape[: 1 if several else 0] + (len(self.devices), -1)
@@ -149,8 +171,8 @@ class Engine:
         return jax.jit(eval_step, compiler_options=self._options)
 
     def shard_eval(self, batch: dict):
-        """A batch of an evaluation, split along the mesh."""
-        return jax.device_put(batch, self._by_row)
+        """A batch of an evaluation, split along the mesh; of several processes as in `shard`."""
+        return self._place_rows(batch, self._by_row)
 
     def whole(self, tree):
         """Whole arrays of those that are in parts, for many steps of an evaluation."""
@@ -161,6 +183,21 @@ class Engine:
     def fetch_metrics(self, metrics) -> dict[str, np.ndarray]:
         """Metrics of one dispatch as `[K]` arrays on the host."""
         return {k: np.atleast_1d(v) for k, v in jax.device_get(self.single(metrics)).items()}
+
+
+def _choose_devices(count: int | None) -> list:
+    """The first so many devices, of several processes equally many of each, in their order."""
+    several = range(jax.process_count())
+    own = [[d for d in jax.devices() if d.process_index == process] for process in several]
+    sizes = [len(devices) for devices in own]
+    count = count or sum(sizes)
+    if count > sum(sizes):
+        raise InputError(f"--devices {count}: there are {sum(sizes)}")
+    if len(set(sizes)) > 1:
+        raise InputError(f"the processes have different numbers of devices: {sizes}")
+    if count % len(own):
+        raise InputError(f"--devices {count} cannot be divided among {len(own)} processes")
+    return [device for devices in own for device in devices[: count // len(own)]]
 
 
 def look_up(resident: dict, batch: dict) -> dict:

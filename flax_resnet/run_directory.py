@@ -97,6 +97,20 @@ class RunDirectory:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
+class SharedDirectory(RunDirectory):
+    """The run directory as the other processes of a run have it: the first writes for all."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        if not (self.path / _LOCK).exists():
+            raise InputError(f"{self.path} is not on a file system that all processes share")
+
+    def _nothing(self, *_, **__):
+        pass
+
+    write_config = start_logs = log_step = log_epoch = write_results = close = _nothing
+
+
 def _is_run_or_empty(path: Path) -> bool:
     """Whether nothing is lost but a run. One that died early has its lock and nothing else."""
     if not path.exists() or (path / "config.json").exists():

@@ -1,6 +1,7 @@
 """The training loop: `fit` trains, stops when it should, and reports."""
 
 import dataclasses
+import hashlib
 import signal
 import time
 from pathlib import Path
@@ -9,26 +10,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_resnet import convert, early_stopping, environment, optim, steps
+from flax_resnet import convert, distributed, early_stopping, environment, optim, steps
 from flax_resnet.checkpoint import Checkpoints, check_space
 from flax_resnet.config import InputError, TrainConfig, to_dict
 from flax_resnet.data import pipeline
-from flax_resnet.data.prepare import Prepared, prepare
+from flax_resnet.data.prepare import Prepared, fingerprint, prepare
 from flax_resnet.display import Display
 from flax_resnet.early_stopping import EarlyStopping
 from flax_resnet.evaluate import evaluate
 from flax_resnet.models import create_from_config
 from flax_resnet.models.summary import stage_rows, summary_table
 from flax_resnet.parallel import Engine
-from flax_resnet.run_directory import RunDirectory, read_config
+from flax_resnet.run_directory import RunDirectory, SharedDirectory, read_config
 from flax_resnet.serve import load_weights
 
 
-class NonFiniteLoss(Exception):
+class NonFiniteLoss(distributed.Everywhere):
     """The loss or the gradient is no longer a number."""
 
 
-class Interrupted(Exception):
+class Interrupted(distributed.Everywhere):
     """A signal asked the run to stop; the work is saved."""
 
     def __init__(self, signum: int):
@@ -86,7 +87,8 @@ def fit(
     command: str = "",
     display: Display | None = None,
 ) -> dict:
-    """Train, evaluate and write a run directory.
+    """Train, evaluate and write a run directory. Of several processes all call it, and the first
+    alone writes and prints.
 
     Args:
       config: what to do; a run that is resumed keeps its own, but for devices and workers.
@@ -94,26 +96,25 @@ def fit(
       command: how it was called, for the report.
 
     Returns:
-      The report, as in report.json.
+      The report, as in report.json; its "splits" in the other processes.
 
     Raises:
       InputError: bad input; nothing has been written then.
       NonFiniteLoss: names the step and the checkpoint to go on from.
       Interrupted: after SIGTERM or Ctrl-C, with the work saved.
     """
-    display = display or Display()
+    display = display or Display(quiet=not distributed.is_first())
     run_dir = Path(run_dir)
     if resume and (run_dir / "config.json").exists():
         config = as_begun(config, read_config(run_dir))
-    environment.configure_jax(config)
-    engine = Engine(config.parallel, deterministic=config.deterministic)
-    engine.check_batch_size(config.batch_size)
-    prepared = prepare(config)
-    model = _initial_model(prepared, engine)
-    network = steps.Network(model, freeze_backbone=config.freeze_backbone)
-    state = jax.eval_shape(lambda: steps.make_state(network.initial, config))
-    check_space(run_dir, state)
-    directory = RunDirectory(run_dir, resume=resume, overwrite=overwrite)
+    several = jax.process_count() > 1
+    if several:
+        asked = {"run_dir": str(run_dir), "resume": resume, "overwrite": overwrite}
+        distributed.check_agreement(asked | environment.code() | _flat(config))
+    engine, prepared, network = distributed.together(lambda: _begin(config, run_dir))
+    if several:
+        distributed.check_agreement(fingerprint(prepared) | _weights_digest(network))
+    directory = _open_directory(run_dir, resume=resume, overwrite=overwrite)
     try:
         run = Run(prepared, engine, network, directory, display, command)
         return run.execute()
@@ -126,6 +127,41 @@ def as_begun(config: TrainConfig, own: TrainConfig) -> TrainConfig:
     """The config of a run to resume: where it runs may change, what it computes may not."""
     data = dataclasses.replace(own.data, num_workers=config.data.num_workers)
     return dataclasses.replace(own, data=data, parallel=config.parallel)
+
+
+def _flat(config: TrainConfig) -> dict:
+    """{"seed": 0, "model.arch": "resnet18", ...}"""
+    facts = {}
+    for name, value in to_dict(config).items():
+        group = {f"{name}.{key}": v for key, v in value.items()} if type(value) is dict else {}
+        facts |= group or {name: value}
+    return facts
+
+
+def _begin(config: TrainConfig, run_dir: Path) -> tuple[Engine, Prepared, steps.Network]:
+    """Devices, data and network; nothing is written."""
+    environment.configure_jax(config)
+    engine = Engine(config.parallel, deterministic=config.deterministic)
+    engine.check_batch_size(config.batch_size)
+    prepared = prepare(config)
+    model = _initial_model(prepared, engine)
+    network = steps.Network(model, freeze_backbone=config.freeze_backbone)
+    state = jax.eval_shape(lambda: steps.make_state(network.initial, config))
+    check_space(run_dir, state)
+    return engine, prepared, network
+
+
+def _weights_digest(network: steps.Network) -> dict:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(jax.device_get(network.initial)):
+        digest.update(leaf.tobytes())
+    return {"the initial weights": digest.hexdigest()}
+
+
+def _open_directory(run_dir: Path, **how) -> RunDirectory:
+    """The first process makes and owns it; the others have to find it."""
+    own = distributed.together(lambda: distributed.is_first() and RunDirectory(run_dir, **how))
+    return distributed.together(lambda: own or SharedDirectory(run_dir))
 
 
 def _initial_model(prepared: Prepared, engine: Engine) -> nnx.Module:
@@ -212,6 +248,7 @@ class Run:
         config = self.config
         state = steps.make_state(self.network.initial, config)
         step = self.checkpoints.latest()
+        distributed.check_agreement({"checkpoint": step})
         if step is not None:
             state = self._take_up(step, state)
         self.iterator = self._iterator(start=step or 0)
@@ -260,6 +297,7 @@ class Run:
             batch_size=config.batch_size,
             seed=config.seed,
             epochs=config.epochs,
+            rows=self.engine.local_rows(config.batch_size),
         )
         if self.prepared.images is not None:
             return pipeline.index_iterator(order, start=start)
@@ -301,17 +339,18 @@ class Run:
             self.checkpoints.check()
             progress.step_in_epoch += count
             self.epoch_steps += count
-            if self._at_log_step(count) or count == left or self.signum:
+            pause = self._at_log_step(count) or count == left
+            if pause or (self.signum and not self.engine.several):
                 self._drain()
-            if self.signum:
-                self._save(improvement=False)
-                self.checkpoints.wait()
-            self._stop_if_asked()
+                self._stop_if_asked()
 
     def _stop_if_asked(self):
-        """Once everything done so far is saved."""
-        if self.signum:
-            raise Interrupted(self.signum)
+        """Asked in any process, all of them stop here, with everything done so far saved."""
+        signum = distributed.agreed_signal(self.signum)
+        if signum:
+            self._save(improvement=False)
+            self.checkpoints.wait()
+            raise Interrupted(signum)
 
     def _columns(self, batches):
         return batches if not self.resident else [{"index": indices} for indices in batches]
@@ -436,9 +475,9 @@ class Run:
         source = getattr(self.dataset, split)
         images = self.prepared.images if split == "train" else None
         size = -(-self.config.eval_batch_size // len(self.engine.devices))
-        batches = pipeline.evaluation_batches(
-            source, self.prepared.decoder, size * len(self.engine.devices), images
-        )
+        size *= len(self.engine.devices)
+        rows = self.engine.local_rows(size)
+        batches = pipeline.evaluation_batches(source, self.prepared.decoder, size, images, rows)
         return evaluate(self.engine, self.eval_fn, variables, batches)
 
     def _save(self, *, improvement: bool):
@@ -470,6 +509,8 @@ class Run:
             self._stop_if_asked()
             if len(getattr(self.dataset, split)):
                 splits[split], confusions[split] = self._evaluate(split, variables)
+        if not distributed.is_first():
+            return {"splits": splits}
         report = {
             "splits": splits,
             "epochs": progress.epoch,

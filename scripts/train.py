@@ -7,7 +7,7 @@ python scripts/train.py --resume --run-dir runs/resnet18-digits
 
 from pathlib import Path
 
-from flax_resnet import cli, train
+from flax_resnet import cli, distributed, train
 from flax_resnet.config import InputError, TrainConfig, from_dict, nearest, to_dict
 from flax_resnet.recipes import RECIPES
 from flax_resnet.run_directory import config_from_file, read_config
@@ -24,6 +24,17 @@ def parse():
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir")
     parser.add_argument("--smoke", action="store_true", help="every stage on 32 images, in seconds")
+    several = parser.add_argument_group("several processes, each started with the same flags")
+    several.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of process 0; auto: as the cluster says, which srun and mpirun need not be told",
+    )
+    several.add_argument("--num-processes", metavar="N", type=int, help="how many take part")
+    several.add_argument("--process-id", metavar="N", type=int, help="which this is, from 0 on")
+    several.add_argument(
+        "--connect-timeout", metavar="N", type=int, default=300, help="seconds (default: 300)"
+    )
     cli.add_config_flags(parser)
     return parser.parse_args()
 
@@ -80,11 +91,18 @@ def main():
     if args.resume and not args.run_dir:
         raise InputError("--resume needs --run-dir")
     config = build_config(args)
-    run_dir = Path(args.run_dir) if args.run_dir else free_directory(config)
+    processes = (args.coordinator, args.num_processes, args.process_id)
+    with distributed.joined(*processes, timeout=args.connect_timeout):
+        run(args, config)
+
+
+def run(args, config: TrainConfig):
+    run_dir = Path(args.run_dir or distributed.exchange(str(free_directory(config)))[0])
     if args.resume and (run_dir / "config.json").exists():
         config = resumed_config(args)
         if (run_dir / "report.json").exists():
-            print(f"{run_dir} is finished; nothing to do")
+            if distributed.is_first():
+                print(f"{run_dir} is finished; nothing to do")
             return
     train.fit(
         config, run_dir, resume=args.resume, overwrite=args.overwrite, command=cli.command_line()

@@ -7,7 +7,9 @@ of images. Others are decoded again every epoch, in threads or worker processes,
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grain
 import numpy as np
@@ -73,11 +75,12 @@ def _random_area(image, rng):
     return image[top : top + h, left : left + w]
 
 
-def decode_all(source, decoder: Decoder) -> np.ndarray:
-    """A whole source -> uint8 `[N, size, size, C]`."""
+def decode_all(source, decoder: Decoder, numbers: Sequence[int] | None = None) -> np.ndarray:
+    """The images of a source at `numbers`, by default all -> uint8 `[N, size, size, C]`."""
+    numbers = range(len(source)) if numbers is None else numbers
     with ThreadPoolExecutor(_THREADS) as pool:
-        images = list(pool.map(lambda i: decoder(source[i]), range(len(source))))
-    return np.stack(images)
+        images = list(pool.map(lambda i: decoder(source[i]), numbers))
+    return np.stack(images) if images else decoder(source[0])[None][:0]
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -89,11 +92,9 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     return tuple(means), tuple(max(math.sqrt(v), 1e-6) for v in variances)
 
 
-def sample_statistics(source, decoder: Decoder):
-    """`channel_statistics` of at most 5,000 evenly spaced images of a source too large to keep."""
-    chosen = np.linspace(0, len(source) - 1, min(len(source), _STATISTICS_SAMPLE)).astype(int)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return channel_statistics(np.stack(list(pool.map(lambda i: decoder(source[i]), chosen))))
+def evenly_spaced(length: int, count: int = _STATISTICS_SAMPLE) -> np.ndarray:
+    """At most `count` numbers of images of a source too large to look at whole."""
+    return np.linspace(0, length - 1, min(length, count)).astype(int)
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
@@ -121,14 +122,18 @@ class BatchOrder:
     epochs: int
     """In the run."""
 
+    rows: slice = dataclasses.field(default_factory=lambda: slice(None))
+    """Of each batch, those that this process reads; all have the same permutation."""
+
     def __len__(self) -> int:
         return self.epochs * steps_per_epoch(self.num_images, self.batch_size)
 
     def __getitem__(self, step) -> np.ndarray:
-        """Step number -> int32 `[batch_size]`."""
+        """Step number -> int32 `[batch_size]`, or this process's part."""
         epoch, step = divmod(int(step), steps_per_epoch(self.num_images, self.batch_size))
         start = step * self.batch_size
-        return _permutation(self.num_images, self.seed, epoch)[start : start + self.batch_size]
+        whole = _permutation(self.num_images, self.seed, epoch)[start : start + self.batch_size]
+        return whole[self.rows]
 
 
 @functools.lru_cache(maxsize=4)
@@ -145,11 +150,10 @@ def index_iterator(order: BatchOrder, *, start: int = 0):
 def image_iterator(source, decoder: Decoder, order: BatchOrder, *, num_workers: int, start=0):
     """{"image", "label", "index"} from step `start` on, decoded ahead of their user.
 
-    A step's batch depends on its number alone: not on where the run was cut off, nor on how many
-    workers there are.
+    A step's images depend on its number alone: not on where the run was cut off, nor on how many
+    workers or processes there are.
     """
-    indices = grain.MapDataset.source(order).seed(order.seed)
-    batches = indices.random_map(_DecodeBatch(source, decoder))[start:]
+    batches = grain.MapDataset.source(_DecodedBatches(source, decoder, order))[start:]
     batches = batches.to_iter_dataset(
         grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
     )
@@ -160,50 +164,56 @@ def image_iterator(source, decoder: Decoder, order: BatchOrder, *, num_workers: 
     return iter(batches)
 
 
-class _DecodeBatch(grain.transforms.RandomMap):
-    """A batch of numbers -> a batch of images; draws belong to the batch's place in the run."""
+@dataclasses.dataclass(frozen=True)
+class _DecodedBatches:
+    """Random access to the batches of a run; draws belong to the step and the image."""
 
-    def __init__(self, source, decoder):
-        self.source, self.decoder = source, decoder
+    source: Any
+    decoder: Decoder
+    order: BatchOrder
 
-    def random_map(self, indices, rng):
-        images = [self.decoder(self.source[i], rng) for i in indices]
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, step):
+        indices = self.order[step]
+        images = [self._decode(int(step), int(index)) for index in indices]
         labels = np.asarray(self.source.labels)[indices]
         return {"image": np.stack(images), "label": labels.astype(np.int32), "index": indices}
 
+    def _decode(self, step, index):
+        rng = np.random.default_rng([self.order.seed, step, index])
+        return self.decoder(self.source[index], rng)
 
-def evaluation_batches(source, decoder: Decoder, batch_size: int, images: np.ndarray | None = None):
+
+def evaluation_batches(
+    source,
+    decoder: Decoder,
+    batch_size: int,
+    images: np.ndarray | None = None,
+    rows: slice = slice(None),  # noqa: B008
+):
     """Every image once, in order; the last batch is filled up with zeros and masked.
 
     Args:
       images: the decoded source, uint8 `[N, H, W, C]`, where it is at hand.
+      rows: of each batch, those that this process reads.
 
     Yields:
-      {"image", "label", "mask"} with leading axis `batch_size`.
+      {"image", "label", "mask"} with leading axis `batch_size`, or this process's part of it.
     """
     for start in range(0, len(source), batch_size):
-        stop = min(start + batch_size, len(source))
+        numbers = range(start, start + batch_size)[rows]
+        mask = np.array([number < len(source) for number in numbers])
+        present = numbers[: mask.sum()]
         if images is not None:
-            part = images[start:stop]
+            part = images[present.start : present.stop]
         else:
-            part = decode_all(_Range(source, start, stop), decoder)
-        fill = batch_size - (stop - start)
-        labels = np.asarray(source.labels[start:stop], np.int32)
+            part = decode_all(source, decoder, present)
+        fill = len(numbers) - len(present)
+        labels = np.asarray(source.labels[present.start : present.stop], np.int32)
         yield {
             "image": np.pad(part, ((0, fill), (0, 0), (0, 0), (0, 0))),
             "label": np.pad(labels, (0, fill)),
-            "mask": np.arange(batch_size) < stop - start,
+            "mask": mask,
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Range:
-    source: object
-    start: int
-    stop: int
-
-    def __len__(self):
-        return self.stop - self.start
-
-    def __getitem__(self, i):
-        return self.source[self.start + i]

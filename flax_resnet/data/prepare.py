@@ -1,10 +1,13 @@
 """A config and its data set brought together: what was left open is chosen here."""
 
 import dataclasses
+import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+from flax_resnet import distributed
 from flax_resnet.config import DataConfig, InputError, TrainConfig
 from flax_resnet.data import pipeline
 from flax_resnet.data.pipeline import Decoder
@@ -13,6 +16,7 @@ from flax_resnet.models import has_stem_choice
 
 SMALL = 64  # pixels a side up to which images keep their size, and below which the stem is small
 TINY = 16  # pixels a side to which smaller images are enlarged for the large stem
+_FINGERPRINTED = 64  # images of a split that processes compare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +70,43 @@ def prepare(config: TrainConfig) -> Prepared:
             f" ({len(dataset.train)} images)"
         )
     decoder = Decoder(size=config.data.image_size, resize=config.data.resize_size)
-    images = pipeline.decode_all(dataset.train, decoder) if _fits(config, dataset) else None
+    everything = np.arange(len(dataset.train))
+    images = _decode(dataset.train, decoder, everything) if _fits(config, dataset) else None
     if config.data.mean is None:
-        mean, std = (
-            pipeline.sample_statistics(dataset.train, decoder)
-            if images is None
-            else pipeline.channel_statistics(images)
-        )
+        sample = images
+        if images is None:
+            numbers = pipeline.evenly_spaced(len(dataset.train))
+            sample = _decode(dataset.train, decoder, numbers)
+        mean, std = pipeline.channel_statistics(sample)
         config = replace(config, data=replace(config.data, mean=mean, std=std))
     if len(config.data.mean) != dataset.channels:
         raise InputError(
             f"mean has {len(config.data.mean)} values, the images {dataset.channels} channels"
         )
     return Prepared(config, dataset, images)
+
+
+def _decode(source, decoder, numbers) -> np.ndarray:
+    """Of several processes each decodes its share, and all get all."""
+    own = numbers[distributed.share(len(numbers))]
+    part = distributed.together(lambda: pipeline.decode_all(source, decoder, own))
+    return distributed.gather_rows(part, len(numbers))
+
+
+def fingerprint(prepared: Prepared) -> dict:
+    """{what: value} of the data, for processes to compare: classes, and of every split the number
+    of images and a digest of labels, file names and some of the images."""
+    facts = {"class_names": list(prepared.dataset.class_names)}
+    for split in ("train", "validation", "test"):
+        source = getattr(prepared.dataset, split)
+        digest = hashlib.sha256(np.asarray(source.labels, np.int32).tobytes())
+        for name in source.names or ():
+            digest.update(Path(name).name.encode() + b"/")
+        if len(source):
+            numbers = pipeline.evenly_spaced(len(source), _FINGERPRINTED)
+            digest.update(pipeline.decode_all(source, prepared.decoder, numbers).tobytes())
+        facts[f"the {split} images"] = f"{len(source)}, SHA-256 {digest.hexdigest()[:16]}"
+    return facts
 
 
 def _resolve_sizes(config, dataset):

@@ -1,0 +1,240 @@
+"""Several processes, one run: they find each other, agree, and end together.
+
+`jax.distributed` connects them; NCCL (GPUs) or Gloo (CPUs) carries what they exchange. Every
+process calls the functions here in the same order. With one process they do nothing.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from flax_resnet.config import InputError
+
+T = TypeVar("T")
+
+HEARTBEAT_SECONDS = 30
+"""Without a sign of life for so long, a process counts as dead."""
+
+SHUTDOWN_SECONDS = 30
+"""A process that is done waits so long for the others."""
+
+_CLUSTERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # tasks that srun, mpirun started
+
+_DEAD = (
+    "failed: another process of this run has died or no longer answers;"
+    " start all of them again with --resume"
+)
+
+
+class Everywhere(Exception):
+    """Raised in all processes at the same point, so that they can end in the ordinary way."""
+
+
+class Refusal(InputError, Everywhere):
+    """Bad input of whichever process, known to all."""
+
+
+@contextlib.contextmanager
+def joined(coordinator: str | None, num_processes, process_id, *, timeout: int):
+    """Connect the processes of a run, and let an error of one of them end all.
+
+    Has to come before anything that touches a device.
+
+    Args:
+      coordinator: HOST:PORT of process 0, the same for all; "auto": jax.distributed asks the
+        cluster (SLURM, Open MPI, Kubernetes). None: one process, or those of an srun or mpirun.
+      num_processes: in the run, where coordinator is an address.
+      process_id: from 0 on, where coordinator is an address.
+      timeout: seconds to wait for the others at the start.
+
+    Raises:
+      InputError: the arguments make no sense, or the others are not there in time.
+    """
+    _connect(coordinator, num_processes, process_id, timeout)
+    try:
+        yield
+    except Everywhere:
+        raise
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        _leave(*_last_words(error))
+
+
+def _connect(coordinator, num_processes, process_id, timeout):
+    if coordinator in (None, "auto"):
+        if (num_processes, process_id) != (None, None):
+            raise InputError("--num-processes and --process-id need --coordinator HOST:PORT")
+        if coordinator is None and all(int(os.environ.get(n, 1)) <= 1 for n in _CLUSTERS):
+            return
+        address, given = "the address that the cluster names", (None,) * 3
+    else:
+        _check_arguments(coordinator, num_processes, process_id)
+        address, given = coordinator, (coordinator, num_processes, process_id)
+        if process_id:
+            _wait_for(coordinator, timeout)
+    # Its handler would swallow a SIGTERM; the training loop has its own.
+    jax.config.update("jax_enable_preemption_service", False)
+    _on_abort(f"error: not all processes came to {address} within {timeout} s", 2)
+    try:
+        jax.distributed.initialize(
+            *given,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"no connection at {address}: {error}") from None
+    _on_abort(_DEAD, 1)
+
+
+def _check_arguments(coordinator, num_processes, process_id):
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise InputError(f"--coordinator: {coordinator!r} is neither HOST:PORT nor auto")
+    if num_processes is None or process_id is None:
+        raise InputError("--coordinator HOST:PORT needs --num-processes and --process-id")
+    if num_processes < 1 or not 0 <= process_id < num_processes:
+        raise InputError(
+            f"--process-id: {process_id} is not one of {num_processes} processes, counted from 0"
+        )
+
+
+def _wait_for(coordinator, timeout):
+    """jax.distributed would end the process by a stack trace where nobody listens."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            left = max(deadline - time.monotonic(), 0.1)
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=left).close()
+        except OSError as error:
+            if time.monotonic() + 0.2 > deadline:
+                raise InputError(
+                    f"coordinator {coordinator} did not answer within {timeout} s: {error}"
+                ) from None
+        time.sleep(0.2)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def exchange(value) -> list:
+    """A JSON value of every process, in their order."""
+    if jax.process_count() == 1:
+        return [value]
+    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(own.size, np.int32))
+    rows = multihost_utils.process_allgather(np.pad(own, (0, lengths.max() - own.size)))
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
+
+
+def together(function: Callable[[], T]) -> T:
+    """What the function returns here, once it has succeeded in every process.
+
+    Raises:
+      Refusal: in all of them, where it raised InputError in any.
+    """
+    if jax.process_count() == 1:
+        return function()
+    result, fault = None, None
+    try:
+        result = function()
+    except Refusal:
+        raise
+    except InputError as error:
+        fault = str(error)
+    for process, text in enumerate(exchange(fault)):
+        if text is not None:
+            raise Refusal(fault or f"process {process}: {text}")
+    return result
+
+
+def check_agreement(facts: dict):
+    """Raises Refusal, naming the first that differs, unless all processes have the same facts.
+
+    Args:
+      facts: {name: JSON value}.
+    """
+    everyone = exchange(facts)
+    for name in dict.fromkeys(name for each in everyone for name in each):
+        values = [json.dumps(each.get(name)) for each in everyone]
+        for process, value in enumerate(values):
+            if value != values[0]:
+                raise Refusal(
+                    f"the processes disagree on {name}: {values[0]:.60} in process 0,"
+                    f" {value:.60} in process {process}"
+                )
+
+
+def share(total: int) -> slice:
+    """This process's part of so many rows."""
+    size = -(-total // jax.process_count())
+    start = min(size * jax.process_index(), total)
+    return slice(start, min(start + size, total))
+
+
+def gather_rows(rows: np.ndarray, total: int) -> np.ndarray:
+    """The rows `share(total)` of every process -> `[total, ...]` in each."""
+    if jax.process_count() == 1:
+        return rows
+    size = -(-total // jax.process_count())
+    fill = [(0, size - len(rows)), *[(0, 0)] * (rows.ndim - 1)]
+    everything = multihost_utils.process_allgather(np.pad(rows, fill))
+    return everything.reshape(-1, *rows.shape[1:])[:total]
+
+
+def meet(where: str):
+    """Wait until every process has come to this point, whose name is the same in all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def agreed_signal(signum: int | None) -> int | None:
+    """The signal that any of the processes has got: all of them see the same."""
+    return max((number or 0 for number in exchange(signum)), default=0) or None
+
+
+def _last_words(error: Exception) -> tuple[str, int]:
+    """What to say of an error of this process alone, and its exit status."""
+    if isinstance(error, InputError):
+        return f"error: {' '.join(str(error).split())}", 2
+    if "Gloo" in str(error):
+        return _DEAD, 1
+    return "".join(traceback.format_exception(error)), 1
+
+
+def _leave(text, status):
+    """Without the end of `jax.distributed`, which would wait for those who cannot come."""
+    sys.stdout.flush()
+    os.write(2, f"{text}\n".encode())
+    os._exit(status)
+
+
+_Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
+
+def _on_abort(text, status):
+    """jaxlib calls abort() where the others are lost: no Python handler runs then, but this."""
+    global _handler
+    _handler = _Handler(lambda signum: _leave(text, status))
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = ctypes.c_int, _Handler
+    libc.signal(signal.SIGABRT, _handler)
+
+
+_handler = None  # C keeps no reference
