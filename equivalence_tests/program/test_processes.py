@@ -1,0 +1,334 @@
+"""Several real processes on one machine, over Gloo: equal to one, stopped, killed and resumed.
+
+A process that dies ends the others at their next exchange; one that hangs, after
+`distributed.HEARTBEAT_SECONDS`.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from equivalence_tests.numerics.test_parallel import worst
+from equivalence_tests.program.command import ROOT, run_script
+from equivalence_tests.tolerances import PARALLEL, TRAINING
+from flax_resnet import distributed, serve
+from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.config import InputError
+from flax_resnet.run_directory import read_rows
+from flax_resnet.train import Run
+
+# Splits that do not divide; float64, in which only the order of summation differs.
+SHORT = (
+    "--arch basic_cnn --dtype float64 --train-images 70 --eval-images 37 --batch-size 16"
+    " --eval-batch-size 16 --epochs 1 --log-steps 2 --horizontal-flip 0.5 --dropout 0.3 --lr 0.01"
+).split()
+# Decoded anew for every step, with all that is random, for 48 steps.
+LONG = (
+    *SHORT,
+    *"--epochs 12 --log-steps 1 --cache none --random-resized-crop --rotation 10".split(),
+    *"--mixup 0.2 --ema-decay 0.9".split(),
+)
+TRAIN = str(ROOT / "scripts" / "train.py")
+DEADLINE = 300  # seconds for what takes 40 on a core of its own
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def processes(*each: list, program=(TRAIN,), folders=None, environs=None):
+    """Programs side by side with one device each; their flags, working folders, environments."""
+    started = []
+    for number, flags in enumerate(each):
+        environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *program, *map(str, flags)],
+                env=environ | (environs[number] if environs else {}),
+                cwd=folders[number] if folders else ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def joined(run_dir, *each) -> list[list]:
+    """Flags of so many processes of one run, with the coordinator they meet at."""
+    at = ["--run-dir", run_dir, "--coordinator", f"127.0.0.1:{free_port()}"]
+    at += ["--num-processes", len(each)]
+    return [[*at, "--process-id", number, *flags] for number, flags in enumerate(each)]
+
+
+def ends(started) -> list[SimpleNamespace]:
+    """Status and last line on standard error of each."""
+    deadline, outcomes = time.monotonic() + DEADLINE, []
+    for process in started:
+        _, err = process.communicate(timeout=deadline - time.monotonic())
+        last = err.splitlines()[-1] if err else ""
+        outcomes.append(SimpleNamespace(status=process.returncode, last=last, err=err))
+    return outcomes
+
+
+def run(run_dir, *each, **how):
+    with processes(*joined(run_dir, *each), **how) as started:
+        outcomes = ends(started)
+    assert [outcome.status for outcome in outcomes] == [0] * len(each), outcomes
+
+
+def wait_for_epoch(run_dir, epoch, started):
+    deadline = time.monotonic() + DEADLINE
+    while len(read_rows(run_dir / "metrics.csv")) < epoch:
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in started), ends(started)
+        time.sleep(0.01)
+
+
+def alone(run_dir, *flags, status=0):
+    """By one process with one device: this one."""
+    try:
+        outcome = run_script("train.py", "--run-dir", run_dir, "--devices", 1, *flags)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert outcome.status == status, outcome.err
+
+
+def numbers(run_dir) -> dict:
+    """{name: value}: all rows of metrics.csv, metrics of every split, and the whole last state."""
+    rows = enumerate(read_rows(run_dir / "metrics.csv"))
+    found = {f"{name} {i}": value for i, row in rows for name, value in row.items()}
+    report = json.loads((run_dir / "report.json").read_text())
+    for split, values in report["splits"].items():
+        found |= {f"{split} {name}": value for name, value in values.items()}
+    try:
+        state = serve.restore(run_dir, Checkpoints.latest)[-1]
+        leaves = jax.tree.flatten_with_path(state)[0]
+        return found | {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("processes") / "short"
+    alone(run_dir, *SHORT)
+    return numbers(run_dir)
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("processes") / "long"
+    alone(run_dir, *LONG)
+    return numbers(run_dir)
+
+
+def test_two_processes_are_one(tmp_path, short):
+    run(tmp_path / "run", SHORT, SHORT)
+    assert worst(numbers(tmp_path / "run"), short) <= PARALLEL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_many_processes_are_one(tmp_path, long, count):
+    run(tmp_path / "run", *[LONG] * count)
+    assert worst(numbers(tmp_path / "run"), long) <= TRAINING
+
+
+@pytest.mark.slow
+def test_parameters_in_parts_are_the_same(tmp_path, short):
+    flags = [*SHORT, "--shard-parameters"]
+    run(tmp_path / "run", flags, flags)
+    assert worst(numbers(tmp_path / "run"), short) <= PARALLEL
+
+
+WRONG_SHARD = f"""
+import runpy
+from flax_resnet.parallel import Engine
+Engine.local_rows = lambda self, size: slice(0, size // 2)
+runpy.run_path({TRAIN!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.control
+def test_a_process_with_the_wrong_shard_is_noticed(tmp_path, short):
+    """Negative control: the second process reads what the first one does."""
+    run(tmp_path / "run", SHORT, SHORT, program=("-c", WRONG_SHARD))
+    assert worst(numbers(tmp_path / "run"), short) > 1e6 * PARALLEL
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_one_goes_on(tmp_path, long):
+    """SIGTERM to one. What both have saved, one ends as if it had begun it."""
+    run_dir = tmp_path / "run"
+    with processes(*joined(run_dir, LONG, LONG)) as started:
+        wait_for_epoch(run_dir, 2, started)
+        started[1].send_signal(signal.SIGTERM)
+        outcomes = ends(started)
+    assert [outcome.status for outcome in outcomes] == [143, 143], outcomes
+    assert all("the work is saved" in outcome.last for outcome in outcomes)
+    document = serve.restore(run_dir, Checkpoints.latest)[0]
+    assert document["num_devices"] == 2 and 2 <= document["progress"]["epoch"] < 12
+    alone(run_dir, "--resume")
+    assert worst(numbers(run_dir), long) <= TRAINING
+
+
+@pytest.mark.slow
+def test_one_process_stops_and_two_go_on(tmp_path, long, monkeypatch):
+    original = Run._at_log_step
+
+    def stop_at_21(self, count):
+        if self._global_step() == 21:
+            self.signum = signal.SIGTERM
+        return original(self, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_at_log_step", stop_at_21)
+        alone(tmp_path / "run", *LONG, status=143)
+    run(tmp_path / "run", ["--resume"], ["--resume"])
+    assert worst(numbers(tmp_path / "run"), long) <= TRAINING
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_death_of_one_ends_the_other(tmp_path, victim):
+    flags = [*SHORT, "--epochs", 1000]
+    with processes(*joined(tmp_path / "run", flags, flags)) as started:
+        wait_for_epoch(tmp_path / "run", 1, started)
+        started[victim].kill()
+        before = time.monotonic()
+        outcome = ends([started[1 - victim]])[0]
+        seconds = time.monotonic() - before
+    print(f"{seconds:.1f} s")
+    assert outcome.status == 1 and "another process of this run has died" in outcome.last, outcome
+    assert seconds < distributed.HEARTBEAT_SECONDS
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_other(tmp_path):
+    flags = [*SHORT, "--epochs", 1000]
+    with processes(*joined(tmp_path / "run", flags, flags)) as started:
+        wait_for_epoch(tmp_path / "run", 1, started)
+        started[1].send_signal(signal.SIGSTOP)
+        before = time.monotonic()
+        outcome = ends([started[0]])[0]
+        seconds = time.monotonic() - before
+    print(f"{seconds:.1f} s")
+    assert outcome.status == 1 and "no longer answers" in outcome.last, outcome
+    assert seconds < 2 * distributed.HEARTBEAT_SECONDS
+
+
+def refused(run_dir, *each, **how) -> str:
+    """The one line with which all of them end."""
+    with processes(*each, **how) as started:
+        outcomes = ends(started)
+    assert [outcome.status for outcome in outcomes] == [2] * len(each), outcomes
+    assert all("Traceback" not in outcome.err for outcome in outcomes), outcomes
+    assert not run_dir.exists()
+    return outcomes[0].last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "first,second,words",
+    [
+        (["--seed", 1], ["--seed", 2], "disagree on seed: 1 in process 0, 2 in process 1"),
+        (["--dropout", ".1"], ["--dropout", ".2"], "disagree on model.dropout: 0.1"),
+        (["--batch-size", 15], ["--batch-size", 15], "batch size 15 cannot be divided among 2"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_all(tmp_path, first, second, words):
+    each = joined(tmp_path / "run", [*SHORT, *first], [*SHORT, *second])
+    assert words in refused(tmp_path / "run", *each)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["pixels", "names"])
+def test_other_data_on_another_host_is_noticed(tmp_path, change):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in "ab":
+            folder = tmp_path / "0" / "data" / split / label
+            folder.mkdir(parents=True)
+            for number in range(8):
+                pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    victim = tmp_path / "1" / "data" / "val" / "b" / "3.png"
+    if change == "names":
+        victim.rename(victim.with_name("33.png"))
+    else:
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(victim)
+    flags = "--arch basic_cnn --dataset folder:data --batch-size 4 --validation-fraction 0".split()
+    each = joined(tmp_path / "run", flags, flags)
+    line = refused(tmp_path / "run", *each, folders=[tmp_path / "0", tmp_path / "1"])
+    assert "disagree on the test images: " in line
+
+
+@pytest.mark.slow
+def test_a_slurm_step_is_found_by_itself(tmp_path):
+    """Two tasks as srun starts them; that they have met shows in the count of devices."""
+    step = {
+        "SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2",
+    }  # fmt: skip
+    tasks = [{**step, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)} for n in range(2)]
+    flags = ["--run-dir", tmp_path / "run", *SHORT, "--devices", 3]
+    assert "--devices 3: there are 2" in refused(tmp_path / "run", flags, flags, environs=tasks)
+
+
+@pytest.mark.slow
+def test_a_coordinator_whose_others_do_not_come(tmp_path):
+    each = joined(tmp_path / "run", SHORT, SHORT)[:1]
+    each[0] += ["--connect-timeout", 3]
+    with processes(*each) as started:
+        (outcome,) = ends(started)
+    assert outcome.status == 2
+    assert "not all processes came to 127.0.0.1:" in outcome.last and "within 3 s" in outcome.last
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (("nowhere", 2, 0), "'nowhere' is neither HOST:PORT nor auto"),
+        (("host:99999", 2, 0), "neither HOST:PORT"),
+        (("host:1234", 2, None), "needs --num-processes and --process-id"),
+        (("host:1234", 2, 2), "2 is not one of 2 processes"),
+        ((None, 2, 0), "need --coordinator"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments, words):
+    with pytest.raises(InputError, match=words), distributed.joined(*arguments, timeout=1):
+        pass
+
+
+def test_a_coordinator_that_does_not_answer(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    outcome = run_script(
+        "train.py", "--run-dir", tmp_path / "run", "--coordinator", address,
+        "--num-processes", 2, "--process-id", 1, "--connect-timeout", 1,
+    )  # fmt: skip
+    assert outcome.status == 2 and len(outcome.err.splitlines()) == 1
+    assert f"coordinator {address} did not answer within 1 s" in outcome.err
+    assert not (tmp_path / "run").exists()
