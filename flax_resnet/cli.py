@@ -17,6 +17,8 @@ from flax_resnet.config import InputError, TrainConfig, nearest, to_dict
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
+FOLD_BATCHNORM = "compute BatchNorm as part of the convolutions: faster, equal up to rounding"
+
 
 class CheckFailed(Exception):
     """A check came out negative: exit status 1."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_resnet import metrics, steps
+from flax_resnet.models.cpu_convolution import COMPILER_OPTIONS
 
 
 def evaluate(engine, eval_fn, variables, batches: Iterable[dict]) -> tuple[dict, np.ndarray]:
@@ -40,8 +41,8 @@ def evaluate(engine, eval_fn, variables, batches: Iterable[dict]) -> tuple[dict,
 def make_predict(network, preprocess):
     """A compiled function (variables, uint8 images `[B, H, W, C]`) -> probabilities `[B, K]`."""
 
-    @jax.jit
     def predict(variables, images):
         return jax.nn.softmax(steps.predict_logits(network, preprocess, variables, images))
 
-    return predict
+    options = COMPILER_OPTIONS if jax.default_backend() == "cpu" else {}
+    return jax.jit(predict, compiler_options=options)

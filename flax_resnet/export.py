@@ -1,21 +1,42 @@
-"""Weights -> files and run directories: each is read again and compared before it has its name."""
+"""Weights and networks -> files and run directories: each is read again and compared before it has
+its name."""
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.export
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from flax_resnet import adopt, convert
 from flax_resnet.checkpoint import Checkpoints, check_space
 from flax_resnet.config import TrainConfig, to_dict
 from flax_resnet.run_directory import RunDirectory
+from flax_resnet.serve import LoadedRun
 from flax_resnet.steps import TrainState
 
 Arrays = dict[str, np.ndarray]
+Program = Callable[[np.ndarray], np.ndarray]
+"""uint8 images `[B, H, W, C]` -> logits `[B, K]`."""
+
+PLATFORMS = ("cpu", "cuda")
+BATCH_SIZES = (1, 3)
+"""With which an exported program is called before it has its name."""
+
+ERROR_FACTOR = 8
+ERROR_ULPS = 4
+"""Logits of an export may be this many times as far from float64 as those of the run's own program,
+and a few units of the last place: both are right but for rounding, which differs by 2 or 3."""
+
+ERROR_FLOAT64 = 1e-11
+"""Where the run itself is float64."""
 
 
 class DamagedExport(Exception):
@@ -41,16 +62,73 @@ def write_verified(
     load: Callable[[Path], Arrays],
 ):
     """Save beside `path`, load, compare bit for bit, and only then take the name."""
-    temporary = _beside(path)
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
+    with _replacing(path) as temporary:
         save(temporary, arrays)
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
         _compare(load(temporary), arrays, path)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def write_stablehlo(path: Path, served: LoadedRun, run: LoadedRun):
+    """A serialised `jax.export.Exported`, for the CPU and CUDA: uint8 images `[B, H, W, C]` of any
+    B -> logits `[B, K]`, normalisation and weights included.
+
+    Args:
+      served: what is written: `run`, or `run.without_batchnorm()`.
+
+    Raises:
+      DamagedExport: as `write_program`.
+    """
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *served.image_shape), jnp.uint8)
+    exported = jax.export.export(jax.jit(served.logits), platforms=PLATFORMS)(images)
+    write_program(path, run, lambda p: p.write_bytes(exported.serialize()), _load_stablehlo)
+
+
+def _load_stablehlo(path: Path) -> Program:
+    return jax.export.deserialize(bytearray(path.read_bytes())).call
+
+
+def write_program(
+    path: Path, run: LoadedRun, save: Callable[[Path], object], load: Callable[[Path], Program]
+):
+    """Save beside `path`, load, compare with the run at several batch sizes, and only then take the
+    name.
+
+    Raises:
+      DamagedExport: the logits are not those of the run; the file is gone then.
+    """
+    with _replacing(path) as temporary:
+        save(temporary)
+        program, random = load(temporary), np.random.default_rng(0)
+        for size in BATCH_SIZES:
+            images = random.integers(0, 256, (size, *run.image_shape), np.uint8)
+            _compare_logits(np.asarray(program(images)), run, images, path)
+
+
+def _compare_logits(got, run: LoadedRun, images, path: Path):
+    own, exact = np.asarray(jax.jit(run.logits)(images)), _exact_logits(run, images)
+    if run.config.model.dtype == "float64":
+        bound = ERROR_FLOAT64
+    else:
+        bound = ERROR_FACTOR * _distance(own, exact) + ERROR_ULPS * float(jnp.finfo(own.dtype).eps)
+    distance = _distance(got, exact) if got.shape == exact.shape else np.inf
+    if not distance <= bound:
+        raise DamagedExport(
+            f"{path}: read back, its logits for {len(images)} images are {distance:.1e} from those"
+            f" of the run, {bound:.1e} would be rounding"
+        )
+
+
+def _exact_logits(run: LoadedRun, images) -> np.ndarray:
+    """Of the same run in float64."""
+    arrays = convert.state_dict(run.network.to_model(run.variables))
+    wide = replace(run.config, model=replace(run.config.model, dtype="float64"))
+    with jax.enable_x64(True):
+        exact = adopt.as_run(arrays, wide, run.class_names, run.channels)
+        return np.asarray(jax.jit(exact.logits)(images))
+
+
+def _distance(got, reference) -> float:
+    return float(np.linalg.norm(got - reference) / np.linalg.norm(reference))
 
 
 def write_run(
@@ -118,6 +196,20 @@ def _compare(got: Arrays, expected: Arrays, path: Path):
     ]
     if wrong:
         raise DamagedExport(f"{path}: read back, {', '.join(wrong)} came out different")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path):
+    """Yields the name of a file beside `path`, which takes its place unless the body fails."""
+    temporary = _beside(path)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:

@@ -16,6 +16,7 @@ from flax_resnet.data.image_files import read_image
 from flax_resnet.data.prepare import evaluation_decoder
 from flax_resnet.evaluate import make_predict
 from flax_resnet.models import create_from_config
+from flax_resnet.models.folding import fold_batchnorm
 from flax_resnet.run_directory import read_config
 
 
@@ -42,6 +43,21 @@ class LoadedRun:
     def preprocess(self) -> steps.Preprocess:
         """Channel statistics of the training split."""
         return steps.Preprocess(self.config.data.mean, self.config.data.std)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(H, W, C)` of the network's input."""
+        size = self.config.data.image_size
+        return size, size, self.channels
+
+    def logits(self, images) -> jax.Array:
+        """uint8 `[B, H, W, C]` -> `[B, K]`, float32 or wider."""
+        return steps.predict_logits(self.network, self.preprocess, self.variables, images)
+
+    def without_batchnorm(self) -> "LoadedRun":
+        """The same run with BatchNorm folded into the convolutions."""
+        network = steps.Network(fold_batchnorm(self.network.to_model(self.variables)))
+        return dataclasses.replace(self, network=network, variables=network.initial)
 
 
 def load_run(run_dir: Path | str) -> LoadedRun:

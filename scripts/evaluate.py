@@ -27,6 +27,7 @@ def parse():
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--split", default="test", metavar="|".join((*SPLITS, "all")))
     parser.add_argument("--dataset", metavar="TEXT", help="another data set (default: the run's)")
+    parser.add_argument("--fold-batchnorm", action="store_true", help=cli.FOLD_BATCHNORM)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
     cli.check_choice("--split", args.split, (*SPLITS, "all"))
@@ -66,6 +67,7 @@ def measure(run: LoadedRun, dataset, split: str) -> tuple[dict, int]:
 def main():
     args = parse()
     run = load_run(args.run_dir)
+    run = run.without_batchnorm() if args.fold_batchnorm else run
     dataset = open_data(run, args.dataset)
     figures, num_images = measure(run, dataset, args.split)
     Display().results({args.split: figures})

@@ -23,6 +23,7 @@ def parse():
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("inputs", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--top-k", type=int, default=5, metavar="N", help="classes an image")
+    parser.add_argument("--fold-batchnorm", action="store_true", help=cli.FOLD_BATCHNORM)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write them there")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write them there, a row a class")
     args = parser.parse_args()
@@ -75,6 +76,7 @@ def write_csv(path: Path, rows: list[dict]):
 def main():
     args = parse()
     run = load_run(args.run_dir)
+    run = run.without_batchnorm() if args.fold_batchnorm else run
     predictions = predict_files(run, image_files(args.inputs))
     rows = [
         {"image": str(path), "predictions": top_classes(p, run.class_names, args.top_k)}

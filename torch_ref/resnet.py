@@ -20,7 +20,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = conv(in_planes, planes, 3, stride=stride, padding=1)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.relu = nn.ReLU()  # not in place, so that a forward hook keeps what bn1 gave
+        self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv(planes, planes, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(planes)
         self.downsample = shortcut(in_planes, planes, stride)
@@ -45,7 +45,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = conv(width, out_planes, 1)
         self.bn3 = nn.BatchNorm2d(out_planes)
-        self.relu = nn.ReLU()
+        self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_planes, out_planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class ResNet(nn.Module):
         size, stride = (7, 2) if stem == "imagenet" else (3, 1)
         self.conv1 = conv(in_channels, planes, size, stride=stride, padding=size // 2)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.relu = nn.ReLU()
+        self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1) if stem == "imagenet" else nn.Identity()
         in_planes = planes
         for stage, depth in enumerate(depths):

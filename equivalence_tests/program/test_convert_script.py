@@ -201,8 +201,10 @@ def test_tensors_that_numpy_does_not_have(tmp_path):
 
 
 WRONG_WORDS = [
-    (["out.onnx"], [".onnx", ".safetensors", "run directory"]),
-    (["out.stablehlo"], [".stablehlo", "supported"]),
+    (["out.tflite"], [".tflite", ".safetensors", "run directory"]),
+    (["out.onnx"], ["--dataset", "--image-size", "--mean"]),
+    (["out.stablehlo", "--fold-batchnorm"], ["--dataset", "--image-size", "--mean"]),
+    (["out.pth", "--fold-batchnorm"], ["--fold-batchnorm", ".stablehlo", ".onnx"]),
     (["none/out.pth"], ["none", "does not exist"]),
     (["kept.pth"], ["kept.pth", "--overwrite"]),
     (["kept", "--overwrite"], ["no run"]),

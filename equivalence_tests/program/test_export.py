@@ -1,0 +1,193 @@
+"""Programs for serving: what `scripts/convert.py` writes computes what the run computes, in batches
+of any size, and a file that does not is not kept."""
+
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from PIL import Image
+
+from equivalence_tests import inputs
+from equivalence_tests.program.command import refused, run_script
+from flax_resnet import convert, export, serve
+from flax_resnet.models import create_model, folding
+from torch_ref import checkpoint
+
+LOOKS = ["--class-names", "a,b,c,d,e,f,g", "--image-size", 32]
+LOOKS += ["--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.3, 0.4]
+MEAN, STD = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4])
+
+CLOSE = 1e-5
+"""Relative difference of logits of two float32 programs; test_folding.py is exact."""
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict:
+    return inputs.make_case("resnet20").arrays
+
+
+@pytest.fixture(scope="module")
+def run_dir(weights, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    checkpoint.save(folder / "weights.pth", weights)
+    assert run_script("convert.py", folder / "weights.pth", folder / "run", *LOOKS).status == 0
+    return folder / "run"
+
+
+def images(number: int) -> np.ndarray:
+    return inputs.random_numbers(number).integers(0, 256, (number, 32, 32, 3), np.uint8)
+
+
+def expected(weights, images) -> np.ndarray:
+    """By the model alone."""
+    model = convert.load_state_dict(create_model("resnet20", 7), weights)
+    model.eval()
+    return np.asarray(model(jnp.asarray((images / 255 - MEAN) / STD, jnp.float32)))
+
+
+def run_stablehlo(path: Path):
+    return jax.export.deserialize(bytearray(path.read_bytes())).call
+
+
+def run_onnx(path: Path):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def program(images):
+        normalized = ((images / 255 - MEAN) / STD).astype(np.float32)
+        return session.run(None, {"images": normalized.transpose(0, 3, 1, 2)})[0]
+
+    return program
+
+
+PROGRAMS = {".stablehlo": run_stablehlo, ".onnx": run_onnx}
+
+
+def distance(got, reference) -> float:
+    return np.linalg.norm(np.asarray(got) - reference) / np.linalg.norm(reference)
+
+
+@pytest.fixture(scope="module")
+def programs(run_dir, tmp_path_factory) -> dict[str, Path]:
+    """The run as both kinds of programs, as it is and folded."""
+    folder = tmp_path_factory.mktemp("programs")
+    for name, flags in (("plain", []), ("folded", ["--fold-batchnorm"])):
+        for suffix in PROGRAMS:
+            outcome = run_script("convert.py", run_dir, folder / (name + suffix), *flags)
+            assert outcome.status == 0, outcome.err
+    return {path.name: path for path in folder.iterdir()}
+
+
+def test_programs_compute_what_the_run_does(programs, weights):
+    assert len(programs) == 4
+    for path in programs.values():
+        program = PROGRAMS[path.suffix](path)
+        for number in (1, 2, 5):
+            got = program(images(number))
+            assert got.dtype == np.float32
+            assert distance(got, expected(weights, images(number))) < CLOSE, path
+
+
+def test_a_program_can_be_made_of_a_file_of_weights(run_dir, weights, tmp_path):
+    source, out = run_dir.parent / "weights.pth", tmp_path / "net.stablehlo"
+    assert run_script("convert.py", source, out, *LOOKS[2:]).status == 0
+    assert distance(run_stablehlo(out)(images(2)), expected(weights, images(2))) < CLOSE
+
+
+def test_stablehlo_is_for_both_platforms_and_any_batch(programs):
+    exported = jax.export.deserialize(bytearray(programs["plain.stablehlo"].read_bytes()))
+    assert exported.platforms == ("cpu", "cuda")
+    (shape,) = exported.in_avals
+    assert str(shape.shape) == "(batch, 32, 32, 3)" and shape.dtype == np.uint8
+
+
+def test_onnx_says_what_it_takes_and_keeps_no_path(programs):
+    model = onnx.load(programs["plain.onnx"])
+    onnx.checker.check_model(model, full_check=True)
+    (entry,) = model.graph.input
+    sizes = [d.dim_param or d.dim_value for d in entry.type.tensor_type.shape.dim]
+    assert sizes == ["batch", 3, 32, 32]
+    notes = {p.key: json.loads(p.value) for p in model.metadata_props}
+    assert notes["class_names"] == list("abcdefg") and notes["mean"] == [0.5, 0.4, 0.3]
+    content = programs["plain.onnx"].read_bytes()
+    assert b"site-packages" not in content and str(Path.cwd()).encode() not in content
+
+
+def test_evaluate_and_predict_fold_too(run_dir, tmp_path):
+    """To the same figures; a wrong folding shows."""
+    for split in ("train", "val", "test"):
+        for number, name in enumerate("abcdefg"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(images(number + 1)[0]).save(tmp_path / split / name / "0.png")
+
+    def figures(*flags):
+        data, out = ["--dataset", f"folder:{tmp_path}"], tmp_path / "out.json"
+        evaluated = run_script("evaluate.py", run_dir, *data, "--json", out, *flags)
+        assert evaluated.status == 0, evaluated.err
+        loss = json.loads(out.read_text())["loss"]
+        predicted = run_script("predict.py", run_dir, tmp_path / "test", "--json", out, *flags)
+        assert predicted.status == 0, predicted.err
+        rows = json.loads(out.read_text())
+        return [loss, *(p["probability"] for row in rows for p in row["predictions"])]
+
+    plain = figures()
+    assert figures("--fold-batchnorm") == pytest.approx(plain, rel=CLOSE)
+    with mock.patch.object(folding, "_fold", wrong_fold):
+        assert figures("--fold-batchnorm") != pytest.approx(plain, rel=CLOSE)
+
+
+@pytest.mark.control
+@pytest.mark.parametrize("suffix", PROGRAMS)
+def test_a_program_that_computes_something_else_is_not_kept(run_dir, tmp_path, suffix):
+    """An eps of Keras in the folding, and weights of which one is a hundredth off."""
+    out, flags = tmp_path / f"net{suffix}", []
+    if suffix == ".stablehlo":
+        flags = ["--fold-batchnorm"]
+        fault = mock.patch.object(folding, "_fold", wrong_fold)
+    else:
+        fault = mock.patch.object(checkpoint, "to_tensors", wrong_tensors(checkpoint.to_tensors))
+    with fault:
+        outcome = run_script("convert.py", run_dir, out, *flags)
+    assert outcome.status == 1 and "its logits" in outcome.err, outcome
+    assert not list(tmp_path.iterdir())
+
+
+def wrong_fold(convolution, norm, original=folding._fold):
+    norm.epsilon = 1e-3
+    original(convolution, norm)
+
+
+def wrong_tensors(original):
+    def convert(arrays):
+        return original(arrays | {"conv1.weight": arrays["conv1.weight"] * 1.01})
+
+    return convert
+
+
+def test_the_comparison_sees_a_fault_at_the_second_batch_size(run_dir, tmp_path):
+    run = serve.load_run(run_dir)
+
+    def load(path):
+        return lambda images: run.logits(images) if len(images) == 1 else run.logits(images) * 1.01
+
+    with pytest.raises(export.DamagedExport, match="3 images"):
+        export.write_program(tmp_path / "net", run, lambda path: path.touch(), load)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_extra_the_next_command_is_named(run_dir, tmp_path, monkeypatch):
+    for module in ("onnxruntime", "onnxscript"):
+        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.delitem(sys.modules, "torch_ref.onnx_file", raising=False)
+        monkeypatch.delattr(sys.modules["torch_ref"], "onnx_file", raising=False)
+        outcome = run_script("convert.py", run_dir, tmp_path / "net.onnx")
+        command = f"uv run --extra export python scripts/convert.py {run_dir} {tmp_path}/net.onnx"
+        refused(outcome, module, command)
+        monkeypatch.undo()
+    assert not list(tmp_path.iterdir())

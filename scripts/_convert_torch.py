@@ -1,0 +1,126 @@
+"""The PyTorch half of convert.py, which is an extra: weights, trainings and ONNX."""
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+
+from flax_resnet import cli, convert, convert_training, export, serve
+from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.config import InputError, TrainConfig
+from flax_resnet.serve import LoadedRun
+
+
+def torch_ref():
+    """The PyTorch side."""
+    try:
+        import torch_ref.optim
+        import torch_ref.training_state
+    except ModuleNotFoundError as error:
+        raise InputError(_needs("PyTorch's files", error, "torch")) from None
+    return torch_ref
+
+
+def onnx_file():
+    """Its ONNX files."""
+    try:
+        from torch_ref import onnx_file
+    except ModuleNotFoundError as error:
+        raise InputError(_needs("ONNX", error, "export")) from None
+    return onnx_file
+
+
+def _needs(what: str, error: ModuleNotFoundError, extra: str) -> str:
+    return f"{what} needs {error.name}: uv run --extra {extra} {cli.command_line()}"
+
+
+def reading(path: Path, read, *arguments):
+    """The outcome of one of torch_ref's readers, whose errors become one line."""
+    try:
+        return read(path, *arguments)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    return reading(path, torch_ref().checkpoint.load)
+
+
+def write_weights(path: Path, arrays: dict[str, np.ndarray]):
+    files = torch_ref().checkpoint
+    export.write_verified(path, arrays, files.save, files.load)
+
+
+def write_onnx(path: Path, run: LoadedRun, *, fold_batchnorm: bool):
+    """The twin with the weights of the run; what it needs to know of images is kept in the file."""
+    if run.config.model.dtype == "float64":
+        raise InputError(f"{path}: ONNX Runtime has no float64 convolutions; write .stablehlo")
+    onnx, data = onnx_file(), run.config.data
+    net = make_net(run.config, run.channels)
+    arrays = convert.state_dict(run.network.to_model(run.variables))
+    net.load_state_dict(torch_ref().checkpoint.to_tensors(arrays))
+    net = onnx.fold_batchnorm(net) if fold_batchnorm else net
+    notes = {"class_names": run.class_names, "mean": data.mean, "std": data.std}
+
+    def save(path):
+        onnx.save(path, net, (run.channels, *run.image_shape[:2]), notes)
+
+    def load(path):
+        program = onnx.load(path)
+        return lambda images: program(normalized(images, run).transpose(0, 3, 1, 2))
+
+    export.write_program(path, run, save, load)
+
+
+def normalized(images: np.ndarray, run: LoadedRun) -> np.ndarray:
+    """What the file takes, still channels last."""
+    return np.asarray(run.preprocess.normalize(run.preprocess.to_unit(images)))
+
+
+def make_net(config: TrainConfig, channels: int):
+    model = config.model
+    net = torch_ref().create_model(
+        model.arch, model.num_classes, channels, stem=model.stem, dropout=model.dropout
+    )
+    return net.double() if model.dtype == "float64" else net
+
+
+def make_training(config: TrainConfig, channels: int):
+    """Model, optimizer and moving average, as a run's config has them."""
+    if config.schedule.schedule == "plateau":
+        raise InputError("--training: the cuts of the plateau schedule do not convert")
+    net, rules, rule = make_net(config, channels), torch_ref().optim, config.optimizer
+    wanted = inspect.signature(rules.make_optimizer).parameters
+    options = {name: getattr(rule, name) for name in wanted if hasattr(rule, name)}
+    ema = rules.make_ema(net, rule.ema_decay) if rule.ema_decay else None
+    return net, rules.make_optimizer(net, **options), ema
+
+
+def write_training(path: Path, run_dir: Path) -> int:
+    """The latest state of a run -> a file of `torch_ref.training_state`. Returns the steps done."""
+    document, config, _, state = serve.restore(run_dir, Checkpoints.latest)
+    arrays = convert_training.training_arrays(state, config.optimizer)
+    parts = make_training(config, document["channels"])
+    files = torch_ref().training_state
+    step = files.load_training_arrays(arrays, *parts, config.optimizer.accumulate_steps)
+
+    def load(path):
+        again = make_training(config, document["channels"])
+        back = files.load(path, *again)
+        return convert_training.flat(files.training_arrays(*again, back))
+
+    export.write_verified(
+        path,
+        convert_training.flat(files.training_arrays(*parts, step)),
+        lambda path, _: files.save(path, *parts, step),
+        load,
+    )
+    return step
+
+
+def read_training(path: Path, config: TrainConfig, channels: int) -> dict:
+    """What such a file holds, as `convert_training.load_training_arrays` takes it."""
+    files, parts = torch_ref().training_state, make_training(config, channels)
+    return files.training_arrays(*parts, reading(path, files.load, *parts))
