@@ -24,6 +24,9 @@ from torch_ref import checkpoint, optim
 
 FAST = ("resnet20", "basic_cnn")
 BATCHES = 8
+SHARED = ("batch_norm", "parameters")
+"""Phases of a torch trace that lie in the memory of the model."""
+
 STILL = 1e-30
 """A learning rate that keeps the weights, so that every batch meets the same."""
 
@@ -139,11 +142,14 @@ class Torch:
                 self.model, self.optimizer, self.case, index, seen, autocast=self.autocast
             )
         self.decisions = decisions
-        return self.trace(seen)
+        return {
+            phase: {n: a.copy() for n, a in arrays.items()} if phase in SHARED else arrays
+            for phase, arrays in self.trace(seen).items()
+        }
 
     def trace(self, seen) -> dict:
-        trace = torch_side.trace(self.model, self.optimizer, seen)
-        return {phase: {n: a.copy() for n, a in trace[phase].items()} for phase in trace}
+        """In the memory of the model."""
+        return torch_side.trace(self.model, self.optimizer, seen)
 
     def follow(self, other):
         """Goes on from the state of another."""
@@ -160,7 +166,7 @@ def teacher_forced(case, *, compute_dtype=None, autocast=None):
     teacher, truth = Torch(case, np.float32, autocast), Torch(case, np.float64)
     network, config, state = jax_side.start(case, np.float32, compute_dtype=compute_dtype)
     step = jax_side.probed_train_step(network, config, case.num_classes)
-    step = jax.jit(step, compiler_options=COMPILER_OPTIONS)
+    step = jax.jit(step, donate_argnums=0, compiler_options=COMPILER_OPTIONS)
 
     def traces(index):
         nonlocal state
