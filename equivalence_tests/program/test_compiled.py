@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from equivalence_tests import inputs
+from equivalence_tests import inputs, scaling
 from flax_resnet import cli, steps
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import ParallelConfig, TrainConfig
@@ -94,6 +94,8 @@ def test_a_step_exchanges_what_it_needs_and_nothing_else(arch):
     # A channel of a BatchNorm: three sums forward and two backward, of which the gradient of its
     # scale, itself a parameter, is made without another.
     assert bytes_all_reduced(hlo) == 4 * (4 * channels + parameters + 2)
+    predicted = scaling.exchange(arch, CLASSES)
+    assert (predicted.bytes, predicted.times) == (bytes_all_reduced(hlo), 3 * len(layers) + 1)
 
 
 def test_sharded_parameters_are_gathered_once():

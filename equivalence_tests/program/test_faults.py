@@ -152,6 +152,18 @@ def test_the_number_of_devices_may_change_and_is_said(tmp_path, monkeypatch):
         np.testing.assert_allclose(value, expected[name], rtol=2e-3, atol=2e-4)
 
 
+def test_a_run_with_parameters_in_parts_is_taken_up(tmp_path, monkeypatch):
+    """In the same parts, to the same bits."""
+    in_parts = {"devices": "2", "shard_parameters": True}
+    config = small(epochs="2", data={"train_images": "320"}, parallel=in_parts)
+    fit(config, tmp_path / "straight", display=quiet())
+    cut(config, tmp_path / "cut", 13, monkeypatch)
+    flags = ["--run-dir", tmp_path / "cut", "--devices", 2, "--shard-parameters"]
+    outcome = run_script("train.py", "--resume", *flags)
+    assert outcome.status == 0, outcome.err
+    assert digest(tmp_path / "cut") == digest(tmp_path / "straight")
+
+
 def test_one_run_a_directory(tmp_path):
     """The second is refused while the first lives, and takes over from one that died."""
     hold = (

@@ -206,7 +206,8 @@ def test_one_process_stops_and_two_go_on(tmp_path, long, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_at_log_step", stop_at_21)
         alone(tmp_path / "run", *LONG, status=143)
-    run(tmp_path / "run", ["--resume"], ["--resume"])
+    flags = ["--resume", "--devices", 2]
+    run(tmp_path / "run", flags, flags)
     assert worst(numbers(tmp_path / "run"), long) <= TRAINING
 
 
