@@ -1,7 +1,8 @@
-"""The weight gradient of `models/cpu_convolution.py`: right numbers, and a fast kernel in loops.
+"""`models/cpu_convolution.py`: right numbers, and fast kernels.
 
-The facts are read from the compiled program: dim_labels other than b01f_01io are computed by a
-naive kernel. When the control fails, XLA has learned to do without, and so can we.
+The facts are read from the compiled program: in a loop, dim_labels other than b01f_01io are
+computed by a naive kernel; on small maps any convolution is slow; __ynn_fusion is slow anywhere.
+When a control fails, XLA has learned to do without, and so can we.
 """
 
 import re
@@ -49,6 +50,79 @@ def test_both_gradients_are_the_librarys(x64, size, kernel, stride, padding):
         strict=True,
     ):
         assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
+
+
+def product(images, kernel, stride, padding):
+    strides, paddings = (stride,) * 2, ((padding,) * 2,) * 2
+    return cpu_convolution._matrix_product(images, kernel, strides, paddings, None)
+
+
+@pytest.mark.parametrize(
+    "size,kernel,stride,padding",
+    [
+        (1, 3, 1, 1),
+        (2, 3, 1, 1),
+        (4, 3, 2, 1),
+        (4, 3, 1, 1),
+        (8, 1, 2, 0),
+        (9, 1, 3, 0),
+        (5, 5, 2, 2),
+    ],
+)
+def test_a_matrix_product_is_the_convolution(x64, size, kernel, stride, padding):
+    """And so are its gradients."""
+    arrays = example(size, kernel, np.float64)
+    results = [
+        (convolution(*arrays, stride, padding), *gradients(convolution, *arrays, stride, padding))
+        for convolution in (product, library)
+    ]
+    for got, expected in zip(*results, strict=True):
+        assert got.shape == expected.shape
+        assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    "size,kernel,stride,groups,multiplied",
+    [
+        (4, 3, 1, 1, True),
+        (8, 3, 2, 1, True),
+        (8, 3, 1, 1, False),
+        (8, 1, 2, 1, True),  # a shortcut
+        (8, 1, 1, 1, False),
+        (4, 3, 1, 2, False),  # groups are left to XLA
+    ],
+)
+def test_small_maps_are_multiplied_and_others_convolved(size, kernel, stride, groups, multiplied):
+    images = np.ones((2, size, size, 4), np.float32)
+    weights = np.ones((kernel, kernel, 4 // groups, 6), np.float32)
+    padding = ((kernel // 2,) * 2,) * 2
+
+    def call(images, weights):
+        return cpu_convolution.conv_general_dilated(
+            images, weights, (stride,) * 2, padding, feature_group_count=groups,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+
+    program = str(jax.make_jaxpr(call)(images, weights))
+    assert ("dot_general" in program) == multiplied
+    assert ("conv_general_dilated" in program) != multiplied
+
+
+def ynn_fusions(options) -> int:
+    """In the program of a convolution that is compiled with these options."""
+    compiled = jax.jit(lambda *a: library(*a, 1, 1), compiler_options=options)
+    images = np.ones((8, 32, 32, 64), np.float32)
+    kernel = np.ones((3, 3, 64, 64), np.float32)
+    return compiled.lower(images, kernel).compile().as_text().count("__ynn_fusion")
+
+
+def test_convolutions_are_kept_from_ynnpack():
+    assert ynn_fusions(cpu_convolution.COMPILER_OPTIONS) == 0
+
+
+@pytest.mark.control
+def test_without_the_option_they_go_there():
+    assert ynn_fusions({}) > 0
 
 
 def labels_in_a_loop(convolution, stride) -> set[str]:

@@ -1,0 +1,100 @@
+"""What makes training fast, as facts of the program and not of a clock."""
+
+from collections import Counter
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from equivalence_tests.program.test_compiled import Program
+from flax_resnet import cli, environment
+from flax_resnet.config import ParallelConfig, TrainConfig
+from flax_resnet.display import Display
+from flax_resnet.parallel import Engine
+from flax_resnet.train import Run, fit
+
+SMALL = {
+    "epochs": "2",
+    "batch_size": "32",
+    "log_steps": "5",
+    "model": {"arch": "basic_cnn"},
+    "data": {"train_images": "640"},
+    "parallel": {"devices": "1"},
+}
+
+
+@pytest.fixture(scope="module", params=["auto", "none"])
+def watched(request, tmp_path_factory):
+    """A training, what it sent to the device at every step, and how often it did what: with images
+    that stay on the device, and without."""
+    config = cli.merge(TrainConfig(), SMALL)
+    config = cli.merge(config, {"data": {"cache": request.param, "train_images": "640"}})
+    counts, sent, resident = Counter(), [], {}
+    shard, drain = Engine.shard, Run._drain
+
+    def counted_shard(engine, batches):
+        sent.append({name: array.dtype for name, array in batches[0].items()})
+        return shard(engine, batches)
+
+    def counted_drain(run):
+        counts["fetches"] += 1
+        resident.update(run.resident)
+        return drain(run)
+
+    with (
+        mock.patch.object(Engine, "shard", counted_shard),
+        mock.patch.object(Run, "_drain", counted_drain),
+    ):
+        fit(config, tmp_path_factory.mktemp("fast") / "run", display=Display())
+    return request.param, counts, sent, resident
+
+
+def test_images_that_fit_stay_on_the_device_as_they_are(watched):
+    """A step then sends the numbers of images; otherwise uint8 images, and never floats."""
+    cache, _, sent, resident = watched
+    assert len(sent) == 40
+    if cache == "auto":
+        assert all(batch == {"index": np.int32} for batch in sent)
+        assert isinstance(resident["image"], jax.Array) and resident["image"].dtype == np.uint8
+    else:
+        assert all(batch["image"] == np.uint8 for batch in sent) and not resident
+
+
+def test_metrics_are_fetched_once_a_log_interval(watched):
+    """20 steps an epoch, logged every 5."""
+    assert watched[1]["fetches"] == 2 * 20 // 5
+
+
+def test_the_state_of_a_step_is_donated():
+    program = Program("basic_cnn", ParallelConfig(devices=1))
+    state, resident, batch = program.arguments()
+    program.engine.compile_train(program.train_step, 1)(state, resident, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((resident, batch)))
+
+
+def test_several_steps_are_one_program():
+    """A loop in it, and no more calls than dispatches."""
+    program = Program("basic_cnn", ParallelConfig(devices=1, steps_per_dispatch=4))
+    state, resident, _ = program.arguments()
+    index = {"index": np.arange(16, dtype=np.int32)}
+    step = program.engine.compile_train(program.train_step, 4)
+    batches = program.engine.shard([index] * 4)
+    assert " while(" in step.lower(state, resident, batches).compile().as_text()
+    state, metrics = step(state, resident, batches)
+    assert int(state.step) == 4 and metrics["loss"].shape == (4,)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_compiled_programs_are_kept_unless_asked_not_to(tmp_path, monkeypatch, wanted):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        values = {} if wanted else {"compilation_cache": "false"}
+        environment.configure_jax(cli.merge(TrainConfig(), values))
+        expected = str(tmp_path / "flax_resnet" / "jax") if wanted else None
+        assert jax.config.jax_compilation_cache_dir == expected
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
