@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from equivalence_tests import inputs, roofline
+from equivalence_tests import end_to_end, inputs, roofline
 from equivalence_tests.timing import CHECKED_IMAGES, Job
 from equivalence_tests.tolerances import BUDGET_FACTOR, BUDGET_ULPS
 from flax_resnet.convert import Architecture
@@ -54,6 +54,10 @@ class Settings:
     """{framework: its variants}."""
 
     modes: tuple[str, ...] = MODES
+    """Of these and of `end_to_end.MODES`."""
+
+    course: end_to_end.Course = end_to_end.Course()
+    """Of the modes of `end_to_end`."""
 
     rounds: int = 2
 
@@ -71,7 +75,8 @@ def measure(settings: Settings, say=print) -> dict:
         agreement = compare_logits(settings, files, missing, Path(folder, "checks"), say)
         plan = make_plan(settings, files, missing)
         outcomes = run_rounds(plan, settings.rounds, caches, say)
-        ceilings = measure_ceilings(settings, missing, caches)
+        ceilings = measure_ceilings(settings, missing, caches) if plan else {}
+        real = run_real(settings, missing, caches, say)
     check_losses(outcomes)
     network = roofline.layers(
         settings.job.arch,
@@ -80,7 +85,7 @@ def measure(settings: Settings, say=print) -> dict:
         image_size=settings.job.image_size,
     )
     rows = [summarize(runs, ceilings, network) for runs in outcomes if timed(runs)]
-    own = [row for row in rows if row["variant"] != "torchvision"]
+    own = [row for row in rows if row["variant"] != "torchvision"] + real
     return {
         "rows": own,
         "skipped": [*absent(settings, missing), *filter(None, map(reason, outcomes))],
@@ -133,8 +138,24 @@ def make_plan(settings: Settings, files, missing) -> list[Job]:
             weights=str(files[framework]),
         )
         for mode in settings.modes
+        if mode in MODES
         for framework, variant in turns
     ]
+
+
+def run_real(settings: Settings, missing, caches: Path, say) -> list[dict]:
+    """Rows of the modes that train on real images."""
+    jobs = [
+        replace(settings.job, framework=framework, mode=mode)
+        for mode in settings.modes
+        if mode in end_to_end.MODES
+        for framework in settings.variants
+        if framework not in missing
+    ]
+    if not jobs:
+        return []
+    environments = lambda job: environment(job, caches)  # noqa: E731
+    return end_to_end.measure(jobs, settings.course, settings.rounds, environments, say)
 
 
 def launch(job: Job, caches: Path) -> dict:
@@ -305,13 +326,13 @@ def summarize(runs, ceilings: dict, network) -> dict:
 
 
 def ratios(rows: list[dict]) -> dict:
-    """{mode: best of JAX over best of PyTorch, and the plain variants}."""
+    """{mode: best of JAX over best of PyTorch, and the plain variants}; of speeds."""
     found = {}
-    for mode in MODES:
+    for mode in dict.fromkeys(row["mode"] for row in rows):
         speeds = {
-            (row["framework"], row["variant"]): row["images_per_second"]
+            (row["framework"], row["variant"]): speed
             for row in rows
-            if row["mode"] == mode
+            if row["mode"] == mode and (speed := end_to_end.speed(row))
         }
         best = {
             f: max((k for k in speeds if k[0] == f), key=speeds.get, default=None) for f in VARIANTS

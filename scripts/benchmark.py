@@ -3,6 +3,7 @@
 python scripts/benchmark.py --arch resnet18 --image-size 32 --batch-size 128
 python scripts/benchmark.py --arch resnet50 --batch-size 256 --dtype bfloat16 --json resnet50.json
 python scripts/benchmark.py --arch resnet18 --frameworks jax --variants jit multi_step
+python scripts/benchmark.py --arch resnet20 --dataset folder:DIR --modes end_to_end --epochs 3
 
 The weights, the batch, the optimizer and the precision are the same, and the logits are compared
 before anything is timed. --json FILE writes a chart beside it.
@@ -15,10 +16,11 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of this process, which computes nothing
 
+import numpy as np
 from rich import box
 from rich.table import Table
 
-from equivalence_tests import throughput
+from equivalence_tests import end_to_end, throughput
 from equivalence_tests.timing import Job
 from flax_resnet import cli, environment, list_models, plots
 from flax_resnet.config import InputError
@@ -27,6 +29,7 @@ from flax_resnet.models import STEMS, has_stem_choice
 
 DTYPES = ("float32", "bfloat16", "float64")
 DEVICES = ("cpu", "gpu")
+MODES = (*throughput.MODES, *end_to_end.MODES)
 REPEATS = {  # a step on a CPU takes seconds
     "cpu": {"warmup": 2, "blocks": 3, "steps": 4, "steps_per_dispatch": 4},
     "gpu": {"warmup": 10, "blocks": 3, "steps": 40, "steps_per_dispatch": 20},
@@ -44,7 +47,13 @@ def parse():
     parser.add_argument("--device", metavar="cpu|gpu", help="default: gpu if there is one")
     parser.add_argument("--frameworks", default="jax,torch", metavar="jax,torch")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="default: all")
-    parser.add_argument("--modes", nargs="+", default=throughput.MODES, metavar="NAME")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=throughput.MODES,
+        metavar="NAME",
+        help=f"of {', '.join(MODES)} (default: the first two)",
+    )
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help="fresh processes each")
     for name, text in (
         ("warmup", "steps before a round is timed"),
@@ -53,6 +62,15 @@ def parse():
         ("steps-per-dispatch", "of multi_step"),
     ):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    course = end_to_end.Course()
+    section = parser.add_argument_group("trainings on real images")
+    for name, kind, default, text in (
+        ("dataset", str, course.dataset, "digits or folder:DIR"),
+        ("epochs", int, course.epochs, "of a training"),
+        ("target-accuracy", float, course.target, "of validation, for time_to_accuracy"),
+        ("workers", int, course.workers, "of PyTorch's DataLoader"),
+    ):
+        section.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and a chart")
     args = parser.parse_args()
     check(args)
@@ -68,7 +86,7 @@ def check(args):
         ("--stem", args.stem, STEMS),
         ("--device", args.device, DEVICES),
         *(("--frameworks", name, throughput.VARIANTS) for name in args.frameworks.split(",")),
-        *(("--modes", name, throughput.MODES) for name in args.modes),
+        *(("--modes", name, MODES) for name in args.modes),
         *(
             ("--variants", name, sum(throughput.VARIANTS.values(), ()))
             for name in args.variants or ()
@@ -76,7 +94,7 @@ def check(args):
     ):
         if value is not None:
             cli.check_choice(flag, value, valid)
-    for name in ("image_size", "num_classes", "batch_size", "rounds", *REPEATS["cpu"]):
+    for name in ("image_size", "num_classes", "batch_size", "rounds", "epochs", *REPEATS["cpu"]):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')}: at least 1, got {value}")
     if args.json and not args.json.absolute().parent.is_dir():
@@ -103,8 +121,11 @@ def make_settings(args) -> throughput.Settings:
         name: tuple(v for v in throughput.VARIANTS[name] if v in (args.variants or (v,)))
         for name in args.frameworks.split(",")
     }
+    course = end_to_end.Course(
+        dataset=args.dataset, epochs=args.epochs, target=args.target_accuracy, workers=args.workers
+    )
     return throughput.Settings(
-        job=job, variants=variants, modes=tuple(args.modes), rounds=args.rounds
+        job=job, variants=variants, modes=tuple(args.modes), course=course, rounds=args.rounds
     )
 
 
@@ -118,6 +139,26 @@ def table(document: dict, job: Job, mode: str) -> Table:
     for row in document["rows"]:
         if row["mode"] == mode:
             table.add_row(f"{row['framework']} {row['variant']}", *cells(row))
+    return table
+
+
+def course_table(document: dict, job: Job, mode: str) -> Table:
+    """Of a mode that trains on real images."""
+    title = f"{mode}: {job.arch}, {job.image_size} pixels, {job.dtype}, {job.device}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.caption, table.caption_justify = "\n".join(notes(document, mode)), "left"
+    for name in ("program", "images/s", "iqr", "first epoch", "to accuracy", "accuracy"):
+        table.add_column(name, justify="left" if name == "program" else "right", no_wrap=True)
+    for row in (row for row in document["rows"] if row["mode"] == mode):
+        reached = [s for s in row["seconds_to_accuracy"] if s is not None]
+        table.add_row(
+            row["framework"],
+            f"{row['images_per_second']:,.1f}",
+            f"{row['images_per_second_iqr'] / row['images_per_second']:.0%}",
+            f"{min(row['seconds_to_first_epoch']):.1f} s",
+            f"{np.median(reached):.1f} s" if reached else "not reached",
+            f"{np.median(row['validation_accuracy']):.4f}",
+        )
     return table
 
 
@@ -145,7 +186,8 @@ def notes(document: dict, mode: str) -> list[str]:
         f"{row['framework']} {row['variant']}: out of memory at batch"
         f" {row['requested_batch_size']}, halved to {row['batch_size']}"
         for row in document["rows"]
-        if row["mode"] == mode and row["batch_size"] != row["requested_batch_size"]
+        if row["mode"] == mode
+        and row["batch_size"] != row.get("requested_batch_size", row["batch_size"])
     ]
     if found := document["ratios"].get(mode):
         best = f"JAX ({found['best_jax']}) is {found['best_to_best']:.2f} x PyTorch"
@@ -162,9 +204,12 @@ def main():
         document = throughput.measure(settings, display.say)
     except throughput.Disagreement as error:
         raise cli.CheckFailed(str(error)) from None
+    except end_to_end.Failed as error:
+        raise InputError(str(error)) from None
     document |= {"command": cli.command_line(), "environment": environment.describe(1)}
     for mode in settings.modes:
-        display.show(table(document, settings.job, mode))
+        show = course_table if mode in end_to_end.MODES else table
+        display.show(show(document, settings.job, mode))
     if args.json:
         args.json.write_text(json.dumps(document, indent=1) + "\n")
         if document["rows"]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from equivalence_tests import throughput
+from equivalence_tests import end_to_end, startup, throughput
 from equivalence_tests.program.command import refused, run_script
 
 TINY = "--arch resnet20 --image-size 8 --batch-size 4 --rounds 1 --blocks 1 --steps 1 --warmup 1"
@@ -48,11 +48,46 @@ def test_two_different_networks_are_not_timed(tmp_path, monkeypatch):
     assert "round 1" not in outcome.out + outcome.err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow  # four trainings in processes of their own
+def test_whole_trainings_are_timed_too(tmp_path):
+    flags = "--arch basic_cnn --image-size 8 --batch-size 64 --rounds 1 --epochs 2 --device cpu"
+    flags += " --modes end_to_end time_to_accuracy --target-accuracy 0.2 --workers 0"
+    outcome = run_script("benchmark.py", *flags.split(), "--json", tmp_path / "speed.json")
+    assert outcome.status == 0, outcome.err
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [(r["mode"], r["framework"]) for r in rows] == [
+        (mode, framework) for mode in end_to_end.MODES for framework in ("jax", "torch")
+    ]
+    assert all(row["images_per_second"] > 0 for row in rows)
+    assert all(row["epochs"] == [2] for row in rows if row["mode"] == "end_to_end")
+
+
+def test_an_epoch_is_read_when_its_line_is_whole(tmp_path):
+    path = tmp_path / "metrics.csv"
+    assert end_to_end.read_rows(path) == []
+    path.write_text("epoch,validation_accuracy\n1,0.5\n2,0.")
+    assert end_to_end.read_rows(path) == [{"epoch": "1", "validation_accuracy": "0.5"}]
+
+
+def test_time_to_accuracy_is_compared_in_seconds():
+    row = {"mode": "time_to_accuracy", "seconds_to_accuracy": [4.0, 2.0], "images_per_second": 9}
+    assert end_to_end.speed(row) == 1 / 3
+    assert end_to_end.speed(row | {"seconds_to_accuracy": [4.0, None]}) is None
+    assert end_to_end.speed(row | {"mode": "end_to_end"}) == 9
+
+
+@pytest.mark.slow  # three starts of a training
+def test_the_second_start_finds_the_compiled_programs():
+    seconds = startup.measure("--arch resnet20 --train-images 64 --batch-size 32".split())
+    assert seconds["second"] < seconds["cold"] - 1
+
+
 @pytest.mark.parametrize("flags, word", [
     (["--arch", "resnet19"], "resnet19"),
     (["--dtype", "float8"], "float8"),
     (["--variants", "jitt"], "jitt"),
     (["--batch-size", "0"], "batch-size"),
+    (["--modes", "end_to_ned"], "end_to_end"),
 ])  # fmt: skip
 def test_wrong_words_are_one_line(flags, word):
     refused(run_script("benchmark.py", *FLAGS, *flags), word)
