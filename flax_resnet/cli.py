@@ -14,6 +14,7 @@ from pathlib import Path
 import pydantic
 
 from flax_resnet.config import InputError, TrainConfig, nearest, to_dict
+from flax_resnet.progress import Interrupted, NonFiniteLoss
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -89,8 +90,6 @@ def check_choice(flag: str, value: str, valid):
 
 def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
     """Call a script's main and leave with the status that its outcome stands for."""
-    from flax_resnet.train import Interrupted, NonFiniteLoss
-
     try:
         sys.exit(main() or DONE)
     except InputError as error:

@@ -145,7 +145,7 @@ def write_run(
 
     Args:
       config: complete, as `data.prepare` leaves it.
-      progress: fields of `train.Progress`, as far as they are not at their start.
+      progress: fields of `progress.Progress`, as far as they are not at their start.
       report: what report.json says; with it the run counts as finished, without it is resumed.
     """
     temporary, step = _beside(run_dir), int(state.step)

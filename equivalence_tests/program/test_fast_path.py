@@ -12,7 +12,8 @@ from flax_resnet import cli, environment
 from flax_resnet.config import ParallelConfig, TrainConfig
 from flax_resnet.display import Display
 from flax_resnet.parallel import Engine
-from flax_resnet.train import Run, fit
+from flax_resnet.run import Run
+from flax_resnet.train import fit
 
 SMALL = {
     "epochs": "2",

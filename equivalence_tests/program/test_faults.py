@@ -22,8 +22,10 @@ from equivalence_tests.program.test_train import EVERYTHING, digest, quiet, smal
 from flax_resnet import serve
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import InputError
+from flax_resnet.progress import Interrupted, SignalFlag
+from flax_resnet.run import Run
 from flax_resnet.run_directory import RunDirectory
-from flax_resnet.train import Interrupted, Run, SignalFlag, fit
+from flax_resnet.train import fit
 
 
 @pytest.fixture(scope="module")

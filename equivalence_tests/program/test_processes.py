@@ -26,8 +26,8 @@ from equivalence_tests.tolerances import PARALLEL, TRAINING
 from flax_resnet import distributed, serve
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import InputError
+from flax_resnet.run import Run
 from flax_resnet.run_directory import read_rows
-from flax_resnet.train import Run
 
 # Splits that do not divide; float64, in which only the order of summation differs.
 SHORT = (

@@ -16,9 +16,11 @@ from equivalence_tests.program.command import run_script, train
 from flax_resnet import cli, convert
 from flax_resnet.config import TrainConfig, from_dict
 from flax_resnet.display import Display
+from flax_resnet.progress import Interrupted
+from flax_resnet.run import Run
 from flax_resnet.run_directory import config_from_file, read_config
 from flax_resnet.serve import load_run
-from flax_resnet.train import Interrupted, Run, fit
+from flax_resnet.train import fit
 
 SMALL = {
     "epochs": "3",

@@ -1,0 +1,80 @@
+"""What the host knows of a run, and how one ends before its time."""
+
+import dataclasses
+import signal
+
+from flax_resnet import distributed
+from flax_resnet.early_stopping import EarlyStopping
+
+
+class NonFiniteLoss(distributed.Everywhere):
+    """The loss or the gradient is no longer a number."""
+
+
+class Interrupted(distributed.Everywhere):
+    """A signal asked the run to stop; the work is saved."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+@dataclasses.dataclass(kw_only=True)
+class Progress:
+    """What the host knows of a run; plain numbers, saved with every checkpoint."""
+
+    epoch: int = 0
+    """Epochs done."""
+
+    step_in_epoch: int = 0
+    """Steps done of the next one."""
+
+    loss_sum: float = 0.0
+    """Of these steps."""
+
+    accuracy_sum: float = 0.0
+    """Of these steps."""
+
+    counted_steps: int = 0
+    """Of these steps, those with a finite loss."""
+
+    bad_steps: int = 0
+    """Steps in a row whose loss or gradient was not finite."""
+
+    learning_rate: float = 0.0
+    """Of the last step."""
+
+    stopping: dict = dataclasses.field(default_factory=lambda: dataclasses.asdict(EarlyStopping()))
+    """Early stopping's state."""
+
+    best: float | None = None
+    """Best value of what is monitored."""
+
+    best_epoch: int = 0
+    """Its epoch, from 1; 0: none yet."""
+
+    plateau: dict = dataclasses.field(default_factory=dict)
+    """The plateau schedule's state."""
+
+    stopped_early: bool = False
+    """Whether early stopping ended the run."""
+
+
+class SignalFlag:
+    """The first SIGTERM or Ctrl-C is noted for the next step boundary, a second one kills at once,
+    even within a compilation, where Python's handlers do not run."""
+
+    def __init__(self, run):
+        self._run = run
+
+    def __enter__(self):
+        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def __exit__(self, *exception):
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum, frame):
+        self._run.signum = signum
+        for number in self._old:
+            signal.signal(number, signal.SIG_DFL)

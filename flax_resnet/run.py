@@ -1,0 +1,380 @@
+"""A run in the making: set up or taken up, trained epoch by epoch, reported."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+
+from flax_resnet import distributed, early_stopping, environment, optim, steps
+from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.config import to_dict
+from flax_resnet.data import pipeline
+from flax_resnet.data.prepare import Prepared
+from flax_resnet.display import Display
+from flax_resnet.early_stopping import EarlyStopping
+from flax_resnet.evaluate import evaluate
+from flax_resnet.models.summary import stage_rows, summary_table
+from flax_resnet.parallel import Engine
+from flax_resnet.progress import Interrupted, NonFiniteLoss, Progress, SignalFlag
+from flax_resnet.run_directory import RunDirectory
+
+_LOGGED = ("loss", "accuracy", "top5_accuracy", "precision_macro", "recall_macro", "f1_macro")
+
+
+class Run:
+    """A run in the making: the state on the devices and what surrounds it."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        engine: Engine,
+        network: steps.Network,
+        directory: RunDirectory,
+        display: Display,
+        command: str,
+    ):
+        self.prepared, self.engine = prepared, engine
+        self.config, self.dataset = prepared.config, prepared.dataset
+        self.directory, self.display, self.command = directory, display, command
+        self.network = network
+        self.preprocess = steps.Preprocess(self.config.data.mean, self.config.data.std)
+        self.stages = stage_rows(network.to_model(network.initial), prepared.image_shape)
+        self.num_train = len(self.dataset.train)
+        self.steps_per_epoch = self.num_train // self.config.batch_size
+        self.progress = Progress()
+        self.pending, self.signum, self.last_finite = [], None, None
+        self.save_wait = 0.0
+
+    def execute(self) -> dict:
+        """All of it: set up or take up, train, report."""
+        self._announce()
+        self.checkpoints = Checkpoints(self.directory.checkpoints, say=self.display.say)
+        try:
+            self._set_up()
+            with SignalFlag(self):
+                self._train()
+                return self._report()
+        finally:
+            self.checkpoints.close()
+
+    def _announce(self):
+        model, data = self.config.model, self.config.data
+        sizes = [len(getattr(self.dataset, s)) for s in ("train", "validation", "test")]
+        self.display.show(summary_table(model.arch, self.stages))
+        self.display.say(
+            f"{data.dataset}: {sizes[0]:,} training, {sizes[1]:,} validation, {sizes[2]:,} test"
+            f" images, {model.num_classes} classes; {model.arch}"
+            + (f", stem {model.stem}" if model.stem else "")
+            + f", images {data.image_size}x{data.image_size}x{self.dataset.channels}"
+        )
+        for path, reason in self.dataset.bad_images:
+            self.display.say(f"left out: {path} ({reason})")
+        kind = jax.devices()[0].device_kind
+        self.display.say(f"on {len(self.engine.devices)} x {kind}, run {self.directory.path}")
+
+    def _set_up(self):
+        """Fresh state, or that of the newest sound checkpoint; compiled functions."""
+        config = self.config
+        state = steps.make_state(self.network.initial, config)
+        step = self.checkpoints.latest()
+        distributed.check_agreement({"checkpoint": step})
+        if step is not None:
+            state = self._take_up(step, state)
+        self.iterator = self._iterator(start=step or 0)
+        self.directory.write_config(config)
+        self.directory.start_logs(self.progress.epoch, step or 0)
+        self.state = self.engine.place_state(state)
+        self.resident = self._resident()
+        train_step = steps.make_train_step(
+            self.network,
+            config,
+            self.preprocess,
+            num_classes=config.model.num_classes,
+            steps_per_epoch=self.steps_per_epoch,
+            axis_name=self.engine.axis_name,
+            gather=self.engine.gather,
+        )
+        sizes = {1, self.engine.steps_per_dispatch}
+        self.train_fns = {k: self.engine.compile_train(train_step, k) for k in sizes}
+        eval_step = steps.make_eval_step(
+            self.network, self.preprocess, num_classes=config.model.num_classes
+        )
+        self.eval_fn = self.engine.compile_eval(eval_step)
+
+    def _take_up(self, step, state):
+        document = self.checkpoints.document(step)
+        self.progress = Progress(**document["progress"])
+        self.display.say(f"resumed at step {step}, epoch {self.progress.epoch + 1}")
+        before, now = document["num_devices"], len(self.engine.devices)
+        if before != now:
+            self.display.say(
+                f"the run had {before} device(s) and now has {now}: it goes on equal up to"
+                " rounding, not bit for bit"
+            )
+        return self.checkpoints.restore(step, self.engine.state_like(state))
+
+    def _resident(self) -> dict:
+        if self.prepared.images is None:
+            return {}
+        labels = self.dataset.train.labels.astype("int32")
+        return self.engine.replicate({"image": self.prepared.images, "label": labels})
+
+    def _iterator(self, start: int):
+        config = self.config
+        order = pipeline.BatchOrder(
+            num_images=self.num_train,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            epochs=config.epochs,
+            rows=self.engine.local_rows(config.batch_size),
+        )
+        if self.prepared.images is not None:
+            return pipeline.index_iterator(order, start=start)
+        return pipeline.image_iterator(
+            self.dataset.train,
+            self.prepared.training_decoder,
+            order,
+            num_workers=config.data.num_workers,
+            start=start,
+        )
+
+    def _train(self):
+        config, progress = self.config, self.progress
+        self.display.start(
+            total_steps=config.epochs * self.steps_per_epoch,
+            done_steps=progress.epoch * self.steps_per_epoch + progress.step_in_epoch,
+            batch_size=config.batch_size,
+        )
+        while progress.epoch < config.epochs and not progress.stopped_early:
+            self._train_epoch()
+            self._finish_epoch()
+        self.display.stop()
+
+    def _train_epoch(self):
+        """One pass over the training split, or the rest of one that was cut off."""
+        progress = self.progress
+        self.epoch_start, self.epoch_steps, self.data_wait = time.monotonic(), 0, 0.0
+        while progress.step_in_epoch < self.steps_per_epoch:
+            left = self.steps_per_epoch - progress.step_in_epoch
+            several = self.engine.steps_per_dispatch
+            count = several if left >= several else 1
+            before = time.monotonic()
+            batches = [next(self.iterator) for _ in range(count)]
+            self.data_wait += time.monotonic() - before
+            self.state, metrics = self.train_fns[count](
+                self.state, self.resident, self.engine.shard(self._columns(batches))
+            )
+            self.pending.append(metrics)
+            self.checkpoints.check()
+            progress.step_in_epoch += count
+            self.epoch_steps += count
+            pause = self._at_log_step(count) or count == left
+            if pause or (self.signum and not self.engine.several):
+                self._drain()
+                self._stop_if_asked()
+
+    def _stop_if_asked(self):
+        """Asked in any process, all of them stop here, with everything done so far saved."""
+        signum = distributed.agreed_signal(self.signum)
+        if signum:
+            self._save(improvement=False)
+            self.checkpoints.wait()
+            raise Interrupted(signum)
+
+    def _columns(self, batches):
+        return batches if not self.resident else [{"index": indices} for indices in batches]
+
+    def _at_log_step(self, count):
+        step, every = self.progress.step_in_epoch, self.config.log_steps
+        return step // every != (step - count) // every
+
+    def _drain(self):
+        """Fetch the metrics of all steps since the last time; stop if they are no numbers."""
+        progress, step = self.progress, self._global_step()
+        metrics = [self.engine.fetch_metrics(m) for m in self.pending]
+        self.pending = []
+        rows = [
+            {name: values[i] for name, values in m.items()}
+            for m in metrics
+            for i in range(len(m["loss"]))
+        ]
+        for offset, row in enumerate(rows):
+            self._check_finite(step - len(rows) + offset + 1, row)
+            if row["finite"]:
+                progress.loss_sum += float(row["loss"])
+                progress.accuracy_sum += float(row["accuracy"])
+                progress.counted_steps += 1
+        last = {name: float(value) for name, value in rows[-1].items()}
+        progress.learning_rate = last["learning_rate"]
+        self.directory.log_step(step, last)
+        self.display.step(
+            step=step,
+            epoch=progress.epoch + 1,
+            epochs=self.config.epochs,
+            loss=last["loss"],
+            accuracy=last["accuracy"],
+        )
+
+    def _check_finite(self, step, row):
+        if row["finite"]:
+            self.last_finite, self.progress.bad_steps = row, 0
+            return
+        self.progress.bad_steps += 1
+        if self.progress.bad_steps <= self.config.skip_nonfinite:
+            return
+        seen = "no step before it was finite"
+        if self.last_finite is not None:
+            seen = (
+                f"last finite loss {self.last_finite['loss']:.6g},"
+                f" gradient norm {self.last_finite['gradient_norm']:.6g}"
+            )
+        saved = self.checkpoints.latest()
+        from_where = f"checkpoint of step {saved}" if saved is not None else "no checkpoint yet"
+        raise NonFiniteLoss(
+            f"step {step}: the loss or gradient is not finite; {seen}; {from_where}"
+            f" in {self.directory.path}; try a smaller --lr or --clip-norm 1"
+        )
+
+    def _finish_epoch(self):
+        """Validate, decide whether to stop, log, checkpoint."""
+        config, progress = self.config, self.progress
+        seconds = time.monotonic() - self.epoch_start
+        progress.epoch += 1
+        counted = max(progress.counted_steps, 1)
+        row = {
+            "epoch": progress.epoch,
+            "step": progress.epoch * self.steps_per_epoch,
+            "learning_rate": progress.learning_rate,
+            "train_loss": progress.loss_sum / counted,
+            "train_accuracy": progress.accuracy_sum / counted,
+        }
+        timing = {
+            "epoch": progress.epoch,
+            "steps": self.epoch_steps,
+            "seconds": seconds,
+            "images_per_second": self.epoch_steps * config.batch_size / seconds,
+            "data_wait_seconds": self.data_wait,
+            "checkpoint_seconds": self.save_wait,  # since the row before
+        }
+        self.save_wait = 0.0
+        progress.step_in_epoch = progress.counted_steps = 0
+        progress.loss_sum = progress.accuracy_sum = 0.0
+        improvement = False
+        if len(self.dataset.validation):
+            improvement = self._validate(row)
+        last = progress.epoch == config.epochs or progress.stopped_early
+        self.directory.log_epoch(row["step"], row, timing)
+        self.display.epoch(row, timing, config.epochs)
+        if improvement or last or progress.epoch % config.checkpoint_epochs == 0:
+            self._save(improvement=improvement)
+
+    def _validate(self, row) -> bool:
+        """Fill in the row; True where this epoch is the best so far."""
+        config, progress = self.config, self.progress
+        values, _ = self._evaluate("validation")
+        row |= {f"validation_{name}": values[name] for name in _LOGGED}
+        watched = row[config.early_stopping.monitor]
+        stopping, progress.stopped_early = early_stopping.update(
+            EarlyStopping(**progress.stopping), watched, progress.epoch, config.early_stopping
+        )
+        progress.stopping = dataclasses.asdict(stopping)
+        if config.schedule.schedule == "plateau":
+            self._cut_on_plateau(watched)
+        best = dataclasses.replace(config.early_stopping, min_delta=0.0)
+        if not early_stopping.is_improvement(progress.best, watched, best):
+            return False
+        progress.best, progress.best_epoch = watched, progress.epoch
+        return True
+
+    def _cut_on_plateau(self, watched):
+        config = self.config
+        self.progress.plateau, scale = optim.plateau(
+            self.progress.plateau,
+            watched,
+            config.schedule,
+            config.optimizer.lr,
+            config.early_stopping.mode,
+        )
+        dtype = self.state.lr_scale.dtype
+        self.state = self.state._replace(lr_scale=self.engine.replicate(jnp.asarray(scale, dtype)))
+
+    def _evaluate(self, split: str, variables=None):
+        if variables is None:
+            variables = steps.evaluation_variables(self.engine.single(self.state))
+        source = getattr(self.dataset, split)
+        images = self.prepared.images if split == "train" else None
+        size = -(-self.config.eval_batch_size // len(self.engine.devices))
+        size *= len(self.engine.devices)
+        rows = self.engine.local_rows(size)
+        batches = pipeline.evaluation_batches(source, self.prepared.decoder, size, images, rows)
+        return evaluate(self.engine, self.eval_fn, variables, batches)
+
+    def _save(self, *, improvement: bool):
+        document = {
+            "progress": dataclasses.asdict(self.progress),
+            "num_devices": len(self.engine.devices),
+            "config": to_dict(self.config),
+            "class_names": list(self.dataset.class_names),
+            "channels": self.dataset.channels,
+            "improvement": improvement,
+        }
+        before = time.monotonic()
+        state = self.engine.single(self.state)
+        self.checkpoints.save(self._global_step(), state, document, improvement=improvement)
+        self.save_wait += time.monotonic() - before
+
+    def _report(self) -> dict:
+        """Evaluate the chosen weights on every split and write everything down."""
+        config, progress = self.config, self.progress
+        self.checkpoints.wait()
+        variables = steps.evaluation_variables(self.engine.single(self.state))
+        best = config.early_stopping.restore_best and progress.best_epoch
+        if best:
+            like = self.engine.state_like(self._abstract_state())
+            state = self.checkpoints.restore(self.checkpoints.best(), like)
+            variables = steps.evaluation_variables(state)
+        splits, confusions = {}, {}
+        for split in ("train", "validation", "test"):
+            self._stop_if_asked()
+            if len(getattr(self.dataset, split)):
+                splits[split], confusions[split] = self._evaluate(split, variables)
+        if not distributed.is_first():
+            return {"splits": splits}
+        report = {
+            "splits": splits,
+            "epochs": progress.epoch,
+            "best_epoch": progress.best_epoch or progress.epoch,
+            "evaluated_epoch": progress.best_epoch if best else progress.epoch,
+            "stopped_early": progress.stopped_early,
+            **self._speed(),
+            "left_out_images": len(self.dataset.bad_images),
+            "command": self.command,
+            "environment": environment.describe(len(self.engine.devices)),
+        }
+        last = list(splits)[-1]
+        self.directory.write_results(report, confusions[last], self.dataset.class_names)
+        self.display.results(splits)
+        self.display.say(
+            f"{report['seconds']:.0f} s of training, {report['images_per_second']:,.0f} images/s,"
+            f" {report['data_wait_share']:.1%} of it waiting for data; {self.directory.path}"
+        )
+        return report
+
+    def _speed(self) -> dict:
+        """Seconds of training over all epochs; speed without the first, which compiles."""
+        timings = self.directory.timings()
+        steady = timings[1:] or timings
+        seconds = sum(t["seconds"] for t in steady)
+        images = sum(t["steps"] for t in steady) * self.config.batch_size
+        return {
+            "seconds": sum(t["seconds"] for t in timings),
+            "images_per_second": images / seconds,
+            "data_wait_share": sum(t["data_wait_seconds"] for t in steady) / seconds,
+        }
+
+    def _abstract_state(self):
+        return jax.eval_shape(lambda: self.engine.single(self.state))
+
+    def _global_step(self) -> int:
+        return self.progress.epoch * self.steps_per_epoch + self.progress.step_in_epoch
