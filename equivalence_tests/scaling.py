@@ -76,7 +76,7 @@ def exchange(arch: str, num_classes: int) -> Exchange:
     model = nnx.eval_shape(lambda: create_model(arch, num_classes))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     layers = [m for _, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)]
-    channels = [layer.scale[...].size for layer in layers]
+    channels = [math.prod(layer.scale.shape) for layer in layers]
     statistics = tuple(4 * passes * size for size in channels for passes in (1, 2, 1))
     return Exchange(statistics, 4 * (parameters + 2))
 
