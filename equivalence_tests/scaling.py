@@ -24,6 +24,11 @@ GPUS_PER_HOST = 8
 CEILINGS = {"flops": 989e12, "bytes": 3.35e12}  # a second
 NVLINK, INFINIBAND = 450e9, 50e9  # bytes a second and GPU, in each direction
 START, NVLINK_HOP, INFINIBAND_HOP = 10e-6, 2e-6, 8e-6  # seconds
+FABRICS = {
+    "nvlink": "NVLink between all",
+    "infiniband": "InfiniBand between all",
+    "hosts": f"hosts of {GPUS_PER_HOST} with NVLink, InfiniBand between",
+}
 ASSUMPTIONS = {
     "status": "a prediction from the model and data sheets; nothing of it was measured on GPUs",
     "scaling": f"weak: {BATCH_PER_GPU} images a GPU however many there are, bfloat16 computation,"
@@ -111,8 +116,7 @@ def efficiency(arch: str, image_size: int, num_classes: int) -> dict:
         "bytes": step.bytes,
         "bytes_statistics": sum(step.statistics),
         "efficiency": {
-            fabric: [round(share(gpus, fabric), 4) for gpus in GPUS]
-            for fabric in ("nvlink", "infiniband", "hosts")
+            fabric: [round(share(gpus, fabric), 4) for gpus in GPUS] for fabric in FABRICS
         },
     }
 
@@ -126,7 +130,7 @@ def settings(arch: str) -> tuple[int, int]:
 def main():
     rows = [efficiency(arch, *settings(arch)) for arch in list_models()]
     results.write("scaling", {"assumptions": ASSUMPTIONS, "gpus": GPUS, "rows": rows})
-    plots.scaling(results.FOLDER / "scaling.png", GPUS, rows)
+    plots.scaling(results.FOLDER / "scaling.png", GPUS, rows, FABRICS)
     for row in rows:
         last = {fabric: values[-1] for fabric, values in row["efficiency"].items()}
         print(f"{row['arch']:16} {row['all_reduces']:4} {row['bytes'] / 1e6:8.1f} MB", last)

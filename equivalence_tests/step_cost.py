@@ -1,8 +1,11 @@
-"""What a step costs beyond its arithmetic: plain jit, a mesh, pmap, on a network of microseconds.
+"""What a step costs beyond its arithmetic under plain jit, a mesh and pmap.
 
     JAX_NUM_CPU_DEVICES=8 python -m equivalence_tests.step_cost      # results/step-cost.json
 
-All take turns in one process; "jit again" is plain jit a second time, and shows the noise.
+"empty" is a step that takes and leaves the whole state of a training and only counts: the fixed
+cost of a call. "training" is a real one; on the CPU jit has compiler options that pmap cannot take,
+so there the two run different programs. All take turns in one process; "jit again" is plain jit a
+second time, and shows the noise.
 """
 
 import functools
@@ -20,25 +23,31 @@ from flax_resnet.models import create_model
 from flax_resnet.parallel import Engine, look_up
 
 BATCH, CLASSES, NUM_IMAGES = 16, 10, 64
-STEPS, ROUNDS = 25, 60  # steps of a turn; turns of each variant
+STEPS = {"empty": 200, "training": 10}  # of a turn
+ROUNDS = 24  # turns of each variant
 
 
 class Variant:
-    """A training under way; each call is a turn."""
+    """Steps under way; each call is a turn."""
 
-    def __init__(self, mode: str, devices: int):
+    def __init__(self, kind: str, mode: str, devices: int):
+        self.steps = STEPS[kind]
         parallel = "auto" if mode == "plain" else mode
         self.engine = Engine(ParallelConfig(parallel=parallel, devices=devices))
         config = cli.merge(TrainConfig(), {"batch_size": BATCH})
         model = create_model("basic_cnn", CLASSES, bn_axis_name=self.engine.axis_name)
         network = steps.Network(model)
-        step = steps.make_train_step(
-            network,
-            config,
-            steps.Preprocess((0.4,) * 3, (0.2,) * 3),
-            num_classes=CLASSES,
-            steps_per_epoch=3,
-            axis_name=self.engine.axis_name,
+        step = (
+            count_only
+            if kind == "empty"
+            else steps.make_train_step(
+                network,
+                config,
+                steps.Preprocess((0.4,) * 3, (0.2,) * 3),
+                num_classes=CLASSES,
+                steps_per_epoch=3,
+                axis_name=self.engine.axis_name,
+            )
         )
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (NUM_IMAGES, 8, 8, 3)).astype(np.uint8)
@@ -65,10 +74,15 @@ class Variant:
     def __call__(self) -> float:
         """Seconds of a step, mean of a turn."""
         before = time.perf_counter()
-        for _ in range(STEPS):
+        for _ in range(self.steps):
             self.state, metrics = self.step(self.state, self.resident, self.place(self.batch))
         jax.block_until_ready((self.state, metrics))
-        return (time.perf_counter() - before) / STEPS
+        return (time.perf_counter() - before) / self.steps
+
+
+def count_only(state, batch):
+    """The step that does nothing."""
+    return state._replace(step=state.step + 1), {"loss": batch["label"].sum()}
 
 
 def measure(variants: dict) -> dict:
@@ -97,18 +111,21 @@ def summary(seconds: dict, reference: str) -> dict:
 
 
 def main():
-    one = {
-        "jit": Variant("plain", 1),
-        "jit again": Variant("plain", 1),
-        "mesh": Variant("jit", 1),
-        "pmap": Variant("pmap", 1),
-    }
-    measured = {"one_device": summary(measure(one), "jit")}
-    count = len(jax.devices())
-    if count > 1:
-        many = {"mesh": Variant("jit", count), "pmap": Variant("pmap", count)}
-        measured[f"{count}_devices"] = summary(measure(many), "mesh")
-    method = f"{ROUNDS} turns of {STEPS} steps each, in changing order; quartiles; batch {BATCH}"
+    count, measured = len(jax.devices()), {}
+    for kind in STEPS:
+        one = {
+            "jit": Variant(kind, "plain", 1),
+            "jit again": Variant(kind, "plain", 1),
+            "mesh": Variant(kind, "jit", 1),
+            "pmap": Variant(kind, "pmap", 1),
+        }
+        many = {"mesh": Variant(kind, "jit", count), "pmap": Variant(kind, "pmap", count)}
+        measured[f"{kind}, one device"] = summary(measure(one), "jit")
+        measured[f"{kind}, {count} devices"] = summary(measure(many), "mesh")
+    method = (
+        f"basic_cnn, batch {BATCH}; {ROUNDS} turns of {STEPS} steps each, in changing order;"
+        " quartiles; more_microseconds is the median of the differences, turn by turn"
+    )
     results.write("step-cost", {"method": method, **measured})
     for name, rows in measured.items():
         for variant, row in rows.items():

@@ -115,22 +115,24 @@ def comparison(path: Path, courses: dict[str, list[dict]], title: str):
     _save(figure, path)
 
 
-def scaling(path: Path, gpus, rows: list[dict]):
+def scaling(path: Path, gpus, rows: list[dict], fabrics: dict[str, str]):
     """Predicted efficiency over the number of GPUs, a panel a fabric, a line a network.
 
     Args:
       gpus: of each point.
       rows: arch, efficiency: {fabric: a share for each of gpus}.
+      fabrics: {fabric: title of its panel}.
     """
-    fabrics = list(rows[0]["efficiency"])
     figure, axes = plt.subplots(1, len(fabrics), figsize=(13, 4.8), sharey=True)
     colours = plt.get_cmap("tab20").colors
     for axis, fabric in zip(axes, fabrics, strict=True):
-        for row, colour in zip(rows, colours, strict=False):
-            axis.plot(gpus, row["efficiency"][fabric], "-", color=colour, label=row["arch"])
+        for number, row in enumerate(rows):
+            # Ever thinner, so that lines on one another are all seen.
+            style = {"color": colours[number], "linewidth": 4 - 3 * number / len(rows)}
+            axis.plot(gpus, row["efficiency"][fabric], label=row["arch"], **style)
         axis.set_xscale("log", base=2)
         axis.set_xticks(gpus[::2], [f"{count:,}" for count in gpus[::2]])
-        axis.set(xlabel="GPUs", title=fabric, ylim=(0, 1.02))
+        axis.set(xlabel="GPUs", title=fabrics[fabric], ylim=(0, 1.02))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("predicted efficiency (weak scaling)")
     axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=8)

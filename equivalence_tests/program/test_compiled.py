@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from equivalence_tests import inputs, scaling
-from flax_resnet import cli, steps
+from equivalence_tests import inputs, results, scaling
+from flax_resnet import cli, list_models, steps
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import ParallelConfig, TrainConfig
 from flax_resnet.models import create_model
@@ -96,6 +96,15 @@ def test_a_step_exchanges_what_it_needs_and_nothing_else(arch):
     assert bytes_all_reduced(hlo) == 4 * (4 * channels + parameters + 2)
     predicted = scaling.exchange(arch, CLASSES)
     assert (predicted.bytes, predicted.times) == (bytes_all_reduced(hlo), 3 * len(layers) + 1)
+
+
+def test_the_recorded_prediction_is_that_of_the_models():
+    rows = {row["arch"]: row for row in results.read("scaling")["rows"]}
+    assert rows.keys() == set(list_models())
+    for arch in ("basic_cnn", "resnet18"):
+        again = scaling.efficiency(arch, *scaling.settings(arch))
+        assert rows[arch]["bytes"] == again["bytes"]
+        assert rows[arch]["efficiency"] == again["efficiency"]
 
 
 def test_sharded_parameters_are_gathered_once():

@@ -94,7 +94,8 @@ def ends(started) -> list[SimpleNamespace]:
 def run(run_dir, *each, **how):
     with processes(*joined(run_dir, *each), **how) as started:
         outcomes = ends(started)
-    assert [outcome.status for outcome in outcomes] == [0] * len(each), outcomes
+    said = "\n".join(outcome.err for outcome in outcomes)
+    assert [outcome.status for outcome in outcomes] == [0] * len(each), said
 
 
 def wait_for_epoch(run_dir, epoch, started):
