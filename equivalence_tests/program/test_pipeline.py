@@ -72,6 +72,26 @@ def test_the_iterator_goes_on_where_its_state_says():
             np.testing.assert_array_equal(expected[name], got[name])
 
 
+@pytest.mark.parametrize("parts", [[slice(0, 2), slice(2, 4)], [slice(n, n + 1) for n in range(4)]])
+def test_the_parts_of_all_processes_are_the_batch(parts):
+    """Random areas too: a draw belongs to the step and the image, not to the process."""
+    source = ArraySource(np.stack([picture(8, 8, seed=i) for i in range(10)]), np.arange(10))
+    decoder = Decoder(size=8, resize=8, random_resized_crop=True)
+
+    def training(rows):
+        order = BatchOrder(num_images=10, batch_size=4, seed=3, epochs=2, rows=rows)
+        return pipeline.image_iterator(source, decoder, order, num_workers=0)
+
+    def evaluation(rows):
+        return pipeline.evaluation_batches(source, decoder, 4, rows=rows)
+
+    for batches in (training, evaluation):
+        everything = zip(batches(slice(None)), *map(batches, parts), strict=True)
+        for whole, *each in everything:
+            for name in whole:
+                np.testing.assert_array_equal(np.concatenate([b[name] for b in each]), whole[name])
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_statistics_are_those_of_the_pixels(channels):
     images = picture(40, 30, channels)[None]

@@ -310,6 +310,16 @@ def test_a_coordinator_whose_others_do_not_come(tmp_path):
     assert "not all processes came to 127.0.0.1:" in outcome.last and "within 3 s" in outcome.last
 
 
+def test_what_differs_is_named(monkeypatch):
+    """Without processes: what three of them would exchange."""
+    facts = [{"seed": 1, "the test images": "8"}, {"seed": 1, "the test images": "9"}]
+    monkeypatch.setattr(distributed, "exchange", lambda own: [own, facts[0], facts[1]])
+    with pytest.raises(distributed.Refusal, match="the test images: .* in process 2"):
+        distributed.check_agreement(facts[0])
+    facts[1] = facts[0]
+    distributed.check_agreement(facts[0])
+
+
 @pytest.mark.parametrize(
     "arguments,words",
     [
