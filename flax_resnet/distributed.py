@@ -24,7 +24,7 @@ from flax_resnet.config import InputError
 
 T = TypeVar("T")
 
-HEARTBEAT_SECONDS = 30
+HEARTBEAT_SECONDS = 60
 """Without a sign of life for so long, a process counts as dead."""
 
 SHUTDOWN_SECONDS = 30
