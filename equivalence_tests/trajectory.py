@@ -226,9 +226,9 @@ def plot(rows: list[dict], path: Path):
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     colours = plt.colormaps["viridis"](np.linspace(0.1, 0.9, len(rows)))
     for row, colour in zip(rows, colours, strict=True):
-        values = np.maximum(row["loss_differences"], 1e-17)
+        values = np.maximum.accumulate(np.maximum(row["loss_differences"], 1e-17))
         axis.plot(range(1, len(values) + 1), values, color=colour, label=f"lr {row['lr']}")
-    axis.set(yscale="log", xlabel="step", ylabel="relative difference of the loss")
+    axis.set(yscale="log", xlabel="step", ylabel="relative difference of the loss, largest so far")
     axis.set_title("Rounding in float64, resnet20: one training in JAX and in PyTorch", fontsize=11)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
