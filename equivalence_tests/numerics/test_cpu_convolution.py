@@ -126,13 +126,14 @@ def test_without_the_option_they_go_there():
 
 
 def labels_in_a_loop(convolution, stride) -> set[str]:
-    """Of the convolutions in a compiled loop of weight updates."""
+    """Of the convolutions in a compiled loop of updates by both gradients."""
 
     def updates(images, kernel):
-        def update(kernel, _):
-            return kernel - gradients(convolution, images, kernel, stride, 1)[1], None
+        def update(arrays, _):
+            changes = gradients(convolution, *arrays, stride, 1)
+            return tuple(x - change for x, change in zip(arrays, changes, strict=True)), None
 
-        return lax.scan(update, kernel, None, length=3)[0]
+        return lax.scan(update, (images, kernel), None, length=3)[0]
 
     compiled = jax.jit(updates, compiler_options=cpu_convolution.COMPILER_OPTIONS)
     text = compiled.lower(*example(12, 3, np.float32)).compile().as_text()

@@ -77,10 +77,10 @@ def conv_general_dilated(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _convolution(lhs, rhs, strides, padding, precision):
-    """A convolution whose weight gradient is a plain one too.
+    """A convolution whose gradients are plain ones too.
 
-    XLA writes that gradient with permuted dimensions, f01b_i01o->01bf. It brings them in order
-    afterwards, but not inside a loop, where a naive kernel is left to compute it.
+    XLA writes them with permuted dimensions, f01b_i01o->01bf and b01f_01oi->b01f. It brings these
+    in order afterwards, but not inside a loop, where a naive kernel is left to compute them.
     """
     return _plain(lhs, rhs, strides, padding, precision)
 
@@ -102,12 +102,29 @@ def _forward(lhs, rhs, strides, padding, precision):
 
 
 def _backward(strides, padding, precision, saved, gradient):
+    lhs, rhs = saved
+    return (
+        _image_gradient(lhs.shape, rhs, gradient, strides, padding, precision),
+        _kernel_gradient(lhs, rhs.shape, gradient, strides, padding, precision),
+    )
+
+
+def _image_gradient(shape, rhs, gradient, strides, padding, precision):
+    """The kernel, turned round, slides over the gradient with `strides` between its pixels."""
+    around = []
+    for i in (0, 1):
+        low = rhs.shape[i] - 1 - padding[i][0]
+        spread = strides[i] * (gradient.shape[1 + i] - 1) + 1
+        around.append((low, shape[1 + i] + rhs.shape[i] - 1 - low - spread))
+    turned = rhs[::-1, ::-1].transpose(0, 1, 3, 2)
+    return _plain(gradient, turned, (1, 1), around, precision, lhs_dilation=strides)
+
+
+def _kernel_gradient(lhs, shape, gradient, strides, padding, precision):
     """Channels take the place of images, images that of channels, the gradient slides over the
     padded images in steps of one pixel with `strides` between its own."""
-    lhs, rhs = saved
-    _, pull_back = jax.vjp(lambda x: _plain(x, rhs, strides, padding, precision), lhs)
     high = (  # just enough for an output of the size of the kernel
-        rhs.shape[i] + strides[i] * (gradient.shape[1 + i] - 1) - lhs.shape[1 + i] - padding[i][0]
+        shape[i] + strides[i] * (gradient.shape[1 + i] - 1) - lhs.shape[1 + i] - padding[i][0]
         for i in (0, 1)
     )
     kernel = _plain(
@@ -118,7 +135,7 @@ def _backward(strides, padding, precision, saved, gradient):
         precision,
         rhs_dilation=strides,
     )
-    return *pull_back(gradient), kernel.transpose(1, 2, 0, 3)
+    return kernel.transpose(1, 2, 0, 3)
 
 
 _convolution.defvjp(_forward, _backward)
