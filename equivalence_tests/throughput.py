@@ -26,7 +26,7 @@ from equivalence_tests.tolerances import BUDGET_FACTOR, BUDGET_ULPS
 from flax_resnet.convert import Architecture
 
 VARIANTS = {
-    "jax": ("jit", "multi_step", "mesh", "pmap"),
+    "jax": ("jit", "multi_step", "mesh", "deterministic", "pmap"),
     "torch": ("eager", "compile", "compile-reduce-overhead", "compile-max-autotune"),
 }
 MODES = ("train", "inference")

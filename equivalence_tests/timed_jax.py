@@ -1,7 +1,7 @@
 """The JAX side of the throughput comparison: `flax_resnet`'s own train step and engine.
 
 Variants: jit (one jitted step), multi_step (several steps a dispatch by `lax.scan`), mesh (a mesh
-of one device) and pmap.
+of one device), deterministic (the same under --deterministic, to compare with mesh) and pmap.
 """
 
 import jax
@@ -37,7 +37,7 @@ class AsGiven:
 def build(job: Job) -> Program:
     configure(job)
     config = make_config(job)
-    engine = Engine(config.parallel)
+    engine = Engine(config.parallel, deterministic=job.variant == "deterministic")
     model = create_from_config(config.model, in_channels=3, bn_axis_name=engine.axis_name)
     with np.load(job.weights) as arrays:
         network = steps.Network(convert.load_state_dict(model, dict(arrays)))
@@ -45,6 +45,8 @@ def build(job: Job) -> Program:
 
 
 def configure(job: Job):
+    if job.variant == "deterministic" and job.device == "cpu":
+        raise Skipped("the CPU is deterministic as it is")
     jax.config.update("jax_enable_x64", job.dtype == "float64")
     if job.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")  # no TF32
