@@ -149,7 +149,7 @@ def parse():
 def main() -> int:
     args = parse()
     if args.seeds:
-        done = results.read("false-alarms")["seeds"] if args.go_on else {}
+        done = results.read("false-alarms").get("seeds", {}) if args.go_on else {}
         return int(any(row["failed"] for row in false_alarms(args.seeds, done).values()))
     chosen = [mutants.MUTANTS[name] for name in args.only or mutants.MUTANTS]
     rows = measure(chosen, args.jobs)
