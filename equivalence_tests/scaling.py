@@ -59,7 +59,7 @@ class Exchange(NamedTuple):
     """Bytes of each that BatchNorm needs: two forward and one backward a layer."""
 
     gradients: int
-    """Bytes of the last one: gradients, loss and accuracy."""
+    """Bytes of the last one: the other gradients, loss and accuracy."""
 
     @property
     def bytes(self) -> int:
@@ -76,14 +76,14 @@ def exchange(arch: str, num_classes: int) -> Exchange:
     """What a step of a network exchanges, in float32.
 
     A channel of a BatchNorm takes three sums forward (in two all-reduces, the second needs the
-    first) and two backward; one of the latter is the gradient of its scale and counted there.
+    first) and two backward, which are the gradients of its bias and its scale as well.
     """
     model = nnx.eval_shape(lambda: create_model(arch, num_classes))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     layers = [m for _, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)]
     channels = [math.prod(layer.scale.shape) for layer in layers]
-    statistics = tuple(4 * passes * size for size in channels for passes in (1, 2, 1))
-    return Exchange(statistics, 4 * (parameters + 2))
+    statistics = tuple(4 * passes * size for size in channels for passes in (1, 2, 2))
+    return Exchange(statistics, 4 * (parameters - 2 * sum(channels) + 2))
 
 
 def all_reduce_seconds(size: int, gpus: int, fabric: str) -> float:

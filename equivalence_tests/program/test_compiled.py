@@ -91,9 +91,9 @@ def test_a_step_exchanges_what_it_needs_and_nothing_else(arch):
     assert collectives(hlo) == {"all-reduce": 3 * len(layers) + 1, "collective-permute": 2}
     channels = sum(layer.scale[...].size for layer in layers)
     parameters = sum(p.size for p in jax.tree.leaves(program.network.initial.params))
-    # A channel of a BatchNorm: three sums forward and two backward, of which the gradient of its
-    # scale, itself a parameter, is made without another.
-    assert bytes_all_reduced(hlo) == 4 * (4 * channels + parameters + 2)
+    # A channel of a BatchNorm: three sums forward, and two backward, the gradients of its two
+    # parameters.
+    assert bytes_all_reduced(hlo) == 4 * (3 * channels + parameters + 2)
     predicted = scaling.exchange(arch, CLASSES)
     assert (predicted.bytes, predicted.times) == (bytes_all_reduced(hlo), 3 * len(layers) + 1)
 
