@@ -27,7 +27,13 @@ from flax_resnet.convert import Architecture
 
 VARIANTS = {
     "jax": ("jit", "multi_step", "mesh", "deterministic", "pmap"),
-    "torch": ("eager", "compile", "compile-reduce-overhead", "compile-max-autotune"),
+    "torch": (
+        "eager",
+        "eager-kept-memory",
+        "compile",
+        "compile-reduce-overhead",
+        "compile-max-autotune",
+    ),
 }
 MODES = ("train", "inference")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float64": 8}

@@ -1,7 +1,8 @@
 """The PyTorch side of the throughput comparison: the twin, as fast as PyTorch goes.
 
 Channels last, autocast to bfloat16, fused SGD, gradients set to None, cuDNN's autotuning, every
-mode of torch.compile. Variant torchvision is torchvision's own network, eager, with the same
+mode of torch.compile; on a CPU eager-kept-memory has the allocator's settings that
+`flax_resnet` trains with. Variant torchvision is torchvision's own network, eager, with the same
 weights: it shows that the twin is not slow.
 """
 
@@ -13,6 +14,7 @@ from torch import nn
 import torch_ref
 from equivalence_tests import timing
 from equivalence_tests.timing import Job, Program, Skipped
+from flax_resnet import environment
 from torch_ref import checkpoint, steps
 from torch_ref.evaluate import autocast, to_device
 
@@ -49,6 +51,10 @@ def configure(job: Job) -> torch.device:
         raise Skipped("PyTorch sees no GPU here")
     if job.variant == "compile-reduce-overhead" and job.device == "cpu":
         raise Skipped("CUDA graphs need a GPU; without them it is compile")
+    if job.variant == "eager-kept-memory":
+        if job.device == "gpu":
+            raise Skipped("a setting of the CPU's allocator")
+        environment.keep_freed_memory()
     return torch.device("cuda" if job.device == "gpu" else "cpu")
 
 

@@ -17,7 +17,15 @@ PINS = (ROOT / "constraints.txt").read_text().split("\n")[:-1]
 # Lower layers first; a module may import only from layers before its own.
 LAYERS = [
     {"config"},
-    {"models.cpu_convolution", "metrics", "early_stopping", "plots", "display", "distributed"},
+    {
+        "models.cpu_convolution",
+        "models.cpu_sum",
+        "metrics",
+        "early_stopping",
+        "plots",
+        "display",
+        "distributed",
+    },
     {"models.layers"},
     {"models.resnet", "models.cnn", "models.summary"},
     {"models.folding"},

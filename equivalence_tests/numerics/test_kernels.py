@@ -1,0 +1,174 @@
+"""Where this project does not call the library, for speed: the same numbers, and a program without
+what is slow. Each fact has the library's own way as its control: where that passes, ours can go.
+"""
+
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch.nn import functional as F
+
+from equivalence_tests import inputs
+from flax_resnet.models import cpu_convolution, layers
+from flax_resnet.models.cpu_sum import sum_of_pixels
+
+pytestmark = pytest.mark.quick
+
+
+def program(function, *arrays) -> str:
+    """The compiled program's text."""
+    compiled = jax.jit(function, compiler_options=cpu_convolution.COMPILER_OPTIONS)
+    return compiled.lower(*arrays).compile().as_text()
+
+
+def operations(text: str) -> set[str]:
+    return set(re.findall(r" = \S+ ([a-z-]+)\(", text))
+
+
+def library_max_pool(x, window, stride, padding):
+    return nnx.max_pool(x, (window, window), (stride, stride), [(padding, padding)] * 2)
+
+
+def our_max_pool(x, window, stride, padding):
+    return layers.max_pool(x, window, stride, padding=padding)
+
+
+def pool_gradient(pool, x, window, stride, padding):
+    def value(x):
+        highest = pool(x, window, stride, padding)
+        weights = jnp.arange(1, highest.size + 1, dtype=x.dtype).reshape(highest.shape)
+        return (weights * highest).sum()
+
+    return jax.jit(jax.grad(value))(x)
+
+
+@pytest.mark.parametrize("size", [(7, 9), (8, 8), (9, 12)])
+@pytest.mark.parametrize("window, stride, padding", [(3, 2, 1), (2, 2, 0), (5, 3, 2)])
+def test_of_equal_pixels_the_first_takes_the_gradient(size, window, stride, padding, x64):
+    x = inputs.random_numbers().integers(0, 3, (2, *size, 4)).astype(np.float64)  # ties
+    ours = pool_gradient(our_max_pool, x, window, stride, padding)
+    assert np.array_equal(ours, pool_gradient(library_max_pool, x, window, stride, padding))
+    theirs = torch.tensor(x.transpose(0, 3, 1, 2), requires_grad=True)
+    highest = F.max_pool2d(theirs, window, stride, padding).permute(0, 2, 3, 1)
+    (torch.arange(1, highest.numel() + 1).reshape(highest.shape) * highest).sum().backward()
+    assert np.array_equal(ours, theirs.grad.permute(0, 2, 3, 1))
+
+
+SLOW_WINDOWS = {"reduce-window", "select-and-scatter", "scatter"}
+
+
+def slow_windows(pool) -> set[str]:
+    x = np.ones((4, 8, 8, 16), np.float32)
+    return SLOW_WINDOWS & operations(program(lambda x: pool_gradient(pool, x, 3, 2, 1), x))
+
+
+def test_a_max_pool_is_slices():
+    assert not slow_windows(our_max_pool)
+
+
+@pytest.mark.control
+def test_the_library_s_is_a_window():
+    assert slow_windows(library_max_pool)
+
+
+def plain_sum(x):
+    return x.sum(tuple(range(1, x.ndim - 1)))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (8, 8), (5, 7), (6, 5), (31, 13)])
+def test_sums_of_pixels_lose_no_more_than_the_library_s(size):
+    exact = 5 + inputs.random_numbers().standard_normal((3, *size, 16))
+    x = exact.astype(np.float32)
+
+    def error(function):
+        return np.linalg.norm(np.float64(function(jnp.asarray(x))) - x.sum((1, 2), np.float64))
+
+    assert error(sum_of_pixels) <= max(error(plain_sum), np.spacing(np.float32(5 * np.prod(size))))
+
+
+def test_a_batch_of_vectors_has_one_pixel():
+    x = np.arange(12.0).reshape(4, 3)
+    assert np.array_equal(sum_of_pixels(jnp.asarray(x)), x)
+
+
+def loops_over_pixels(function) -> int:
+    text = program(lambda x: function(jnp.square(x)), np.ones((4, 16, 16, 32), np.float32))
+    return len(re.findall(r" reduce(-window)?\(", text))
+
+
+def test_sums_of_pixels_are_additions():
+    assert loops_over_pixels(sum_of_pixels) == 0
+
+
+@pytest.mark.control
+def test_the_library_s_sums_are_loops():
+    assert loops_over_pixels(plain_sum) > 0
+
+
+def additions_of_a_bias(relu) -> int:
+    """How often conv - bias - ReLU - conv and its gradient compute conv + bias."""
+
+    def loss(kernels, x, bias):
+        hidden = relu(convolution(x, kernels[0]) + layers._along(bias, x))
+        return jnp.square(convolution(hidden, kernels[1])).sum()
+
+    def convolution(x, kernel):
+        return cpu_convolution.conv_general_dilated(x, kernel, (1, 1), [(1, 1)] * 2)
+
+    kernel, bias = np.ones((3, 3, 8, 8), np.float32), np.ones(8, np.float32)
+    text = program(jax.grad(loss), [kernel] * 2, np.ones((4, 12, 12, 8), np.float32), bias)
+    return len(re.findall(r"f32\[4,12,12,8\]\S* add\(", text))
+
+
+def test_what_a_relu_gives_is_kept():
+    """Once forward and once for the sign; the kernel's gradient takes what is there."""
+    assert additions_of_a_bias(layers.relu) == 2
+
+
+@pytest.mark.control
+def test_what_the_library_s_gives_is_computed_again():
+    assert additions_of_a_bias(nnx.relu) == 3
+
+
+def test_relu_keeps_nan():
+    x = np.array([np.nan, -np.inf, -1, -0.0, 0.0, 1, np.inf], np.float32)
+    assert np.array_equal(layers.relu(jnp.asarray(x)), F.relu(torch.tensor(x)), equal_nan=True)
+
+
+STEP = """
+import resource, sys, jax, jax.numpy as jnp
+from flax_resnet import environment
+if sys.argv[1] == "kept":
+    environment.keep_freed_memory()
+f = jax.jit(lambda x: jnp.dot(jnp.dot(x, x) + 1, x).sum())
+x = jnp.ones((2048, 2048))  # temporary memory of 16 MiB and more
+for _ in range(3):
+    f(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    f(x).block_until_ready()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 4)
+"""
+
+
+def page_faults(how: str) -> int:
+    """Of one call of a program with temporary memory."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("glibc's allocator")
+    command = [sys.executable, "-c", STEP, how]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def test_memory_is_kept_between_steps():
+    assert page_faults("kept") < 100
+
+
+@pytest.mark.control
+def test_left_alone_it_is_not():
+    assert page_faults("as it is") > 1000
