@@ -25,6 +25,8 @@ RULES = {
     "19": (dict(optimizer="adamw", lr=1e-3, weight_decay=0.1), "parameters"),
     # Directions that are scaled already go into RMSprop's momentum.
     "20a": (dict(optimizer="rmsprop", lr=1e-3, weight_decay=0.1), "optimizer"),
+    "20b": (dict(optimizer="rmsprop", lr=1e-3, weight_decay=0.1), "optimizer"),
+    "20c": (dict(optimizer="rmsprop", lr=1e-3, weight_decay=0.1), "optimizer"),
     "21": (dict(lr=1e-3, clip_norm=0.1), "optimizer"),
 }
 """Rules under which a mutant of an optimizer shows, where the usual one hides it, and the phase."""

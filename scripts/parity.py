@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from rich import box
 from rich.table import Table
 
-from equivalence_tests import localise, own_model, parity, predictions, report
+from equivalence_tests import causes, localise, own_model, parity, predictions, report
 from equivalence_tests.inputs import case_of_weights, make_case
 from flax_resnet import cli, convert, environment, list_models, serve
 from flax_resnet.config import DataConfig, InputError
@@ -140,7 +140,7 @@ def by_layer(rows: list[dict]) -> dict[str, list[dict]]:
     layers = {}
     for row in rows:
         if row["phase"] in COLUMNS:
-            name = localise.module_of(parity.Row(**{k: row[k] for k in parity.Row._fields}))
+            name = causes.module_of(parity.Row(**{k: row[k] for k in parity.Row._fields}))
             layers.setdefault(name or row["name"], []).append(row)
     return layers
 
