@@ -1,6 +1,6 @@
 """Strict JAX for every test: eight CPU devices, rank promotion is an error.
 
---mutant NAME      run on code with a known fault in it (`mutants.py`); tests have to fail
+--mutant NAME      run on code with a known fault in it (`mutants/`); tests have to fail
 --inputs-seed N    draw other random inputs; none may fail
 --record NAME      write outcomes and seconds to results/NAME.json
 """

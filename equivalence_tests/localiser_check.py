@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 
 from equivalence_tests import inputs, jax_side, localise, mutants, parity, results
+from equivalence_tests.mutants import of_layers
 from flax_resnet.models import resnet
 
 DRAWN = 20
@@ -131,7 +132,7 @@ def _calls_until(end: str, shapes) -> int:
 
 def _one_faulty(relu, number):
     calls = iter(range(1, 1_000_000))
-    return lambda x: (mutants._half_at_zero if next(calls) == number else relu)(x)
+    return lambda x: (of_layers.half_at_zero if next(calls) == number else relu)(x)
 
 
 def rule_trials(arch: str) -> Iterator[Trial]:

@@ -1,0 +1,138 @@
+"""Faults of resizing and augmentation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from equivalence_tests.mutants.mutant import Mutant
+from flax_resnet.data import augment, pipeline
+
+
+def _resample(method, **options):
+    def resize(image, shape):
+        resized = jax.image.resize(
+            jnp.asarray(image, jnp.float32), (*shape, image.shape[-1]), method, **options
+        )
+        return np.asarray(jnp.clip(jnp.round(resized), 0, 255), np.uint8)
+
+    return [(pipeline, "_resize", resize)]
+
+
+def _bicubic(image, shape):
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    resized = np.asarray(picture.resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
+    return resized.reshape(*shape, image.shape[-1])
+
+
+def _half_by_half(image, size):
+    top, left = (s // 2 - size // 2 for s in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+def _rounded_side(self, image, rng=None):
+    height, width = image.shape[:2]
+    short = min(height, width)
+    scaled = [round(self.resize * side / short) for side in (height, width)]
+    return pipeline._centre_crop(pipeline._resize(image, scaled), self.size)
+
+
+def _additive_brightness(images, numbers, factors, active):
+    factor = augment._per_image(jnp.take_along_axis(factors, numbers[:, None], axis=1))
+    brighter = jnp.clip(images + factor - 1, 0, 1)
+    is_brightness = augment._per_image(numbers) == augment.BRIGHTNESS
+    return jnp.where(is_brightness, brighter, _ADJUST(images, numbers, factors, active))
+
+
+def _contrast_around_channels(images, numbers, factors, active):
+    factor = augment._per_image(jnp.take_along_axis(factors, numbers[:, None], axis=1))
+    mean = images.mean((1, 2), keepdims=True)
+    blended = jnp.clip(factor * images + (1 - factor) * mean, 0, 1)
+    is_contrast = augment._per_image(numbers) == augment.CONTRAST
+    return jnp.where(is_contrast, blended, _ADJUST(images, numbers, factors, active))
+
+
+def _saturation_in_hsv(images, numbers, factors, active):
+    factor = augment._per_image(jnp.take_along_axis(factors, numbers[:, None], axis=1))
+    value = images.max(-1, keepdims=True)
+    blended = jnp.clip(value - factor * (value - images), 0, 1)
+    is_saturation = augment._per_image(numbers) == augment.SATURATION
+    return jnp.where(is_saturation, blended, _ADJUST(images, numbers, factors, active))
+
+
+def _sorted_order(images, order, factors, **options):
+    return _COLOR_JITTER(images, jnp.sort(order, axis=1), factors, **options)
+
+
+def _unclamped(images, numbers, factors, active):
+    factor = augment._per_image(jnp.take_along_axis(factors, numbers[:, None], axis=1))
+    partner = _ADJUST(images, numbers, jnp.zeros_like(factors), active)
+    blended = factor * images + (1 - factor) * partner
+    is_hue = augment._per_image(numbers) == augment.HUE
+    return jnp.where(is_hue, _ADJUST(images, numbers, factors, active), blended)
+
+
+_ADJUST, _COLOR_JITTER = augment._adjust, augment.color_jitter
+
+MUTANTS = [
+    Mutant(
+        name="resized without antialias",
+        difference="30a",
+        what="images shrink without antialiasing, as torch's tensors do",
+        patches=_resample("bilinear", antialias=False),
+    ),
+    Mutant(
+        name="resized to the nearest",
+        difference="30b",
+        what="resizing takes the nearest pixel",
+        patches=_resample("nearest"),
+    ),
+    Mutant(
+        name="resized bicubically",
+        difference="30c",
+        what="resizing is bicubic",
+        patches=[(pipeline, "_resize", _bicubic)],
+    ),
+    Mutant(
+        name="crop half by half",
+        difference="31a",
+        what="the centre crop starts at H // 2 - h // 2",
+        patches=[(pipeline, "_centre_crop", _half_by_half)],
+    ),
+    Mutant(
+        name="longer side rounded",
+        difference="31b",
+        what="the longer side is rounded instead of truncated",
+        patches=[(pipeline.Decoder, "__call__", _rounded_side)],
+    ),
+    Mutant(
+        name="additive brightness",
+        difference="32a",
+        what="brightness is added instead of multiplied",
+        patches=[(augment, "_adjust", _additive_brightness)],
+    ),
+    Mutant(
+        name="contrast around each channel",
+        difference="32b",
+        what="contrast is around each channel's mean instead of the gray one",
+        patches=[(augment, "_adjust", _contrast_around_channels)],
+    ),
+    Mutant(
+        name="saturation in HSV",
+        difference="32c",
+        what="saturation blends towards the value of HSV instead of gray",
+        patches=[(augment, "_adjust", _saturation_in_hsv)],
+    ),
+    Mutant(
+        name="jitter in a fixed order",
+        difference="32d",
+        what="brightness, contrast, saturation and hue always come in this order",
+        patches=[(augment, "color_jitter", _sorted_order)],
+    ),
+    Mutant(
+        name="jitter not clamped",
+        difference="32e",
+        what="colours may leave [0, 1]",
+        patches=[(augment, "_adjust", _unclamped)],
+    ),
+]

@@ -1,0 +1,356 @@
+"""Faults of layers: BatchNorm, convolutions, pools, ReLU, dropout, initialisers."""
+
+import contextlib
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from equivalence_tests.mutants.mutant import LayerFault, Mutant
+from flax_resnet import convert, models
+from flax_resnet.models import cnn, layers, resnet
+
+
+def _becomes(**methods):
+    """An edit that overrides methods of one module."""
+
+    def edit(module):
+        faulty = type(f"Faulty{type(module).__name__}", (type(module),), methods)
+        object.__setattr__(module, "__class__", faulty)
+
+    return edit
+
+
+def _sets(name, value):
+    return lambda module: setattr(module, name, value)
+
+
+def _norm(edit, **options):
+    return LayerFault(kind=layers.BatchNorm, edit=edit, **options)
+
+
+_UPDATE = layers.BatchNorm._update
+_STATISTICS = layers.BatchNorm._batch_statistics
+
+
+def _biased(self, mean, var, count):
+    _UPDATE(self, mean, var * ((count - 1) / count), count)
+
+
+def _unguarded(self, x):
+    count = math.prod(x.shape[:-1])
+    if count > 1:
+        return _STATISTICS(self, x)
+    axes = tuple(range(x.ndim - 1))
+    return x.mean(axes), x.var(axes), 2
+
+
+def _fast_variance(self, x):
+    axes = tuple(range(x.ndim - 1))
+    mean, _, count = _STATISTICS(self, x)
+    square = jnp.square(x).mean(axes)
+    if self.axis_name is not None:
+        square = lax.pmean(square, self.axis_name)
+    return mean, square - jnp.square(mean), count
+
+
+def _uncounted(self, mean, var, count):
+    before = self.num_batches_tracked[...]
+    _UPDATE(self, mean, var, count)
+    self.num_batches_tracked[...] = before
+
+
+def _cumulative(self, mean, var, count):
+    before = self.mean[...], self.var[...]
+    _UPDATE(self, mean, var, count)
+    share = 1 / (self.momentum * self.num_batches_tracked[...])
+    for variable, old in zip((self.mean, self.var), before, strict=True):
+        variable[...] = old + (variable[...] - old) * share.astype(old.dtype)
+
+
+def _count_of_the_shard(self, x):
+    mean, var, _ = _STATISTICS(self, x)
+    return mean, var, math.prod(x.shape[:-1])
+
+
+def _conv(edit, **options):
+    return LayerFault(kind=nnx.Conv, edit=edit, **options)
+
+
+def _is_strided(module):
+    return module.strides == 2 and module.kernel_size[0] > 1
+
+
+def _transpose(module):
+    module.kernel[...] = module.kernel[...].swapaxes(0, 1)
+
+
+def _interleaved_groups(lhs, rhs, *args, feature_group_count=1, **kwargs):
+    out = lax.conv_general_dilated(
+        lhs, rhs, *args, feature_group_count=feature_group_count, **kwargs
+    )
+    grouped = out.reshape(*out.shape[:-1], feature_group_count, -1)
+    return grouped.swapaxes(-1, -2).reshape(out.shape)
+
+
+def _tf32(x):
+    """Operands as the tensor cores take them: 10 bits of mantissa, 8 of exponent."""
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    rounded = (bits + jnp.uint32(0xFFF) + ((bits >> 13) & jnp.uint32(1))) & jnp.uint32(0xFFFFE000)
+    exact = lax.bitcast_convert_type(rounded, jnp.float32).astype(x.dtype)
+    return x + lax.stop_gradient(exact - x)
+
+
+def _in_tf32(lhs, rhs, *args, **kwargs):
+    return lax.conv_general_dilated(_tf32(lhs), _tf32(rhs), *args, **kwargs)
+
+
+def _stride_on_the_first(block):
+    block.conv1.strides, block.conv2.strides = block.conv2.strides, block.conv1.strides
+
+
+def half_at_zero(x):
+    return jnp.maximum(x, 0)
+
+
+def _same_max_pool(x, window, stride, *, padding=0):
+    return nnx.max_pool(x, (window, window), (stride, stride), "SAME")
+
+
+def _zero_padded_max_pool(x, window, stride, *, padding=0):
+    edge = (padding, padding)
+    x = jnp.pad(x, ((0, 0), edge, edge, (0, 0)))
+    return nnx.max_pool(x, (window, window), (stride, stride), "VALID")
+
+
+def _whole_windows(length, size):
+    """Windows of ceil(length / size) pixels in a row, as ceil_mode places them."""
+    window = -(-length // size)
+    pixels, cells = np.arange(length), np.arange(size)[:, None]
+    inside = (pixels >= cells * window) & (pixels < (cells + 1) * window)
+    return inside / np.maximum(inside.sum(1, keepdims=True), 1)
+
+
+def _counted_padding(length, size):
+    """Every cell divides by the largest window, as if what it lacks were padding that counts."""
+    matrix = _POOLING_MATRIX(length, size)
+    return (matrix > 0) / (matrix > 0).sum(1).max()
+
+
+_POOLING_MATRIX = layers._pooling_matrix
+
+
+def _flax_linear(fan_in):
+    def init(key, shape, dtype=jnp.float32, **_):
+        if len(shape) == 1:
+            return jnp.zeros(shape, dtype)
+        return nnx.initializers.lecun_normal()(key, shape, dtype)
+
+    return init
+
+
+def _unscaled_dropout(self, x, keys=None):
+    out = _DROPOUT(self, x, keys)
+    return out if self.deterministic else out * (1 - self.rate)
+
+
+_DROPOUT = layers.Dropout.__call__
+_BOTH = (resnet, cnn)
+
+MUTANTS = [
+    Mutant(
+        name="BatchNorm momentum 0.99",
+        difference="1",
+        what="BatchNorm moves by 0.01, Flax's default, instead of 0.1",
+        phase="batch_norm",
+        layer=_norm(_sets("momentum", 0.01)),
+    ),
+    Mutant(
+        name="biased running variance",
+        difference="2",
+        what="the running variance divides by n instead of n - 1",
+        phase="batch_norm",
+        layer=_norm(_becomes(_update=_biased)),
+    ),
+    Mutant(
+        name="one value per channel",
+        difference="3",
+        what="BatchNorm takes one value per channel in training instead of refusing it",
+        patches=[(layers.BatchNorm, "_batch_statistics", _unguarded)],
+    ),
+    Mutant(
+        name="fast variance",
+        difference="4",
+        what="the variance is E[x^2] - E[x]^2, which loses digits where the mean is large",
+        patches=[(layers.BatchNorm, "_batch_statistics", _fast_variance)],
+    ),
+    Mutant(
+        name="BatchNorm eps 1e-3",
+        difference="5a",
+        what="eps is 1e-3, as in Keras, instead of 1e-5",
+        phase="forward",
+        layer=_norm(_sets("epsilon", 1e-3)),
+    ),
+    Mutant(
+        name="batches not counted",
+        difference="5b",
+        what="num_batches_tracked stays as it is",
+        phase="batch_norm",
+        layer=_norm(_becomes(_update=_uncounted)),
+    ),
+    Mutant(
+        name="cumulative running statistics",
+        difference="5c",
+        what="running statistics are the mean of all batches (momentum=None)",
+        phase="batch_norm",
+        layer=_norm(_becomes(_update=_cumulative)),
+    ),
+    Mutant(
+        name="SAME convolutions",
+        difference="6",
+        what='strided convolutions pad "SAME", which is lopsided on even sizes',
+        phase="forward",
+        layer=_conv(_sets("padding", "SAME"), eligible=_is_strided),
+    ),
+    Mutant(
+        name="SAME max-pool",
+        difference="7a",
+        what='the max-pool pads "SAME"',
+        phase="forward",
+        patches=[(module, "max_pool", _same_max_pool) for module in (layers, *_BOTH)],
+    ),
+    Mutant(
+        name="zero-padded max-pool",
+        difference="7b",
+        what="the max-pool pads with 0 instead of -inf",
+        patches=[(module, "max_pool", _zero_padded_max_pool) for module in (layers, *_BOTH)],
+    ),
+    Mutant(
+        name="padding counted in average pools",
+        difference="7c",
+        what="average pools divide by the largest window (count_include_pad)",
+        patches=[(layers, "_pooling_matrix", _counted_padding)],
+    ),
+    Mutant(
+        name="average pools in ceil mode",
+        difference="7d",
+        what="average pools cut the map into whole windows (ceil_mode)",
+        patches=[(layers, "_pooling_matrix", _whole_windows)],
+    ),
+    Mutant(
+        name="stride on the first 1x1",
+        difference="8a",
+        what="bottlenecks stride in their 1x1 convolution (v1) instead of the 3x3 (v1.5)",
+        phase="forward",
+        layer=LayerFault(
+            kind=resnet.Bottleneck,
+            edit=_stride_on_the_first,
+            eligible=lambda block: block.conv2.strides == 2,
+        ),
+    ),
+    Mutant(
+        name="residual branches start at zero",
+        difference="8b",
+        what="the last scale of every block starts at 0 without being asked",
+        patches=[
+            (resnet.ResNet.__init__.__kwdefaults__, "zero_init_residual", True),
+            (models.create_model.__kwdefaults__, "zero_init_residual", True),
+        ],
+    ),
+    Mutant(
+        name="lecun initialiser",
+        difference="9a",
+        what="convolutions start with Flax's default, a truncated normal by fan-in",
+        patches=[(layers, "kaiming_normal_fan_out", nnx.initializers.lecun_normal())],
+    ),
+    Mutant(
+        name="he_normal initialiser",
+        difference="9b",
+        what="convolutions start with Flax's he_normal, truncated and by fan-in",
+        patches=[(layers, "kaiming_normal_fan_out", nnx.initializers.he_normal())],
+    ),
+    Mutant(
+        name="Flax's linear initialisers",
+        difference="10",
+        what="linear layers start with a truncated normal, biases with 0",
+        patches=[(layers, "uniform_fan_in", _flax_linear)],
+    ),
+    Mutant(
+        name="transposed kernels",
+        difference="11a",
+        what="kernels arrive with height and width swapped",
+        phase="forward",
+        patches=[(convert._LEAVES, ("kernel", 4), ("weight", (3, 2, 1, 0)))],
+        layer=_conv(_transpose, eligible=lambda module: module.kernel_size[0] > 1),
+    ),
+    Mutant(
+        name="interleaved groups",
+        difference="11b",
+        what="outputs of grouped convolutions go around the groups in turn",
+        phase="forward",
+        layer=_conv(
+            _sets("conv_general_dilated", _interleaved_groups),
+            eligible=lambda module: module.feature_group_count > 1,
+        ),
+    ),
+    Mutant(
+        name="linear weights not transposed",
+        difference="11c",
+        what="linear weights are taken as they are",
+        patches=[(convert._LEAVES, ("kernel", 2), ("weight", (0, 1)))],
+    ),
+    Mutant(
+        name="flattened channels last",
+        difference="11d",
+        what="maps are flattened in the order height, width, channel",
+        patches=[(cnn, "flatten_channels_first", lambda x: x.reshape(x.shape[0], -1))],
+    ),
+    Mutant(
+        name="TF32 convolutions",
+        difference="12",
+        what="operands of convolutions are rounded to 10 bits",
+        phase="forward",
+        layer=_conv(_sets("conv_general_dilated", _in_tf32)),
+    ),
+    Mutant(
+        name="float64 is float32",
+        difference="13",
+        what="float64 is asked for without jax_enable_x64",
+        patches=[(jax, "enable_x64", lambda on=True: contextlib.nullcontext())],
+    ),
+    Mutant(
+        name="half a gradient at zero",
+        difference="14",
+        what="the gradient of ReLU at 0 is 1/2",
+        phase="gradient",
+        patches=[(module, "relu", half_at_zero) for module in (layers, *_BOTH)],
+    ),
+    Mutant(
+        name="dropout not rescaled",
+        difference="27",
+        what="dropout does not divide by the share it keeps",
+        patches=[(layers.Dropout, "__call__", _unscaled_dropout)],
+    ),
+    Mutant(
+        name="BatchNorm in float32 under bfloat16",
+        difference="29a",
+        what="BatchNorm gives float32 in mixed precision",
+        layer=_norm(_sets("dtype", jnp.float32), eligible=lambda m: m.dtype == jnp.bfloat16),
+    ),
+    Mutant(
+        name="n of the shard",
+        difference="33c",
+        what="n / (n - 1) takes the n of one device instead of all",
+        patches=[(layers.BatchNorm, "_batch_statistics", _count_of_the_shard)],
+    ),
+    Mutant(
+        name="BatchNorm momentum stuck at 0",
+        difference="33d",
+        what="running statistics never move",
+        phase="batch_norm",
+        layer=_norm(_sets("momentum", 0.0)),
+    ),
+]
