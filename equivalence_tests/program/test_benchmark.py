@@ -1,11 +1,13 @@
 """The benchmark at a tiny size: what it writes, and that it never times two different things."""
 
 import json
+import runpy
+import sys
 
 import numpy as np
 import pytest
 
-from equivalence_tests import end_to_end, startup, throughput
+from equivalence_tests import end_to_end, gpu, startup, throughput
 from equivalence_tests.program.command import refused, run_script
 
 TINY = "--arch resnet20 --image-size 8 --batch-size 4 --rounds 1 --blocks 1 --steps 1 --warmup 1"
@@ -91,3 +93,27 @@ def test_the_second_start_finds_the_compiled_programs():
 ])  # fmt: skip
 def test_wrong_words_are_one_line(flags, word):
     refused(run_script("benchmark.py", *FLAGS, *flags), word)
+
+
+def test_every_stage_for_a_gpu_is_understood(tmp_path, monkeypatch):
+    """As far as that goes without one: its flags are valid."""
+    programs = set()
+    for program, *flags in gpu.stages("folder:images", tmp_path).values():
+        programs.add(program)
+        if program != "-m":
+            script = runpy.run_path(gpu.ROOT / program)
+            monkeypatch.setattr(sys, "argv", [program, *flags])
+            args = script["parse"]()
+            if program == "scripts/benchmark.py":
+                assert script["make_settings"](args).job.device == "gpu"
+            else:
+                assert script["chosen"](args)
+    assert programs == {"-m", "scripts/benchmark.py", "scripts/reproduce.py"}
+
+
+def test_without_a_gpu_no_stage_runs(tmp_path, monkeypatch, capsys):
+    if gpu.Path("/dev/nvidiactl").exists():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "gpu")])
+    assert gpu.main() == 2 and "no NVIDIA GPU" in capsys.readouterr().err
+    assert not (tmp_path / "gpu").exists()

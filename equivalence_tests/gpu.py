@@ -1,0 +1,112 @@
+"""All that needs a GPU, one stage after the other, each with its log.
+
+    python -m equivalence_tests.gpu --list
+    python -m equivalence_tests.gpu --cifar10 folder:DIR --out gpu          # all, 4 hours at most
+    python -m equivalence_tests.gpu parity resnet50 --out gpu               # these
+
+A stage that is done is skipped, so a machine that is lent for minutes can be used again. Exit
+status: 0 all passed, 1 one did not, 2 there is no GPU.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from flax_resnet.recipes import CIFAR10, RECIPES
+
+ROOT = Path(__file__).parents[1]
+NUMERICS = "equivalence_tests/numerics"
+LIMIT_SECONDS = 3600
+
+PARITY = {
+    # Products in full float32: TF32 is a difference that the suite is made to find.
+    "parity": f"-m pytest {NUMERICS}/test_float32.py {NUMERICS}/test_layers.py -n 0",
+    "parity-float64": f"-m pytest {NUMERICS}/test_float64.py -m quick -n 0",
+}
+BFLOAT16 = "scripts/benchmark.py --device gpu --dtype bfloat16"
+SMALL = f"{BFLOAT16} --arch resnet18 --stem cifar --image-size 32"
+BENCHMARKS = {
+    "resnet50": f"{BFLOAT16} --arch resnet50 --batch-size 256",
+    "resnet50-large": f"{BFLOAT16} --arch resnet50 --batch-size 512",
+    "resnet18": f"{SMALL} --batch-size 512",
+    "resnet18-large": f"{SMALL} --batch-size 1024",
+    "end-to-end": f"{SMALL} --batch-size 512 --dataset {{cifar10}} --modes end_to_end",
+    "to-94": f"{SMALL} --batch-size 512 --dataset {{cifar10}} --modes time_to_accuracy"
+    " --target-accuracy 0.94 --epochs 18",
+}
+CIFAR10_RECIPES = [
+    name
+    for name, recipe in RECIPES.items()
+    if recipe.config.data.dataset == CIFAR10 and not recipe.starts_from
+]
+
+
+def stages(cifar10: str, out: Path) -> dict[str, list[str]]:
+    """{name: arguments of python}."""
+    benchmarks = {
+        name: f"{flags} --json {out}/benchmark-gpu-{name}.json"
+        for name, flags in BENCHMARKS.items()
+    }
+    recipes = {
+        name: f"scripts/reproduce.py {name} --cifar10 {{cifar10}} --runs {out}/runs --results {out}"
+        for name in CIFAR10_RECIPES
+    }
+    every = PARITY | benchmarks | recipes
+    return {name: flags.format(cifar10=cifar10).split() for name, flags in every.items()}
+
+
+def run(name: str, arguments: list[str], out: Path) -> bool:
+    """Whether a stage passed, now or before."""
+    done = out / f"{name}.done"
+    if done.exists():
+        return True
+    settings = {"JAX_PLATFORMS": "cuda", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    added = settings if name in PARITY else {}
+    started = time.perf_counter()
+    with open(out / f"{name}.log", "w") as log:
+        try:
+            status = subprocess.run(
+                [sys.executable, *arguments],
+                cwd=ROOT, env=os.environ | added, stdout=log, stderr=log, timeout=LIMIT_SECONDS,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            status = "cut off"
+    print(f"{name}: status {status}, {time.perf_counter() - started:.0f} s", flush=True)
+    if status == 0:
+        done.touch()
+    return status == 0
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="STAGE", help="default: all")
+    parser.add_argument("--cifar10", default=CIFAR10, metavar="DATASET")
+    parser.add_argument("--out", type=Path, default=Path("gpu"), metavar="DIR")
+    parser.add_argument("--list", action="store_true", help="say what would run")
+    args = parser.parse_args()
+    every = stages(args.cifar10, args.out.absolute())
+    if unknown := set(args.names) - set(every):
+        parser.error(f"unknown {', '.join(sorted(unknown))}; --list names them all")
+    return args, every
+
+
+def main() -> int:
+    args, every = parse()
+    chosen = args.names or list(every)
+    if args.list:
+        for name in chosen:
+            print(f"{name}: python {' '.join(every[name])}")
+        return 0
+    if not Path("/dev/nvidiactl").exists():
+        print("there is no NVIDIA GPU here", file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    passed = [run(name, every[name], args.out) for name in chosen]
+    return int(not all(passed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
