@@ -42,7 +42,8 @@ def start(flags, folder: Path, name: str) -> float:
     command = [sys.executable, "-m", "equivalence_tests.startup", *flags]
     command += ["--log-steps", "1", "--run-dir", str(folder / name)]
     environment = os.environ | {"XDG_CACHE_HOME": str(folder), CLOCK: str(time.time())}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    for unusual in ("JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE"):  # as users have it
+        environment.pop(unusual, None)
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr.strip())

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import errno
+import functools
 import re
 import shlex
 import sys
@@ -159,6 +160,7 @@ def _argument(field: dataclasses.Field) -> dict:
     return {"metavar": {int: "N", float: "X"}.get(kind, "TEXT"), "help": text}
 
 
+@functools.cache
 def _help_texts() -> dict[str, str]:
     """The docstrings under the fields, which pydantic has collected."""
     schema = pydantic.TypeAdapter(TrainConfig).json_schema()

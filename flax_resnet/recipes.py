@@ -39,6 +39,12 @@ class Recipe:
     source: str = ""
     """Whose figures they are."""
 
+    reached: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Ours, the means in results/recipes.json; empty: not run."""
+
+    minutes: float | None = None
+    """A run took in that table."""
+
     starts_from: str | None = None
     """The recipe whose weights are fine-tuned."""
 

@@ -104,6 +104,17 @@ def test_what_is_committed_is_what_the_runs_say():
     assert reproduction.markdown(rows) in (ROOT / "README.md").read_text()
 
 
+def test_recipes_say_what_they_reached():
+    rows = json.loads((ROOT / "results" / "recipes.json").read_text())["rows"]
+    ours = {row["recipe"]: row for row in rows if row["framework"] == "jax" and not row["subset"]}
+    for name, recipe in RECIPES.items():
+        row = ours.get(name, {"figures": {}, "minutes": None})
+        figures = list(recipe.published) or ["test_accuracy"]
+        means = {f: round(row["figures"][f]["mean"], 4) for f in figures if f in row["figures"]}
+        assert recipe.reached == means, name
+        assert recipe.minutes == (row["minutes"] and round(row["minutes"])), name
+
+
 def test_each_seed_runs_once_in_both_frameworks(tmp_path, monkeypatch):
     called = []
 
