@@ -146,19 +146,19 @@ import resource, sys, jax, jax.numpy as jnp
 from flax_resnet import environment
 if sys.argv[1] == "kept":
     environment.keep_freed_memory()
-f = jax.jit(lambda x: jnp.dot(jnp.dot(x, x) + 1, x).sum())
-x = jnp.ones((2048, 2048))  # temporary memory of 16 MiB and more
-for _ in range(3):
+f = jax.jit(lambda x: x + 1)
+x = jnp.ones(10_000_000)  # 40 MB, 9,766 pages
+for _ in range(20):
     f(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+for _ in range(10):
     f(x).block_until_ready()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 4)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
 """
 
 
 def page_faults(how: str) -> int:
-    """Of one call of a program with temporary memory."""
+    """Of one call of a program that gives a large array."""
     if not sys.platform.startswith("linux"):
         pytest.skip("glibc's allocator")
     command = [sys.executable, "-c", STEP, how]
@@ -166,9 +166,9 @@ def page_faults(how: str) -> int:
 
 
 def test_memory_is_kept_between_steps():
-    assert page_faults("kept") < 100
+    assert page_faults("kept") < 3000
 
 
 @pytest.mark.control
 def test_left_alone_it_is_not():
-    assert page_faults("as it is") > 1000
+    assert page_faults("as it is") > 9000
