@@ -101,10 +101,11 @@ def false_alarms(seeds: int, rows: dict[str, dict]) -> dict[str, dict]:
     Args:
       rows: of seeds that are done; each row is written as it comes.
     """
+    revision = environment.revision()  # before the first row is written
     for seed in map(str, range(1, seeds + 1)):
         if seed not in rows:
             count, failed = run_tests("--inputs-seed", seed)
-            rows[seed] = {"tests": count, "failed": failed, "revision": environment.revision()}
+            rows[seed] = {"tests": count, "failed": failed, "revision": revision}
             results.write("false-alarms", {"seeds": rows})
         print(
             f"inputs {seed}: {rows[seed]['tests']} tests, failed {rows[seed]['failed']}", flush=True

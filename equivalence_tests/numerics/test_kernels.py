@@ -82,14 +82,13 @@ def plain_sum(x):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (8, 8), (5, 7), (6, 5), (31, 13)])
-def test_sums_of_pixels_lose_no_more_than_the_library_s(size):
-    exact = 5 + inputs.random_numbers().standard_normal((3, *size, 16))
-    x = exact.astype(np.float32)
-
-    def error(function):
-        return np.linalg.norm(np.float64(function(jnp.asarray(x))) - x.sum((1, 2), np.float64))
-
-    assert error(sum_of_pixels) <= max(error(plain_sum), np.spacing(np.float32(5 * np.prod(size))))
+def test_sums_of_pixels_keep_to_the_bound_of_pairs(size):
+    """Higham, Accuracy and Stability of Numerical Algorithms, 4.2: as many roundings as additions
+    that a number takes part in, here two a halving."""
+    x = 5 + inputs.random_numbers().standard_normal((3, *size, 16)).astype(np.float32)
+    rounding = 2 * np.ceil(np.log2(np.prod(size))) * 2.0**-24
+    error = np.abs(np.float64(sum_of_pixels(jnp.asarray(x))) - x.sum((1, 2), np.float64))
+    assert (error <= 1.001 * rounding * np.abs(x).sum((1, 2), np.float64)).all()
 
 
 def test_a_batch_of_vectors_has_one_pixel():
@@ -147,7 +146,7 @@ from flax_resnet import environment
 if sys.argv[1] == "kept":
     environment.keep_freed_memory()
 f = jax.jit(lambda x: x + 1)
-x = jnp.ones(10_000_000)  # 40 MB, 9,766 pages
+x = jnp.ones(25_000_000)  # 100 MB, 24,414 pages
 for _ in range(20):
     f(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -166,9 +165,9 @@ def page_faults(how: str) -> int:
 
 
 def test_memory_is_kept_between_steps():
-    assert page_faults("kept") < 3000
+    assert page_faults("kept") < 12_000
 
 
 @pytest.mark.control
 def test_left_alone_it_is_not():
-    assert page_faults("as it is") > 9000
+    assert page_faults("as it is") > 24_000
