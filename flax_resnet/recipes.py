@@ -232,6 +232,8 @@ RECIPES = {
         ),
         method="3 convolutions, 2 dense layers, dropout 0.3, grayscale at 64 px, Adam",
         published={"test_accuracy": 0.6308},
+        reached={"test_accuracy": 0.6454},
+        minutes=163,
         source="a public CNN and ResNet-18 on Imagenette in PyTorch",
     ),
     "imagenette-resnet18": Recipe(
