@@ -20,11 +20,8 @@ import jax
 import pytest
 
 from equivalence_tests import inputs, results
-from flax_resnet import environment
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# One process runs hundreds of programs here; what one of them frees the next may not find useful.
-environment.keep_freed_memory = lambda: None
 
 
 def pytest_addoption(parser):

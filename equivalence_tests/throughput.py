@@ -39,6 +39,12 @@ MODES = ("train", "inference")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float64": 8}
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float64": 2.0**-52}
 
+KEPT_MEMORY = ":".join(
+    f"glibc.malloc.{option}"
+    for option in ("arena_max=1", "mmap_max=0", f"trim_threshold={2**31 - 1}")
+)
+"""What `scripts/train.py` tells the allocator of a CPU (`scripts/_memory.py`)."""
+
 SAME_LOSS = {"float32": 1e-3, "bfloat16": 5e-2, "float64": 1e-9}
 """Relative difference of the first losses of a timed training from those of the first variant.
 They differ by rounding, which three steps have amplified; another optimizer, learning rate or
@@ -199,6 +205,8 @@ def environment(job: Job, caches: Path) -> dict[str, str]:
     variables.pop("JAX_PLATFORMS", None)
     if job.device == "cpu":
         variables |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        if job.framework == "jax" or job.variant == "eager-kept-memory":
+            variables["GLIBC_TUNABLES"] = KEPT_MEMORY
     return variables
 
 

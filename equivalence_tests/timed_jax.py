@@ -10,7 +10,7 @@ import numpy as np
 
 from equivalence_tests import timing
 from equivalence_tests.timing import Job, Program, Skipped
-from flax_resnet import convert, environment, steps
+from flax_resnet import convert, steps
 from flax_resnet.config import (
     AugmentConfig,
     ModelConfig,
@@ -50,8 +50,6 @@ def configure(job: Job):
     jax.config.update("jax_enable_x64", job.dtype == "float64")
     if job.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")  # no TF32
-    if job.device == "cpu":
-        environment.keep_freed_memory()
     if jax.default_backend() != job.device:
         raise Skipped(f"JAX sees no {job.device.upper()} here")
 

@@ -14,7 +14,6 @@ from torch import nn
 import torch_ref
 from equivalence_tests import timing
 from equivalence_tests.timing import Job, Program, Skipped
-from flax_resnet import environment
 from torch_ref import checkpoint, steps
 from torch_ref.evaluate import autocast, to_device
 
@@ -51,10 +50,8 @@ def configure(job: Job) -> torch.device:
         raise Skipped("PyTorch sees no GPU here")
     if job.variant == "compile-reduce-overhead" and job.device == "cpu":
         raise Skipped("CUDA graphs need a GPU; without them it is compile")
-    if job.variant == "eager-kept-memory":
-        if job.device == "gpu":
-            raise Skipped("a setting of the CPU's allocator")
-        environment.keep_freed_memory()
+    if job.variant == "eager-kept-memory" and job.device == "gpu":
+        raise Skipped("a setting of the CPU's allocator")
     return torch.device("cuda" if job.device == "gpu" else "cpu")
 
 

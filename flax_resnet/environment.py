@@ -1,6 +1,5 @@
 """Where a result was measured, and JAX's settings for a run."""
 
-import ctypes
 import os
 import platform
 import subprocess
@@ -10,9 +9,6 @@ from pathlib import Path
 import jax
 
 from flax_resnet.config import TrainConfig
-
-# Options of glibc's mallopt, by their numbers in malloc.h.
-_ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD = -8, -4, -1
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -54,29 +50,12 @@ def revision() -> str:
 
 
 def configure_jax(config: TrainConfig):
-    """Float64 if the run asks for it, the persistent compilation cache, and memory that stays."""
-    if not metadata.entry_points(group="jax_plugins"):  # no GPU or TPU
-        keep_freed_memory()
+    """Float64 if the run asks for it, and the persistent compilation cache."""
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
     if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "flax_resnet" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def keep_freed_memory():
-    """Tells glibc to keep what is freed: one arena, no mmap, no trimming.
-
-    XLA's CPU backend asks for its temporary memory anew at every step, which the kernel then hands
-    out page by page, cleared: 33,000 page faults and 16% of a step of ResNet-18 (389 against 329
-    ms, 32 pixels, batch 128, one core). Counts where it comes before the first thread of the
-    backend; without glibc nothing happens.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    for option, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)):
-        mallopt(option, value)
 
 
 def _processor() -> str:

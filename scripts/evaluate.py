@@ -9,6 +9,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import _memory  # noqa: F401
+
 from flax_resnet import cli, steps
 from flax_resnet.config import InputError
 from flax_resnet.data import pipeline

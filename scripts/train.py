@@ -7,6 +7,8 @@ python scripts/train.py --resume --run-dir runs/resnet18-digits
 
 from pathlib import Path
 
+import _memory  # noqa: F401
+
 from flax_resnet import cli, distributed, train
 from flax_resnet.config import InputError, TrainConfig, from_dict, nearest, to_dict
 from flax_resnet.recipes import RECIPES

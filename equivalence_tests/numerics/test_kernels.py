@@ -3,8 +3,6 @@ what is slow. Each fact has the library's own way as its control: where that pas
 """
 
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -138,36 +136,3 @@ def test_what_the_library_s_gives_is_computed_again():
 def test_relu_keeps_nan():
     x = np.array([np.nan, -np.inf, -1, -0.0, 0.0, 1, np.inf], np.float32)
     assert np.array_equal(layers.relu(jnp.asarray(x)), F.relu(torch.tensor(x)), equal_nan=True)
-
-
-STEP = """
-import resource, sys, jax, jax.numpy as jnp
-from flax_resnet import environment
-if sys.argv[1] == "kept":
-    environment.keep_freed_memory()
-f = jax.jit(lambda x: x + 1)
-x = jnp.ones(25_000_000)  # 100 MB, 24,414 pages
-for _ in range(20):
-    f(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    f(x).block_until_ready()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
-"""
-
-
-def page_faults(how: str) -> int:
-    """Of one call of a program that gives a large array."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("glibc's allocator")
-    command = [sys.executable, "-c", STEP, how]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def test_memory_is_kept_between_steps():
-    assert page_faults("kept") < 12_000
-
-
-@pytest.mark.control
-def test_left_alone_it_is_not():
-    assert page_faults("as it is") > 24_000

@@ -1,12 +1,16 @@
 """What makes training fast, as facts of the program and not of a clock."""
 
+import subprocess
+import sys
 from collections import Counter
+from importlib import metadata
 from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
+from equivalence_tests.program.command import ROOT
 from equivalence_tests.program.test_compiled import Program
 from flax_resnet import cli, environment
 from flax_resnet.config import ParallelConfig, TrainConfig
@@ -99,3 +103,39 @@ def test_compiled_programs_are_kept_unless_asked_not_to(tmp_path, monkeypatch, w
         assert jax.config.jax_compilation_cache_dir == expected
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+CALLS = """
+import resource, sys
+if sys.argv[1] == "kept":
+    sys.path.insert(0, "scripts")
+    import _memory
+import jax, jax.numpy as jnp
+f = jax.jit(lambda x: x + 1)
+x = jnp.ones(25_000_000)  # 100 MB, 24,414 pages
+for _ in range(20):
+    f(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    f(x).block_until_ready()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
+"""
+
+
+def page_faults(how: str) -> int:
+    """Of one call of a program that gives a large array."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("glibc's allocator")
+    if metadata.entry_points(group="jax_plugins"):
+        pytest.skip("temporary memory is the GPU's")
+    command = [sys.executable, "-c", CALLS, how]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+
+
+def test_memory_is_kept_between_steps():
+    assert page_faults("kept") < 12_000
+
+
+@pytest.mark.control
+def test_left_alone_it_is_not():
+    assert page_faults("as it is") > 24_000
