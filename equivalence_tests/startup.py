@@ -52,6 +52,9 @@ def start(flags, folder: Path, name: str) -> float:
 
 def first_step(flags: list[str]):
     """scripts/train.py, which ends when the metrics of its first step are there."""
+    sys.path.insert(0, str(ROOT / "scripts"))  # as for a script that is called
+    import _memory  # noqa: F401
+
     from flax_resnet.parallel import Engine
 
     original = Engine.fetch_metrics

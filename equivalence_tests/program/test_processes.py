@@ -164,8 +164,9 @@ def test_parameters_in_parts_are_the_same(tmp_path, short):
 
 
 WRONG_SHARD = f"""
-import runpy
+import runpy, sys
 from flax_resnet.parallel import Engine
+sys.path.insert(0, {str(ROOT / "scripts")!r})
 Engine.local_rows = lambda self, size: slice(0, size // 2)
 runpy.run_path({TRAIN!r}, run_name="__main__")
 """
