@@ -1,7 +1,7 @@
 """All that needs a GPU, one stage after the other, each with its log.
 
     python -m equivalence_tests.gpu --list
-    python -m equivalence_tests.gpu --cifar10 folder:DIR --out gpu          # all, 4 hours at most
+    python -m equivalence_tests.gpu --cifar10 folder:DIR --out gpu          # all of them
     python -m equivalence_tests.gpu parity resnet50 --out gpu               # these
 
 A stage that is done is skipped, so a machine that is lent for minutes can be used again. Exit
@@ -20,6 +20,7 @@ from flax_resnet.recipes import CIFAR10, RECIPES
 ROOT = Path(__file__).parents[1]
 NUMERICS = "equivalence_tests/numerics"
 LIMIT_SECONDS = 3600
+"""Of a stage, so that one that hangs does not keep the others."""
 
 PARITY = {
     # Products in full float32: TF32 is a difference that the suite is made to find.

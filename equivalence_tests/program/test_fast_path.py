@@ -133,6 +133,7 @@ def page_faults(how: str) -> int:
 
 
 def test_memory_is_kept_between_steps():
+    # On a busy machine one call in ten now and then still meets new pages: half is far from both.
     assert page_faults("kept") < 12_000
 
 
