@@ -14,12 +14,12 @@ class Display:
     """Prints; where the console is no terminal, in plain lines."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False):
-        self.console = console or Console(soft_wrap=True, highlight=False, quiet=quiet)
+        self.console = console or Console(soft_wrap=True, highlight=False, emoji=False, quiet=quiet)
         self._bar = None
 
     def say(self, text: str):
         """One line, as it is."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, emoji=False)
 
     def show(self, renderable):
         """A table."""

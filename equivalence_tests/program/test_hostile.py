@@ -15,6 +15,7 @@ from PIL import Image
 from equivalence_tests.program.command import refused, run_script
 from flax_resnet.config import InputError
 from flax_resnet.data import cifar10
+from flax_resnet.display import Display
 
 MEGABYTE = 1 << 20
 
@@ -106,3 +107,9 @@ def _words(value):
             yield from _words(item)
     elif isinstance(value, str):
         yield value
+
+
+def test_a_folder_s_name_is_only_a_name(capsys):
+    """Rich takes ":b:" for a picture."""
+    Display().say("folder:b: 256 training images [red]")
+    assert capsys.readouterr().out == "folder:b: 256 training images [red]\n"
