@@ -3,6 +3,7 @@ what is slow. Each fact has the library's own way as its control: where that pas
 """
 
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,26 @@ def test_sums_of_pixels_are_additions():
 @pytest.mark.control
 def test_the_library_s_sums_are_loops():
     assert loops_over_pixels(plain_sum) > 0
+
+
+def questions_for_a_sharding(function) -> int:
+    """How often tracing asks a tracer where it lies, which it cannot tell."""
+    asked = []
+    with mock.patch.object(jax.core.Tracer, "sharding", property(asked.append)):
+        jax.make_jaxpr(function)(np.ones((2, 3, 3, 4), np.float32))
+    return len(asked)
+
+
+def test_statistics_are_set_without_a_question():
+    assert questions_for_a_sharding(lambda x: layers.BatchNorm(4)(x)) == 0
+
+
+@pytest.mark.control
+def test_the_library_s_assignment_asks():
+    def assign(x):
+        nnx.BatchStat(jnp.zeros_like(x))[...] = x
+
+    assert questions_for_a_sharding(assign) > 0
 
 
 def additions_of_a_bias(relu) -> int:
