@@ -1,7 +1,7 @@
 """The table of all recipes that have run, from the files of their runs alone.
 
 A run lies in FOLDER/RECIPE/seedN, with "-torch" for the PyTorch twin and "-subsetM" where only M
-training images were used. R is the number of seeds of a row.
+images of each split were used. R is the number of seeds of a row.
 """
 
 import base64
@@ -34,7 +34,7 @@ class Run(NamedTuple):
     """"jax" or "torch"."""
 
     subset: int | None
-    """Training images, where not all of them were used."""
+    """Images of each split, where not all of them were used."""
 
     seed: int
 
@@ -46,7 +46,7 @@ class Run(NamedTuple):
 JAX_ONLY = {
     "seed", "dataset", "init_from", "new_head", "freeze_backbone", "log_steps",
     "checkpoint_epochs", "skip_nonfinite", "compilation_cache", "num_classes", "on_bad_image",
-    "cache", "cache_gib", "eval_images", "devices", "shard_parameters", "steps_per_dispatch",
+    "cache", "cache_gib", "devices", "shard_parameters", "steps_per_dispatch",
 }  # fmt: skip
 """Fields of a config that `torch_ref.train` has no flag for, and those that its caller gives."""
 

@@ -4,7 +4,8 @@ python scripts/reproduce.py --table                      # only rebuild the tabl
 python scripts/reproduce.py imagenette-cnn --imagenette folder:DIR
 python scripts/reproduce.py cifar10-resnet20-short --cifar10 folder:DIR --seeds 0 1 2 --torch
 
-What is done is skipped, what was cut off goes on. Without names: all that this machine can do.
+What is done is skipped, what was cut off goes on. Without names: all recipes; those that would take
+a CPU hours, on 512 images of each split if there is no GPU.
 """
 
 import shutil
@@ -20,14 +21,17 @@ from flax_resnet.recipes import CIFAR10, IMAGENETTE, RECIPES
 from flax_resnet.reproduction import folder_name
 
 ROOT = Path(__file__).parents[1]
+SUBSET = 512
 
 
 def parse():
     parser = cli.Parser(prog="reproduce.py", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="RECIPE", help="(all for this machine)")
+    parser.add_argument("names", nargs="*", metavar="RECIPE", help="(all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
     parser.add_argument("--torch", action="store_true", help="run the PyTorch twin as well")
-    parser.add_argument("--subset", type=int, metavar="N", help="use N training images; marked so")
+    parser.add_argument(
+        "--subset", type=int, metavar="N", help="use N images of each split; marked so"
+    )
     parser.add_argument("--cifar10", default=CIFAR10, metavar="DATASET", help="(%(default)s)")
     parser.add_argument("--imagenette", default=IMAGENETTE, metavar="DATASET", help="(%(default)s)")
     parser.add_argument("--runs", default="runs/recipes", metavar="DIR", help="(%(default)s)")
@@ -40,23 +44,29 @@ def chosen(args) -> list[str]:
     """The recipes to run, each after what it starts from."""
     for name in args.names:
         cli.check_choice("RECIPE", name, RECIPES)
-    names = args.names or [n for n, r in RECIPES.items() if has_gpu() or not r.gpu]
+    names = args.names or RECIPES
     with_sources = [step for name in names for step in (RECIPES[name].starts_from, name) if step]
     return list(dict.fromkeys(with_sources))
 
 
-def has_gpu() -> bool:
-    return jax.default_backend() == "gpu"
+def subset(args, name: str) -> int | None:
+    """Images of each split to be used, None for all: who names a recipe means the whole."""
+    too_long = RECIPES[name].gpu and not args.names and jax.default_backend() != "gpu"
+    return args.subset or (SUBSET if too_long else None)
 
 
 def run(args, name: str, seed: int, framework: str):
     """One run in a process of its own, to its end; then its files go to the results."""
-    place = Path(name) / folder_name(seed, framework, args.subset)
+    place = Path(name) / folder_name(seed, framework, subset(args, name))
     run_dir = Path(args.runs) / place
     if not (run_dir / "report.json").exists():
         command = train_command if framework == "jax" else torch_command
+        words = command(args, name, seed, run_dir)
+        words += ["--dataset", dataset(args, name), "--seed", str(seed), "--run-dir", str(run_dir)]
+        if count := subset(args, name):
+            words += ["--train-images", str(count), "--eval-images", str(count)]
         print(f"{place}: running", flush=True)
-        status = subprocess.run([sys.executable, *command(args, name, seed, run_dir)]).returncode
+        status = subprocess.run([sys.executable, *words]).returncode
         if status:
             sys.exit(status)
     kept = Path(args.results) / "recipes" / place
@@ -67,11 +77,8 @@ def run(args, name: str, seed: int, framework: str):
 
 def train_command(args, name: str, seed: int, run_dir: Path) -> list[str]:
     command = [str(ROOT / "scripts" / "train.py"), "--recipe", name, "--resume"]
-    command += ["--dataset", dataset(args, name), "--seed", str(seed), "--run-dir", str(run_dir)]
-    if args.subset:
-        command += ["--train-images", str(args.subset)]
     if source := RECIPES[name].starts_from:
-        start = Path(args.runs) / source / folder_name(seed, "jax", args.subset)
+        start = Path(args.runs) / source / folder_name(seed, "jax", subset(args, source))
         command += ["--init-from", str(start)]
     return command
 
@@ -81,10 +88,7 @@ def torch_command(args, name: str, seed: int, run_dir: Path) -> list[str]:
     if RECIPES[name].starts_from:
         raise InputError(f"{name} starts from weights, which torch_ref.train has no flag for")
     shutil.rmtree(run_dir, ignore_errors=True)
-    flags = reproduction.twin_flags(RECIPES[name].config)
-    flags += ["--seed", str(seed), "--run-dir", str(run_dir)]
-    flags += ["--train-images", str(args.subset)] if args.subset else []
-    return ["-m", "torch_ref.train", "--dataset", dataset(args, name), *flags]
+    return ["-m", "torch_ref.train", *reproduction.twin_flags(RECIPES[name].config)]
 
 
 def dataset(args, name: str) -> str:

@@ -62,6 +62,7 @@ def load_data(
     test_fraction: float = 0.2,
     split_seed: int = 0,
     train_images: int | None = None,
+    eval_images: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Data:
@@ -74,7 +75,7 @@ def load_data(
       image_size: left out: that of the first image if square and at most 64 pixels, else 224.
       resize_size: of the shorter side before the centre crop; left out: image_size.
       validation_fraction, test_fraction: stratified shares for the splits the set does not have.
-      train_images: use only this many training images.
+      train_images, eval_images: use at most so many of the training and of each other split.
       mean, std: per channel, of images in [0, 1]; left out: measured on the training split.
     """
     if (mean is None) != (std is None):
@@ -83,8 +84,10 @@ def load_data(
     splits = hold_out(splits, "test", test_fraction, split_seed)
     splits = hold_out(splits, "validation", validation_fraction, split_seed)
     splits = {name: splits[name] for name in FOLDER_NAMES if name in splits}  # in this order
-    if train_images:
-        splits["train"] = stratified(splits["train"], train_images, split_seed)[0]
+    for name, split in splits.items():
+        count = train_images if name == "train" else eval_images
+        if count and count < len(split):
+            splits[name] = stratified(split, count, split_seed)[0]
     image_size = image_size or max(smallest, natural_size(splits["train"]))
     resize_size = resize_size or image_size
     if resize_size < image_size:

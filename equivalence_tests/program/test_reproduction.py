@@ -115,19 +115,24 @@ def test_recipes_say_what_they_reached():
         assert recipe.minutes == (row["minutes"] and round(row["minutes"])), name
 
 
-def test_each_seed_runs_once_in_both_frameworks(tmp_path, monkeypatch):
+@pytest.fixture
+def called(tmp_path, monkeypatch) -> list[list[str]]:
+    """The commands of all runs, of which only the files are made."""
     called = []
 
     def pretend(command):
-        """The files of a run, without the run."""
         called.append(command)
         place = Path(command[command.index("--run-dir") + 1])
         write_run(tmp_path, place.parent.name, place.name)
+        place.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(tmp_path / "recipes" / place.parent.name / place.name, place)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", pretend)
-    (tmp_path / "runs" / "imagenette-cnn").mkdir(parents=True)
+    return called
+
+
+def test_each_seed_runs_once_in_both_frameworks(tmp_path, called):
     flags = ["imagenette-cnn", "--runs", tmp_path / "runs", "--results", tmp_path, "--seeds", 3, 5]
     assert run_script("reproduce.py", *flags).status == 0
     assert [command[command.index("--seed") + 1] for command in called] == ["3", "5"]
@@ -136,6 +141,17 @@ def test_each_seed_runs_once_in_both_frameworks(tmp_path, monkeypatch):
     assert "`imagenette-cnn` | test accuracy | 0.6308 | 0.5000 ± 0.0000 | 2 |" in outcome.out
     kept = tmp_path / "recipes/imagenette-cnn"
     assert {p.name for p in kept.iterdir()} == {"seed3", "seed5", "seed3-torch", "seed5-torch"}
+
+
+def test_without_a_gpu_the_long_recipes_take_few_images(tmp_path, called):
+    flags = ["--runs", tmp_path / "runs", "--results", tmp_path]
+    assert run_script("reproduce.py", *flags).status == 0
+    limits = ["--train-images", "512", "--eval-images", "512"]
+    short = {command[command.index("--recipe") + 1] for command in called if limits[0] in command}
+    assert short == {name for name, recipe in RECIPES.items() if recipe.gpu}
+    assert all(command[-4:] == limits for command in called if limits[0] in command)
+    assert run_script("reproduce.py", "cifar10-fast", *flags).status == 0
+    assert limits[0] not in called[-1]
 
 
 def test_what_a_recipe_starts_from_runs_first(tmp_path, monkeypatch):

@@ -149,6 +149,16 @@ def write_folder(root, splits, mode="RGB"):
     return f"folder:{root}"
 
 
+def test_limits_are_upper_limits():
+    limited = data.load_data(train_images=100, eval_images=90).splits
+    assert {name: len(split) for name, split in limited.items()} == {
+        "train": 100, "validation": 90, "test": 90,
+    }  # fmt: skip
+    assert len(data.load_data(eval_images=10**6).splits["test"]) == len(
+        data.load_data().splits["test"]
+    )
+
+
 @pytest.mark.parametrize(
     "found, sizes",
     [
