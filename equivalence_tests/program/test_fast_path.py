@@ -14,6 +14,7 @@ from equivalence_tests.program.command import ROOT
 from equivalence_tests.program.test_compiled import Program
 from flax_resnet import cli, environment
 from flax_resnet.config import ParallelConfig, TrainConfig
+from flax_resnet.data.pipeline import Decoder
 from flax_resnet.display import Display
 from flax_resnet.parallel import Engine
 from flax_resnet.run import Run
@@ -35,12 +36,16 @@ def watched(request, tmp_path_factory):
     that stay on the device, and without."""
     config = cli.merge(TrainConfig(), SMALL)
     config = cli.merge(config, {"data": {"cache": request.param, "train_images": "640"}})
-    counts, sent, resident = Counter(), [], {}
-    shard, drain = Engine.shard, Run._drain
+    counts, decodings, sent, resident = Counter(), Counter(), [], {}
+    shard, drain, decode = Engine.shard, Run._drain, Decoder.__call__
 
     def counted_shard(engine, batches):
         sent.append({name: array.dtype for name, array in batches[0].items()})
         return shard(engine, batches)
+
+    def counted_decoding(decoder, image, draw=None):
+        decodings[image.tobytes()] += 1
+        return decode(decoder, image, draw)
 
     def counted_drain(run):
         counts["fetches"] += 1
@@ -50,8 +55,10 @@ def watched(request, tmp_path_factory):
     with (
         mock.patch.object(Engine, "shard", counted_shard),
         mock.patch.object(Run, "_drain", counted_drain),
+        mock.patch.object(Decoder, "__call__", counted_decoding),
     ):
         fit(config, tmp_path_factory.mktemp("fast") / "run", display=Display())
+    counts["decodings"] = np.median([*decodings.values()])
     return request.param, counts, sent, resident
 
 
@@ -64,6 +71,12 @@ def test_images_that_fit_stay_on_the_device_as_they_are(watched):
         assert isinstance(resident["image"], jax.Array) and resident["image"].dtype == np.uint8
     else:
         assert all(batch["image"] == np.uint8 for batch in sent) and not resident
+
+
+def test_images_that_fit_are_decoded_once(watched):
+    """The others in both epochs, for the statistics and for the last evaluation."""
+    cache, counts, _, _ = watched
+    assert counts["decodings"] == (1 if cache == "auto" else 4)
 
 
 def test_metrics_are_fetched_once_a_log_interval(watched):

@@ -1,5 +1,7 @@
 """Decoding, order, batches and statistics of the input pipeline."""
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -90,6 +92,41 @@ def test_the_parts_of_all_processes_are_the_batch(parts):
         for whole, *each in everything:
             for name in whole:
                 np.testing.assert_array_equal(np.concatenate([b[name] for b in each]), whole[name])
+
+
+class Meeting:
+    """Images that no one gets before several are asked for at the same time."""
+
+    def __init__(self, images, together):
+        self.labels = np.arange(len(images))
+        self._images, self._barrier = images, threading.Barrier(together)
+
+    def __len__(self):
+        return len(self._images)
+
+    def __getitem__(self, number):
+        self._barrier.wait(timeout=20)
+        return self._images[number]
+
+
+IMAGES = np.stack([picture(8, 8, seed=i) for i in range(16)])
+DECODER = Decoder(size=8, resize=8)
+
+
+def decoded_ahead(source):
+    order = BatchOrder(num_images=16, batch_size=1, seed=0, epochs=1)
+    batches = list(pipeline.image_iterator(source, DECODER, order, num_workers=0))
+    return np.concatenate([b["image"] for b in sorted(batches, key=lambda b: b["index"][0])])
+
+
+def decoded_at_once(source):
+    return pipeline.decode_all(source, DECODER)
+
+
+@pytest.mark.parametrize("decode", [decoded_ahead, decoded_at_once])
+def test_images_are_decoded_in_parallel(decode):
+    """Batches ahead of the step that takes them, and the images of a set that is kept."""
+    np.testing.assert_array_equal(decode(Meeting(IMAGES, 8)), IMAGES)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
