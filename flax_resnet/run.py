@@ -19,6 +19,10 @@ from flax_resnet.parallel import Engine
 from flax_resnet.progress import Interrupted, NonFiniteLoss, Progress, SignalFlag
 from flax_resnet.run_directory import RunDirectory
 
+_AHEAD = 4
+"""Dispatches given to the devices and not done: more keep no device busier, but the batches of each
+lie in its memory, and who asks the run to stop waits for all."""
+
 _LOGGED = ("loss", "accuracy", "top5_accuracy", "precision_macro", "recall_macro", "f1_macro")
 
 
@@ -166,6 +170,7 @@ class Run:
                 self.state, self.resident, self.engine.shard(self._columns(batches))
             )
             self.pending.append(metrics)
+            jax.block_until_ready(self.pending[:-_AHEAD][-1:])
             self.checkpoints.check()
             progress.step_in_epoch += count
             self.epoch_steps += count

@@ -38,6 +38,7 @@ def watched(request, tmp_path_factory):
     config = cli.merge(config, {"data": {"cache": request.param, "train_images": "640"}})
     counts, decodings, sent, resident = Counter(), Counter(), [], {}
     shard, drain, decode = Engine.shard, Run._drain, Decoder.__call__
+    wait = jax.block_until_ready
 
     def counted_shard(engine, batches):
         sent.append({name: array.dtype for name, array in batches[0].items()})
@@ -46,6 +47,10 @@ def watched(request, tmp_path_factory):
     def counted_decoding(decoder, image, draw=None):
         decodings[image.tobytes()] += 1
         return decode(decoder, image, draw)
+
+    def counted_wait(metrics):
+        counts["waits"] += len(metrics)
+        return wait(metrics)
 
     def counted_drain(run):
         counts["fetches"] += 1
@@ -56,6 +61,7 @@ def watched(request, tmp_path_factory):
         mock.patch.object(Engine, "shard", counted_shard),
         mock.patch.object(Run, "_drain", counted_drain),
         mock.patch.object(Decoder, "__call__", counted_decoding),
+        mock.patch.object(jax, "block_until_ready", counted_wait),
     ):
         fit(config, tmp_path_factory.mktemp("fast") / "run", display=Display())
     counts["decodings"] = np.median([*decodings.values()])
@@ -77,6 +83,11 @@ def test_images_that_fit_are_decoded_once(watched):
     """The others in both epochs, for the statistics and for the last evaluation."""
     cache, counts, _, _ = watched
     assert counts["decodings"] == (1 if cache == "auto" else 4)
+
+
+def test_a_dispatch_waits_for_the_fourth_before_it_only(watched):
+    """After the fetch at every fifth step nothing is left to wait for."""
+    assert watched[1]["waits"] == 2 * 20 // 5
 
 
 def test_metrics_are_fetched_once_a_log_interval(watched):
