@@ -1,0 +1,75 @@
+"""What README says was measured, from the files that hold it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from equivalence_tests import criteria, results
+from equivalence_tests.program.command import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def quotes() -> Iterator[str]:
+    yield from localiser(results.read("localiser")["trials"])
+    yield from false_alarms(results.read("false-alarms")["seeds"].values())
+    yield from paired_trainings(results.read("tost"))
+    yield from growth_of_rounding(results.read("error-growth")["rows"])
+    yield from start(results.read("startup-cpu")["seconds_to_first_step"])
+
+
+def localiser(trials) -> Iterator[str]:
+    assert all(trial["causes"] for trial in trials)
+    yield f"{sum(trial['right'] for trial in trials)} of {len(trials)} cases, and a cause in each"
+
+
+def false_alarms(seeds) -> Iterator[str]:
+    assert not any(row["failed"] for row in seeds)
+    yield f"On {len(seeds)} other sets of inputs none"
+    yield f"[{sum(row['tests'] for row in seeds):,} in all]"
+
+
+def paired_trainings(measured) -> Iterator[str]:
+    low, high = (100 * bound for bound in measured["interval_90"])
+    yield f"{100 * measured['mean_difference']:.2f} points above PyTorch's"
+    yield f"90% interval {abs(low):.2f} to {high:.2f}"
+    yield f"p = {measured['p_value']:.3f}"
+
+
+def growth_of_rounding(rows) -> Iterator[str]:
+    least, most = rows[0], rows[-1]
+    yield f"by {least['weights_difference']:.1e} at a learning rate of {least['lr']}"
+    yield f"by {most['weights_difference']:.1e} at {most['lr']}"
+
+
+def start(seconds) -> Iterator[str]:
+    yield f"{seconds['cold']:.1f} s with an empty compilation cache"
+    yield f"{seconds['second']:.1f} and {seconds['third']:.1f} s with a full one"
+
+
+def test_sentences_hold_the_figures():
+    text = " ".join(README.split())
+    assert [quote for quote in quotes() if quote not in text] == []
+
+
+def test_the_table_of_mutants_counts_those_of_the_matrix():
+    """Our tests first, then the criteria in their order."""
+    rows = results.read("kill-matrix")["rows"]
+    killed = sum(bool(row["killed_by"]) for row in rows)
+    seen = [sum(name in row["seen_by"] for row in rows) for name in criteria.CRITERIA]
+    assert f"{killed} of {len(rows)} are killed" in README
+    table = README[README.index("| criterion | mutants seen |") :].split("\n\n")[0]
+    assert [int(line.split("|")[2]) for line in table.splitlines()[2:]] == [killed, *seen]
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+@pytest.mark.parametrize("stem, kernel", [("imagenet", "7x7"), ("cifar", "3x3")])
+def test_the_table_of_speeds_is_the_benchmark(stem, kernel, mode):
+    measured = results.read(f"benchmark-cpu-resnet18-{stem}-stem-32")
+    of_mode = [row for row in measured["rows"] if mode.startswith(row["mode"])]
+    speeds = {row["variant"]: row["images_per_second"] for row in of_mode}
+    jit, eager, kept = speeds["jit"], speeds["eager"], speeds["eager-kept-memory"]
+    [line] = [text for text in README.splitlines() if text.startswith(f"| {mode}, {kernel} stem")]
+    for quoted, value in zip(line.split("|")[2:6], (jit, eager, kept, jit / eager), strict=True):
+        number = quoted.strip().replace(",", "")
+        assert float(number) == round(value, len(number.partition(".")[2]))
