@@ -9,11 +9,15 @@ W width, C channels, S steps.
 """
 
 import dataclasses
+import os
 import re
 
 import numpy as np
 
 NUM_CLASSES = 7
+
+CIFAR10 = os.environ.get("CIFAR10_IMAGES")
+"""All of CIFAR-10 for the long tests: a folder with train/CLASS/*.jpg and test/CLASS/*.jpg."""
 
 SEED = 0
 """Of everything random in the tests; `pytest --inputs-seed N` draws other inputs."""

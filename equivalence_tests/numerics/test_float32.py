@@ -6,6 +6,7 @@ with torch's ReLU and max-pool decisions replayed on all three sides (`replay.py
 
 import collections
 import dataclasses
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import torch
+import torchvision
 
 import flax_resnet
 import torch_ref
@@ -108,21 +110,35 @@ def test_scalars_over_many_batches(train):
     assert over_budget(budgets(*traces)) == []
 
 
-def digits(num_steps: int, batch: int = 64) -> inputs.Case:
-    """The first steps of an epoch of resnet20 on scikit-learn's scans of digits."""
-    data = sklearn.datasets.load_digits()
-    order = inputs.random_numbers().permutation(len(data.images))[: num_steps * batch]
-    images = (data.images - data.images.mean()) / data.images.std()
+def epoch_of(images, labels, num_steps=None, batch=64) -> inputs.Case:
+    """The first steps, or all, of an epoch of resnet20 on real images `[N, H, W, C]`."""
+    num_steps = num_steps or len(images) // batch
+    order = inputs.random_numbers().permutation(len(images))[: num_steps * batch]
+    shape = (num_steps, batch)
+    images = ((images - images.mean()) / images.std()).astype(np.float32)
     torch.manual_seed(0)
-    model = torch_ref.create_model("resnet20", in_channels=1)
+    model = torch_ref.create_model("resnet20", in_channels=images.shape[-1])
     return inputs.Case(
         arch="resnet20",
         num_classes=10,
         arrays=checkpoint.to_arrays(model.state_dict()),
-        images=images[order].astype(np.float32).reshape(num_steps, batch, 8, 8, 1),
-        labels=data.target[order].reshape(num_steps, batch),
+        images=images[order].reshape(*shape, *images.shape[1:]),
+        labels=labels[order].reshape(shape),
         rule=dict(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, label_smoothing=0.1),
     )
+
+
+def digits(num_steps=None) -> inputs.Case:
+    """scikit-learn's 1,797 scans of digits, `[8, 8, 1]`."""
+    data = sklearn.datasets.load_digits()
+    return epoch_of(data.images[..., None], data.target, num_steps)
+
+
+def cifar10(num_steps=None) -> inputs.Case:
+    """The 50,000 training images, `[32, 32, 3]`, of a folder of image files."""
+    data = torchvision.datasets.ImageFolder(Path(inputs.CIFAR10, "train"))
+    images = np.stack([np.asarray(image) for image, _ in data])
+    return epoch_of(images, np.array(data.targets), num_steps, batch=128)
 
 
 class Torch:
@@ -184,7 +200,13 @@ def teacher_forced(case, *, compute_dtype=None, autocast=None):
 
 
 def test_a_teacher_forced_epoch_of_digits():
-    assert over_budget_of_steps(teacher_forced(digits(20))) == []
+    assert over_budget_of_steps(teacher_forced(digits())) == []
+
+
+@pytest.mark.slow  # 390 steps
+@pytest.mark.skipif(not inputs.CIFAR10, reason="needs CIFAR10_IMAGES")
+def test_a_teacher_forced_epoch_of_cifar10():
+    assert over_budget_of_steps(teacher_forced(cifar10())) == []
 
 
 @pytest.mark.quick

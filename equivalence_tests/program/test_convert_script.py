@@ -363,9 +363,6 @@ def test_converted_weights_evaluate_as_the_run_and_fine_tune(tmp_path):
 
 
 CHECKPOINTS = Path(__file__).parents[2].parent / "shared/data/checkpoints"
-IMAGES = os.environ.get("CIFAR10_IMAGES")
-"""A folder with train/CLASS/*.jpg and test/CLASS/*.jpg."""
-
 IMAGENET = ["--mean", 0.485, 0.456, 0.406, "--std", 0.229, 0.224, 0.225]
 
 
@@ -374,15 +371,15 @@ IMAGENET = ["--mean", 0.485, 0.456, 0.406, "--std", 0.229, 0.224, 0.225]
 def test_trained_checkpoints_score_what_they_scored(arch, accuracy, tmp_path):
     """Every prediction is torch's; the accuracies are those of the checkpoints' own project."""
     found = sorted(CHECKPOINTS.glob(f"{arch}-*.th"))
-    if not (found and IMAGES):
+    if not (found and inputs.CIFAR10):
         pytest.skip("needs shared/data beside the repository and CIFAR10_IMAGES")
-    looks = ["--dataset", f"folder:{IMAGES}", *IMAGENET]
+    looks = ["--dataset", f"folder:{inputs.CIFAR10}", *IMAGENET]
     converted = run_script("convert.py", found[0], tmp_path / "run", *looks)
     assert converted.status == 0, converted.err
     evaluated = run_script("evaluate.py", tmp_path / "run", "--json", tmp_path / "figures.json")
     assert evaluated.status == 0, evaluated.err
     assert json.loads((tmp_path / "figures.json").read_text())["accuracy"] == accuracy
-    paths = sorted(Path(IMAGES, "test").glob("*/*.jpg"))
+    paths = sorted(Path(inputs.CIFAR10, "test").glob("*/*.jpg"))
     run = serve.load_run(tmp_path / "run")
     ours = np.array([p.argmax() for _, p in serve.predict_files(run, paths)])
     theirs = torch_predictions(arch, found[0], paths)
