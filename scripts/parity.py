@@ -81,7 +81,7 @@ def compare(case, model) -> tuple[dict, dict | None]:
     """Rows of both modes, and the first divergence."""
     rows, first = {}, None
     for mode, train in MODES.items():
-        ours = parity.run_jax(case, train=train)
+        ours = parity.run_jax(case, train=train, jit=True)
         if model:  # which is the side that may be wrong: ours is proven
             subject, standard = own_model.trace(model, case, train=train), ours
             standard = parity.shared(standard, subject)
