@@ -204,7 +204,6 @@ def test_files_older_than_the_count_of_batches_load():
         flax_resnet.load_state_dict(model_of(case), some)
 
 
-@pytest.mark.quick
 @pytest.mark.control
 def test_swapped_kernel_axes_show_in_the_numbers_only():
     """H and W of square kernels swapped both ways: same names and shapes, exact round trip."""

@@ -165,7 +165,6 @@ def test_half_a_gradient_at_zero_shows_only_in_ties():
 
 
 @pytest.mark.control
-@pytest.mark.quick
 def test_narrow_numbers_are_not_float64():
     """A "float64" test that ran in float32 would be off by more than every bound."""
     case = make_case("resnet20")

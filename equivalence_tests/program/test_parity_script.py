@@ -69,7 +69,6 @@ def report(tmp_path, *arguments):
     return outcome, json.loads((tmp_path / "report" / "parity.json").read_text())
 
 
-@pytest.mark.quick
 def test_our_own_network_is_equal(tmp_path):
     outcome, document = report(tmp_path, "--arch", "resnet20", "--image-size", 12, 14)
     assert outcome.status == 0, outcome.err
