@@ -87,7 +87,7 @@ def load_data(
     for name, split in splits.items():
         count = train_images if name == "train" else eval_images
         if count and count < len(split):
-            splits[name] = stratified(split, count, split_seed)[0]
+            splits[name] = limited(split, count, split_seed)
     image_size = image_size or max(smallest, natural_size(splits["train"]))
     resize_size = resize_size or image_size
     if resize_size < image_size:
@@ -212,18 +212,23 @@ def hold_out(splits: dict, name: str, fraction: float, seed: int) -> dict[str, I
     """`splits` with a split `name`, taken from "train" if there is none yet."""
     if name in splits or not fraction:
         return splits
-    held_out, rest = stratified(splits["train"], fraction, seed)
-    return splits | {"train": rest, name: held_out}
-
-
-def stratified(images: Images, size: int | float, seed: int) -> tuple[Images, Images]:
-    """A number or share of the images with the classes in proportion, and the rest."""
-    if size == len(images):
-        return images, images.subset(np.arange(0))
-    rest, part = train_test_split(
-        np.arange(len(images)), test_size=size, stratify=images.labels, random_state=seed
+    train = splits["train"]
+    rest, held_out = train_test_split(
+        np.arange(len(train)), test_size=fraction, stratify=train.labels, random_state=seed
     )
-    return images.subset(part), images.subset(rest)
+    return splits | {"train": train.subset(np.sort(rest)), name: train.subset(np.sort(held_out))}
+
+
+def limited(images: Images, count: int, seed: int) -> Images:
+    """`count` of the images, the classes in proportion where that is enough for every class."""
+    everything = np.arange(len(images))
+    try:
+        chosen, _ = train_test_split(
+            everything, train_size=count, stratify=images.labels, random_state=seed
+        )
+    except ValueError:
+        chosen = np.random.default_rng(seed).choice(everything, count, replace=False)
+    return images.subset(np.sort(chosen))
 
 
 def open_image(item) -> Image.Image:

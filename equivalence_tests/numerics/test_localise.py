@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import pytest
 
-from equivalence_tests import jax_side, localise, localiser_check, mutants, parity
+from equivalence_tests import jax_side, localise, localiser_check, mutants, parity, results
 
 pytestmark = pytest.mark.control
 
@@ -78,3 +78,27 @@ def test_an_unknown_fault_has_no_cause():
     finding = localise.first_divergence(got, localiser_check.reference(ARCH), case)
     assert (finding.phase, finding.module) == ("forward", "layer2.0.conv1")
     assert finding.causes == []
+
+
+def test_the_long_run_keeps_the_rows_of_other_networks(tmp_path, monkeypatch, capsys):
+    """`--archs` replaces the rows of these networks, and one wrong answer in two fails it."""
+    right, wrong = (
+        localiser_check.Trial("resnet18", "m", "conv1", "forward", phase, phase and "conv1", ("c",))
+        for phase in ("forward", None)
+    )
+    old = [
+        row | {"right": True} for row in (right._asdict(), right._replace(arch="other")._asdict())
+    ]
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    results.write("localiser", {"trials": old})
+    monkeypatch.setattr(localiser_check, "trials", lambda arch: [wrong])
+    monkeypatch.setattr("sys.argv", ["localiser_check", "--archs", "resnet18"])
+    assert localiser_check.main() == 1
+    document = results.read("localiser")
+    assert [(row["arch"], row["right"]) for row in document["trials"]] == [
+        ("other", True), ("resnet18", False)
+    ]  # fmt: skip
+    assert document["summary"] == {
+        "trials": 2, "right": 1, "right_share": 0.5, "with_a_cause": 2
+    }  # fmt: skip
+    assert "WRONG" in capsys.readouterr().out
