@@ -111,8 +111,9 @@ class DataConfig:
     listed and left out."""
 
     cache: Literal["auto", "device", "none"] = "auto"
-    """Where decoded training images live: on the device as uint8, or nowhere (every epoch
-    decodes them again). "auto": on the device if they take at most cache_gib."""
+    """Where decoded images live: those of the training on the device as uint8 and the others in
+    memory, or nowhere (every epoch decodes them again). "auto": so many splits as take at most
+    cache_gib together, the training images first."""
 
     cache_gib: NonNegative = 2.0
     """Gibibytes that "auto" may spend."""

@@ -119,10 +119,10 @@ class Run:
         return self.checkpoints.restore(step, self.engine.state_like(state))
 
     def _resident(self) -> dict:
-        if self.prepared.images is None:
+        if "train" not in self.prepared.images:
             return {}
         labels = self.dataset.train.labels.astype("int32")
-        return self.engine.replicate({"image": self.prepared.images, "label": labels})
+        return self.engine.replicate({"image": self.prepared.images["train"], "label": labels})
 
     def _iterator(self, start: int):
         config = self.config
@@ -133,7 +133,7 @@ class Run:
             epochs=config.epochs,
             rows=self.engine.local_rows(config.batch_size),
         )
-        if self.prepared.images is not None:
+        if "train" in self.prepared.images:
             return pipeline.index_iterator(order, start=start)
         return pipeline.image_iterator(
             self.dataset.train,
@@ -308,7 +308,7 @@ class Run:
         if variables is None:
             variables = steps.evaluation_variables(self.engine.single(self.state))
         source = getattr(self.dataset, split)
-        images = self.prepared.images if split == "train" else None
+        images = self.prepared.images.get(split)
         size = -(-self.config.eval_batch_size // len(self.engine.devices))
         size *= len(self.engine.devices)
         rows = self.engine.local_rows(size)

@@ -120,9 +120,11 @@ def test_resume_refuses_other_flags(insects):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", None], ids=["empty", "no image", "truncated"])
-def test_broken_images_are_named_or_left_out(tmp_path, content):
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_broken_images_are_named_or_left_out(tmp_path, split, content):
+    """Those of the test split too, before the training begins."""
     root = write_folder(tmp_path / "data")
-    broken = root / "train" / "bee" / "05.png"
+    broken = root / split / "bee" / "05.png"
     broken.write_bytes(broken.read_bytes()[:200] if content is None else content)
     refused(train_on(root, tmp_path / "run"), str(broken))
     assert not (tmp_path / "run").exists()

@@ -29,8 +29,8 @@ class Prepared:
     dataset: DataSet
     """Sources and class names."""
 
-    images: np.ndarray | None
-    """Decoded training split, uint8 [N, S, S, C]; None if it is decoded every epoch."""
+    images: dict[str, np.ndarray]
+    """{split: decoded, uint8 [N, S, S, C]}; a split that is not there is decoded every time."""
 
     @property
     def training_decoder(self) -> Decoder:
@@ -69,12 +69,14 @@ def prepare(config: TrainConfig) -> Prepared:
             f"batch_size {config.batch_size} is larger than the training split"
             f" ({len(dataset.train)} images)"
         )
-    decoder = Decoder(size=config.data.image_size, resize=config.data.resize_size)
-    everything = np.arange(len(dataset.train))
-    images = _decode(dataset.train, decoder, everything) if _fits(config, dataset) else None
+    decoder = evaluation_decoder(config.data)
+    images = {
+        split: _decode(source, decoder, np.arange(len(source)))
+        for split, source in _that_fit(config, dataset).items()
+    }
     if config.data.mean is None:
-        sample = images
-        if images is None:
+        sample = images.get("train")
+        if sample is None:
             numbers = pipeline.evenly_spaced(len(dataset.train))
             sample = _decode(dataset.train, decoder, numbers)
         mean, std = pipeline.channel_statistics(sample)
@@ -145,10 +147,16 @@ def _resolve_model(config, dataset):
     return replace(config, model=replace(model, num_classes=classes, stem=stem))
 
 
-def _fits(config, dataset) -> bool:
-    if config.augment.random_resized_crop:
-        return False  # every epoch cuts other areas out of the files
-    size = len(dataset.train) * config.data.image_size**2 * dataset.channels
-    return {"device": True, "none": False, "auto": size <= config.data.cache_gib * 2**30}[
-        config.data.cache
-    ]
+def _that_fit(config, dataset) -> dict:
+    """{split: source} of those to keep decoded, the training images first."""
+    data, sources = config.data, {}
+    left = {"device": np.inf, "none": 0, "auto": data.cache_gib * 2**30}[data.cache]
+    for split in ("train", "validation", "test"):
+        if split == "train" and config.augment.random_resized_crop:
+            continue  # every epoch cuts other areas out of the files
+        source = getattr(dataset, split)
+        size = len(source) * data.image_size**2 * dataset.channels
+        if 0 < size <= left:
+            sources[split] = source
+            left -= size
+    return sources
