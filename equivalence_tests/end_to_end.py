@@ -20,8 +20,10 @@ import numpy as np
 
 from equivalence_tests import timing
 from equivalence_tests.timing import Job
-from flax_resnet.config import DataConfig
+from flax_resnet.config import TrainConfig
 from flax_resnet.data.sources import open_dataset
+from flax_resnet.recipes import RECIPES
+from flax_resnet.reproduction import twin_flags
 
 MODES = ("end_to_end", "time_to_accuracy")
 PROGRAMS = {"jax": ["scripts/train.py"], "torch": ["-m", "torch_ref.train"]}
@@ -49,8 +51,12 @@ class Course:
     workers: int = timing.num_cores()
     """Of PyTorch's DataLoader."""
 
-    flags: tuple[str, ...] = ()
-    """For both programs."""
+    recipe: str | None = None
+    """Where the settings come from that neither this nor the job says; None: the defaults."""
+
+    @property
+    def config(self) -> TrainConfig:
+        return RECIPES[self.recipe].config if self.recipe else TrainConfig()
 
 
 def measure(
@@ -72,7 +78,8 @@ def measure(
 
 def images_an_epoch(job: Job, course: Course) -> int:
     """That a pass over the training split uses: the remainder of a batch is dropped."""
-    total = len(open_dataset(DataConfig(dataset=course.dataset)).train)
+    data = dataclasses.replace(course.config.data, dataset=course.dataset)
+    total = len(open_dataset(data).train)
     return total // job.batch_size * job.batch_size
 
 
@@ -93,7 +100,8 @@ def command(job: Job, course: Course, run_dir: Path) -> list[str]:
     else:
         options["devices"] = 1
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    return [sys.executable, *PROGRAMS[job.framework], *flags, *course.flags]
+    settings = twin_flags(course.config) if course.recipe else []  # the later flag wins
+    return [sys.executable, *PROGRAMS[job.framework], *settings, *flags]
 
 
 def train(job: Job, course: Course, run_dir: Path, environment: dict) -> dict:

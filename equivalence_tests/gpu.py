@@ -29,14 +29,15 @@ PARITY = {
 }
 BFLOAT16 = "scripts/benchmark.py --device gpu --dtype bfloat16"
 SMALL = f"{BFLOAT16} --arch resnet18 --stem cifar --image-size 32"
+FAST = "scripts/benchmark.py --device gpu --recipe cifar10-fast --dataset {cifar10}"
 BENCHMARKS = {
     "resnet50": f"{BFLOAT16} --arch resnet50 --batch-size 256",
     "resnet50-large": f"{BFLOAT16} --arch resnet50 --batch-size 512",
     "resnet18": f"{SMALL} --batch-size 512",
     "resnet18-large": f"{SMALL} --batch-size 1024",
-    "end-to-end": f"{SMALL} --batch-size 512 --dataset {{cifar10}} --modes end_to_end",
-    "to-94": f"{SMALL} --batch-size 512 --dataset {{cifar10}} --modes time_to_accuracy"
-    " --target-accuracy 0.94 --epochs 18",
+    "end-to-end": f"{FAST} --modes end_to_end",
+    "to-94": f"{FAST} --modes time_to_accuracy --target-accuracy 0.94",
+    "to-96": f"{FAST} --modes time_to_accuracy --target-accuracy 0.96 --epochs 60",
 }
 CIFAR10_RECIPES = [
     name

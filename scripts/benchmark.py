@@ -4,6 +4,7 @@ python scripts/benchmark.py --arch resnet18 --image-size 32 --batch-size 128
 python scripts/benchmark.py --arch resnet50 --batch-size 256 --dtype bfloat16 --json resnet50.json
 python scripts/benchmark.py --arch resnet18 --frameworks jax --variants jit multi_step
 python scripts/benchmark.py --arch resnet20 --dataset folder:DIR --modes end_to_end --epochs 3
+python scripts/benchmark.py --recipe cifar10-fast --dataset folder:DIR --modes time_to_accuracy
 
 The weights, the batch, the optimizer and the precision are the same, and the logits are compared
 before anything is timed. --json FILE writes a chart beside it.
@@ -26,6 +27,7 @@ from flax_resnet import cli, environment, list_models, plots
 from flax_resnet.config import InputError
 from flax_resnet.display import Display
 from flax_resnet.models import STEMS, has_stem_choice
+from flax_resnet.recipes import RECIPES
 
 DTYPES = ("float32", "bfloat16", "float64")
 DEVICES = ("cpu", "gpu")
@@ -38,6 +40,7 @@ REPEATS = {  # a step on a CPU takes seconds
 
 def parse():
     parser = cli.Parser(prog="benchmark.py", description=__doc__)
+    parser.add_argument("--recipe", metavar="NAME", help="network, batch and trainings of a recipe")
     parser.add_argument("--arch", default="resnet18", metavar="NAME")
     parser.add_argument("--stem", metavar="|".join(STEMS))
     parser.add_argument("--image-size", type=int, metavar="N", help="pixels (default: the arch's)")
@@ -72,9 +75,24 @@ def parse():
     ):
         section.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and a chart")
+    start_from_recipe(parser)
     args = parser.parse_args()
     check(args)
     return args
+
+
+def start_from_recipe(parser):
+    """What a recipe says is the default of the flags."""
+    name = parser.parse_known_args()[0].recipe
+    if name is None:
+        return
+    cli.check_choice("--recipe", name, RECIPES)
+    config = RECIPES[name].config
+    names = ("arch", "stem", "dtype", "image_size", "batch_size", "epochs")
+    groups = (config.model, config.data, config)
+    parser.set_defaults(
+        **{n: getattr(group, n) for n in names for group in groups if hasattr(group, n)}
+    )
 
 
 def check(args):
@@ -122,7 +140,11 @@ def make_settings(args) -> throughput.Settings:
         for name in args.frameworks.split(",")
     }
     course = end_to_end.Course(
-        dataset=args.dataset, epochs=args.epochs, target=args.target_accuracy, workers=args.workers
+        dataset=args.dataset,
+        epochs=args.epochs,
+        target=args.target_accuracy,
+        workers=args.workers,
+        recipe=args.recipe,
     )
     return throughput.Settings(
         job=job, variants=variants, modes=tuple(args.modes), course=course, rounds=args.rounds

@@ -1,14 +1,18 @@
 """The benchmark at a tiny size: what it writes, and that it never times two different things."""
 
+import argparse
 import json
 import runpy
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from equivalence_tests import end_to_end, gpu, startup, throughput
 from equivalence_tests.program.command import refused, run_script
+from torch_ref import train as torch_train
 
 TINY = "--arch resnet20 --image-size 8 --batch-size 4 --rounds 1 --blocks 1 --steps 1 --warmup 1"
 FLAGS = [*TINY.split(), "--modes", "inference", "--variants", "jit", "eager", "--device", "cpu"]
@@ -64,6 +68,30 @@ def test_whole_trainings_are_timed_too(tmp_path):
     assert all(row["epochs"] == [2] for row in rows if row["mode"] == "end_to_end")
 
 
+def called(script: str, words, monkeypatch) -> tuple[dict, argparse.Namespace]:
+    """The names of a script, and what it makes of a command line."""
+    monkeypatch.syspath_prepend(gpu.ROOT / "scripts")
+    names = runpy.run_path(gpu.ROOT / "scripts" / script)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    return names, names["parse"]()
+
+
+def test_a_recipe_sets_both_trainings_and_flags_have_precedence(monkeypatch, tmp_path):
+    words = "--recipe cifar10-fast --dataset digits --epochs 2 --device gpu".split()
+    benchmark, args = called("benchmark.py", words, monkeypatch)
+    settings = benchmark["make_settings"](args)
+    job = settings.job
+    assert (job.stem, job.batch_size, job.dtype) == ("cifar", 512, "bfloat16")
+
+    _, _, *words = end_to_end.command(replace(job, framework="jax"), settings.course, tmp_path)
+    train, args = called("train.py", words, monkeypatch)
+    config = train["build_config"](args)
+    assert (config.optimizer.lr, config.epochs, config.data.dataset) == (0.4, 2, "digits")
+    words = end_to_end.command(replace(job, framework="torch"), settings.course, tmp_path)
+    twin = torch_train.parse(words[3:])
+    assert (twin.lr, twin.epochs, twin.dataset, twin.device) == (0.4, 2, "digits", "cuda")
+
+
 def test_an_epoch_is_read_when_its_line_is_whole(tmp_path):
     path = tmp_path / "metrics.csv"
     assert end_to_end.read_rows(path) == []
@@ -90,6 +118,7 @@ def test_the_second_start_finds_the_compiled_programs():
     (["--variants", "jitt"], "jitt"),
     (["--batch-size", "0"], "batch-size"),
     (["--modes", "end_to_ned"], "end_to_end"),
+    (["--recipe", "cifar10-fats"], "cifar10-fast"),
 ])  # fmt: skip
 def test_wrong_words_are_one_line(flags, word):
     refused(run_script("benchmark.py", *FLAGS, *flags), word)
@@ -101,9 +130,7 @@ def test_every_stage_for_a_gpu_is_understood(tmp_path, monkeypatch):
     for program, *flags in gpu.stages("folder:images", tmp_path).values():
         programs.add(program)
         if program != "-m":
-            script = runpy.run_path(gpu.ROOT / program)
-            monkeypatch.setattr(sys, "argv", [program, *flags])
-            args = script["parse"]()
+            script, args = called(Path(program).name, flags, monkeypatch)
             if program == "scripts/benchmark.py":
                 assert script["make_settings"](args).job.device == "gpu"
             else:
