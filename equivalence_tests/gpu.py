@@ -1,8 +1,8 @@
 """All that needs a GPU, one stage after the other, each with its log.
 
     python -m equivalence_tests.gpu --list
-    python -m equivalence_tests.gpu --cifar10 folder:DIR --out gpu          # all of them
-    python -m equivalence_tests.gpu parity resnet50 --out gpu               # these
+    python -m equivalence_tests.gpu --cifar10 folder:DIR          # all of them, into runs/gpu
+    python -m equivalence_tests.gpu parity resnet50           # these
 
 A stage that is done is skipped, so a machine that is lent for minutes can be used again. Exit
 status: 0 all passed, 1 one did not, 2 there is no GPU.
@@ -86,7 +86,7 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="STAGE", help="default: all")
     parser.add_argument("--cifar10", default=CIFAR10, metavar="DATASET")
-    parser.add_argument("--out", type=Path, default=Path("gpu"), metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR")
     parser.add_argument("--list", action="store_true", help="say what would run")
     args = parser.parse_args()
     every = stages(args.cifar10, args.out.absolute())
