@@ -6,7 +6,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-_COLUMNS = ("loss", "accuracy", "top5_accuracy", "precision_macro", "recall_macro", "f1_macro")
+_COLUMNS = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "top5_accuracy": "top 5",
+    "precision_macro": "precision",
+    "recall_macro": "recall",
+    "f1_macro": "F1",
+}
 _SECONDS_BETWEEN_LINES = 60  # within an epoch, where there is no bar
 
 
@@ -83,11 +90,11 @@ class Display:
 
 
 def results_table(splits: dict[str, dict]) -> Table:
-    """{"test": {"loss", "accuracy", ...}} -> a row a split."""
-    table = Table()
+    """{"test": {"loss", "accuracy", ...}} -> a row a split, no wider than 80 characters."""
+    table = Table(caption="precision, recall and F1: means over classes", caption_justify="left")
     table.add_column("split", no_wrap=True)
-    for name in _COLUMNS:
-        table.add_column(name.replace("_", " "), justify="right")
+    for header in _COLUMNS.values():
+        table.add_column(header, justify="right", no_wrap=True)
     for split, values in splits.items():
         table.add_row(split, *(f"{values[name]:.4f}" for name in _COLUMNS))
     return table
