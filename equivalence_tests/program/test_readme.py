@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from equivalence_tests import criteria, results
@@ -16,6 +17,8 @@ def quotes() -> Iterator[str]:
     yield from paired_trainings(results.read("tost"))
     yield from growth_of_rounding(results.read("error-growth")["rows"])
     yield from start(results.read("startup-cpu")["seconds_to_first_step"])
+    yield from from_files(results.read("benchmark-cpu-end-to-end")["rows"])
+    yield from to_accuracy(results.read("benchmark-cpu-time-to-accuracy")["rows"])
 
 
 def localiser(trials) -> Iterator[str]:
@@ -47,6 +50,18 @@ def start(seconds) -> Iterator[str]:
     yield f"{seconds['second']:.1f} and {seconds['third']:.1f} s with a full one"
 
 
+def from_files(rows) -> Iterator[str]:
+    jax, torch = (row["images_per_second"] for row in rows if row["mode"] == "end_to_end")
+    yield f"takes {jax:.0f} images/s in JAX"
+    yield f"and {torch:.0f} in PyTorch"
+    yield f"same two cores, {jax / torch:.2f} times"
+
+
+def to_accuracy(rows) -> Iterator[str]:
+    jax, torch = (np.median(row["seconds_to_accuracy"]) for row in rows)
+    yield f"takes {jax:.1f} s against {torch:.1f} s"
+
+
 def test_sentences_hold_the_figures():
     text = " ".join(README.split())
     assert [quote for quote in quotes() if quote not in text] == []
@@ -62,14 +77,21 @@ def test_the_table_of_mutants_counts_those_of_the_matrix():
     assert [int(line.split("|")[2]) for line in table.splitlines()[2:]] == [killed, *seen]
 
 
-@pytest.mark.parametrize("mode", ["training", "inference"])
-@pytest.mark.parametrize("stem, kernel", [("imagenet", "7x7"), ("cifar", "3x3")])
-def test_the_table_of_speeds_is_the_benchmark(stem, kernel, mode):
-    measured = results.read(f"benchmark-cpu-resnet18-{stem}-stem-32")
-    of_mode = [row for row in measured["rows"] if mode.startswith(row["mode"])]
-    speeds = {row["variant"]: row["images_per_second"] for row in of_mode}
-    jit, eager, kept = speeds["jit"], speeds["eager"], speeds["eager-kept-memory"]
-    [line] = [text for text in README.splitlines() if text.startswith(f"| {mode}, {kernel} stem")]
-    for quoted, value in zip(line.split("|")[2:6], (jit, eager, kept, jit / eager), strict=True):
+@pytest.mark.parametrize("words, file", [
+    ("training, 7x7 stem", "imagenet-stem-32"),
+    ("inference, 7x7 stem", "imagenet-stem-32-inference"),
+    ("training, 3x3 stem", "cifar-stem-32"),
+    ("inference, 3x3 stem", "cifar-stem-32"),
+])  # fmt: skip
+def test_the_table_of_speeds_is_the_benchmark(words, file):
+    measured = results.read(f"benchmark-cpu-resnet18-{file}")
+    rows = [row for row in measured["rows"] if words.startswith(row["mode"])]
+    speeds = {row["variant"]: row["images_per_second"] for row in rows}
+    jit, *others = (speeds[name] for name in ("jit", "eager", "eager-kept-memory", "compile"))
+    torchvision = measured["torchvision"][rows[0]["mode"]]["images_per_second"]
+    others.insert(1, torchvision)
+    [line] = [text for text in README.splitlines() if text.startswith(f"| {words} ")]
+    expected = (jit, *others, jit / speeds["eager"], jit / torchvision)
+    for quoted, value in zip(line.split("|")[2:-1], expected, strict=True):
         number = quoted.strip().replace(",", "")
         assert float(number) == round(value, len(number.partition(".")[2]))

@@ -74,7 +74,15 @@ def test_it_learns(report):
 
 def test_everything_is_printed(finished):
     out = finished[1].out
-    for word in ("parameters", "MFLOPs", "640 training", "epoch   3/3", "images/s", "precision", "F1"):
+    for word in (
+        "parameters",
+        "MFLOPs",
+        "640 training",
+        "epoch   3/3",
+        "images/s",
+        "precision",
+        "F1",
+    ):
         assert word in out
 
 
