@@ -1,0 +1,103 @@
+"""Splits: disjoint, complete, stratified, limited; and those that cannot be made."""
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from flax_resnet.config import DataConfig, InputError
+from flax_resnet.data import sources
+from flax_resnet.data.sources import ArraySource, open_dataset
+
+
+def test_digits():
+    opened = open_dataset(DataConfig())
+    assert [len(s) for s in (opened.train, opened.validation, opened.test)] == [1293, 144, 360]
+    assert opened.channels == 1 and opened.class_names == tuple("0123456789")
+    whole, original = opened.train.source.source, load_digits()
+    np.testing.assert_array_equal(
+        np.stack([whole[i] for i in range(9)])[..., 0], np.round(original.images[:9] / 16 * 255)
+    )
+    np.testing.assert_array_equal(whole.labels, original.target)
+    one, two = (open_dataset(DataConfig(split_seed=seed)).test.indices for seed in (0, 1))
+    np.testing.assert_array_equal(one, opened.test.indices)
+    assert (one != two).any()
+
+
+def opened_labels(monkeypatch, labels, **fields):
+    """`open_dataset` on images that say their own number."""
+    labels = np.asarray(labels, np.int32)
+    source = ArraySource(np.arange(len(labels))[:, None, None, None], labels)
+    facts = {"class_names": ("a", "b", "c"), "channels": 1}
+    monkeypatch.setattr(sources, "_digits", lambda *_: ({"train": source}, facts))
+    return open_dataset(DataConfig(**fields))
+
+
+@hypothesis.settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(
+    sizes=st.lists(st.integers(8, 60), min_size=2, max_size=6),
+    test=st.floats(0.25, 0.5),
+    validation=st.floats(0.25, 0.5),
+    used=st.floats(0.5, 0.7),
+    seed=st.integers(0, 99),
+)
+def test_splits_are_stratified(monkeypatch, sizes, test, validation, used, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    fields = dict(test_fraction=test, validation_fraction=validation, split_seed=seed)
+    whole = opened_labels(monkeypatch, labels, **fields)
+    members = [
+        [int(s[index].item()) for index in range(len(s))]
+        for s in (whole.train, whole.validation, whole.test)
+    ]
+    assert sorted(sum(members, [])) == list(range(len(labels)))  # disjoint and complete
+    for split, own in zip((whole.train, whole.validation, whole.test), members, strict=True):
+        np.testing.assert_array_equal(split.labels, labels[own])
+
+    total = np.bincount(labels)
+    rest = total - np.bincount(whole.test.labels, minlength=len(total))
+    within_one(whole.test, total)
+    within_one(whole.validation, rest)
+    number = max(len(sizes), int(used * len(whole.train)))
+    few = opened_labels(monkeypatch, labels, train_images=number, **fields)
+    assert len(few.train) == number and set(few.train.names or ()) == set()
+    within_one(few.train, np.bincount(whole.train.labels))
+    assert {few.train[i].item() for i in range(number)} <= set(members[0])
+
+
+def within_one(split, counts):
+    share = counts * len(split) / counts.sum()
+    assert np.abs(np.bincount(split.labels, minlength=len(counts)) - share).max() <= 1
+
+
+def test_validation_may_be_empty(monkeypatch):
+    opened = opened_labels(monkeypatch, [0, 1, 2] * 9, validation_fraction=0)
+    assert len(opened.validation) == 0 and opened.validation.labels.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("labels", "fields", "words"),
+    [
+        ([0] * 20 + [1], {}, "the smallest of 1"),
+        ([0, 1, 2] * 9, {"test_fraction": 0}, "test_fraction 0"),
+        ([0, 1, 2] * 9, {"test_fraction": 0.01}, "test_fraction 0.01"),
+        ([0, 1, 2] * 9, {"validation_fraction": 0.99}, "validation_fraction 0.99"),
+        ([0] * 400 + [1] * 2, {"test_fraction": 0.98}, "stratified"),
+    ],
+)
+def test_splits_that_cannot_be(monkeypatch, labels, fields, words):
+    with pytest.raises(InputError, match=words):
+        opened_labels(monkeypatch, labels, **fields)
+
+
+def test_limits_are_upper_limits(monkeypatch):
+    labels = [0, 1, 2] * 20
+    opened = opened_labels(monkeypatch, labels, train_images=2, eval_images=5)
+    assert (len(opened.train), len(opened.validation), len(opened.test)) == (2, 5, 5)
+    whole = opened_labels(monkeypatch, labels)
+    more = opened_labels(monkeypatch, labels, train_images=10**6, eval_images=10**6)
+    assert [len(more.train), len(more.test)] == [len(whole.train), len(whole.test)]
