@@ -87,7 +87,7 @@ def throughput(path: Path, rows: list[dict]):
             xerr=[row["images_per_second_iqr"] / 2 for row in part],
             color=[_TRAIN if row["framework"] == "jax" else _VALIDATION for row in part],
         )
-        axis.bar_label(axis.containers[-1], [f"{speed:,.0f}" for speed in speeds], padding=6)
+        axis.bar_label(axis.containers[-1], [f"{speed:,.1f}" for speed in speeds], padding=6)
         axis.set(xlabel="images/s", title=mode)
         axis.invert_yaxis()
         axis.margins(x=0.15)
