@@ -29,7 +29,8 @@ class BasicBlock(nn.Module):
         """`[B, in_planes, H, W]` -> `[B, planes, H / stride, W / stride]`."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return self.relu(out + self.downsample(x))
+        out += self.downsample(x)
+        return self.relu(out)
 
 
 class Bottleneck(nn.Module):
@@ -53,7 +54,8 @@ class Bottleneck(nn.Module):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return self.relu(out + self.downsample(x))
+        out += self.downsample(x)
+        return self.relu(out)
 
 
 def projection(in_planes: int, out_planes: int, stride: int) -> nn.Module:
