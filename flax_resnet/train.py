@@ -1,10 +1,12 @@
 """Training: `fit` brings devices, data and network together and runs them."""
 
 import dataclasses
+import functools
 import hashlib
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from flax_resnet import convert, distributed, environment, steps
@@ -13,6 +15,7 @@ from flax_resnet.config import InputError, TrainConfig, to_dict
 from flax_resnet.data.prepare import Prepared, fingerprint, prepare
 from flax_resnet.display import Display
 from flax_resnet.models import create_from_config
+from flax_resnet.models.cnn import SMALLEST
 from flax_resnet.parallel import Engine
 from flax_resnet.run import Run
 from flax_resnet.run_directory import RunDirectory, SharedDirectory, read_config
@@ -87,9 +90,21 @@ def _begin(config: TrainConfig, run_dir: Path) -> tuple[Engine, Prepared, steps.
     prepared = prepare(config)
     model = _initial_model(prepared, engine)
     network = steps.Network(model, freeze_backbone=config.freeze_backbone)
+    _check_images(network, prepared, engine.axis_name)
     state = jax.eval_shape(lambda: steps.make_state(network.initial, config))
     check_space(run_dir, state)
     return engine, prepared, network
+
+
+def _check_images(network: steps.Network, prepared: Prepared, axis_name: str | None):
+    """Raises InputError for images and batches too small for the network. Only the smallest are
+    tried: a deep network takes seconds to trace."""
+    batch_size = prepared.config.batch_size
+    if batch_size > 1 and prepared.config.data.image_size >= SMALLEST:
+        return
+    images = jax.ShapeDtypeStruct((1, batch_size, *prepared.image_shape), jnp.float32)
+    apply = functools.partial(network.apply, train=True)
+    jax.eval_shape(jax.vmap(apply, (None, 0), axis_name=axis_name), network.initial, images)
 
 
 def _weights_digest(network: steps.Network) -> dict:

@@ -1,5 +1,7 @@
 """The networks as a program: names, options, sizes, initial values, dtypes."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,16 @@ def test_options_reach_every_network(arch):
 def test_the_cifar_stem_keeps_the_pixels(arch):
     assert abstract(arch, stem="cifar").conv1.kernel.shape[:2] == (3, 3)
     assert abstract(arch).conv1.kernel.shape[:2] == (7, 7)
+
+
+def test_the_basic_cnn_refuses_images_of_which_nothing_is_left():
+    model = abstract("basic_cnn")
+    for size, refused in (((8, 8), False), ((7, 8), True), ((8, 7), True)):
+        images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+        with (
+            pytest.raises(InputError, match="x".join(map(str, size))) if refused else nullcontext()
+        ):
+            nnx.eval_shape(lambda m, x: m(x), model, images)
 
 
 def test_the_summary_counts_what_the_literature_counts():

@@ -6,6 +6,7 @@ Any image of at least 8x8 pixels: the last map is brought to 8x8, which is what 
 import jax.numpy as jnp
 from flax import nnx
 
+from flax_resnet.config import InputError
 from flax_resnet.models.layers import (
     Dropout,
     adaptive_average_pool,
@@ -17,6 +18,7 @@ from flax_resnet.models.layers import (
 )
 
 POOLED_SIZE = 8
+SMALLEST = 8  # pixels a side of which three pools leave one
 
 
 class BasicCNN(nnx.Module):
@@ -39,7 +41,17 @@ class BasicCNN(nnx.Module):
         self.fc = linear(128, num_classes, **options)
 
     def __call__(self, x, *, dropout_keys=None):
-        """`[B, H, W, C]` -> logits `[B, num_classes]`; `dropout_keys` is `[B]`."""
+        """`[B, H, W, C]` -> logits `[B, num_classes]`; `dropout_keys` is `[B]`.
+
+        Raises:
+          InputError: images of fewer than 8 pixels a side, of which the pools leave nothing.
+        """
+        height, width = x.shape[1:3]
+        if min(height, width) < SMALLEST:
+            raise InputError(
+                f"basic_cnn takes images of at least {SMALLEST}x{SMALLEST} pixels, not"
+                f" {height}x{width}: give a larger --image-size"
+            )
         for layer in (self.conv1, self.conv2, self.conv3):
             x = max_pool(relu(layer(x)), 2, 2)
         x = flatten_channels_first(adaptive_average_pool(x, POOLED_SIZE))

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from flax_resnet.config import InputError
 from flax_resnet.models import cpu_convolution
 from flax_resnet.models.cpu_sum import sum_of_pixels
 
@@ -157,7 +158,10 @@ class BatchNorm(nnx.Module):
         if self.axis_name is not None:
             count *= lax.axis_size(self.axis_name)
         if count < 2:
-            raise ValueError("BatchNorm in training needs more than one value per channel")
+            raise InputError(
+                "BatchNorm in training needs more than one value per channel: give a larger"
+                " --batch-size or --image-size"
+            )
         first = self._mean(x)
         distance = x - _along(first, x)
         rest = self._mean(distance)
