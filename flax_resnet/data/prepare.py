@@ -81,10 +81,10 @@ def prepare(config: TrainConfig) -> Prepared:
             sample = _decode(dataset.train, decoder, numbers)
         mean, std = pipeline.channel_statistics(sample)
         config = replace(config, data=replace(config.data, mean=mean, std=std))
-    if len(config.data.mean) != dataset.channels:
-        raise InputError(
-            f"mean has {len(config.data.mean)} values, the images {dataset.channels} channels"
-        )
+    for name in ("mean", "std"):
+        count = len(getattr(config.data, name))
+        if count != dataset.channels:
+            raise InputError(f"{name} has {count} values, the images {dataset.channels} channels")
     return Prepared(config, dataset, images)
 
 
