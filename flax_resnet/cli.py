@@ -19,6 +19,12 @@ from flax_resnet.progress import Interrupted, NonFiniteLoss
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
+_FAULTS_OF_PLACE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS,
+    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+"""What the place that the user named is to blame for, rather than the program."""
+
 FOLD_BATCHNORM = "compute BatchNorm as part of the convolutions: faster, equal up to rounding"
 
 
@@ -89,6 +95,14 @@ def check_choice(flag: str, value: str, valid):
         raise InputError(f"{flag}: unknown {value!r}{nearest(value, valid)}")
 
 
+def check_writable(flag: str, path: Path | None):
+    """Raises InputError unless a file can be written at `path` by its folder; None is no file."""
+    if path and not path.absolute().parent.is_dir():
+        raise InputError(f"{flag}: the folder {path.absolute().parent} does not exist")
+    if path and path.is_dir():
+        raise InputError(f"{flag}: {path} is a directory")
+
+
 def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
     """Call a script's main and leave with the status that its outcome stands for."""
     try:
@@ -104,7 +118,7 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
     except BrokenPipeError:
         sys.exit(DONE)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in _FAULTS_OF_PLACE:
             raise
         _fail(f"error: {error.filename or 'disk'}: {error.strerror}", BAD_INPUT)
 

@@ -33,6 +33,7 @@ def parse():
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
     cli.check_choice("--split", args.split, (*SPLITS, "all"))
+    cli.check_writable("--json", args.json)
     return args
 
 

@@ -29,6 +29,8 @@ def parse():
     args = parser.parse_args()
     if args.top_k < 1:
         raise InputError("--top-k: at least 1")
+    cli.check_writable("--json", args.json)
+    cli.check_writable("--csv", args.csv)
     return args
 
 

@@ -248,6 +248,24 @@ def test_predict_refuses_what_is_no_image(insects, folder, tmp_path):
     assert not target.exists()
 
 
+@pytest.mark.parametrize(
+    "script,flag", [("evaluate.py", "--json"), ("predict.py", "--json"), ("predict.py", "--csv")]
+)
+def test_where_nothing_can_be_written_is_told_first(tmp_path, script, flag):
+    """Before the run is read: there is none."""
+    inputs = ["image.png"] if script == "predict.py" else []
+    for place, words in (
+        (tmp_path / "gone" / "out", "gone does not exist"),
+        (tmp_path, "is a dir"),
+    ):
+        refused(run_script(script, tmp_path, *inputs, flag, place), flag, words)
+
+
+def test_a_run_below_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(train(tmp_path / "file" / "sub"), "file/sub", "Not a directory")
+
+
 def test_help_explains_every_flag():
     outcome = run_script("train.py", "--help")
     assert outcome.status == 0
