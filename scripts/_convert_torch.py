@@ -92,6 +92,9 @@ def make_training(config: TrainConfig, channels: int):
     if config.schedule.schedule == "plateau":
         raise InputError("--training: the cuts of the plateau schedule do not convert")
     net, rules, rule = make_net(config, channels), torch_ref().optim, config.optimizer
+    if config.freeze_backbone:
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(name.startswith("fc."))
     wanted = inspect.signature(rules.make_optimizer).parameters
     options = {name: getattr(rule, name) for name in wanted if hasattr(rule, name)}
     ema = rules.make_ema(net, rule.ema_decay) if rule.ema_decay else None

@@ -20,6 +20,7 @@ import numpy as np
 
 from flax_resnet import adopt, cli, convert, convert_training, environment, export, serve, steps
 from flax_resnet.config import InputError, TrainConfig
+from flax_resnet.data import pipeline
 from flax_resnet.run_directory import config_from_file
 from flax_resnet.serve import LoadedRun
 
@@ -38,7 +39,8 @@ def parse():
     parser.add_argument(
         "--training",
         action="store_true",
-        help="a training in its middle: run directory <-> .pt with optimizer, average and step",
+        help="a training in its middle: run directory <-> .pt with optimizer, average and step;"
+        " best epoch and early stopping begin anew",
     )
     parser.add_argument("--config", metavar="FILE", help="run directory: start from this config")
     parser.add_argument(
@@ -156,7 +158,11 @@ def write_program(args, run: LoadedRun):
 
 
 def training_to_run(args) -> int:
-    """A training of PyTorch -> a run that goes on with train.py --resume."""
+    """A training of PyTorch -> a run that goes on with train.py --resume.
+
+    Which epoch was the best, and how long early stopping has waited, is not in PyTorch's file: the
+    run looks for the best among the epochs that are left.
+    """
     if not args.config or args.class_names:
         raise InputError("--training needs --config FILE of the run that is to go on, and its data")
     config, dataset = adopt.with_data(requested_config(args), None)
@@ -165,7 +171,13 @@ def training_to_run(args) -> int:
     run = adopt.as_run(arrays["model"], config, dataset.class_names, dataset.channels)
     state = steps.make_state(run.variables, config)
     state = convert_training.load_training_arrays(state, arrays, config.optimizer)
-    epoch, step = divmod(arrays["step"], max(1, len(dataset.train) // config.batch_size))
+    per_epoch = pipeline.steps_per_epoch(len(dataset.train), config.batch_size)
+    epoch, step = divmod(arrays["step"], max(1, per_epoch))
+    if epoch >= config.epochs:
+        raise InputError(
+            f"{args.input}: its {arrays['step']} steps are all {config.epochs} epochs of"
+            f" {args.config}: nothing is left to train; without --training its weights convert"
+        )
     export.write_run(
         args.output,
         config,

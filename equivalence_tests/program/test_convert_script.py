@@ -343,6 +343,22 @@ def test_a_training_crosses_to_torch_and_back_and_goes_on_to_the_same_bits(tmp_p
     assert not (tmp_path / "no").exists()
 
 
+def test_the_training_of_a_head_crosses_and_a_finished_one_does_not_come_back(tmp_path):
+    run, config = tmp_path / "run", tmp_path / "config.json"
+    assert train(run, "--freeze-backbone", "--epochs", 1, "--ema-decay", 0.9).status == 0
+    there = run_script("convert.py", run, tmp_path / "head.pt", "--training")
+    assert there.status == 0, there.err
+    back = ["convert.py", tmp_path / "head.pt", tmp_path / "back", "--training", "--config", config]
+    values = json.loads((run / "config.json").read_text())
+    config.write_text(json.dumps(values))
+    refused(run_script(*back), "head.pt", "all 1 epochs", "nothing is left")
+    assert not (tmp_path / "back").exists()
+    config.write_text(json.dumps(values | {"epochs": 2}))
+    outcome = run_script(*back)
+    assert outcome.status == 0, outcome.err
+    assert same(last_state(tmp_path / "back"), last_state(run))
+
+
 def test_converted_weights_evaluate_as_the_run_and_fine_tune(tmp_path):
     assert train(tmp_path / "run").status == 0
     report = json.loads((tmp_path / "run/report.json").read_text())
