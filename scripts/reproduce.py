@@ -85,8 +85,6 @@ def train_command(args, name: str, seed: int, run_dir: Path) -> list[str]:
 
 def torch_command(args, name: str, seed: int, run_dir: Path) -> list[str]:
     """The same settings as flags of the twin, which cannot resume: a run cut off starts anew."""
-    if RECIPES[name].starts_from:
-        raise InputError(f"{name} starts from weights, which torch_ref.train has no flag for")
     shutil.rmtree(run_dir, ignore_errors=True)
     return ["-m", "torch_ref.train", *reproduction.twin_flags(RECIPES[name].config)]
 
@@ -95,11 +93,32 @@ def dataset(args, name: str) -> str:
     return args.cifar10 if RECIPES[name].config.data.dataset == CIFAR10 else args.imagenette
 
 
+def frameworks(args, name: str) -> tuple[str, ...]:
+    """Those that a recipe runs in: torch_ref.train has no flag for weights to start from."""
+    return ("jax", "torch") if args.torch and not RECIPES[name].starts_from else ("jax",)
+
+
+def check_datasets(args, names: list[str]):
+    """What the twin cannot read is told before the first run."""
+    for name in names:
+        place = dataset(args, name)
+        readable = place == "digits" or place.startswith("folder:")
+        if "torch" in frameworks(args, name) and not readable:
+            raise InputError(
+                f"--torch: {name} is on {place}, and torch_ref.train reads digits and folders: give"
+                " --cifar10 or --imagenette as folder:DIR"
+            )
+
+
 def main():
     args = parse()
-    for name in [] if args.table else chosen(args):
+    names = [] if args.table else chosen(args)
+    check_datasets(args, names)
+    for name in names:
+        if args.torch and "torch" not in frameworks(args, name):
+            print(f"{name}: not in PyTorch, whose twin cannot start from weights", flush=True)
         for seed in args.seeds:
-            for framework in ("jax", "torch") if args.torch else ("jax",):
+            for framework in frameworks(args, name):
                 run(args, name, seed, framework)
     rows = reproduction.rebuild(Path(args.results))
     print(reproduction.markdown(rows))

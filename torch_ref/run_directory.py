@@ -30,8 +30,6 @@ def log(row: dict, epochs: int, run_dir: Path | None) -> None:
 
 def environment(device: torch.device) -> dict:
     """What the figures depend on."""
-    git = ["git", "rev-parse", "HEAD"]
-    found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
     cuda = device.type == "cuda"
     return {
         "torch": torch.__version__,
@@ -39,8 +37,18 @@ def environment(device: torch.device) -> dict:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "num_threads": torch.get_num_threads(),
-        "revision": found.stdout.strip() or None,
+        "revision": revision(),
     }
+
+
+def revision() -> str | None:
+    """The commit of the code; None outside git or without it."""
+    git = ["git", "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
 
 
 def keep(run_dir: Path, model: nn.Module, report: dict) -> None:

@@ -136,11 +136,25 @@ def test_each_seed_runs_once_in_both_frameworks(tmp_path, called):
     flags = ["imagenette-cnn", "--runs", tmp_path / "runs", "--results", tmp_path, "--seeds", 3, 5]
     assert run_script("reproduce.py", *flags).status == 0
     assert [command[command.index("--seed") + 1] for command in called] == ["3", "5"]
-    outcome = run_script("reproduce.py", *flags, "--torch")
+    outcome = run_script("reproduce.py", *flags, "--torch", "--imagenette", "folder:pictures")
     assert [command[1:3] for command in called[2:]] == [["-m", "torch_ref.train"]] * 2
     assert "`imagenette-cnn` | test accuracy | 0.6308 | 0.5000 ± 0.0000 | 2 |" in outcome.out
     kept = tmp_path / "recipes/imagenette-cnn"
     assert {p.name for p in kept.iterdir()} == {"seed3", "seed5", "seed3-torch", "seed5-torch"}
+
+
+def test_the_twin_runs_what_it_can_and_the_table_is_rebuilt(tmp_path, called):
+    flags = ["--torch", "--runs", tmp_path / "runs", "--results", tmp_path]
+    refused(run_script("reproduce.py", *flags, "--cifar10", "folder:a"), "--torch", "--imagenette")
+    assert not called
+    outcome = run_script(
+        "reproduce.py", *flags, "--cifar10", "folder:a", "--imagenette", "folder:b"
+    )
+    assert outcome.status == 0 and "transfer: not in PyTorch" in outcome.out
+    ours = [c for c in called if "torch_ref.train" not in c]
+    assert len(ours) == len(RECIPES)
+    assert len(called) - len(ours) == sum(not recipe.starts_from for recipe in RECIPES.values())
+    assert "`transfer` |" in outcome.out
 
 
 def test_without_a_gpu_the_long_recipes_take_few_images(tmp_path, called):

@@ -13,7 +13,16 @@ from PIL import Image
 
 from flax_resnet import config
 from flax_resnet.data import sources
-from torch_ref import arguments, checkpoint, create_model, data, early_stopping, evaluate, optim
+from torch_ref import (
+    arguments,
+    checkpoint,
+    create_model,
+    data,
+    early_stopping,
+    evaluate,
+    optim,
+    run_directory,
+)
 from torch_ref import train as torch_train
 
 SCORES = {"loss", "accuracy", "top5_accuracy", "precision_macro", "recall_macro", "f1_macro"}
@@ -108,6 +117,11 @@ def test_every_option_runs(options):
     assert next(net.parameters()).dtype == (
         torch.float64 if options.get("dtype") == "float64" else torch.float32
     )
+
+
+def test_a_machine_without_git_knows_no_revision(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert run_directory.environment(torch.device("cpu"))["revision"] is None
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
