@@ -361,6 +361,12 @@ class TrainConfig:
     early_stopping: EarlyStoppingConfig = Field(default_factory=EarlyStoppingConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
 
+    def __post_init__(self):
+        if self.new_head and not self.init_from:
+            raise ValueError("new_head is of a fine-tuning: it needs init_from")
+        if self.augment.random_resized_crop and self.data.cache == "device":
+            raise ValueError("random_resized_crop cuts the files anew: cache is not device")
+
 
 def to_dict(config: TrainConfig) -> dict:
     """The config as plain JSON values."""

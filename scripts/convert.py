@@ -27,7 +27,8 @@ from flax_resnet.serve import LoadedRun
 TORCH_SUFFIXES = (".pth", ".pt", ".th")
 PROGRAM_SUFFIXES = (".stablehlo", ".onnx")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *PROGRAM_SUFFIXES)
-FLAGS = ("arch", "stem", "dataset", "image_size", "resize_size", "grayscale", "mean", "std")
+MODEL_FLAGS = ("arch", "stem")
+DATA_FLAGS = ("dataset", "image_size", "resize_size", "grayscale", "mean", "std")
 
 
 def parse():
@@ -48,9 +49,10 @@ def parse():
         metavar="FILE|A,B,...",
         help="run directory: the classes, one a line, where --dataset is not at hand",
     )
-    cli.add_config_flags(parser, FLAGS)
+    cli.add_config_flags(parser, MODEL_FLAGS + DATA_FLAGS)
     args = parser.parse_args()
     check_output(args.output, args.overwrite)
+    check_flags(args)
     if args.fold_batchnorm and args.output.suffix not in PROGRAM_SUFFIXES:
         raise InputError(f"--fold-batchnorm: only into {' and '.join(PROGRAM_SUFFIXES)}")
     return args
@@ -71,6 +73,16 @@ def check_output(path: Path, overwrite: bool):
         raise InputError(f"{path} exists; replace it with --overwrite")
     if path.is_dir() and (path.suffix or not (path / "config.json").exists()):
         raise InputError(f"{path} is a directory and no run: it is not replaced")
+
+
+def check_flags(args):
+    """Files of weights have no place for what these flags say."""
+    if not args.output.suffix or args.output.suffix in PROGRAM_SUFFIXES:
+        return
+    for name in ("config", "class_names", *DATA_FLAGS, *(MODEL_FLAGS if args.training else ())):
+        if getattr(args, name) is not None:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag}: not into {args.output.suffix}, which does not hold it")
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:

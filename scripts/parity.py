@@ -42,7 +42,7 @@ MODES = {"evaluation": False, "training": True}
 def parse():
     parser = cli.Parser(prog="parity.py", description=__doc__)
     parser.add_argument("--arch", metavar="NAME", help="left out: told from the weights")
-    parser.add_argument("--stem", metavar="|".join(STEMS), help="with --arch alone")
+    parser.add_argument("--stem", metavar="|".join(STEMS), help="with --arch")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights file or run directory")
     parser.add_argument("--torch-model", metavar="MODULE:CALLABLE", help="your own network")
     parser.add_argument("--image-size", type=int, nargs="+", metavar="N", help="height and width")
@@ -55,6 +55,9 @@ def parse():
         raise InputError("--checkpoint and --torch-model exclude each other")
     if not (args.arch or args.checkpoint or args.torch_model):
         raise InputError("give --arch, --checkpoint or --torch-model")
+    for flag, needed in (("stem", "arch"), ("mean", "dataset"), ("std", "dataset")):
+        if getattr(args, flag) and not getattr(args, needed):
+            raise InputError(f"--{flag}: only with --{needed}")
     if args.arch:
         cli.check_choice("--arch", args.arch, list_models())
     if args.stem and args.arch:

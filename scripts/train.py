@@ -10,7 +10,7 @@ from pathlib import Path
 import _memory  # noqa: F401
 
 from flax_resnet import cli, distributed, train
-from flax_resnet.config import InputError, TrainConfig, from_dict, nearest, to_dict
+from flax_resnet.config import InputError, TrainConfig, to_dict
 from flax_resnet.recipes import RECIPES
 from flax_resnet.run_directory import config_from_file, read_config
 
@@ -41,19 +41,18 @@ def parse():
     return parser.parse_args()
 
 
-def starting_point(args) -> dict:
+def starting_point(args, otherwise: TrainConfig) -> TrainConfig:
     """What --config or --recipe say, before the flags."""
     if args.config and args.recipe:
         raise InputError("--config and --recipe exclude each other")
-    if args.recipe and args.recipe not in RECIPES:
-        raise InputError(f"unknown recipe {args.recipe!r}{nearest(args.recipe, RECIPES)}")
-    if args.config:
-        return to_dict(config_from_file(args.config))
-    return to_dict(RECIPES[args.recipe].config) if args.recipe else {}
+    if args.recipe:
+        cli.check_choice("--recipe", args.recipe, RECIPES)
+        return RECIPES[args.recipe].config
+    return config_from_file(args.config) if args.config else otherwise
 
 
-def build_config(args) -> TrainConfig:
-    config = cli.merge(from_dict(starting_point(args)), SMOKE if args.smoke else {})
+def build_config(args, otherwise: TrainConfig) -> TrainConfig:
+    config = cli.merge(starting_point(args, otherwise), SMOKE if args.smoke else {})
     return cli.merge(config, cli.requested_values(args))
 
 
@@ -68,13 +67,21 @@ def free_directory(config: TrainConfig) -> Path:
 def resumed_config(args) -> TrainConfig:
     """A run is resumed as it was begun; only where it runs may change."""
     own = read_config(args.run_dir)
-    config = cli.merge(own, cli.requested_values(args))
-    if config != train.as_begun(config, own):
+    asked = train.as_begun(own, build_config(args, own))
+    if not agrees(to_dict(asked), to_dict(own)):
         raise InputError(
             f"{args.run_dir} was begun with other flags; --resume takes only those of devices"
             " and --num-workers"
         )
-    return config
+    return cli.merge(own, cli.requested_values(args))
+
+
+def agrees(asked: dict, own: dict) -> bool:
+    """Whether all that is asked for is so; what was left open, the run has filled in."""
+    return all(
+        agrees(value, own[name]) if isinstance(value, dict) else value in (None, own[name])
+        for name, value in asked.items()
+    )
 
 
 def described(name: str) -> str:
@@ -94,7 +101,9 @@ def main():
         return
     if args.resume and not args.run_dir:
         raise InputError("--resume needs --run-dir")
-    config = build_config(args)
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    config = build_config(args, TrainConfig())
     processes = (args.coordinator, args.num_processes, args.process_id)
     with distributed.joined(*processes, timeout=args.connect_timeout):
         run(args, config)

@@ -4,12 +4,15 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from equivalence_tests.program.command import ROOT, refused, run_script, train
+from flax_resnet.recipes import RECIPES
+from flax_resnet.run_directory import RunDirectory
 
 CLASSES = ("ant", "bee")
 
@@ -70,6 +73,10 @@ WRONG_WORDS = [
     (["--mean", "1", "--std", "1", "1"], ["std has 2 values", "1 channels"]),
     (["--image-size", "7"], ["basic_cnn", "8x8", "7x7", "--image-size"]),
     (["--arch", "resnet18", "--batch-size", "1"], ["BatchNorm", "--batch-size"]),
+    (["--test-fraction", "0"], ["digits", "no test split", "test_fraction"]),
+    (["--new-head"], ["new_head", "init_from"]),
+    (["--cache", "device", "--random-resized-crop"], ["random_resized_crop", "cache"]),
+    (["--resume", "--overwrite"], ["--resume", "--overwrite", "exclude"]),
     (["--patience", "2", "--validation-fraction", "0"], ["validation"]),
     (["--devices", "99"], ["99"]),
     (["--recipe", "cifar10-resnet19"], ["recipe"]),
@@ -120,6 +127,36 @@ def test_overwrite_leaves_other_directories_alone(folder, tmp_path):
 def test_resume_refuses_other_flags(insects):
     outcome = run_script("train.py", "--resume", "--run-dir", insects, "--epochs", 9)
     refused(outcome, "other flags")
+
+
+def test_resume_refuses_another_recipe_and_config(insects, tmp_path):
+    """But takes those that the run was begun with."""
+    other = json.loads((insects / "config.json").read_text()) | {"seed": 7}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    for begun in (
+        ["--recipe", "imagenette-cnn"],
+        ["--config", tmp_path / "other.json"],
+        ["--smoke"],
+    ):
+        refused(run_script("train.py", "--resume", "--run-dir", insects, *begun), "other flags")
+    outcome = run_script(
+        "train.py", "--resume", "--run-dir", insects, "--config", insects / "config.json"
+    )
+    assert outcome.status == 0 and "finished" in outcome.out
+
+
+@pytest.mark.parametrize("name", ["cifar10-fast", "imagenette-cnn"])
+def test_the_command_that_began_a_recipe_resumes_it(tmp_path, name):
+    """What the recipe leaves open has been filled in since."""
+    data = replace(RECIPES[name].config.data, dataset="folder:x", mean=(0.5,) * 3, std=(1.0,) * 3)
+    own = replace(RECIPES[name].config, data=replace(data, resize_size=99), epochs=3)
+    own = replace(own, augment=replace(own.augment, random_crop=own.augment.random_crop or 0))
+    RunDirectory(tmp_path / "run").write_config(own)
+    (tmp_path / "run" / "report.json").write_text("{}")
+    flags = ["--recipe", name, "--dataset", "folder:x", "--resume", "--run-dir", tmp_path / "run"]
+    outcome = run_script("train.py", *flags, "--epochs", 3)
+    assert outcome.status == 0 and "finished" in outcome.out, outcome.err
+    refused(run_script("train.py", *flags), "other flags")
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", None], ids=["empty", "no image", "truncated"])

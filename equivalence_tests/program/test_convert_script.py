@@ -215,6 +215,10 @@ WRONG_WORDS = [
     (["out.pth", "--stem", "imagenet"], ["own stem"]),
     (["out", "--dataset", "digits"], ["num_classes 7", "10 classes"]),
     (["out", "--dataset", "folder:gone"], ["gone"]),
+    (["out.safetensors", "--mean", 1, 1, 1], ["--mean", ".safetensors"]),
+    (["out.pth", "--class-names", NAMES], ["--class-names", ".pth"]),
+    (["out.pth", "--config", "c.json"], ["--config", ".pth"]),
+    (["out.pt", "--training", "--arch", "resnet20"], ["--arch", ".pt"]),
     (["out.pt", "--training"], ["--training", "run directory"]),
     (["out", "--clas-names", "a"], ["--class-names"]),
 ]

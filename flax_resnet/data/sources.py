@@ -148,6 +148,10 @@ def open_dataset(config: DataConfig) -> DataSet:
 
     train = splits["train"]
     if "test" not in splits:
+        if not config.test_fraction:
+            raise InputError(
+                f"{config.dataset} has no test split of its own: test_fraction must be above 0"
+            )
         train, splits["test"] = _cut(train, config, "test_fraction")
     if "validation" not in splits:
         splits["validation"] = Subset(train, np.arange(0))
