@@ -35,7 +35,7 @@ def training_arrays(state: TrainState, config: OptimizerConfig) -> dict:
     Raises:
       InputError: gradients are being accumulated: torch keeps their sum elsewhere.
     """
-    _check_boundary(int(state.step), config)
+    _check_boundary(int(state.step), config, pending=getattr(state.opt_state, "mini_step", 0))
     model = named_arrays(state.params) | named_arrays(state.frozen)
     return {
         "model": model | named_arrays(state.batch_stats),
@@ -151,8 +151,9 @@ def _zeros(state, config) -> dict:
     return {name: np.zeros_like(array) for name, array in arrays.items()}
 
 
-def _check_boundary(step: int, config: OptimizerConfig):
-    if step % config.accumulate_steps:
+def _check_boundary(step: int, config: OptimizerConfig, pending=0):
+    """Of the batches and, where some were skipped, of the gradients that the optimizer holds."""
+    if step % config.accumulate_steps or pending:
         raise InputError(
             f"step {step} lies between two updates (accumulate_steps {config.accumulate_steps});"
             " training converts where an update is complete"

@@ -268,7 +268,16 @@ def _update(state, gradients, stats, config, learning_rate, momentum):
     )
     if not config.optimizer.ema_decay:
         return new
-    return new._replace(ema=_moving_average(state, params, config.optimizer))
+    taken = state._replace(step=_batches_taken(state, config.optimizer))
+    return new._replace(ema=_moving_average(taken, params, config.optimizer))
+
+
+def _batches_taken(state, config):
+    """Batches that went into updates: where several make one, the optimizer has not counted those
+    that were skipped."""
+    if not isinstance(state.opt_state, optax.MultiStepsState):
+        return state.step
+    return state.opt_state.gradient_step * config.accumulate_steps + state.opt_state.mini_step
 
 
 def _moving_average(state, params, config):

@@ -6,6 +6,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,8 +14,8 @@ from PIL import Image
 from rich.console import Console
 
 from equivalence_tests.program.command import run_script, train
-from flax_resnet import cli, convert
-from flax_resnet.config import TrainConfig, from_dict
+from flax_resnet import cli, convert, convert_training, steps
+from flax_resnet.config import InputError, TrainConfig, from_dict
 from flax_resnet.display import Display
 from flax_resnet.progress import Interrupted
 from flax_resnet.run import Run
@@ -251,6 +252,26 @@ def test_frozen_batchnorm_keeps_its_statistics(tmp_path):
     fit(config, tmp_path / "run", display=quiet())
     statistics = {n: v for n, v in weights(tmp_path / "run").items() if "running_mean" in n}
     assert statistics and all((value == 0).all() for value in statistics.values())
+
+
+def test_weights_and_average_move_together_after_a_batch_is_skipped():
+    """Two batches make an update; the first is not finite, so the third completes one."""
+    config = small(optimizer={"accumulate_steps": "2", "ema_decay": ".9"}, skip_nonfinite="1")
+    state = steps.make_state(steps.Variables({"fc": {"bias": jnp.zeros(3)}}, {}, {}), config)
+    moved = []
+    for finite in (False, True, True, True, True):
+        gradient = {"fc": {"bias": jnp.where(finite, jnp.arange(3.0), jnp.nan)}}
+        new = steps._update(state, gradient, {}, config, 0.1, None)
+        new = steps._unless_finite(finite, new, state)
+        pairs = ((state.params, new.params), (state.ema, new.ema))
+        moved.append([bool((old["fc"]["bias"] != now["fc"]["bias"]).any()) for old, now in pairs])
+        if len(moved) == 2:  # half an update is held back
+            with pytest.raises(InputError, match="between two updates"):
+                convert_training.training_arrays(new, config.optimizer)
+        if len(moved) == 3:  # the first copies the weights
+            np.testing.assert_array_equal(new.ema["fc"]["bias"], new.params["fc"]["bias"])
+        state = new
+    assert moved == [[False] * 2, [False] * 2, [True] * 2, [False] * 2, [True] * 2]
 
 
 def test_float64_is_float64(tmp_path):
