@@ -29,8 +29,8 @@ class Display:
         self.console.print(text, markup=False, emoji=False)
 
     def show(self, renderable):
-        """A table."""
-        self.console.print(renderable)
+        """A table, its cells as they are."""
+        self.console.print(renderable, markup=False, emoji=False)
 
     def start(self, *, total_steps: int, done_steps: int, batch_size: int):
         """Begin the bar of a run."""

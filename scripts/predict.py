@@ -35,11 +35,11 @@ def parse():
 
 
 def image_files(inputs: list[Path]) -> list[Path]:
-    """The files as given, and the images below the folders, sorted."""
+    """The files as given, and the visible images below the folders, sorted."""
     files = []
     for path in inputs:
         if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES]
+            found = sorted(p for p in path.rglob("*") if is_visible_image(p.relative_to(path)))
             if not found:
                 raise InputError(f"{path} has no images in it")
             files += found
@@ -48,6 +48,12 @@ def image_files(inputs: list[Path]) -> list[Path]:
         else:
             raise InputError(f"{path} does not exist")
     return files
+
+
+def is_visible_image(path: Path) -> bool:
+    """As in training: neither the file nor a folder on the way to it is hidden."""
+    hidden = any(part.startswith(".") for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not hidden
 
 
 def top_classes(probabilities: np.ndarray, class_names, top_k: int) -> list[dict]:

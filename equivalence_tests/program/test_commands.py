@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -269,6 +270,20 @@ def test_predict_writes_names_and_probabilities(insects, folder, tmp_path):
     assert np.mean(right) > 0.9
     table = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert len(table) == 26 and table[0]["class"] == rows[0]["predictions"][0]["class"]
+
+
+def test_predict_passes_over_hidden_files(insects, folder, tmp_path):
+    """The Finder's `._NAME` beside every file, and what lies in hidden folders."""
+    (tmp_path / "photos" / ".trash").mkdir(parents=True)
+    shutil.copyfile(folder / "test" / "ant" / "00.png", tmp_path / "photos" / "img[a].png")
+    for name in ("._img[a].png", ".trash/old.png"):
+        (tmp_path / "photos" / name).write_bytes(b"no image")
+    out = tmp_path / "out.json"
+    outcome = run_script("predict.py", insects, tmp_path / "photos", "--json", out)
+    assert outcome.status == 0, outcome.err
+    assert [row["image"] for row in json.loads(out.read_text())] == [
+        str(tmp_path / "photos" / "img[a].png")
+    ]
 
 
 def test_predict_prints_a_table(insects, folder):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.table import Table
 
 from equivalence_tests.program.command import refused, run_script
 from flax_resnet.config import InputError
@@ -113,3 +114,11 @@ def test_a_folder_s_name_is_only_a_name(capsys):
     """Rich takes ":b:" for a picture."""
     Display().say("folder:b: 256 training images [red]")
     assert capsys.readouterr().out == "folder:b: 256 training images [red]\n"
+
+
+def test_a_file_s_name_in_a_table_is_only_a_name(capsys):
+    table = Table()
+    table.add_column("image")
+    table.add_row("photos/img[a].jpg :b: [red]")
+    Display().show(table)
+    assert "photos/img[a].jpg :b: [red]" in capsys.readouterr().out
