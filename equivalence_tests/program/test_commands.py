@@ -169,8 +169,10 @@ def test_broken_images_are_named_or_left_out(tmp_path, split, content):
     broken.write_bytes(broken.read_bytes()[:200] if content is None else content)
     refused(train_on(root, tmp_path / "run"), str(broken))
     assert not (tmp_path / "run").exists()
+    (root / split / "bee" / "note.heic").write_text("no name of an image")
     outcome = train_on(root, tmp_path / "run", "--on-bad-image", "skip", "--epochs", 1)
     assert outcome.status == 0 and f"left out: {broken}" in outcome.out
+    assert "passed over: 1 file(s)" in outcome.out
     assert json.loads((tmp_path / "run" / "report.json").read_text())["left_out_images"] == 1
 
 
