@@ -1,4 +1,4 @@
-"""Cross-entropy and penalties with PyTorch's definitions."""
+"""Cross-entropy and the L1 penalty with PyTorch's definitions."""
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,3 @@ def l1_penalty(params) -> jax.Array:
     """Sum of the absolute values of all leaves; gradient 0 at 0, as torch, where jnp.abs has 1."""
     leaves = jax.tree.leaves(params)
     return sum((leaf * jax.lax.stop_gradient(jnp.sign(leaf))).sum() for leaf in leaves)
-
-
-def l2_penalty(params) -> jax.Array:
-    """Half the sum of the squares of all leaves: its gradient is what weight decay adds."""
-    return 0.5 * sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(params))

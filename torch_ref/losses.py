@@ -1,4 +1,4 @@
-"""Cross-entropy and weight penalties; logits are [B, K]."""
+"""Cross-entropy and the L1 penalty; logits are [B, K]."""
 
 from collections.abc import Iterable
 
@@ -16,8 +16,3 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0
 def l1_penalty(parameters: Iterable[Tensor], factor: float) -> Tensor:
     """factor * sum |p|"""
     return factor * sum(p.abs().sum() for p in parameters)
-
-
-def l2_penalty(parameters: Iterable[Tensor], factor: float) -> Tensor:
-    """factor / 2 * sum p^2, whose gradient is that of torch.optim's coupled weight decay."""
-    return factor / 2 * sum(p.square().sum() for p in parameters)
