@@ -86,7 +86,7 @@ def merge(base: TrainConfig, values: dict) -> TrainConfig:
     try:
         return pydantic.TypeAdapter(TrainConfig).validate_python(merged)
     except pydantic.ValidationError as error:
-        raise InputError("; ".join(_describe(fault) for fault in error.errors())) from None
+        raise InputError(_faults(error)) from None
 
 
 def check_choice(flag: str, value: str, valid):
@@ -109,6 +109,8 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
         sys.exit(main() or DONE)
     except InputError as error:
         _fail(f"error: {_one_line(error)}", BAD_INPUT)
+    except pydantic.ValidationError as error:  # a field of a config, replaced by a flag
+        _fail(f"error: {_one_line(_faults(error))}", BAD_INPUT)
     except (CheckFailed, NonFiniteLoss) as error:
         _fail(f"failed: {_one_line(error)}", FAILED)
     except Interrupted as error:
@@ -139,7 +141,7 @@ def _fail(line: str, status: int) -> typing.NoReturn:
     sys.exit(status)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception | str) -> str:
     return " ".join(str(error).split())
 
 
@@ -199,6 +201,10 @@ def _plain(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def _faults(error: pydantic.ValidationError) -> str:
+    return "; ".join(map(_describe, error.errors()))
+
+
 def _describe(fault: dict) -> str:
     names = [part for part in fault["loc"] if isinstance(part, str)]
     flag = _flag(names[-1]) if names else "config"
@@ -207,4 +213,4 @@ def _describe(fault: dict) -> str:
         return f"{flag}: unknown {fault['input']!r}{nearest(fault['input'], valid)}"
     message = fault["msg"].removeprefix("Value error, ")
     got = fault["input"]
-    return f"{flag}: {message}" + ("" if isinstance(got, dict) else f", got {got!r}")
+    return f"{flag}: {message}" + ("" if isinstance(got, dict) or not names else f", got {got!r}")

@@ -155,6 +155,7 @@ def _largest(values) -> str:
 
 def main():
     args = parse()
+    data = data_config(args) if args.dataset else None
     model = own_model.load(args.torch_model) if args.torch_model else None
     case = build_case(args, model)
     rows, first = compare(case, model)
@@ -168,9 +169,9 @@ def main():
         "largest": max(r["norm_relative"] for part in rows.values() for r in part),
         "rows": rows,
     }
-    if args.dataset:
+    if data:
         own = own_model.load(args.torch_model) if model else None  # training has moved the first
-        document["predictions"] = predictions.agreement(case, data_config(args), own)
+        document["predictions"] = predictions.agreement(case, data, own)
     document |= {"command": cli.command_line(), "environment": environment.describe(1)}
     show(document)
     if args.report:

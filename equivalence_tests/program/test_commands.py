@@ -251,6 +251,7 @@ def test_evaluate_takes_another_set_with_the_same_classes(insects, tmp_path):
 
 def test_evaluate_refuses_what_does_not_fit(insects, tmp_path):
     refused(run_script("evaluate.py", insects, "--split", "tset"), "tset", "'test'")
+    refused(run_script("evaluate.py", insects, "--dataset", "digts"), "digts", "'digits'")
     refused(run_script("evaluate.py", tmp_path), "config.json")
     refused(run_script("evaluate.py", insects, "--dataset", "digits"), "ant", "classes")
 

@@ -132,6 +132,8 @@ def test_weights_of_ones_own_and_their_predictions(tmp_path):
         (["--arch", "resnet20", "--stem", "cifar"], ["--stem"]),
         (["--checkpoint", "nowhere.pth", "--stem", "cifar"], ["--stem", "--arch"]),
         (["--arch", "resnet20", "--mean", "1"], ["--mean", "--dataset"]),
+        (["--arch", "resnet20", "--dataset", "digts"], ["digts", "'digits'"]),
+        (["--arch", "resnet20", "--dataset", "digits", "--mean", "1"], ["mean and std"]),
         (["--arch", "resnet18", "--stem", "cfar"], ["did you mean 'cifar'"]),
     ],
 )

@@ -150,7 +150,8 @@ def open_dataset(config: DataConfig) -> DataSet:
     if "test" not in splits:
         if not config.test_fraction:
             raise InputError(
-                f"{config.dataset} has no test split of its own: test_fraction must be above 0"
+                f"{config.dataset}: test_fraction 0 leaves nothing for the test, and the set has no"
+                " test split of its own"
             )
         train, splits["test"] = _cut(train, config, "test_fraction")
     if "validation" not in splits:
