@@ -365,7 +365,7 @@ class TrainConfig:
         if self.new_head and not self.init_from:
             raise ValueError("new_head is of a fine-tuning: it needs init_from")
         if self.augment.random_resized_crop and self.data.cache == "device":
-            raise ValueError("random_resized_crop cuts the files anew: cache is not device")
+            raise ValueError("random_resized_crop decodes every file anew: cache device has no use")
 
 
 def to_dict(config: TrainConfig) -> dict:

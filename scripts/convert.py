@@ -188,7 +188,8 @@ def training_to_run(args) -> int:
     if epoch >= config.epochs:
         raise InputError(
             f"{args.input}: its {arrays['step']} steps are all {config.epochs} epochs of"
-            f" {args.config}: nothing is left to train; without --training its weights convert"
+            f" {args.config}: nothing is left to train; give a config of more epochs, or convert"
+            " the weights alone, without --training"
         )
     export.write_run(
         args.output,
