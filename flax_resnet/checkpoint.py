@@ -66,7 +66,9 @@ class Checkpoints:
         """
         self.wait()
         if step in self._manager.all_steps():
-            return
+            if not improvement:
+                return  # the state of a step is what it is
+            self._manager.delete(step)  # saved before anybody knew that it is the best
         if not _is_all_here(state):  # every process writes its part, and they have to meet
             return self._write(step, state, document, improvement)
         state = jax.tree.map(lambda x: np.array(x, copy=True), state)
@@ -99,6 +101,14 @@ class Checkpoints:
         if distributed.is_first():
             _write_manifest(self.directory / str(step))
         distributed.meet(f"checkpoint {step}")
+
+    def delete_after(self, step: int | None):
+        """Delete the steps later than the one that a run goes on from (None: all of them): they
+        are damaged, and the run will come to them again."""
+        self.wait()
+        for later in self._manager.all_steps():
+            if step is None or later > step:
+                self._manager.delete(later)
 
     def latest(self) -> int | None:
         """The newest step whose files are as they were written."""

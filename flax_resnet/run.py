@@ -83,6 +83,7 @@ class Run:
         state = steps.make_state(self.network.initial, config)
         step = self.checkpoints.latest()
         distributed.check_agreement({"checkpoint": step})
+        self.checkpoints.delete_after(step)
         if step is not None:
             state = self._take_up(step, state)
         self.iterator = self._iterator(start=step or 0)

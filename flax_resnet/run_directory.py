@@ -25,8 +25,8 @@ class RunDirectory:
             raise InputError(
                 f"{self.path} exists: continue it with --resume, or replace it with --overwrite"
             )
-        if overwrite and not resume and not _is_run_or_empty(self.path):
-            raise InputError(f"{self.path} is no run: --overwrite replaces nothing else")
+        if not _is_run_or_empty(self.path):
+            raise InputError(f"{self.path} is no run, which --resume or --overwrite would lose")
         created = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path)

@@ -1,5 +1,6 @@
 """A finished run, taken up again: its network, weights, preprocessing and class names."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ class LoadedRun:
     """The model's graph."""
 
     variables: steps.Variables
-    """The best weights, or the last where there is no best."""
+    """The best weights, or the last where there is no best or the run was not to restore it."""
 
     @property
     def preprocess(self) -> steps.Preprocess:
@@ -66,7 +67,9 @@ def load_run(run_dir: Path | str) -> LoadedRun:
     Raises:
       InputError: there is no run, or none of its checkpoints is sound.
     """
-    document, config, network, state = restore(run_dir, Checkpoints.best)
+    best = read_config(run_dir).early_stopping.restore_best
+    choose = Checkpoints.best if best else Checkpoints.latest
+    document, config, network, state = restore(run_dir, choose)
     variables = jax.tree.map(jnp.asarray, steps.evaluation_variables(state))
     class_names, channels = tuple(document["class_names"]), document["channels"]
     return LoadedRun(config, class_names, channels, network, variables)
@@ -104,8 +107,9 @@ def load_weights(path: Path | str) -> dict[str, np.ndarray]:
     """Weights of a run directory or a .safetensors file, under torch names and in its layouts."""
     path = Path(path)
     if path.is_dir():
-        run = load_run(path)
-        return convert.state_dict(run.network.to_model(run.variables))
+        with _kept_x64():
+            run = load_run(path)
+            return convert.state_dict(run.network.to_model(run.variables))
     if path.suffix != ".safetensors":
         raise InputError(
             f"{path} is neither a run directory nor a .safetensors file"
@@ -117,6 +121,16 @@ def load_weights(path: Path | str) -> dict[str, np.ndarray]:
         raise InputError(f"{path} does not exist") from None
     except Exception as error:  # safetensors raises its own, without a common base
         raise InputError(f"{path} is not a readable .safetensors file: {error}") from None
+
+
+@contextlib.contextmanager
+def _kept_x64():
+    """Reading a run sets the types that it was trained in; who only wants its weights has own."""
+    before = jax.config.jax_enable_x64
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def predict_files(run: LoadedRun, paths: Sequence[Path]) -> Iterator[tuple[Path, np.ndarray]]:

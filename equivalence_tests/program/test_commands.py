@@ -119,9 +119,10 @@ def test_overwrite_replaces_a_run(folder, tmp_path):
     assert len(list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))) == 2
 
 
-def test_overwrite_leaves_other_directories_alone(folder, tmp_path):
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_other_directories_are_left_alone(folder, tmp_path, flag):
     (tmp_path / "thesis.tex").write_text("years of work")
-    refused(train_on(folder, tmp_path, "--overwrite"), "is no run")
+    refused(train_on(folder, tmp_path, flag), "is no run")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 

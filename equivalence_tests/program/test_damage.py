@@ -89,6 +89,30 @@ def test_nothing_sound_is_nothing(two_steps, tmp_path):
     assert step is None and len(said) == 2
 
 
+def test_a_damaged_step_is_written_again(two_steps, tmp_path):
+    """By the run that came to it a second time."""
+    shutil.copytree(two_steps, tmp_path / "run")
+    (tmp_path / "run/2/manifest.json").unlink()
+    checkpoints = Checkpoints(tmp_path / "run", say=lambda line: None)
+    checkpoints.delete_after(checkpoints.latest())
+    checkpoints.save(2, state(3.0), {"step": 2}, improvement=False)
+    checkpoints.close()
+    step, restored, said = reopened(tmp_path / "run")
+    assert (step, said) == (2, []) and (restored["a"] == 3).all()
+
+
+def test_a_step_found_to_be_the_best_is_marked_so(two_steps, tmp_path):
+    """It was saved before, when the run was told to stop there."""
+    shutil.copytree(two_steps, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.save(2, state(2.0), {"improvement": True}, improvement=True)
+    checkpoints.save(3, state(3.0), {"improvement": False}, improvement=False)
+    checkpoints.save(3, state(4.0), {"improvement": False}, improvement=False)
+    assert (checkpoints.best(), checkpoints.latest()) == (2, 3)
+    assert (checkpoints.restore(3, state(0.0))["a"] == 3).all()
+    checkpoints.close()
+
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 NUM_IMAGES = 10_000
 

@@ -15,12 +15,13 @@ from rich.console import Console
 
 from equivalence_tests.program.command import run_script, train
 from flax_resnet import cli, convert, convert_training, steps
+from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import InputError, TrainConfig, from_dict
 from flax_resnet.display import Display
 from flax_resnet.progress import Interrupted
 from flax_resnet.run import Run
 from flax_resnet.run_directory import config_from_file, read_config
-from flax_resnet.serve import load_run
+from flax_resnet.serve import load_run, restore
 from flax_resnet.train import fit
 
 SMALL = {
@@ -174,36 +175,50 @@ EVERYTHING = {
 }
 
 
+def cut_at(step, monkeypatch):
+    """The next trainings are told to stop at this step."""
+    original = Run._train_epoch
+
+    def cut(self):
+        log = self._at_log_step
+
+        def at_log_step(count):
+            if self._global_step() == step:
+                self.signum = 15
+            return log(count)
+
+        self._at_log_step = at_log_step
+        return original(self)
+
+    monkeypatch.setattr(Run, "_train_epoch", cut)
+
+
 @pytest.mark.parametrize("cache", ["device", "none"])
 def test_a_run_cut_off_at_any_step_ends_the_same(tmp_path, monkeypatch, cache):
     """Mid-epoch and at an epoch's last step, with all that is random or remembers in flight."""
     config = small(**EVERYTHING, data={"train_images": "640", "cache": cache})
     fit(config, tmp_path / "straight", display=quiet())
-    original = Run._train_epoch
-
-    def cut_at(step):
-        def cut(self):
-            log = self._at_log_step
-
-            def at_log_step(count):
-                if self._global_step() == step:
-                    self.signum = 15
-                return log(count)
-
-            self._at_log_step = at_log_step
-            return original(self)
-
-        return cut
-
     for step in (7, 20, 45):
-        monkeypatch.setattr(Run, "_train_epoch", cut_at(step))
-        with pytest.raises(Interrupted):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            cut_at(step, patch)
             fit(config, tmp_path / "cut", resume=step > 7, display=quiet())
-    monkeypatch.setattr(Run, "_train_epoch", original)
     fit(config, tmp_path / "cut", resume=True, display=quiet())
     assert digest(tmp_path / "cut") == digest(tmp_path / "straight")
     for name in ("metrics.csv", "per_class.csv"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_a_run_cut_off_at_the_last_step_of_its_best_epoch_reports_that(tmp_path, monkeypatch):
+    """Its weights were saved before their validation."""
+    config = small(epochs="2")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        cut_at(40, patch)
+        fit(config, tmp_path / "run", display=quiet())
+    report = fit(config, tmp_path / "run", resume=True, display=quiet())
+    first, last = csv.DictReader((tmp_path / "run" / "metrics.csv").open())
+    assert float(last["validation_loss"]) < float(first["validation_loss"])
+    assert report["evaluated_epoch"] == 2
+    assert report["splits"]["validation"]["loss"] == float(last["validation_loss"])
 
 
 def test_images_decoded_every_epoch_train_the_same_weights(tmp_path):
@@ -237,6 +252,34 @@ def test_early_stopping_ends_the_run_and_restores_the_best(tmp_path):
     assert report["best_epoch"] == report["evaluated_epoch"] == best
     assert report["splits"]["validation"]["loss"] == losses[best - 1]
     assert report["stopped_early"] and report["epochs"] == best + 2 == len(rows)
+
+
+def test_the_last_weights_are_served_where_the_best_are_not_restored(tmp_path):
+    config = small(
+        epochs="8",
+        optimizer={"optimizer": "adam", "lr": "0.02", "label_smoothing": "0"},
+        schedule={"schedule": "constant"},
+        early_stopping={"patience": "2", "restore_best": False},
+    )
+    report = fit(config, tmp_path / "run", display=quiet())
+    assert report["evaluated_epoch"] == report["epochs"] == report["best_epoch"] + 2
+    served = jax.tree.leaves(load_run(tmp_path / "run").variables)
+    for choose, same in ((Checkpoints.latest, True), (Checkpoints.best, False)):
+        state = restore(tmp_path / "run", choose)[-1]
+        stored = jax.tree.leaves(steps.evaluation_variables(state))
+        assert same == all(map(np.array_equal, served, stored))
+
+
+def test_weights_of_a_wide_run_leave_the_types_alone(tmp_path):
+    """A float32 run that starts from a float64 one stays narrow, and the other way round."""
+    for dtype in ("float64", "float32"):
+        model = {"arch": "basic_cnn", "dtype": dtype}
+        fit(small(epochs="1", model=model), tmp_path / dtype, display=quiet())
+    for dtype, other in (("float64", "float32"), ("float32", "float64")):
+        model = {"arch": "basic_cnn", "dtype": dtype}
+        config = small(epochs="1", model=model, init_from=str(tmp_path / other))
+        fit(config, tmp_path / f"{dtype}-tuned", display=quiet())
+        assert {str(a.dtype) for a in weights(tmp_path / f"{dtype}-tuned").values()} == {dtype}
 
 
 def test_fine_tuning_takes_the_backbone_and_a_new_head(finished, tmp_path):
