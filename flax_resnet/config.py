@@ -82,7 +82,7 @@ class DataConfig:
     """Pixels of the shorter side before the centre crop. Left out: image_size."""
 
     grayscale: bool = False
-    """Turn the images to one channel. Sets that are grayscale throughout (digits) stay so."""
+    """Turn the images to one channel. Without it image files have three; digits have one."""
 
     validation_fraction: Fraction = 0.1
     """Stratified share of the training split held out for validation, where the set has no
@@ -101,10 +101,12 @@ class DataConfig:
     """Use at most this many validation and test images each."""
 
     mean: tuple[float, ...] | None = None
-    """Per channel, of images in [0, 1]. Left out: measured on the training split."""
+    """Per channel, of images in [0, 1]. Left out: measured on the training split, of
+    more than 50,000 images on so many."""
 
     std: tuple[Positive, ...] | None = None
-    """Per channel, of images in [0, 1]. Left out: measured on the training split."""
+    """Per channel, of images in [0, 1]. Left out: measured on the training split, of
+    more than 50,000 images on so many."""
 
     on_bad_image: Literal["error", "skip"] = "error"
     """"error": a file that is no image ends the run, named. "skip": such files are counted,

@@ -9,6 +9,7 @@ import argparse
 import datetime
 import os
 import shlex
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -103,7 +104,6 @@ def fit(
       ValueError: an option is out of its range.
       FloatingPointError: the loss of a step was not finite.
     """
-    started, training_seconds = time.perf_counter(), 0.0
     device, dtype = torch.device(device), getattr(torch, dtype)
     check(data, epochs, batch_size, accumulate_steps)
     batches = loader(data.augmented, batch_size, seed=seed, num_workers=num_workers)
@@ -128,14 +128,14 @@ def fit(
     if mixup:
         options["mix"] = v2.MixUp(alpha=mixup, num_classes=len(data.class_names))
 
-    evaluated, best = ema.module if ema else model, None
+    evaluated, best, seconds = ema.module if ema else model, None, []
     for epoch in range(1, epochs + 1):
         row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
         epoch_started, first_step = time.perf_counter(), (epoch - 1) * len(batches)
         row["train_loss"] = train_epoch(
             model, optimizer, scheduler, batches, first_step, device, **options
         )
-        training_seconds += time.perf_counter() - epoch_started
+        seconds.append(time.perf_counter() - epoch_started)
         if "validation" in splits:
             scores = evaluate(evaluated, splits["validation"], device, dtype)
             row |= {f"validation_{name}": score for name, score in scores.items()}
@@ -155,8 +155,8 @@ def fit(
         "epochs": epoch,
         "best_epoch": keeping.best_epoch or epoch,
         "stopped_early": stopping.stop,
-        "seconds": time.perf_counter() - started,
-        "images_per_second": epoch * len(batches) * batch_size / training_seconds,
+        "seconds": sum(seconds),  # of training; speed without the first epoch, which warms up
+        "images_per_second": len(batches) * batch_size / statistics.fmean(seconds[1:] or seconds),
         "environment": environment(device),
     }
 
@@ -200,6 +200,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("device cuda: there is none")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic cuBLAS needs
     torch.use_deterministic_algorithms(args.deterministic)
+    torch.backends.cudnn.benchmark = not args.deterministic
 
     stem = args.stem
     open_stem = stem is None and args.arch not in OWN_STEM

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from flax_resnet import cli
 from flax_resnet.config import TrainConfig
-from flax_resnet.data import pipeline
+from flax_resnet.data import pipeline, prepare
 from flax_resnet.data.pipeline import BatchOrder, Decoder
-from flax_resnet.data.prepare import prepare
 from flax_resnet.data.sources import ArraySource
+from torch_ref import data
 
 
 def picture(height, width, channels=3, seed=0):
@@ -129,10 +129,31 @@ def test_images_are_decoded_in_parallel(decode):
     np.testing.assert_array_equal(decode(Meeting(IMAGES, 8)), IMAGES)
 
 
+@pytest.mark.parametrize("most", [10**6, 300])
+def test_statistics_do_not_depend_on_what_is_kept(monkeypatch, most):
+    """Decoded ahead, looked through in parts, or by the other side; all images or so many."""
+    for module, values in (
+        (prepare, {"_MEASURED": most, "_AT_ONCE": 128}),
+        (data, {"MEASURED": most}),
+    ):
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+    found = [
+        prepare.prepare(cli.merge(TrainConfig(), {"data": {"cache": cache, "image_size": "8"}}))
+        for cache in ("device", "none")
+    ]
+    assert "train" in found[0].images and not found[1].images
+    assert found[0].config.data.mean == found[1].config.data.mean
+    assert found[0].config.data.std == found[1].config.data.std
+    twin = data.load_data(image_size=8).splits["train"].transform.transforms[-1]
+    np.testing.assert_allclose(twin.mean, found[0].config.data.mean, rtol=1e-12)
+    np.testing.assert_allclose(twin.std, found[0].config.data.std, rtol=1e-12)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_statistics_are_those_of_the_pixels(channels):
     images = picture(40, 30, channels)[None]
-    mean, std = pipeline.channel_statistics(images)
+    mean, std = pipeline.channel_statistics(pipeline.count_levels(images))
     np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(std, (images / 255).std((0, 1, 2)), rtol=1e-12)
 
@@ -162,5 +183,5 @@ def test_evaluation_sees_every_image_once(batch_size):
     ],
 )
 def test_size_stem_and_crop_are_chosen(model, data, expected):
-    config = prepare(cli.merge(TrainConfig(), {"model": model, "data": data})).config
+    config = prepare.prepare(cli.merge(TrainConfig(), {"model": model, "data": data})).config
     assert (config.data.image_size, config.model.stem, config.augment.random_crop) == expected

@@ -204,9 +204,15 @@ def test_folders(tmp_path, found, sizes):
     assert images.splits["train"][0][0].shape == (3, 16, 16)
 
 
-def test_a_folder_of_gray_images_stays_gray(tmp_path):
-    images = data.load_data(dataset=write_folder(tmp_path, ["train"], "L"), validation_fraction=0.3)
-    assert images.num_channels == 1 and images.image_size == 224
+@pytest.mark.parametrize("grayscale, channels", [(False, 3), (True, 1)])
+def test_a_folder_of_gray_images_has_the_channels_of_the_other_side(tmp_path, grayscale, channels):
+    settings = dict(dataset=write_folder(tmp_path, ["train"], "L"), validation_fraction=0.3)
+    images = data.load_data(grayscale=grayscale, **settings)
+    assert images.num_channels == channels and images.image_size == 224
+    assert (
+        sources.open_dataset(config.DataConfig(grayscale=grayscale, **settings)).channels
+        == channels
+    )
 
 
 def test_flags_have_the_names_and_defaults_of_the_config():

@@ -17,7 +17,6 @@ from absl import flags
 from PIL import Image
 
 _THREADS = 16  # for decoding; Pillow lets go of the GIL
-_STATISTICS_SAMPLE = 5000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,16 +82,21 @@ def decode_all(source, decoder: Decoder, numbers: Sequence[int] | None = None) -
     return np.stack(images) if images else decoder(source[0])[None][:0]
 
 
-def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """uint8 `[N, H, W, C]` -> mean and standard deviation per channel, of values in [0, 1]."""
+def count_levels(images: np.ndarray) -> np.ndarray:
+    """uint8 `[N, H, W, C]` -> how often each channel has each of its levels, `[C, 256]`."""
+    channels = np.moveaxis(images, -1, 0)
+    return np.stack([np.bincount(channel.ravel(), minlength=256) for channel in channels])
+
+
+def channel_statistics(counts: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """`[C, 256]` -> mean and standard deviation per channel, of values in [0, 1]."""
     levels = np.arange(256) / 255
-    counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
     means = [float(n @ levels / n.sum()) for n in counts]
     variances = [n @ (levels - m) ** 2 / n.sum() for n, m in zip(counts, means, strict=True)]
     return tuple(means), tuple(max(math.sqrt(v), 1e-6) for v in variances)
 
 
-def evenly_spaced(length: int, count: int = _STATISTICS_SAMPLE) -> np.ndarray:
+def evenly_spaced(length: int, count: int) -> np.ndarray:
     """At most `count` numbers of images of a source too large to look at whole."""
     return np.linspace(0, length - 1, min(length, count)).astype(int)
 

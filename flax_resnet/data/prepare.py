@@ -16,6 +16,8 @@ from flax_resnet.models import has_stem_choice
 
 SMALL = 64  # pixels a side up to which images keep their size, and below which the stem is small
 TINY = 16  # pixels a side to which smaller images are enlarged for the large stem
+_MEASURED = 50_000  # images at most that mean and standard deviation are taken from
+_AT_ONCE = 1_000  # of them in memory
 _FINGERPRINTED = 64  # images of a split that processes compare
 
 
@@ -75,17 +77,24 @@ def prepare(config: TrainConfig) -> Prepared:
         for split, source in _that_fit(config, dataset).items()
     }
     if config.data.mean is None:
-        sample = images.get("train")
-        if sample is None:
-            numbers = pipeline.evenly_spaced(len(dataset.train))
-            sample = _decode(dataset.train, decoder, numbers)
-        mean, std = pipeline.channel_statistics(sample)
+        mean, std = _statistics(dataset.train, decoder, images.get("train"))
         config = replace(config, data=replace(config.data, mean=mean, std=std))
     for name in ("mean", "std"):
         count = len(getattr(config.data, name))
         if count != dataset.channels:
             raise InputError(f"{name} has {count} values, the images {dataset.channels} channels")
     return Prepared(config, dataset, images)
+
+
+def _statistics(source, decoder, images: np.ndarray | None):
+    """Mean and standard deviation of the training split; `images` are all of it, decoded."""
+    numbers = pipeline.evenly_spaced(len(source), _MEASURED)
+    if images is not None:
+        images = images if len(numbers) == len(images) else images[numbers]
+        return pipeline.channel_statistics(pipeline.count_levels(images))
+    parts = np.array_split(numbers, -(-len(numbers) // _AT_ONCE))
+    counts = [pipeline.count_levels(_decode(source, decoder, part)) for part in parts]
+    return pipeline.channel_statistics(sum(counts))
 
 
 def _decode(source, decoder, numbers) -> np.ndarray:
