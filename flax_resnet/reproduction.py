@@ -8,7 +8,7 @@ import base64
 import html
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
@@ -46,7 +46,7 @@ class Run(NamedTuple):
 JAX_ONLY = {
     "seed", "dataset", "init_from", "new_head", "freeze_backbone", "log_steps",
     "checkpoint_epochs", "skip_nonfinite", "compilation_cache", "num_classes", "on_bad_image",
-    "cache", "cache_gib", "devices", "shard_parameters", "steps_per_dispatch",
+    "cache", "cache_gib",
 }  # fmt: skip
 """Fields of a config that `torch_ref.train` has no flag for, and those that its caller gives."""
 
@@ -222,6 +222,28 @@ def discussion(runs: list[Run]) -> str:
     return " ".join(sentences)
 
 
+def differences(names: Sequence[str]) -> str:
+    """Every setting in which recipes differ, with its values in their order."""
+    settings = [_settings(name) for name in names]
+    parts = []
+    for field in settings[0]:
+        values = [each[field] for each in settings]
+        if any(value != values[0] for value in values):
+            parts.append(f"{field.replace('_', ' ')} {', '.join(map(_value, values))}")
+    return "; ".join(parts)
+
+
+def _settings(name: str) -> dict:
+    values = {"starts_from": RECIPES[name].starts_from} | to_dict(RECIPES[name].config)
+    for group in [key for key, value in values.items() if isinstance(value, dict)]:
+        values |= values.pop(group)
+    return values
+
+
+def _value(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def rebuild(folder: Path) -> list[dict]:
     """FOLDER/recipes.{json,md,html} and a picture for each comparison, from FOLDER/recipes/."""
     runs = finished(folder / "recipes")
@@ -267,6 +289,7 @@ def page(folder: Path, runs: list[Run], rows: list[dict]) -> str:
     """One HTML file that needs nothing else."""
     compared = [
         f"<h2>{html.escape(title)}</h2><p>{html.escape(discussion(group))}</p>"
+        + f"<p>They differ in: {html.escape(differences([run.recipe for run in group]))}.</p>"
         + _image(folder / picture_name(title), title)
         for title, group in comparisons(runs).items()
     ]

@@ -49,6 +49,13 @@ def test_comparisons_are_of_recipes():
     assert {name for names in COMPARISONS.values() for name in names} <= RECIPES.keys()
 
 
+def test_a_comparison_names_every_setting_in_which_its_recipes_differ():
+    assert reproduction.differences(["transfer-scratch", "transfer"]) == (
+        "starts from None, transfer-source; lr 0.05, 0.02"
+    )
+    assert reproduction.differences(["transfer", "transfer"]) == ""
+
+
 def test_list_recipes_says_what_each_is():
     lines = run_script("train.py", "--list-recipes").out.splitlines()
     assert len(lines) == len(RECIPES)
