@@ -84,6 +84,18 @@ def _resnet18_32(**optimizer) -> dict:
     )
 
 
+def _enlarged(epochs) -> TrainConfig:
+    """The same network on the same images enlarged to 64 pixels."""
+    return _config(
+        epochs=epochs,
+        model=dict(arch="resnet18", stem="imagenet"),
+        data=dict(dataset=CIFAR10, image_size=64),
+        augment=dict(horizontal_flip=0.5, random_crop=8),
+        optimizer=dict(lr=0.1),
+        early_stopping=BEST_ACCURACY,
+    )
+
+
 def _regularized(dropout=0.0, weight_decay=0.0, patience=0) -> TrainConfig:
     """Without early stopping the last weights count: going back to the best would be half of it."""
     return _config(
@@ -171,15 +183,16 @@ RECIPES = {
         source="a public ResNet-18 on CIFAR-10 in PyTorch",
     ),
     "cifar10-resnet18-64px": Recipe(
-        config=_config(
-            epochs=12,
-            model=dict(arch="resnet18", stem="imagenet"),
-            data=dict(dataset=CIFAR10, image_size=64),
-            augment=dict(horizontal_flip=0.5, random_crop=8),
-            optimizer=dict(lr=0.1),
-            early_stopping=BEST_ACCURACY,
-        ),
+        config=_enlarged(12),
         method="the same net, images enlarged to 64 px: the stem keeps four times the pixels",
+        published={"test_accuracy": 0.85},
+        reached={"test_accuracy": 0.8475},
+        minutes=120,
+        source="the same, by epoch 12",
+    ),
+    "cifar10-resnet18-64px-20-epochs": Recipe(
+        config=_enlarged(20),
+        method="the same for 20 epochs",
         published={"test_accuracy": 0.85},
         source="the same, by epoch 12",
     ),
