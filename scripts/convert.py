@@ -65,7 +65,7 @@ def check_output(path: Path, overwrite: bool):
             f"{path}: unknown suffix {path.suffix!r}; supported: {', '.join(SUFFIXES)}, and a name"
             " without one for a run directory"
         )
-    if not path.absolute().parent.is_dir():
+    if path.suffix and not path.absolute().parent.is_dir():
         raise InputError(f"{path}: the folder {path.absolute().parent} does not exist")
     if not path.exists():
         return

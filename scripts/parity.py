@@ -126,7 +126,8 @@ def data_config(args) -> DataConfig:
 
 def layer_table(rows: dict) -> Table:
     """A line a layer: its largest relative difference in each phase of a training step."""
-    table = Table(title="one step of training: largest relative differences", box=box.SIMPLE)
+    title = "one step of training: largest relative differences"
+    table = Table(title=title, box=box.SIMPLE, padding=0)  # within 80 columns
     table.add_column("layer", no_wrap=True)
     for name in (*COLUMNS.values(), "ulp"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -134,7 +135,7 @@ def layer_table(rows: dict) -> Table:
     for layer, part in by_layer(rows["training"]).items():
         cells = [_largest(r["max_relative"] for r in part if r["phase"] == p) for p in COLUMNS]
         worst = max((r["verdict"] for r in part), key=VERDICTS.index)
-        table.add_row(layer, *cells, f"{max(r['ulp'] for r in part):.3g}", worst)
+        table.add_row(layer, *cells, f"{max(r['ulp'] for r in part):.2g}", worst)
     return table
 
 
@@ -150,7 +151,7 @@ def by_layer(rows: list[dict]) -> dict[str, list[dict]]:
 
 def _largest(values) -> str:
     values = list(values)
-    return f"{max(values):.1e}" if values else ""
+    return f"{max(values):.0e}" if values else ""
 
 
 def main():
