@@ -45,7 +45,7 @@ class Run:
         self.preprocess = steps.Preprocess(self.config.data.mean, self.config.data.std)
         self.stages = stage_rows(network.to_model(network.initial), prepared.image_shape)
         self.num_train = len(self.dataset.train)
-        self.steps_per_epoch = self.num_train // self.config.batch_size
+        self.steps_per_epoch = pipeline.steps_per_epoch(self.num_train, self.config.batch_size)
         self.progress = Progress()
         self.pending, self.signum, self.last_finite = [], None, None
         self.save_wait = 0.0

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
 FOLDER_NAMES = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}
@@ -182,7 +183,7 @@ def read_folder(root: Path) -> tuple[dict[str, Images], list[str]]:
     """DIR/train, DIR/val, DIR/test, each with one folder of images a class."""
     if not (root / "train").is_dir():
         raise ValueError(f"{root} is no folder with a folder 'train' in it")
-    class_names = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+    class_names = sorted(class_folders(root / "train"))
     splits = {}
     for split, names in FOLDER_NAMES.items():
         for folder in (root / name for name in names if (root / name).is_dir()):
@@ -196,16 +197,24 @@ def read_folder(root: Path) -> tuple[dict[str, Images], list[str]]:
     return splits, class_names
 
 
+def class_folders(split: Path) -> set[str]:
+    return {x.name for x in split.iterdir() if x.is_dir() and not x.name.startswith(".")}
+
+
 class ClassFolder(ImageFolder):
-    """An ImageFolder whose classes are the training split's, whatever folders it has itself."""
+    """An ImageFolder whose classes are the training split's, whatever folders it has itself.
+    What is hidden is no image and no class."""
 
     def __init__(self, root: Path, class_names: list[str]):
+        def is_image(path: str) -> bool:
+            hidden = any(part.startswith(".") for part in Path(path).relative_to(root).parts)
+            return not hidden and path.lower().endswith((*IMG_EXTENSIONS, ".gif"))
+
         self.class_names = class_names
-        super().__init__(root, allow_empty=True)
+        super().__init__(root, is_valid_file=is_image, allow_empty=True)
 
     def find_classes(self, directory) -> tuple[list[str], dict[str, int]]:
-        found = {entry.name for entry in Path(directory).iterdir() if entry.is_dir()}
-        if new := sorted(found - set(self.class_names)):
+        if new := sorted(class_folders(Path(directory)) - set(self.class_names)):
             raise ValueError(f"{directory} has a class {new[0]!r} that the training split lacks")
         return self.class_names, {name: i for i, name in enumerate(self.class_names)}
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from flax_resnet import config
 from flax_resnet.data import sources
+from flax_resnet.data.image_files import SUFFIXES
 from torch_ref import (
     arguments,
     checkpoint,
@@ -202,6 +204,26 @@ def test_folders(tmp_path, found, sizes):
     assert {split: len(value) for split, value in images.splits.items()} == sizes
     assert images.class_names == ["cat", "dog"] and images.num_channels == 3
     assert images.splits["train"][0][0].shape == (3, 16, 16)
+
+
+def test_both_sides_find_the_same_images(tmp_path):
+    """Of every suffix; nothing that is hidden."""
+    name = write_folder(tmp_path, ["train", "test"])
+    train, image = tmp_path / "train", Image.new("RGB", (8, 8))
+    for number, suffix in enumerate(sorted({*IMG_EXTENSIONS, *SUFFIXES})):
+        image.convert("L" if suffix == ".pgm" else "RGB").save(train / "cat" / f"{number}{suffix}")
+    (train / "cat" / "notes.txt").write_text("meow")
+    (train / "cat" / "._0.png").write_bytes(b"hidden")
+    for hidden in (train / ".ipynb_checkpoints", train / "dog" / ".thumbnails"):
+        hidden.mkdir()
+        image.save(hidden / "0.png")
+    splits, class_names = data.read_folder(tmp_path)
+    other = sources.open_dataset(config.DataConfig(dataset=name, validation_fraction=0))
+    assert other.class_names == tuple(class_names) == ("cat", "dog")
+    twin, ours = splits["train"], other.train
+    assert dict(zip(twin.items, twin.labels, strict=True)) == dict(
+        zip(map(str, ours.names), ours.labels, strict=True)
+    )
 
 
 @pytest.mark.parametrize("grayscale, channels", [(False, 3), (True, 1)])

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from flax_resnet.config import InputError
 
-SUFFIXES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm".split())
+SUFFIXES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 
 # Only these decoders look at a file: some of PIL's others start programs, such as Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
