@@ -14,9 +14,9 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def describe(num_devices: int) -> dict:
-    """Versions, hardware and revision, for a report."""
+    """Versions (None of what is not installed), hardware and revision, for a report."""
     device = jax.devices()[0]
-    versions = {name.replace("-", "_"): metadata.version(name) for name in _PACKAGES}
+    versions = {name.replace("-", "_"): _version(name) for name in _PACKAGES}
     return {
         **versions,
         "python": platform.python_version(),
@@ -26,6 +26,13 @@ def describe(num_devices: int) -> dict:
         "num_devices": num_devices,
         "revision": revision(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def code() -> dict:

@@ -15,7 +15,7 @@ import json
 import os
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of this process, which computes nothing
+os.environ["JAX_PLATFORMS"] = "cpu"  # of this process: the GPU's memory is for those it starts
 
 import numpy as np
 from rich import box
@@ -222,13 +222,14 @@ def notes(document: dict, mode: str) -> list[str]:
 def main():
     args = parse()
     settings, display = make_settings(args), Display()
+    about = {"command": cli.command_line(), "environment": environment.describe(1)}
     try:
         document = throughput.measure(settings, display.say)
     except throughput.Disagreement as error:
         raise cli.CheckFailed(str(error)) from None
     except end_to_end.Failed as error:
         raise InputError(str(error)) from None
-    document |= {"command": cli.command_line(), "environment": environment.describe(1)}
+    document |= about
     for mode in settings.modes:
         show = course_table if mode in end_to_end.MODES else table
         display.show(show(document, settings.job, mode))

@@ -12,6 +12,7 @@ import pytest
 
 from equivalence_tests import end_to_end, gpu, startup, throughput
 from equivalence_tests.program.command import refused, run_script
+from flax_resnet import environment
 from torch_ref import train as torch_train
 
 TINY = "--arch resnet20 --image-size 8 --batch-size 4 --rounds 1 --blocks 1 --steps 1 --warmup 1"
@@ -104,6 +105,23 @@ def test_time_to_accuracy_is_compared_in_seconds():
     assert end_to_end.speed(row) == 1 / 3
     assert end_to_end.speed(row | {"seconds_to_accuracy": [4.0, None]}) is None
     assert end_to_end.speed(row | {"mode": "end_to_end"}) == 9
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
+    monkeypatch.setattr(environment, "_PACKAGES", ("numpy", "no-such-package"))
+    described = environment.describe(1)
+    assert described["no_such_package"] is None and described["numpy"] == np.__version__
+
+
+def test_the_environment_is_described_before_anything_is_measured(monkeypatch):
+    def stop(*_):
+        raise InterruptedError
+
+    names, _ = called("benchmark.py", FLAGS, monkeypatch)
+    monkeypatch.setattr(throughput, "measure", lambda *_: pytest.fail("measured first"))
+    monkeypatch.setattr(environment, "describe", stop)
+    with pytest.raises(InterruptedError):
+        names["main"]()
 
 
 @pytest.mark.slow  # three starts of a training
