@@ -3,13 +3,18 @@
     python -m equivalence_tests.gpu --list
     python -m equivalence_tests.gpu --cifar10 folder:DIR          # all of them, into runs/gpu
     python -m equivalence_tests.gpu parity resnet50           # these
+    python -m equivalence_tests.gpu --minutes 9               # as far as that goes
 
-A stage that is done is skipped, so a machine that is lent for minutes can be used again. Exit
-status: 0 all passed, 1 one did not, 2 there is no GPU.
+A stage that is done is skipped and one that was cut off goes on where it can, so the same command
+again and again gets through them all on a machine that is lent for minutes. Exit status: 0 all
+passed, 1 one did not or waits, 2 there is no GPU.
 """
 
 import argparse
+import contextlib
+import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +26,9 @@ ROOT = Path(__file__).parents[1]
 NUMERICS = "equivalence_tests/numerics"
 LIMIT_SECONDS = 3600
 """Of a stage, so that one that hangs does not keep the others."""
+
+GRACE_SECONDS = 20
+"""For a training that is told to stop, to save its work."""
 
 PARITY = {
     # Products in full float32: TF32 is a difference that the suite is made to find.
@@ -60,26 +68,63 @@ def stages(cifar10: str, out: Path) -> dict[str, list[str]]:
     return {name: flags.format(cifar10=cifar10).split() for name, flags in every.items()}
 
 
-def run(name: str, arguments: list[str], out: Path) -> bool:
-    """Whether a stage passed, now or before."""
+def run(name: str, arguments: list[str], out: Path, seconds: float) -> bool:
+    """Whether a stage passed, now or before; it is ended after `seconds`."""
     done = out / f"{name}.done"
     if done.exists():
         return True
     settings = {"JAX_PLATFORMS": "cuda", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     added = settings if name in PARITY else {}
     started = time.perf_counter()
-    with open(out / f"{name}.log", "w") as log:
-        try:
-            status = subprocess.run(
-                [sys.executable, *arguments],
-                cwd=ROOT, env=os.environ | added, stdout=log, stderr=log, timeout=LIMIT_SECONDS,
-            ).returncode  # fmt: skip
-        except subprocess.TimeoutExpired:
-            status = "cut off"
+    with open(out / f"{name}.log", "a") as log:
+        status = call([sys.executable, *arguments], os.environ | added, log, seconds)
     print(f"{name}: status {status}, {time.perf_counter() - started:.0f} s", flush=True)
     if status == 0:
         done.touch()
     return status == 0
+
+
+def call(command: list[str], environment: dict, log, seconds: float) -> int | str:
+    """The exit status of a command, which leaves no process behind, or "cut off"."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return "cut off"
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen):
+    """Whatever lives on of a stage: it would hold memory of the GPU and disturb the next."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline:
+            process.poll()
+            os.killpg(process.pid, 0)  # raises where nothing is left
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def in_turn(names: list[str], out: Path) -> list[str]:
+    """What never ran first, then what waits longest: one stage that is cut off keeps no other."""
+    logs = {name: out / f"{name}.log" for name in names}
+    return sorted(names, key=lambda n: logs[n].stat().st_mtime if logs[n].exists() else 0)
+
+
+def run_all(names: list[str], every: dict, out: Path, minutes: float) -> bool:
+    """Whether all stages passed, in at most so many minutes."""
+    deadline = time.monotonic() + 60 * minutes - GRACE_SECONDS
+    passed = []
+    for name in in_turn(names, out):
+        left = deadline - time.monotonic()
+        if left > 0:
+            passed.append(run(name, every[name], out, min(left, LIMIT_SECONDS)))
+    return passed == [True] * len(names)
 
 
 def parse():
@@ -87,6 +132,7 @@ def parse():
     parser.add_argument("names", nargs="*", metavar="STAGE", help="default: all")
     parser.add_argument("--cifar10", default=CIFAR10, metavar="DATASET")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR")
+    parser.add_argument("--minutes", type=float, default=math.inf, metavar="M", help="in all")
     parser.add_argument("--list", action="store_true", help="say what would run")
     args = parser.parse_args()
     every = stages(args.cifar10, args.out.absolute())
@@ -106,8 +152,8 @@ def main() -> int:
         print("there is no NVIDIA GPU here", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    passed = [run(name, every[name], args.out) for name in chosen]
-    return int(not all(passed))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the stage too
+    return int(not run_all(chosen, every, args.out, args.minutes))
 
 
 if __name__ == "__main__":

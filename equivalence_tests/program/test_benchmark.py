@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import runpy
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,3 +164,44 @@ def test_without_a_gpu_no_stage_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "gpu")])
     assert gpu.main() == 2 and "no NVIDIA GPU" in capsys.readouterr().err
     assert not (tmp_path / "gpu").exists()
+
+
+PARENT = """
+import subprocess, sys, time
+print(subprocess.Popen([sys.executable, "-c", "{child}"]).pid, flush=True)
+time.sleep({seconds})
+"""
+SLEEPS = "import time; time.sleep(60)"
+DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEPS}"
+
+
+def runs_still(pid: int) -> bool:
+    """Neither gone nor a zombie that nobody has asked for its status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("seconds", [0, 60], ids=["parent ended", "parent cut off"])
+@pytest.mark.parametrize("child", [SLEEPS, DEAF], ids=["obeys", "deaf"])
+def test_nothing_of_a_stage_lives_on(tmp_path, monkeypatch, child, seconds):
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 1)
+    script = PARENT.format(child=child, seconds=seconds)
+    with open(tmp_path / "log", "w") as log:
+        status = gpu.call([sys.executable, "-c", script], dict(os.environ), log, 3)
+    assert status == ("cut off" if seconds else 0)
+    time.sleep(0.2)
+    assert not runs_still(int((tmp_path / "log").read_text()))
+
+
+def test_a_lent_machine_is_shared_by_the_stages(tmp_path, monkeypatch):
+    """A stage that needs longer is cut off and comes last when the command is called again."""
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0)
+    every = {"long": ["-c", SLEEPS], "short": ["-c", "pass"]}
+    assert not gpu.run_all(list(every), every, tmp_path, 1 / 60)
+    assert not (tmp_path / "short.log").exists()
+    assert gpu.in_turn(list(every), tmp_path) == ["short", "long"]
+    assert not gpu.run_all(list(every), every, tmp_path, 3 / 60)
+    assert (tmp_path / "short.done").exists() and not (tmp_path / "long.done").exists()
+    assert gpu.run_all(["short"], {"short": ["-c", "raise SystemExit(1)"]}, tmp_path, 1)
