@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from equivalence_tests import timing
-from equivalence_tests.timing import Job
+from equivalence_tests.timing import Job, Kept
 from flax_resnet.config import TrainConfig
 from flax_resnet.data.sources import open_dataset
 from flax_resnet.recipes import RECIPES
@@ -60,20 +60,42 @@ class Course:
 
 
 def measure(
-    jobs: list[Job], course: Course, rounds: int, environment: Callable[[Job], dict], say
+    jobs: list[Job],
+    course: Course,
+    rounds: int,
+    environment: Callable[[Job, Path], dict],
+    kept: Kept,
+    say,
 ) -> list[dict]:
-    """One row a job: a framework in one of MODES."""
+    """One row a job: a framework in one of MODES.
+
+    Args:
+      environment: variables of a process, of its job and the folder of its compilation caches.
+    """
     epoch_images = images_an_epoch(jobs[0], course)
     outcomes = [[] for _ in jobs]
     for number, (runs, job) in itertools.product(
         range(1, rounds + 1), zip(outcomes, jobs, strict=True)
     ):
         say(f"round {number} of {rounds}: {job.mode} {job.framework}")
-        with tempfile.TemporaryDirectory() as folder:
-            runs.append(train(job, course, Path(folder, "run"), environment(job)))
+        runs.append(train_once(job, course, number, environment, kept))
     return [
         summarize(job, runs, epoch_images, course) for job, runs in zip(jobs, outcomes, strict=True)
     ]
+
+
+def train_once(job: Job, course: Course, number: int, environment, kept: Kept) -> dict:
+    """The training of a round, of this call or of one before; the first has empty caches."""
+
+    def run():
+        cache = kept.cache(job, empty=number == 1)
+        empty = not any(cache.iterdir())
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = train(job, course, Path(folder, "run"), environment(job, cache))
+        return outcome | {"empty_cache": empty}
+
+    key = {"job": dataclasses.asdict(job), "course": dataclasses.asdict(course), "round": number}
+    return kept.outcome(key, run)
 
 
 def images_an_epoch(job: Job, course: Course) -> int:

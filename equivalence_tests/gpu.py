@@ -57,7 +57,7 @@ CIFAR10_RECIPES = [
 def stages(cifar10: str, out: Path) -> dict[str, list[str]]:
     """{name: arguments of python}."""
     benchmarks = {
-        name: f"{flags} --json {out}/benchmark-gpu-{name}.json"
+        name: f"{flags} --json {out}/benchmark-gpu-{name}.json --keep {out}/{name}"
         for name, flags in BENCHMARKS.items()
     }
     recipes = {

@@ -7,23 +7,27 @@ without the other's memory and threads, meets the same weather, and shows its co
 with an empty cache and with a full one. Nothing is timed until the logits of both sides agree.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import itertools
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from equivalence_tests import end_to_end, inputs, roofline
-from equivalence_tests.timing import CHECKED_IMAGES, Job
+from equivalence_tests.timing import CHECKED_IMAGES, Job, Kept
 from equivalence_tests.tolerances import BUDGET_FACTOR, BUDGET_ULPS
 from flax_resnet.convert import Architecture
+from flax_resnet.environment import describe
 
 VARIANTS = {
     "jax": ("jit", "multi_step", "mesh", "deterministic", "pmap"),
@@ -36,8 +40,11 @@ VARIANTS = {
     ),
 }
 MODES = ("train", "inference")
+ROOT = Path(__file__).parents[1]
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float64": 8}
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float64": 2.0**-52}
+
+GPU_STATE = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
 
 KEPT_MEMORY = ":".join(
     f"glibc.malloc.{option}"
@@ -73,6 +80,9 @@ class Settings:
 
     rounds: int = 2
 
+    keep: Path | None = None
+    """Folder of outcomes: a call that was cut off goes on there. None: one that is removed."""
+
 
 def measure(settings: Settings, say=print) -> dict:
     """The whole comparison.
@@ -81,14 +91,16 @@ def measure(settings: Settings, say=print) -> dict:
       Disagreement: logits or first losses differ by more than rounding.
     """
     load = os.getloadavg()
-    with tempfile.TemporaryDirectory() as folder:
-        caches, files = Path(folder, "caches"), weight_files(settings.job, Path(folder))
+    keep = contextlib.nullcontext(settings.keep) if settings.keep else TemporaryDirectory()
+    with keep as folder:
+        kept = Kept(Path(folder).absolute(), origin(settings.job))
+        files = weight_files(settings.job, kept.folder)
         missing = {f: why for f in settings.variants if (why := absence(f))}
-        agreement = compare_logits(settings, files, missing, Path(folder, "checks"), say)
+        agreement = compare_logits(settings, files, missing, kept, say)
         plan = make_plan(settings, files, missing)
-        outcomes = run_rounds(plan, settings.rounds, caches, say)
-        ceilings = measure_ceilings(settings, missing, caches) if plan else {}
-        real = run_real(settings, missing, caches, say)
+        outcomes = run_rounds(plan, settings.rounds, kept, say)
+        ceilings = measure_ceilings(settings, missing, kept) if plan else {}
+        real = run_real(settings, missing, kept, say)
     check_losses(outcomes)
     network = roofline.layers(
         settings.job.arch,
@@ -110,10 +122,24 @@ def measure(settings: Settings, say=print) -> dict:
     }
 
 
+def origin(job: Job) -> dict:
+    """Code, packages and device: outcomes of others are not mixed with those of this call."""
+    patterns = ("flax_resnet/**/*.py", "torch_ref/*.py", "equivalence_tests/*.py", "scripts/*.py")
+    sources = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+    return {
+        "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
+        "packages": sorted(f"{found.name} {found.version}" for found in metadata.distributions()),
+        "device": query_gpu("name,driver_version")
+        if job.device == "gpu"
+        else describe(1)["device"],
+    }
+
+
 def weight_files(job: Job, folder: Path) -> dict[str, Path]:
     """Random weights, the same for both; each framework reads its own file."""
     shapes = Architecture(job.arch, job.num_classes, 3, job.stem).shapes()
     arrays = inputs.random_state(shapes, np.random.default_rng(0))
+    folder.mkdir(parents=True, exist_ok=True)
     files = {framework: folder / f"{framework}.npz" for framework in VARIANTS}
     for path in files.values():
         np.savez(path, **arrays)
@@ -155,7 +181,7 @@ def make_plan(settings: Settings, files, missing) -> list[Job]:
     ]
 
 
-def run_real(settings: Settings, missing, caches: Path, say) -> list[dict]:
+def run_real(settings: Settings, missing, kept: Kept, say) -> list[dict]:
     """Rows of the modes that train on real images."""
     jobs = [
         replace(settings.job, framework=framework, mode=mode)
@@ -166,40 +192,54 @@ def run_real(settings: Settings, missing, caches: Path, say) -> list[dict]:
     ]
     if not jobs:
         return []
-    environments = lambda job: environment(job, caches)  # noqa: E731
-    return end_to_end.measure(jobs, settings.course, settings.rounds, environments, say)
+    return end_to_end.measure(jobs, settings.course, settings.rounds, environment, kept, say)
 
 
-def launch(job: Job, caches: Path) -> dict:
-    """The outcome of a job in a fresh process.
+def launch(job: Job, kept: Kept, number: int = 0) -> dict:
+    """The outcome of a job in a fresh process, of this call or of one before.
 
     A program that fails is an outcome too: {"skipped": why}, or {"out_of_memory": True}.
+
+    Args:
+      number: of the round; the first starts with empty compilation caches.
     """
+
+    def run():
+        cache = kept.cache(job, empty=number == 1)
+        return {"empty_cache": not any(cache.iterdir())} | execute(job, cache)
+
+    key = {"job": dataclasses.asdict(replace(job, weights="")), "round": number}
+    return kept.outcome(key, run)
+
+
+def execute(job: Job, cache: Path) -> dict:
+    """What the process of a job prints; "signal" where it was ended from outside."""
     command = [sys.executable, "-m", f"equivalence_tests.timed_{job.framework}"]
     done = subprocess.run(
         command,
         input=json.dumps(dataclasses.asdict(job)),
         capture_output=True,
         text=True,
-        env=environment(job, caches),
-        cwd=Path(__file__).parents[1],
+        env=environment(job, cache),
+        cwd=ROOT,
     )
     if done.returncode == -9:  # as the kernel ends what asks for more memory than there is
-        return {"out_of_memory": True}
+        return {"out_of_memory": True, "signal": 9}
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        return {"skipped": f"failed: {lines[-1][:200]}"}
+        signal = {"signal": -done.returncode} if done.returncode < 0 else {}
+        return {"skipped": f"failed: {lines[-1][:200]}"} | signal
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def environment(job: Job, caches: Path) -> dict[str, str]:
-    """Variables of a fresh process: caches of its own, the device, one CPU device."""
+def environment(job: Job, cache: Path) -> dict[str, str]:
+    """Variables of a fresh process: its caches, the device, one CPU device."""
     variables = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(caches / "jax"),
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_NUM_CPU_DEVICES": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     variables.pop("JAX_PLATFORMS", None)
@@ -210,7 +250,7 @@ def environment(job: Job, caches: Path) -> dict[str, str]:
     return variables
 
 
-def compare_logits(settings, files, missing, caches, say) -> dict | None:
+def compare_logits(settings, files, missing, kept: Kept, say) -> dict | None:
     """Both sides on a few images against float64: the error of JAX may be twice that of PyTorch,
     and 4 units of the last place where PyTorch happens to be exact.
 
@@ -226,7 +266,7 @@ def compare_logits(settings, files, missing, caches, say) -> dict | None:
     say("comparing logits")
     logits = {}
     for name, each in jobs.items():
-        outcome = launch(replace(each, weights=str(files[each.framework])), caches)
+        outcome = launch(replace(each, weights=str(files[each.framework])), kept)
         if "values" not in outcome:
             if "GPU" in outcome.get("skipped", ""):
                 return None
@@ -247,7 +287,7 @@ def relative(got, reference) -> float:
     return float(np.linalg.norm(got - reference) / np.linalg.norm(reference))
 
 
-def run_rounds(plan: list[Job], rounds: int, caches: Path, say) -> list[list[tuple[Job, dict]]]:
+def run_rounds(plan: list[Job], rounds: int, kept: Kept, say) -> list[list[tuple[Job, dict]]]:
     """[job][round] -> (job as it ran, outcome); what was skipped is not tried again."""
     outcomes = [[] for _ in plan]
     for number in range(1, rounds + 1):
@@ -255,16 +295,16 @@ def run_rounds(plan: list[Job], rounds: int, caches: Path, say) -> list[list[tup
             if runs and "skipped" in runs[-1][1]:
                 continue
             say(f"round {number} of {rounds}: {job.mode} {job.framework} {job.variant}")
-            runs.append(run_where_it_fits(runs[-1][0] if runs else job, caches))
+            runs.append(run_where_it_fits(runs[-1][0] if runs else job, kept, number))
     return outcomes
 
 
-def run_where_it_fits(job: Job, caches: Path) -> tuple[Job, dict]:
+def run_where_it_fits(job: Job, kept: Kept, number: int) -> tuple[Job, dict]:
     """A job, with half the batch as often as the memory does not hold it."""
-    outcome = launch(job, caches)
+    outcome = launch(job, kept, number)
     while "out_of_memory" in outcome and job.batch_size > 1:
         job = replace(job, batch_size=job.batch_size // 2)
-        outcome = launch(job, caches)
+        outcome = launch(job, kept, number)
     return job, {"skipped": "out of memory"} if "out_of_memory" in outcome else outcome
 
 
@@ -297,13 +337,13 @@ def check_losses(outcomes):
             )
 
 
-def measure_ceilings(settings, missing, caches) -> dict:
+def measure_ceilings(settings, missing, kept: Kept) -> dict:
     """The most that either framework gets out of the device, and each on its own."""
     found = {}
     for framework in settings.variants.keys() - missing.keys():
         variant = VARIANTS[framework][0]
         job = replace(settings.job, framework=framework, variant=variant, mode="ceilings")
-        outcome = launch(job, caches)
+        outcome = launch(job, kept)
         if "flops" in outcome:
             found[framework] = outcome
     best = {key: max((o[key] for o in found.values()), default=None) for key in ("flops", "bytes")}
@@ -321,15 +361,15 @@ def summarize(runs, ceilings: dict, network) -> dict:
     flops = roofline.step_flops(network, job.mode, job.batch_size)
     floor = roofline.floor_seconds(network, job.mode, job.batch_size, ITEMSIZE[job.dtype], ceilings)
     names = ("framework", "variant", "mode", "arch", "stem", "image_size", "dtype", "device")
-    compiles = [outcome["compile_seconds"] for outcome in outcomes]
+    cold, warm = compile_seconds(outcomes)
     return {name: getattr(job, name) for name in names} | {
         "batch_size": job.batch_size,
         "requested_batch_size": runs[0][0].batch_size,
         "images_per_second": float(median),
         "images_per_second_iqr": float(high - low),
         "ms_per_step": 1000 * step,
-        "compile_seconds": compiles[0],
-        "compile_seconds_warm_cache": compiles[1] if len(compiles) > 1 else None,
+        "compile_seconds": cold,
+        "compile_seconds_warm_cache": warm,
         "peak_memory_bytes": max(outcome["peak_memory_bytes"] or 0 for outcome in outcomes) or None,
         "model_flop_utilisation": flops / step / ceilings["flops"],
         "roofline_share": floor / step,
@@ -337,6 +377,14 @@ def summarize(runs, ceilings: dict, network) -> dict:
         "images_per_second_blocks": rates.tolist(),
         "hardware": outcomes[0]["device"],
     }
+
+
+def compile_seconds(outcomes) -> list[float | None]:
+    """The first with an empty cache and the first with that of a round before."""
+    return [
+        next((o["compile_seconds"] for o in outcomes if o["empty_cache"] == empty), None)
+        for empty in (True, False)
+    ]
 
 
 def ratios(rows: list[dict]) -> dict:
@@ -397,13 +445,12 @@ def describe_method(settings: Settings, load) -> dict:
         if job.device == "gpu"
         else "resident set of the process",
         "load_average_before": load[0],
-        "gpu": gpu_state() if job.device == "gpu" else None,
+        "gpu": query_gpu(GPU_STATE) if job.device == "gpu" else None,
     }
 
 
-def gpu_state() -> str | None:
-    """Driver, clocks, power and temperature."""
-    query = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
+def query_gpu(query: str) -> str | None:
+    """What nvidia-smi says; None where it is not there."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

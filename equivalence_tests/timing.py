@@ -5,12 +5,15 @@ Neither framework is imported here.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +62,46 @@ class Job:
 
     steps_per_dispatch: int = 20
     """multi_step only."""
+
+
+class Kept(NamedTuple):
+    """A folder of outcomes and compilation caches: what it holds is not run again."""
+
+    folder: Path
+
+    origin: dict
+    """What else an outcome depends on; with another one it is not there."""
+
+    def outcome(self, key: dict, run: Callable[[], dict]) -> dict:
+        """Of `run`, now or under the same key before; one ended by a signal is not kept."""
+        key = key | {"origin": self.origin}
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        path = self.folder / "outcomes" / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text())["outcome"]
+        outcome = run()
+        if "signal" not in outcome:
+            _write_whole(path, json.dumps({"key": key, "outcome": outcome}))
+        return outcome
+
+    def cache(self, job: Job, *, empty: bool) -> Path:
+        """One folder a program and mode: no program finds what another has compiled."""
+        folder = self.folder / "caches" / f"{job.framework}-{job.variant}-{job.mode}"
+        if empty:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def _write_whole(path: Path, text: str):
+    """All of a file or none of it, whenever the machine is taken away."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with open(part, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 RULE = dict(lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)

@@ -7,7 +7,8 @@ python scripts/benchmark.py --arch resnet20 --dataset folder:DIR --modes end_to_
 python scripts/benchmark.py --recipe cifar10-fast --dataset folder:DIR --modes time_to_accuracy
 
 The weights, the batch, the optimizer and the precision are the same, and the logits are compared
-before anything is timed. --json FILE writes a chart beside it.
+before anything is timed. --json FILE writes a chart beside it. With --keep DIR what is measured
+lies in DIR, and the same command goes on where it was cut off, with the same code and device.
 Exit status: 0 done, 1 the two do not compute the same, 2 bad input.
 """
 
@@ -75,6 +76,9 @@ def parse():
     ):
         section.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and a chart")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="outcomes: the same command goes on from there"
+    )
     start_from_recipe(parser)
     args = parser.parse_args()
     check(args)
@@ -147,7 +151,12 @@ def make_settings(args) -> throughput.Settings:
         recipe=args.recipe,
     )
     return throughput.Settings(
-        job=job, variants=variants, modes=tuple(args.modes), course=course, rounds=args.rounds
+        job=job,
+        variants=variants,
+        modes=tuple(args.modes),
+        course=course,
+        rounds=args.rounds,
+        keep=args.keep,
     )
 
 

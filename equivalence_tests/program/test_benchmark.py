@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from equivalence_tests import end_to_end, gpu, startup, throughput
+from equivalence_tests import end_to_end, gpu, startup, throughput, timing
 from equivalence_tests.program.command import refused, run_script
 from flax_resnet import environment
 from torch_ref import train as torch_train
@@ -205,3 +205,94 @@ def test_a_lent_machine_is_shared_by_the_stages(tmp_path, monkeypatch):
     assert not gpu.run_all(list(every), every, tmp_path, 3 / 60)
     assert (tmp_path / "short.done").exists() and not (tmp_path / "long.done").exists()
     assert gpu.run_all(["short"], {"short": ["-c", "raise SystemExit(1)"]}, tmp_path, 1)
+
+
+class Machine:
+    """Answers for the timed programs, and can be taken away."""
+
+    def __init__(self, monkeypatch, calls=999):
+        self.ran, self.calls = [], calls
+        monkeypatch.setattr(throughput, "execute", self.execute)
+        monkeypatch.setattr(end_to_end, "train", self.train)
+        monkeypatch.setattr(throughput, "absence", lambda framework: None)
+
+    def count(self, job):
+        if len(self.ran) == self.calls:
+            raise InterruptedError
+        self.ran.append((job.framework, job.variant, job.mode))
+
+    def execute(self, job, cache):
+        self.count(job)
+        (cache / "program").touch()
+        seconds = {"seconds_per_step": [1.0, len(self.ran)], "compile_seconds": len(self.ran)}
+        measured = {"values": [1.0, 2.0], "peak_memory_bytes": 1, "device": {}}
+        return measured | seconds | {"flops": 1e9, "bytes": 1e9}
+
+    def train(self, job, course, run_dir, environment):
+        self.count(job)
+        return {"seconds": [1.0, len(self.ran)], "accuracies": [0.5, 0.95]}
+
+
+def settings_that_keep(folder, **changes) -> throughput.Settings:
+    job = timing.Job(
+        arch="resnet20", stem=None, num_classes=10, image_size=8, batch_size=4,
+        dtype="float32", device="cpu", blocks=2,
+    )  # fmt: skip
+    return throughput.Settings(
+        job=replace(job, **changes),
+        variants={"jax": ("jit",), "torch": ("eager",)},
+        modes=("train", "end_to_end"),
+        keep=folder,
+    )
+
+
+def test_a_benchmark_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    """Whole, or in two parts: the same programs run once each, and the rows are those they gave."""
+    whole = Machine(monkeypatch)
+    throughput.measure(settings_that_keep(tmp_path / "whole"), lambda _: None)
+    settings = settings_that_keep(tmp_path / "parts")
+    first = Machine(monkeypatch, calls=5)
+    with pytest.raises(InterruptedError):
+        throughput.measure(settings, lambda _: None)
+    second = Machine(monkeypatch)
+    document = throughput.measure(settings, lambda _: None)
+    assert first.ran + second.ran == whole.ran and len(first.ran) == 5
+
+    nothing = Machine(monkeypatch, calls=0)
+    assert throughput.measure(settings, lambda _: None)["rows"] == document["rows"]
+    assert nothing.ran == []
+
+
+@pytest.mark.control
+@pytest.mark.parametrize("changed", ["code", "settings", "folder"])
+def test_what_something_else_gave_is_run_again(tmp_path, monkeypatch, changed):
+    whole = Machine(monkeypatch)
+    throughput.measure(settings_that_keep(tmp_path), lambda _: None)
+    again = Machine(monkeypatch)
+    if changed == "code":
+        monkeypatch.setattr(throughput, "origin", lambda job: {"code": "another"})
+    folder = None if changed == "folder" else tmp_path
+    changes = {"steps": 41} if changed == "settings" else {}
+    throughput.measure(settings_that_keep(folder, **changes), lambda _: None)
+    assert again.ran == whole.ran
+
+
+def test_an_outcome_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
+    kept = timing.Kept(tmp_path, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(InterruptedError))
+        with pytest.raises(InterruptedError):
+            kept.outcome({"job": 1}, lambda: {"figure": 1})
+    assert kept.outcome({"job": 1}, lambda: {"figure": 2}) == {"figure": 2}
+    assert kept.outcome({"job": 1}, lambda: {"figure": 3}) == {"figure": 2}
+    assert kept.outcome({"job": 2}, lambda: {"signal": 9}) == {"signal": 9}
+    assert kept.outcome({"job": 2}, lambda: {"figure": 4}) == {"figure": 4}
+
+
+def test_compiling_is_cold_once_and_then_warm(tmp_path, monkeypatch):
+    Machine(monkeypatch)
+    rows = throughput.measure(settings_that_keep(tmp_path), lambda _: None)["rows"]
+    [row] = [r for r in rows if r["variant"] == "jit" and r["mode"] == "train"]
+    assert row["compile_seconds"] < row["compile_seconds_warm_cache"]  # numbered as they ran
+    caches = {path.name for path in (tmp_path / "caches").iterdir()}
+    assert {"jax-jit-train", "torch-eager-train", "jax--end_to_end"} <= caches
