@@ -1,0 +1,133 @@
+"""The sums behind the benchmark's table, on figures done by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from equivalence_tests import roofline, throughput
+from equivalence_tests.timing import Job
+
+JOB = Job(
+    arch="resnet18", stem="imagenet", num_classes=10, image_size=32, batch_size=8,
+    dtype="float32", device="cpu",
+)  # fmt: skip
+JIT = replace(JOB, framework="jax", variant="jit")
+MULTI_STEP = replace(JIT, variant="multi_step")
+EAGER = replace(JOB, framework="torch", variant="eager")
+COMPILE = replace(EAGER, variant="compile")
+VALUES = [2.3, 2.2, 2.1]
+
+
+def ran(job: Job, factor=1.0, rounds=2) -> list[tuple[Job, dict]]:
+    """Rounds of a program; the values of the last are `factor` off."""
+    right = {"values": VALUES, "seconds_per_step": [1.0]}
+    wrong = right | {"values": [factor * value for value in VALUES]}
+    return [(job, right)] * (rounds - 1) + [(job, wrong)]
+
+
+@pytest.mark.parametrize("dtype", throughput.SAME_LOSS)
+def test_a_variant_with_other_losses_is_skipped_with_the_reason(dtype):
+    """The same that stays below the bound is timed."""
+    for share, stays in ((2, False), (0.5, True)):
+        factor = 1 + share * throughput.SAME_LOSS[dtype]
+        outcomes = [
+            ran(replace(job, dtype=dtype), factor if job == COMPILE else 1)
+            for job in (JIT, EAGER, MULTI_STEP, COMPILE)
+        ]
+        *others, last = throughput.check_losses(outcomes)
+        assert others == outcomes[:3] and throughput.timed(last) == stays
+        if not stays:
+            said = throughput.reason(last)
+            assert (said["variant"], said["mode"]) == ("compile", "train")
+            assert f"{factor - 1:.1e} from those of jax jit" in said["reason"]
+
+
+@pytest.mark.parametrize("job", [JIT, EAGER])
+def test_the_plain_pair_must_agree(job):
+    outcomes = [ran(each, 1.01 if each == job else 1) for each in (JIT, EAGER)]
+    if job == EAGER:
+        with pytest.raises(throughput.Disagreement, match="torch eager.*1.0e-02.*jax jit"):
+            throughput.check_losses(outcomes)
+    else:  # rounds of one program that differ among themselves are set aside
+        jit, eager = throughput.check_losses(outcomes)
+        assert not throughput.timed(jit) and throughput.timed(eager)
+
+
+def test_losses_that_are_no_numbers_do_not_agree():
+    with pytest.raises(throughput.Disagreement):
+        throughput.check_losses([ran(JIT), ran(EAGER, float("nan"))])
+
+
+def test_modes_and_batches_are_not_compared_with_each_other():
+    other_batch, other_mode = replace(EAGER, batch_size=4), replace(EAGER, mode="inference")
+    outcomes = [ran(JIT), ran(other_batch, 2, rounds=1), ran(other_mode, 3, rounds=1)]
+    assert throughput.check_losses(outcomes) == outcomes
+
+
+@pytest.mark.control
+@pytest.mark.parametrize("off, agree", [(1e-7, False), (1e-12, True)])
+def test_a_rule_without_weight_decay_is_not_timed(monkeypatch, off, agree):
+    """It moves the first losses by 1e-7, which only float64 shows."""
+
+    def launch(job, kept):
+        assert (job.dtype, job.device, job.mode, job.blocks) == ("float64", "cpu", "train", 0)
+        factor = 1 + off if job.framework == "torch" else 1
+        return {"values": [factor * value for value in VALUES]}
+
+    monkeypatch.setattr(throughput, "launch", launch)
+    settings = throughput.Settings(job=replace(JOB, dtype="bfloat16"), variants={})
+    arguments = settings, dict.fromkeys(throughput.VARIANTS), None, lambda _: None
+    if agree:
+        assert throughput.compare_losses(*arguments)["losses_difference_float64"] < 2 * off
+    else:
+        with pytest.raises(throughput.Disagreement, match="1.0e-07.*nothing was timed"):
+            throughput.compare_losses(*arguments)
+
+
+def row(framework, variant, speed, mode="train") -> dict:
+    return {"framework": framework, "variant": variant, "mode": mode, "images_per_second": speed}
+
+
+def test_ratios_are_of_the_best_and_of_the_plain():
+    rows = [row("jax", "jit", 6), row("jax", "multi_step", 8), row("torch", "eager", 2)]
+    rows += [row("torch", "compile", 4), row("jax", "jit", 5, "inference")]
+    assert throughput.ratios(rows) == {
+        "train": {
+            "best_jax": "multi_step", "best_torch": "compile",
+            "best_to_best": 2.0, "best_to_eager": 4.0,
+        }
+    }  # fmt: skip
+
+
+LAYER = roofline.Layer(multiplications=1000, inputs=30, outputs=20, weights=50)
+
+
+def test_the_floor_of_one_layer():
+    """2 FLOPs a multiplication, three passes in training; then whichever takes longer."""
+    assert roofline.step_flops([LAYER], "inference", 8) == 16_000
+    assert roofline.step_flops([LAYER, LAYER], "train", 8) == 96_000
+    inference_bytes = 8 * (20 + 30) * 2 + 50 * 2
+    arithmetic, memory = {"flops": 1e3, "bytes": 1e9}, {"flops": 1e9, "bytes": 1e3}
+    assert roofline.floor_seconds([LAYER], "inference", 8, 2, arithmetic) == 16.0
+    assert roofline.floor_seconds([LAYER], "inference", 8, 2, memory) == inference_bytes / 1e3
+
+
+def test_a_row_is_the_median_of_all_blocks():
+    def outcome(seconds, empty, compile_seconds, memory):
+        return {
+            "seconds_per_step": seconds, "empty_cache": empty, "device": {"name": "abacus"},
+            "compile_seconds": compile_seconds, "peak_memory_bytes": memory,
+        }  # fmt: skip
+
+    whole = replace(EAGER, batch_size=16)  # did not fit, and its outcome is not in the figures
+    runs = [(whole, {"out_of_memory": True})]
+    runs += [(EAGER, outcome([1.0, 4.0], True, 9.0, 7)), (EAGER, outcome([2.0], False, 3.0, 5))]
+    ceilings = {"flops": 96_000.0, "bytes": 1e9}
+    found = throughput.summarize(runs, ceilings, [LAYER, LAYER])
+    expected = {
+        "batch_size": 8, "requested_batch_size": 16, "images_per_second": 4.0,
+        "images_per_second_iqr": 3.0, "ms_per_step": 2000.0, "compile_seconds": 9.0,
+        "compile_seconds_warm_cache": 3.0, "peak_memory_bytes": 7,
+        "model_flop_utilisation": 0.5, "roofline_share": 0.5, "roofline_images_per_second": 8.0,
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
