@@ -1,7 +1,10 @@
-"""The least time that a network can take on a device, from its own FLOPs and bytes.
+"""The time that a network takes on a device that always runs at its ceilings, from its own FLOPs
+and bytes.
 
 A step is the sum over convolutions and linear layers of whichever takes longer, the arithmetic or
-the memory, at the ceilings that the device reached in the same run.
+the memory, at the ceilings that the device reached in the same run. That is a measure, not a bound:
+it counts a gradient of the images, which the first layer does not compute, and a program that keeps
+more on the chip than `OUTPUT_PASSES` says may take less.
 """
 
 import contextlib

@@ -54,6 +54,10 @@ def configure(job: Job):
         raise Skipped(f"JAX sees no {job.device.upper()} here")
 
 
+def compiler_options(job: Job) -> dict:
+    return COMPILER_OPTIONS if job.device == "cpu" else {}
+
+
 def make_config(job: Job) -> TrainConfig:
     several = job.steps_per_dispatch if job.variant == "multi_step" else 1
     kind = "pmap" if job.variant == "pmap" else "jit"
@@ -98,8 +102,7 @@ def place(job: Job, engine: Engine, step, state):
     index = np.arange(len(labels), dtype=np.int32)
     data = {"image": images, "label": labels.astype(np.int32)}
     if job.variant == "jit":
-        options = COMPILER_OPTIONS if job.device == "cpu" else {}
-        compiled = jax.jit(step, donate_argnums=0, compiler_options=options)
+        compiled = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(job))
         return compiled, state, (jax.device_put(data | {"index": index}),)
     several = engine.steps_per_dispatch
     compiled = engine.compile_train(step, several)
@@ -122,8 +125,7 @@ def inference(job: Job, config: TrainConfig, engine: Engine, network) -> Program
     def forward(variables, images):
         return network.apply(variables, images, train=False)[0]
 
-    options = COMPILER_OPTIONS if job.device == "cpu" else {}
-    compiled, last = jax.jit(forward, compiler_options=options), {}
+    compiled, last = jax.jit(forward, compiler_options=compiler_options(job)), {}
 
     def dispatch():
         last["logits"] = compiled(variables, images)
@@ -139,8 +141,11 @@ def measure_ceilings(job: Job) -> dict:
     configure(job)
     side, count = timing.ceiling_sizes(job)
     dtype = jnp.dtype(job.dtype)
-    matrix, vector = jnp.ones((side, side), dtype), jnp.ones(count, dtype)
-    product, copy = jax.jit(jnp.dot), jax.jit(lambda x: x + 1)
+    matrix, vector = (
+        jax.random.normal(jax.random.key(0), shape, dtype) for shape in ((side, side), (count,))
+    )
+    product = jax.jit(jnp.dot, compiler_options=compiler_options(job))
+    copy = jax.jit(lambda x: x + 1)
     last = {}
 
     def call(function, *arguments):

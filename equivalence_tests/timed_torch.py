@@ -104,8 +104,9 @@ def measure_ceilings(job: Job) -> dict:
     device = configure(job)
     side, count = timing.ceiling_sizes(job)
     dtype = getattr(torch, job.dtype)
-    matrix = torch.ones(side, side, device=device, dtype=dtype)
-    source = torch.ones(count, device=device, dtype=dtype)
+    torch.manual_seed(0)
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    source = torch.randn(count, device=device, dtype=dtype)
     target = torch.empty_like(source)
     finish = lambda: wait(device)  # noqa: E731
     seconds = timing.best_seconds(lambda: matrix @ matrix, finish)

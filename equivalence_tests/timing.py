@@ -191,8 +191,11 @@ def _repeat(program: Program, steps: int) -> float:
     return (time.perf_counter() - started) / (dispatches * program.steps_per_dispatch)
 
 
-def best_seconds(call: Callable[[], None], finish: Callable[[], None], repeats: int = 5) -> float:
-    """Of one call, the fastest of a few: a ceiling is what the device can do at its best."""
+def best_seconds(call: Callable[[], None], finish: Callable[[], None], repeats: int = 20) -> float:
+    """Of one call, the fastest of some: a ceiling is what the device can do at its best.
+
+    Its operands have to be random: a GPU multiplies zeros and ones with less power, thus faster.
+    """
     call()
     finish()
     seconds = []

@@ -169,7 +169,7 @@ def table(document: dict, job: Job, mode: str) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in document["rows"]:
         if row["mode"] == mode:
-            table.add_row(f"{row['framework']} {row['variant']}", *cells(row))
+            table.add_row(label(row), *cells(row))
     return table
 
 
@@ -207,25 +207,38 @@ def cells(row: dict) -> list[str]:
 
 
 def notes(document: dict, mode: str) -> list[str]:
-    """What stands below the table: ratios, what was skipped and why."""
+    """What stands below the table: what was skipped and why, what to doubt, ratios."""
     lines = [
-        f"{row['framework']} {row['variant']}: skipped, {row['reason']}"
+        f"{label(row)}: skipped, {row['reason']}"
         for row in document["skipped"]
         if row["mode"] == mode
     ]
+    rows = [row for row in document["rows"] if row["mode"] == mode]
     lines += [
-        f"{row['framework']} {row['variant']}: out of memory at batch"
-        f" {row['requested_batch_size']}, halved to {row['batch_size']}"
-        for row in document["rows"]
-        if row["mode"] == mode
-        and row["batch_size"] != row.get("requested_batch_size", row["batch_size"])
+        f"{label(row)}: out of memory at batch {row['requested_batch_size']}, halved to"
+        f" {row['batch_size']}"
+        for row in rows
+        if row["batch_size"] != row.get("requested_batch_size", row["batch_size"])
     ]
+    shares = ("model_flop_utilisation", "roofline_share")
+    if above := [label(row) for row in rows if max(row.get(share, 0) for share in shares) > 1]:
+        reached = "the ceilings are what one product and one copy reached"
+        lines.append(f"above 100%: {', '.join(above)}; {reached}")
+    return lines + comparisons(document, mode)
+
+
+def comparisons(document: dict, mode: str) -> list[str]:
+    lines = []
     if found := document["ratios"].get(mode):
         best = f"JAX ({found['best_jax']}) is {found['best_to_best']:.2f} x PyTorch"
         lines.append(f"{best} ({found['best_torch']})")
     if ratio := document["torchvision"].get(mode, {}).get("ratio"):
         lines.append(f"our PyTorch net is {ratio:.2f} x torchvision's, both eager")
     return lines
+
+
+def label(row: dict) -> str:
+    return f"{row['framework']} {row['variant']}"
 
 
 def main():

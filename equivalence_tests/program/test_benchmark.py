@@ -296,3 +296,16 @@ def test_compiling_is_cold_once_and_then_warm(tmp_path, monkeypatch):
     assert row["compile_seconds"] < row["compile_seconds_warm_cache"]  # numbered as they ran
     caches = {path.name for path in (tmp_path / "caches").iterdir()}
     assert {"jax-jit-train", "torch-eager-train", "jax--end_to_end"} <= caches
+
+
+def test_below_the_table_stands_what_to_doubt(monkeypatch):
+    names, _ = called("benchmark.py", FLAGS, monkeypatch)
+    row = {"framework": "jax", "variant": "jit", "mode": "train", "batch_size": 4}
+    row |= {"model_flop_utilisation": 0.5, "roofline_share": 1.01}
+    skipped = {"framework": "torch", "variant": "compile", "mode": "train", "reason": "it is off"}
+    document = {"rows": [row], "skipped": [skipped], "ratios": {}, "torchvision": {}}
+    skip, above = names["notes"](document, "train")
+    assert skip == "torch compile: skipped, it is off" and above.startswith("above 100%: jax jit;")
+    row["roofline_share"] = 1.0
+    assert names["notes"](document, "train") == [skip]
+    assert names["notes"](document, "inference") == []
