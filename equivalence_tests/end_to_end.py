@@ -85,17 +85,19 @@ def measure(
 
 
 def train_once(job: Job, course: Course, number: int, environment, kept: Kept) -> dict:
-    """The training of a round, of this call or of one before; the first has empty caches."""
+    """The training of a round, of this call or of one before.
 
-    def run():
-        cache = kept.cache(job, empty=number == 1)
-        empty = not any(cache.iterdir())
+    Args:
+      number: of the round, and the seed; the first starts with empty compilation caches.
+    """
+
+    def run(cache):
         with tempfile.TemporaryDirectory() as folder:
-            outcome = train(job, course, Path(folder, "run"), environment(job, cache))
-        return outcome | {"empty_cache": empty}
+            outcome = train(job, course, Path(folder, "run"), number, environment(job, cache))
+        return outcome | {"seed": number}
 
     key = {"job": dataclasses.asdict(job), "course": dataclasses.asdict(course), "round": number}
-    return kept.outcome(key, run)
+    return kept.outcome(key, lambda: kept.with_cache(job, number, run))
 
 
 def images_an_epoch(job: Job, course: Course) -> int:
@@ -105,8 +107,9 @@ def images_an_epoch(job: Job, course: Course) -> int:
     return total // job.batch_size * job.batch_size
 
 
-def command(job: Job, course: Course, run_dir: Path) -> list[str]:
+def command(job: Job, course: Course, run_dir: Path, seed: int) -> list[str]:
     options = {
+        "seed": seed,
         "arch": job.arch,
         "dataset": course.dataset,
         "image-size": job.image_size,
@@ -126,7 +129,7 @@ def command(job: Job, course: Course, run_dir: Path) -> list[str]:
     return [sys.executable, *PROGRAMS[job.framework], *settings, *flags]
 
 
-def train(job: Job, course: Course, run_dir: Path, environment: dict) -> dict:
+def train(job: Job, course: Course, run_dir: Path, seed: int, environment: dict) -> dict:
     """One training: seconds from its start to the end of each epoch, accuracies.
 
     Raises:
@@ -136,7 +139,7 @@ def train(job: Job, course: Course, run_dir: Path, environment: dict) -> dict:
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            command(job, course, run_dir),
+            command(job, course, run_dir, seed),
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -194,6 +197,8 @@ def summarize(job: Job, runs: list[dict], epoch_images: int, course: Course) -> 
         "seconds_to_accuracy": [seconds_to(run, course.target) for run in runs],
         "validation_accuracy": [run["accuracies"][-1] for run in runs],
         "epochs": [len(run["seconds"]) for run in runs],
+        "seeds": [run["seed"] for run in runs],
+        "empty_cache": [run["empty_cache"] for run in runs],
     }
 
 
@@ -202,9 +207,20 @@ def seconds_to(run: dict, target: float) -> float | None:
     return next(reached, None)
 
 
+def split_seconds(row: dict) -> tuple[list[float | None], list[float | None]]:
+    """Seconds to the accuracy of the rounds with empty compilation caches, and with full ones."""
+    rounds = list(zip(row["seconds_to_accuracy"], row["empty_cache"], strict=True))
+    return [s for s, empty in rounds if empty], [s for s, empty in rounds if not empty]
+
+
 def speed(row: dict) -> float | None:
-    """What a row is compared by: images a second, or accuracies reached a second."""
+    """What a row is compared by: images a second, or accuracies reached a second.
+
+    The latter in the rounds with full compilation caches where there are any; None where a round
+    did not reach it.
+    """
     if row["mode"] != "time_to_accuracy":
         return row["images_per_second"]
-    seconds = row["seconds_to_accuracy"]
+    cold, warm = split_seconds(row)
+    seconds = warm or cold
     return None if None in seconds else 1 / float(np.median(seconds))

@@ -84,13 +84,20 @@ class Kept(NamedTuple):
             _write_whole(path, json.dumps({"key": key, "outcome": outcome}))
         return outcome
 
-    def cache(self, job: Job, *, empty: bool) -> Path:
-        """One folder a program and mode: no program finds what another has compiled."""
+    def with_cache(self, job: Job, number: int, run: Callable[[Path], dict]) -> dict:
+        """What `run` gives with a folder of compilation caches, and whether that was empty.
+
+        There is one a program and mode, so that no program finds what another has compiled.
+
+        Args:
+          number: of the round; in the first the folder is empty.
+        """
         folder = self.folder / "caches" / f"{job.framework}-{job.variant}-{job.mode}"
-        if empty:
+        if number == 1:
             shutil.rmtree(folder, ignore_errors=True)
+        empty = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return run(folder) | {"empty_cache": empty}
 
 
 def _write_whole(path: Path, text: str):

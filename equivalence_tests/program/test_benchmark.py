@@ -86,12 +86,13 @@ def test_a_recipe_sets_both_trainings_and_flags_have_precedence(monkeypatch, tmp
     job = settings.job
     assert (job.stem, job.batch_size, job.dtype) == ("cifar", 512, "bfloat16")
 
-    _, _, *words = end_to_end.command(replace(job, framework="jax"), settings.course, tmp_path)
+    _, _, *words = end_to_end.command(replace(job, framework="jax"), settings.course, tmp_path, 3)
     train, args = called("train.py", words, monkeypatch)
     config = train["build_config"](args)
     assert (config.optimizer.lr, config.epochs, config.data.dataset) == (0.4, 2, "digits")
-    words = end_to_end.command(replace(job, framework="torch"), settings.course, tmp_path)
+    words = end_to_end.command(replace(job, framework="torch"), settings.course, tmp_path, 3)
     twin = torch_train.parse(words[3:])
+    assert config.seed == twin.seed == 3
     assert (twin.lr, twin.epochs, twin.dataset, twin.device) == (0.4, 2, "digits", "cuda")
 
 
@@ -102,10 +103,13 @@ def test_an_epoch_is_read_when_its_line_is_whole(tmp_path):
     assert end_to_end.read_rows(path) == [{"epoch": "1", "validation_accuracy": "0.5"}]
 
 
-def test_time_to_accuracy_is_compared_in_seconds():
-    row = {"mode": "time_to_accuracy", "seconds_to_accuracy": [4.0, 2.0], "images_per_second": 9}
+def test_time_to_accuracy_is_compared_in_seconds_with_full_caches():
+    row = {"mode": "time_to_accuracy", "images_per_second": 9, "empty_cache": [True, False, False]}
+    row["seconds_to_accuracy"] = [9.0, 4.0, 2.0]
     assert end_to_end.speed(row) == 1 / 3
-    assert end_to_end.speed(row | {"seconds_to_accuracy": [4.0, None]}) is None
+    assert end_to_end.speed(row | {"seconds_to_accuracy": [9.0, 4.0, None]}) is None
+    assert end_to_end.speed(row | {"seconds_to_accuracy": [None, 4.0, 2.0]}) == 1 / 3
+    assert end_to_end.speed(row | {"seconds_to_accuracy": [9.0], "empty_cache": [True]}) == 1 / 9
     assert end_to_end.speed(row | {"mode": "end_to_end"}) == 9
 
 
@@ -223,12 +227,12 @@ class Machine:
 
     def execute(self, job, cache):
         self.count(job)
-        (cache / "program").touch()
+        assert "-".join(self.ran[-1]) == cache.name
         seconds = {"seconds_per_step": [1.0, len(self.ran)], "compile_seconds": len(self.ran)}
         measured = {"values": [1.0, 2.0], "peak_memory_bytes": 1, "device": {}}
         return measured | seconds | {"flops": 1e9, "bytes": 1e9}
 
-    def train(self, job, course, run_dir, environment):
+    def train(self, job, course, run_dir, seed, environment):
         self.count(job)
         return {"seconds": [1.0, len(self.ran)], "accuracies": [0.5, 0.95]}
 
@@ -294,6 +298,8 @@ def test_compiling_is_cold_once_and_then_warm(tmp_path, monkeypatch):
     rows = throughput.measure(settings_that_keep(tmp_path), lambda _: None)["rows"]
     [row] = [r for r in rows if r["variant"] == "jit" and r["mode"] == "train"]
     assert row["compile_seconds"] < row["compile_seconds_warm_cache"]  # numbered as they ran
+    [real] = [r for r in rows if (r["framework"], r["mode"]) == ("jax", "end_to_end")]
+    assert (real["seeds"], real["empty_cache"]) == ([1, 2], [True, False])
     caches = {path.name for path in (tmp_path / "caches").iterdir()}
     assert {"jax-jit-train", "torch-eager-train", "jax--end_to_end"} <= caches
 
@@ -309,3 +315,7 @@ def test_below_the_table_stands_what_to_doubt(monkeypatch):
     row["roofline_share"] = 1.0
     assert names["notes"](document, "train") == [skip]
     assert names["notes"](document, "inference") == []
+    for ratio, lines in ((0.96, 2), (0.97, 1)):
+        document["torchvision"] = {"inference": {"ratio": ratio}}
+        found = names["notes"](document, "inference")
+        assert len(found) == lines and found[-1].startswith("warning: ") == (lines == 2)

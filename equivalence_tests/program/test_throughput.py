@@ -99,6 +99,13 @@ def test_ratios_are_of_the_best_and_of_the_plain():
     }  # fmt: skip
 
 
+def test_training_on_real_images_is_compared_with_the_best_on_synthetic_ones():
+    rows = [row("jax", "jit", 6), row("jax", "multi_step", 8), row("torch", "eager", 20)]
+    assert "real_to_synthetic" not in throughput.ratios(rows)
+    rows += [row("torch", "eager", 1, "end_to_end"), row("jax", "jit", 4, "end_to_end")]
+    assert throughput.ratios(rows)["real_to_synthetic"] == 0.5
+
+
 LAYER = roofline.Layer(multiplications=1000, inputs=30, outputs=20, weights=50)
 
 
