@@ -31,13 +31,14 @@ from flax_resnet.convert import Architecture
 from flax_resnet.environment import describe
 
 VARIANTS = {
-    "jax": ("jit", "multi_step", "mesh", "deterministic", "pmap"),
+    "jax": ("jit", "multi_step", "mesh", "deterministic", "pmap", "folded"),
     "torch": (
         "eager",
         "eager-kept-memory",
         "compile",
         "compile-reduce-overhead",
         "compile-max-autotune",
+        "folded",
     ),
 }
 MODES = ("train", "inference")
@@ -136,6 +137,7 @@ def origin(job: Job) -> dict:
     sources = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
     return {
         "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
+        "xla_flags": os.environ.get("XLA_FLAGS"),
         "packages": sorted(f"{found.name} {found.version}" for found in metadata.distributions()),
         "device": query_gpu("name,driver_version")
         if job.device == "gpu"
@@ -511,6 +513,7 @@ def describe_method(settings: Settings, load) -> dict:
         if job.device == "gpu"
         else "resident set of the process",
         "load_average_before": load[0],
+        "xla_flags": os.environ.get("XLA_FLAGS"),
         "gpu": query_gpu(GPU_STATE) if job.device == "gpu" else None,
     }
 

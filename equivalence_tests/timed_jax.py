@@ -1,7 +1,8 @@
 """The JAX side of the throughput comparison: `flax_resnet`'s own train step and engine.
 
 Variants: jit (one jitted step), multi_step (several steps a dispatch by `lax.scan`), mesh (a mesh
-of one device), deterministic (the same under --deterministic, to compare with mesh) and pmap.
+of one device), deterministic (the same under --deterministic, to compare with mesh), pmap, and for
+inference folded (BatchNorm as part of the convolutions).
 """
 
 import jax
@@ -21,6 +22,7 @@ from flax_resnet.config import (
 )
 from flax_resnet.models import create_from_config
 from flax_resnet.models.cpu_convolution import COMPILER_OPTIONS
+from flax_resnet.models.folding import fold_batchnorm
 from flax_resnet.parallel import Engine
 
 
@@ -40,13 +42,16 @@ def build(job: Job) -> Program:
     engine = Engine(config.parallel, deterministic=job.variant == "deterministic")
     model = create_from_config(config.model, in_channels=3, bn_axis_name=engine.axis_name)
     with np.load(job.weights) as arrays:
-        network = steps.Network(convert.load_state_dict(model, dict(arrays)))
+        model = convert.load_state_dict(model, dict(arrays))
+    network = steps.Network(fold_batchnorm(model) if job.variant == "folded" else model)
     return (training if job.mode == "train" else inference)(job, config, engine, network)
 
 
 def configure(job: Job):
     if job.variant == "deterministic" and job.device == "cpu":
         raise Skipped("the CPU is deterministic as it is")
+    if job.variant == "folded" and job.mode == "train":
+        raise Skipped("of inference only")
     jax.config.update("jax_enable_x64", job.dtype == "float64")
     if job.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")  # no TF32
@@ -114,7 +119,7 @@ def place(job: Job, engine: Engine, step, state):
 
 
 def inference(job: Job, config: TrainConfig, engine: Engine, network) -> Program:
-    if job.variant not in ("jit", "mesh"):
+    if job.variant not in ("jit", "mesh", "folded"):
         raise Skipped("of training only")
     images, _ = timing.synthetic_batch(job)
     dtype = jnp.float64 if job.dtype == "float64" else jnp.float32

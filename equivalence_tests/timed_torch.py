@@ -2,7 +2,8 @@
 
 Channels last, autocast to bfloat16, fused SGD, gradients set to None, cuDNN's autotuning, every
 mode of torch.compile; on a CPU eager-kept-memory has the allocator's settings that
-`flax_resnet` trains with. Variant torchvision is torchvision's own network, eager, with the same
+`flax_resnet` trains with. For inference there is folded: BatchNorm as part of the convolutions by
+torch.fx, then torch.compile. Variant torchvision is torchvision's own network, eager, with the same
 weights: it shows that the twin is not slow.
 """
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 import torchvision
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 
 import torch_ref
 from equivalence_tests import timing
@@ -21,6 +23,7 @@ COMPILE_MODES = {
     "compile": "default",
     "compile-reduce-overhead": "reduce-overhead",
     "compile-max-autotune": "max-autotune",
+    "folded": "default",
 }
 
 
@@ -34,6 +37,8 @@ def build(job: Job) -> Program:
     images = to_device(images.permute(0, 3, 1, 2), device, dtype)
     net = net.to(device, images.dtype, memory_format=torch.channels_last)
     net.train(job.mode == "train")
+    if job.variant == "folded":
+        net = fuse(net)
     called = net
     if job.variant in COMPILE_MODES:
         called = torch.compile(net, mode=COMPILE_MODES[job.variant], dynamic=False, fullgraph=True)
@@ -43,6 +48,8 @@ def build(job: Job) -> Program:
 
 
 def configure(job: Job) -> torch.device:
+    if job.variant == "folded" and job.mode == "train":
+        raise Skipped("of inference only")
     torch.set_num_threads(timing.num_cores())
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

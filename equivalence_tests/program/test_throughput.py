@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
-from equivalence_tests import roofline, throughput
-from equivalence_tests.timing import Job
+from equivalence_tests import roofline, throughput, timed_jax, timed_torch
+from equivalence_tests.timing import Job, Skipped
+from flax_resnet.models import create_model
 
 JOB = Job(
     arch="resnet18", stem="imagenet", num_classes=10, image_size=32, batch_size=8,
@@ -138,3 +140,56 @@ def test_a_row_is_the_median_of_all_blocks():
         "model_flop_utilisation": 0.5, "roofline_share": 0.5, "roofline_images_per_second": 8.0,
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected
+
+
+SIDES = {"jax": timed_jax, "torch": timed_torch}
+PAIRS = [("jax", "jit"), ("jax", "folded"), ("torch", "eager"), ("torch", "folded")]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> list[list[tuple[Job, dict]]]:
+    """Of inference with and without BatchNorm."""
+    job = replace(JOB, arch="resnet20", stem=None, image_size=8, mode="inference")
+    files = throughput.weight_files(job, tmp_path_factory.mktemp("weights"))
+    jobs = [
+        replace(job, framework=framework, variant=variant, weights=str(files[framework]))
+        for framework, variant in PAIRS
+    ]
+    return [[(job, evaluated(job))] for job in jobs]
+
+
+def evaluated(job: Job) -> dict:
+    """In this process, whose settings stay; torch.compile changes no value."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timed_jax, "configure", lambda job: None)
+        patch.setattr(timed_torch, "configure", lambda job: torch.device("cpu"))
+        patch.setattr(torch, "compile", lambda net, **_: net)
+        program = SIDES[job.framework].build(job)
+        program.step()
+        return {"values": program.values(), "seconds_per_step": [1.0]}
+
+
+def test_folded_networks_compute_the_same(outcomes):
+    assert throughput.check_losses(outcomes) == outcomes
+    jit, jax_folded, eager, torch_folded = (outcome["values"] for [(_, outcome)] in outcomes)
+    assert jit != jax_folded and eager != torch_folded  # in the last places: another program
+
+
+@pytest.mark.control
+def test_a_wrong_folding_is_not_timed(outcomes, monkeypatch):
+    """Negative control: a network that forgot its weights."""
+    another = lambda model: create_model("resnet20", 10)  # noqa: E731
+    monkeypatch.setattr(timed_jax, "fold_batchnorm", another)
+    monkeypatch.setattr(timed_torch, "fuse", lambda net: torch.nn.Sequential(net, torch.nn.ReLU()))
+    again = [
+        [(job, evaluated(job) if job.variant == "folded" else outcome)]
+        for [(job, outcome)] in outcomes
+    ]
+    checked = [throughput.timed(runs) for runs in throughput.check_losses(again)]
+    assert checked == [True, False, True, False]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_nothing_is_folded_in_training(side):
+    with pytest.raises(Skipped, match="inference"):
+        SIDES[side].configure(replace(JOB, framework=side, variant="folded"))
