@@ -43,10 +43,23 @@ BENCHMARKS = {
     "resnet50-large": f"{BFLOAT16} --arch resnet50 --batch-size 512",
     "resnet18": f"{SMALL} --batch-size 512",
     "resnet18-large": f"{SMALL} --batch-size 1024",
-    "end-to-end": f"{FAST} --modes end_to_end",
-    "to-94": f"{FAST} --modes time_to_accuracy --target-accuracy 0.94",
+    "end-to-end": f"{FAST} --modes train end_to_end --variants jit multi_step eager compile",
+    # The first round has an empty compilation cache and is not compared with the others.
+    "to-94": f"{FAST} --modes time_to_accuracy --target-accuracy 0.94 --rounds 4",
     "to-96": f"{FAST} --modes time_to_accuracy --target-accuracy 0.96 --epochs 60",
 }
+XLA_FLAGS = {
+    "without-graphs": "--xla_gpu_enable_command_buffer=",
+    "without-autotuning": "--xla_gpu_autotune_level=0",
+    "latency-hiding": "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "without-triton": "--xla_gpu_enable_triton_gemm=false",
+}
+"""What JAX's training steps are timed under besides XLA's defaults."""
+
+FLAGGED = {
+    f"{name}-{word}": (name, word) for word in XLA_FLAGS for name in ("resnet50", "resnet18")
+}
+STARTUP = "-m equivalence_tests.startup --arch resnet18"
 CIFAR10_RECIPES = [
     name
     for name, recipe in RECIPES.items()
@@ -56,15 +69,18 @@ CIFAR10_RECIPES = [
 
 def stages(cifar10: str, out: Path) -> dict[str, list[str]]:
     """{name: arguments of python}."""
+    step = "--modes train --frameworks jax --variants jit --rounds 1"
+    flagged = {name: f"{BENCHMARKS[base]} {step}" for name, (base, _) in FLAGGED.items()}
     benchmarks = {
         name: f"{flags} --json {out}/benchmark-gpu-{name}.json --keep {out}/{name}"
-        for name, flags in BENCHMARKS.items()
+        for name, flags in (BENCHMARKS | flagged).items()
     }
+    startup = {"startup": f"{STARTUP} --json {out}/startup-gpu.json"}
     recipes = {
         name: f"scripts/reproduce.py {name} --cifar10 {{cifar10}} --runs {out}/runs --results {out}"
         for name in CIFAR10_RECIPES
     }
-    every = PARITY | benchmarks | recipes
+    every = PARITY | startup | benchmarks | recipes
     return {name: flags.format(cifar10=cifar10).split() for name, flags in every.items()}
 
 
@@ -73,15 +89,21 @@ def run(name: str, arguments: list[str], out: Path, seconds: float) -> bool:
     done = out / f"{name}.done"
     if done.exists():
         return True
-    settings = {"JAX_PLATFORMS": "cuda", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    added = settings if name in PARITY else {}
     started = time.perf_counter()
     with open(out / f"{name}.log", "a") as log:
-        status = call([sys.executable, *arguments], os.environ | added, log, seconds)
+        command, variables = [sys.executable, *arguments], os.environ | settings(name)
+        status = call(command, variables, log, seconds)
     print(f"{name}: status {status}, {time.perf_counter() - started:.0f} s", flush=True)
     if status == 0:
         done.touch()
     return status == 0
+
+
+def settings(name: str) -> dict[str, str]:
+    """Variables of a stage."""
+    if name in PARITY:
+        return {"JAX_PLATFORMS": "cuda", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    return {"XLA_FLAGS": XLA_FLAGS[FLAGGED[name][1]]} if name in FLAGGED else {}
 
 
 def call(command: list[str], environment: dict, log, seconds: float) -> int | str:
@@ -146,7 +168,8 @@ def main() -> int:
     chosen = args.names or list(every)
     if args.list:
         for name in chosen:
-            print(f"{name}: python {' '.join(every[name])}")
+            variables = [f"{key}={value}" for key, value in settings(name).items()]
+            print(f"{name}: {' '.join([*variables, 'python', *every[name]])}")
         return 0
     if not Path("/dev/nvidiactl").exists():
         print("there is no NVIDIA GPU here", file=sys.stderr)

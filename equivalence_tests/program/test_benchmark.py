@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import runpy
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -168,6 +169,28 @@ def test_without_a_gpu_no_stage_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "gpu")])
     assert gpu.main() == 2 and "no NVIDIA GPU" in capsys.readouterr().err
     assert not (tmp_path / "gpu").exists()
+
+
+@pytest.mark.parametrize("flag", ["", "--xla_gpu_no_such_flag=1"], ids=["known", "control"])
+def test_xla_knows_the_flags_of_the_stages(flag):
+    """It ends the process where it does not, as the control shows."""
+    flags = " ".join([*gpu.XLA_FLAGS.values(), flag])
+    done = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+    )
+    assert (done.returncode == 0) == (flag == "")
+
+
+def test_a_stage_has_its_flags_and_no_other(tmp_path):
+    words = ["-c", "import os; print(os.environ.get('XLA_FLAGS'))"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS", raising=False)
+        for name in ("resnet50", "resnet50-without-graphs"):
+            assert gpu.run(name, words, tmp_path, 60)
+    said = [(tmp_path / f"{n}.log").read_text() for n in ("resnet50", "resnet50-without-graphs")]
+    assert said == ["None\n", gpu.XLA_FLAGS["without-graphs"] + "\n"]
 
 
 PARENT = """
