@@ -211,15 +211,20 @@ def launch(job: Job, kept: Kept, number: int = 0) -> dict:
     A program that fails is an outcome too: {"skipped": why}, or {"out_of_memory": True}.
 
     Args:
-      number: of the round; the first starts with empty compilation caches.
+      number: of the round; the first starts with empty compilation caches. 0: what comes before
+        the rounds, which cannot do without it, so a failure of it is not kept.
     """
+
+    def run():
+        outcome = kept.with_cache(job, number, partial(execute, job))
+        return outcome | ({"passing": True} if number == 0 and "skipped" in outcome else {})
+
     key = {"job": dataclasses.asdict(replace(job, weights="")), "round": number}
-    run = partial(execute, job)
-    return kept.outcome(key, lambda: kept.with_cache(job, number, run))
+    return kept.outcome(key, run)
 
 
 def execute(job: Job, cache: Path) -> dict:
-    """What the process of a job prints; "signal" where it was ended from outside."""
+    """What the process of a job prints; "passing" where it was ended from outside."""
     command = [sys.executable, "-m", f"equivalence_tests.timed_{job.framework}"]
     done = subprocess.run(
         command,
@@ -230,11 +235,11 @@ def execute(job: Job, cache: Path) -> dict:
         cwd=ROOT,
     )
     if done.returncode == -9:  # as the kernel ends what asks for more memory than there is
-        return {"out_of_memory": True, "signal": 9}
+        return {"out_of_memory": True, "passing": True}
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        signal = {"signal": -done.returncode} if done.returncode < 0 else {}
-        return {"skipped": f"failed: {lines[-1][:200]}"} | signal
+        passing = {"passing": True} if done.returncode < 0 else {}
+        return {"skipped": f"failed: {lines[-1][:200]}"} | passing
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -73,14 +73,14 @@ class Kept(NamedTuple):
     """What else an outcome depends on; with another one it is not there."""
 
     def outcome(self, key: dict, run: Callable[[], dict]) -> dict:
-        """Of `run`, now or under the same key before; one ended by a signal is not kept."""
+        """Of `run`, now or under the same key before; "passing" ones are not kept."""
         key = key | {"origin": self.origin}
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         path = self.folder / "outcomes" / f"{name}.json"
         if path.exists():
             return json.loads(path.read_text())["outcome"]
         outcome = run()
-        if "signal" not in outcome:
+        if "passing" not in outcome:
             _write_whole(path, json.dumps({"key": key, "outcome": outcome}))
         return outcome
 

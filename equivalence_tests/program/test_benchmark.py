@@ -312,8 +312,28 @@ def test_an_outcome_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
             kept.outcome({"job": 1}, lambda: {"figure": 1})
     assert kept.outcome({"job": 1}, lambda: {"figure": 2}) == {"figure": 2}
     assert kept.outcome({"job": 1}, lambda: {"figure": 3}) == {"figure": 2}
-    assert kept.outcome({"job": 2}, lambda: {"signal": 9}) == {"signal": 9}
+    assert kept.outcome({"job": 2}, lambda: {"passing": True}) == {"passing": True}
     assert kept.outcome({"job": 2}, lambda: {"figure": 4}) == {"figure": 4}
+
+
+@pytest.mark.parametrize("number, runs", [(0, 2), (1, 1)])
+def test_a_check_that_failed_is_tried_again(tmp_path, monkeypatch, number, runs):
+    """A timed program that failed is not: it may take long, and its row says why."""
+    answers = [{"skipped": "failed: no memory"}, {"values": [1.0]}]
+    monkeypatch.setattr(throughput, "execute", lambda *_: answers.pop(0))
+    kept = timing.Kept(tmp_path, {})
+    job = settings_that_keep(tmp_path).job
+    found = [throughput.launch(job, kept, number) for _ in range(2)]
+    assert len(answers) == 2 - runs and ("values" in found[1]) == (runs == 2)
+
+
+@pytest.mark.parametrize("end, kept", [("os.abort()", False), ("raise SystemExit(3)", True)])
+def test_a_program_that_was_ended_from_outside_may_run_again(monkeypatch, end, kept):
+    original = subprocess.run
+    short = [sys.executable, "-c", f"import os; {end}"]
+    monkeypatch.setattr(throughput.subprocess, "run", lambda _, **how: original(short, **how))
+    outcome = throughput.execute(settings_that_keep(None).job, Path("cache"))
+    assert outcome["skipped"].startswith("failed: status") and ("passing" in outcome) != kept
 
 
 def test_compiling_is_cold_once_and_then_warm(tmp_path, monkeypatch):
