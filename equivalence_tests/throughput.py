@@ -9,64 +9,23 @@ with an empty cache and with a full one. Nothing is timed until the logits of bo
 
 import contextlib
 import dataclasses
-import hashlib
-import importlib.util
 import itertools
-import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
-from functools import partial
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from equivalence_tests import end_to_end, inputs, roofline
-from equivalence_tests.timing import CHECKED_IMAGES, Job, Kept
-from equivalence_tests.tolerances import BUDGET_FACTOR, BUDGET_ULPS
+from equivalence_tests import agreement, end_to_end, fresh_process, inputs, roofline
+from equivalence_tests.timing import PLAIN, VARIANTS, Job, Kept
 from flax_resnet.convert import Architecture
-from flax_resnet.environment import describe
 
-VARIANTS = {
-    "jax": ("jit", "multi_step", "mesh", "deterministic", "pmap", "folded"),
-    "torch": (
-        "eager",
-        "eager-kept-memory",
-        "compile",
-        "compile-reduce-overhead",
-        "compile-max-autotune",
-        "folded",
-    ),
-}
 MODES = ("train", "inference")
-ROOT = Path(__file__).parents[1]
+
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float64": 8}
-EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float64": 2.0**-52}
 
 GPU_STATE = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
-
-KEPT_MEMORY = ":".join(
-    f"glibc.malloc.{option}"
-    for option in ("arena_max=1", "mmap_max=0", f"trim_threshold={2**31 - 1}")
-)
-"""What `scripts/train.py` tells the allocator of a CPU (`scripts/_memory.py`)."""
-
-SAME_LOSS = {"float32": 1e-3, "bfloat16": 5e-2, "float64": 1e-9}
-"""Relative difference of the first losses (or of logits) of a timed program from those of the first
-one. They differ by rounding, which three steps have amplified. Measured with ResNet-18: a training
-without Nesterov's rule is 1.4e-2 off, without momentum 2.0e-2, with twice the learning rate 3.4e-2,
-without weight decay 1.4e-7. So float32 shows all but the last, bfloat16 only what is far off, and
-float64 all of them: `compare_losses` holds the rule of training in float64."""
-
-PLAIN = {framework: names[0] for framework, names in VARIANTS.items()}
-"""The variants that must agree; another one that does not is skipped."""
-
-
-class Disagreement(Exception):
-    """The two sides do not compute the same; they are not timed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,17 +59,17 @@ def measure(settings: Settings, say=print) -> dict:
     load = os.getloadavg()
     keep = contextlib.nullcontext(settings.keep) if settings.keep else TemporaryDirectory()
     with keep as folder:
-        kept = Kept(Path(folder).absolute(), origin(settings.job))
+        kept = Kept(Path(folder).absolute(), fresh_process.origin(settings.job))
         files = weight_files(settings.job, kept.folder)
-        missing = {f: why for f in settings.variants if (why := absence(f))}
-        agreement = compare_logits(settings, files, missing, kept, say)
-        if agreement and "train" in settings.modes:
-            agreement |= compare_losses(settings, files, kept, say)
+        missing = {f: why for f in settings.variants if (why := fresh_process.absence(f))}
+        agreed = agreement.compare_logits(settings, files, missing, kept, say)
+        if agreed and "train" in settings.modes:
+            agreed |= agreement.compare_losses(settings, files, kept, say)
         plan = make_plan(settings, files, missing)
         outcomes = run_rounds(plan, settings.rounds, kept, say)
         ceilings = measure_ceilings(settings, missing, kept) if plan else {}
         real = run_real(settings, missing, kept, say)
-    outcomes = check_losses(outcomes)
+    outcomes = agreement.check_losses(outcomes)
     network = roofline.layers(
         settings.job.arch,
         stem=settings.job.stem,
@@ -124,24 +83,10 @@ def measure(settings: Settings, say=print) -> dict:
         "skipped": [*absent(settings, missing), *filter(None, map(reason, outcomes))],
         "ratios": ratios(own),
         "torchvision": against_torchvision(rows),
-        "agreement": agreement,
+        "agreement": agreed,
         "ceilings": ceilings,
         "network": describe_network(network),
         "method": describe_method(settings, load),
-    }
-
-
-def origin(job: Job) -> dict:
-    """Code, packages and device: outcomes of others are not mixed with those of this call."""
-    patterns = ("flax_resnet/**/*.py", "torch_ref/*.py", "equivalence_tests/*.py", "scripts/*.py")
-    sources = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
-    return {
-        "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
-        "xla_flags": os.environ.get("XLA_FLAGS"),
-        "packages": sorted(f"{found.name} {found.version}" for found in metadata.distributions()),
-        "device": query_gpu("name,driver_version")
-        if job.device == "gpu"
-        else describe(1)["device"],
     }
 
 
@@ -154,12 +99,6 @@ def weight_files(job: Job, folder: Path) -> dict[str, Path]:
     for path in files.values():
         np.savez(path, **arrays)
     return files
-
-
-def absence(framework: str) -> str | None:
-    """Why a framework cannot run; None if it can."""
-    found = importlib.util.find_spec(framework) is not None
-    return None if found else f"{framework} is not installed (--extra torch)"
 
 
 def absent(settings, missing: dict) -> list[dict]:
@@ -202,128 +141,8 @@ def run_real(settings: Settings, missing, kept: Kept, say) -> list[dict]:
     ]
     if not jobs:
         return []
-    return end_to_end.measure(jobs, settings.course, settings.rounds, environment, kept, say)
-
-
-def launch(job: Job, kept: Kept, number: int = 0) -> dict:
-    """The outcome of a job in a fresh process, of this call or of one before.
-
-    A program that fails is an outcome too: {"skipped": why}, or {"out_of_memory": True}.
-
-    Args:
-      number: of the round; the first starts with empty compilation caches. 0: what comes before
-        the rounds, which cannot do without it, so a failure of it is not kept.
-    """
-
-    def run():
-        outcome = kept.with_cache(job, number, partial(execute, job))
-        return outcome | ({"passing": True} if number == 0 and "skipped" in outcome else {})
-
-    key = {"job": dataclasses.asdict(replace(job, weights="")), "round": number}
-    return kept.outcome(key, run)
-
-
-def execute(job: Job, cache: Path) -> dict:
-    """What the process of a job prints; "passing" where it was ended from outside."""
-    command = [sys.executable, "-m", f"equivalence_tests.timed_{job.framework}"]
-    done = subprocess.run(
-        command,
-        input=json.dumps(dataclasses.asdict(job)),
-        capture_output=True,
-        text=True,
-        env=environment(job, cache),
-        cwd=ROOT,
-    )
-    if done.returncode == -9:  # as the kernel ends what asks for more memory than there is
-        return {"out_of_memory": True, "passing": True}
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        passing = {"passing": True} if done.returncode < 0 else {}
-        return {"skipped": f"failed: {lines[-1][:200]}"} | passing
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def environment(job: Job, cache: Path) -> dict[str, str]:
-    """Variables of a fresh process: its caches, the device, one CPU device."""
-    variables = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-        "TRITON_CACHE_DIR": str(cache / "triton"),
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-    }
-    variables.pop("JAX_PLATFORMS", None)
-    if job.device == "cpu":
-        variables |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        kept = job.variant == "eager-kept-memory" or job.mode == "ceilings"
-        if job.framework == "jax" or kept:
-            variables["GLIBC_TUNABLES"] = KEPT_MEMORY
-    return variables
-
-
-def compare_logits(settings, files, missing, kept: Kept, say) -> dict | None:
-    """Both sides on a few images against float64: the error of JAX may be twice that of PyTorch,
-    and 4 units of the last place where PyTorch happens to be exact.
-
-    Returns:
-      Both errors and the bound; None where only one side is there.
-    """
-    if set(settings.variants) - set(missing) != set(VARIANTS):
-        return None
-    jobs = plain_pair(settings.job, files, mode="logits", batch_size=CHECKED_IMAGES)
-    jobs["truth"] = replace(jobs["torch"], dtype="float64", device="cpu")
-    say("comparing logits")
-    logits = {}
-    for name, each in jobs.items():
-        outcome = launch(each, kept)
-        if "values" not in outcome:
-            if "GPU" in outcome.get("skipped", ""):
-                return None
-            raise Disagreement(f"the logits of {each.framework}: {outcome}")
-        logits[name] = np.array(outcome["values"])
-    errors = {name: relative(logits[name], logits["truth"]) for name in VARIANTS}
-    bound = BUDGET_FACTOR * errors["torch"] + BUDGET_ULPS * EPSILON[settings.job.dtype]
-    if not errors["jax"] <= bound:
-        raise Disagreement(
-            f"logits disagree: JAX is {errors['jax']:.1e} from float64, PyTorch"
-            f" {errors['torch']:.1e}; nothing was timed"
-        )
-    return {"jax_error": errors["jax"], "torch_error": errors["torch"], "bound": bound}
-
-
-def compare_losses(settings, files, kept: Kept, say) -> dict:
-    """A few steps of both trainings on a few images in float64, where each part of the rule shows.
-
-    Raises:
-      Disagreement: their losses differ by more than rounding.
-    """
-    short = dict(batch_size=CHECKED_IMAGES, dtype="float64", device="cpu", warmup=1, blocks=0)
-    jobs = plain_pair(settings.job, files, mode="train", **short)
-    say("comparing losses")
-    outcomes = {name: launch(job, kept) for name, job in jobs.items()}
-    for name, outcome in outcomes.items():
-        if "values" not in outcome:
-            raise Disagreement(f"the losses of {name}: {outcome}")
-    jax, torch = (np.array(outcomes[name]["values"]) for name in VARIANTS)
-    if not (distance := relative(jax, torch)) <= SAME_LOSS["float64"]:
-        raise Disagreement(
-            f"losses disagree: in float64 JAX is {distance:.1e} from PyTorch; nothing was timed"
-        )
-    return {"losses_difference_float64": distance}
-
-
-def plain_pair(job: Job, files, **changes) -> dict[str, Job]:
-    """{framework: the job for its plain variant}."""
-    return {
-        name: replace(job, framework=name, variant=PLAIN[name], weights=str(files[name]), **changes)
-        for name in VARIANTS
-    }
-
-
-def relative(got, reference) -> float:
-    """Norm of the difference over the norm of the reference."""
-    return float(np.linalg.norm(got - reference) / np.linalg.norm(reference))
+    variables = fresh_process.environment
+    return end_to_end.measure(jobs, settings.course, settings.rounds, variables, kept, say)
 
 
 def run_rounds(plan: list[Job], rounds: int, kept: Kept, say) -> list[list[tuple[Job, dict]]]:
@@ -340,10 +159,10 @@ def run_rounds(plan: list[Job], rounds: int, kept: Kept, say) -> list[list[tuple
 
 def run_where_it_fits(job: Job, kept: Kept, number: int) -> tuple[Job, dict]:
     """A job, with half the batch as often as the memory does not hold it."""
-    outcome = launch(job, kept, number)
+    outcome = fresh_process.launch(job, kept, number)
     while "out_of_memory" in outcome and job.batch_size > 1:
         job = replace(job, batch_size=job.batch_size // 2)
-        outcome = launch(job, kept, number)
+        outcome = fresh_process.launch(job, kept, number)
     return job, {"skipped": "out of memory"} if "out_of_memory" in outcome else outcome
 
 
@@ -360,43 +179,12 @@ def reason(runs) -> dict | None:
     return names | {"reason": outcome["skipped"]}
 
 
-def check_losses(outcomes):
-    """The outcomes, where a program that is not like the first of its mode is a skipped one.
-
-    Raises:
-      Disagreement: it is one of the plain pair that differs from the other.
-    """
-    first, checked = {}, []
-    for runs in outcomes:
-        found = [why for job, outcome in runs if (why := deviation(job, outcome, first))]
-        checked.append([(runs[-1][0], {"skipped": found[0]})] if found else runs)
-    return checked
-
-
-def deviation(job: Job, outcome: dict, first: dict) -> str | None:
-    """How far its values are from those of the first program with its mode and batch, if too far.
-
-    Args:
-      first: {(mode, batch size): (job, values)}, filled here.
-    """
-    if "values" not in outcome:
-        return None
-    other, expected = first.setdefault((job.mode, job.batch_size), (job, outcome["values"]))
-    distance = relative(np.array(outcome["values"]), np.array(expected))
-    if distance <= SAME_LOSS[job.dtype]:
-        return None
-    why = f"its values are {distance:.1e} from those of {other.framework} {other.variant}"
-    if {(j.framework, j.variant) for j in (job, other)} == set(PLAIN.items()):
-        raise Disagreement(f"{job.mode}: {job.framework} {job.variant}: {why}")
-    return why
-
-
 def measure_ceilings(settings, missing, kept: Kept) -> dict:
     """The most that either framework gets out of the device, and each on its own."""
     found = {}
     for framework in settings.variants.keys() - missing.keys():
         job = replace(settings.job, framework=framework, variant=PLAIN[framework], mode="ceilings")
-        outcome = launch(job, kept)
+        outcome = fresh_process.launch(job, kept)
         if "flops" in outcome:
             found[framework] = outcome
     best = {key: max((o[key] for o in found.values()), default=None) for key in ("flops", "bytes")}
@@ -519,14 +307,5 @@ def describe_method(settings: Settings, load) -> dict:
         else "resident set of the process",
         "load_average_before": load[0],
         "xla_flags": os.environ.get("XLA_FLAGS"),
-        "gpu": query_gpu(GPU_STATE) if job.device == "gpu" else None,
+        "gpu": fresh_process.query_gpu(GPU_STATE) if job.device == "gpu" else None,
     }
-
-
-def query_gpu(query: str) -> str | None:
-    """What nvidia-smi says; None where it is not there."""
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -18,6 +18,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+VARIANTS = {
+    "jax": ("jit", "multi_step", "mesh", "deterministic", "pmap", "folded"),
+    "torch": (
+        "eager",
+        "eager-kept-memory",
+        "compile",
+        "compile-reduce-overhead",
+        "compile-max-autotune",
+        "folded",
+    ),
+}
+
+PLAIN = {framework: names[0] for framework, names in VARIANTS.items()}
+"""The variants that must agree; another one that does not is skipped."""
+
 CHECKED_STEPS = 3
 """Training steps whose loss is reported: they show the optimizer and BatchNorm too."""
 

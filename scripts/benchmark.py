@@ -22,8 +22,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from equivalence_tests import end_to_end, throughput
-from equivalence_tests.timing import Job
+from equivalence_tests import agreement, end_to_end, throughput
+from equivalence_tests.timing import VARIANTS, Job
 from flax_resnet import cli, environment, list_models, plots
 from flax_resnet.config import InputError
 from flax_resnet.display import Display
@@ -110,12 +110,9 @@ def check(args):
     for flag, value, valid in (
         ("--stem", args.stem, STEMS),
         ("--device", args.device, DEVICES),
-        *(("--frameworks", name, throughput.VARIANTS) for name in args.frameworks.split(",")),
+        *(("--frameworks", name, VARIANTS) for name in args.frameworks.split(",")),
         *(("--modes", name, MODES) for name in args.modes),
-        *(
-            ("--variants", name, sum(throughput.VARIANTS.values(), ()))
-            for name in args.variants or ()
-        ),
+        *(("--variants", name, sum(VARIANTS.values(), ())) for name in args.variants or ()),
     ):
         if value is not None:
             cli.check_choice(flag, value, valid)
@@ -143,7 +140,7 @@ def make_settings(args) -> throughput.Settings:
         **repeats,
     )
     variants = {
-        name: tuple(v for v in throughput.VARIANTS[name] if v in (args.variants or (v,)))
+        name: tuple(v for v in VARIANTS[name] if v in (args.variants or (v,)))
         for name in args.frameworks.split(",")
     }
     course = end_to_end.Course(
@@ -261,7 +258,7 @@ def main():
     about = {"command": cli.command_line(), "environment": environment.describe(1)}
     try:
         document = throughput.measure(settings, display.say)
-    except throughput.Disagreement as error:
+    except agreement.Disagreement as error:
         raise cli.CheckFailed(str(error)) from None
     except end_to_end.Failed as error:
         raise InputError(str(error)) from None

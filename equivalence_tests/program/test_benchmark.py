@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from equivalence_tests import end_to_end, gpu, startup, throughput, timing
+from equivalence_tests import end_to_end, fresh_process, gpu, startup, throughput, timing
 from equivalence_tests.program.command import refused, run_script
 from flax_resnet import environment
 from torch_ref import train as torch_train
@@ -239,9 +239,9 @@ class Machine:
 
     def __init__(self, monkeypatch, calls=999):
         self.ran, self.calls = [], calls
-        monkeypatch.setattr(throughput, "execute", self.execute)
+        monkeypatch.setattr(fresh_process, "execute", self.execute)
         monkeypatch.setattr(end_to_end, "train", self.train)
-        monkeypatch.setattr(throughput, "absence", lambda framework: None)
+        monkeypatch.setattr(fresh_process, "absence", lambda framework: None)
 
     def count(self, job):
         if len(self.ran) == self.calls:
@@ -297,7 +297,7 @@ def test_what_something_else_gave_is_run_again(tmp_path, monkeypatch, changed):
     throughput.measure(settings_that_keep(tmp_path), lambda _: None)
     again = Machine(monkeypatch)
     if changed == "code":
-        monkeypatch.setattr(throughput, "origin", lambda job: {"code": "another"})
+        monkeypatch.setattr(fresh_process, "origin", lambda job: {"code": "another"})
     folder = None if changed == "folder" else tmp_path
     changes = {"steps": 41} if changed == "settings" else {}
     throughput.measure(settings_that_keep(folder, **changes), lambda _: None)
@@ -320,10 +320,10 @@ def test_an_outcome_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_check_that_failed_is_tried_again(tmp_path, monkeypatch, number, runs):
     """A timed program that failed is not: it may take long, and its row says why."""
     answers = [{"skipped": "failed: no memory"}, {"values": [1.0]}]
-    monkeypatch.setattr(throughput, "execute", lambda *_: answers.pop(0))
+    monkeypatch.setattr(fresh_process, "execute", lambda *_: answers.pop(0))
     kept = timing.Kept(tmp_path, {})
     job = settings_that_keep(tmp_path).job
-    found = [throughput.launch(job, kept, number) for _ in range(2)]
+    found = [fresh_process.launch(job, kept, number) for _ in range(2)]
     assert len(answers) == 2 - runs and ("values" in found[1]) == (runs == 2)
 
 
@@ -331,8 +331,8 @@ def test_a_check_that_failed_is_tried_again(tmp_path, monkeypatch, number, runs)
 def test_a_program_that_was_ended_from_outside_may_run_again(monkeypatch, end, kept):
     original = subprocess.run
     short = [sys.executable, "-c", f"import os; {end}"]
-    monkeypatch.setattr(throughput.subprocess, "run", lambda _, **how: original(short, **how))
-    outcome = throughput.execute(settings_that_keep(None).job, Path("cache"))
+    monkeypatch.setattr(fresh_process.subprocess, "run", lambda _, **how: original(short, **how))
+    outcome = fresh_process.execute(settings_that_keep(None).job, Path("cache"))
     assert outcome["skipped"].startswith("failed: status") and ("passing" in outcome) != kept
 
 

@@ -5,8 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from equivalence_tests import roofline, throughput, timed_jax, timed_torch
-from equivalence_tests.timing import Job, Skipped
+from equivalence_tests import (
+    agreement,
+    fresh_process,
+    roofline,
+    throughput,
+    timed_jax,
+    timed_torch,
+)
+from equivalence_tests.timing import VARIANTS, Job, Skipped
 from flax_resnet.models import create_model
 
 JOB = Job(
@@ -27,16 +34,16 @@ def ran(job: Job, factor=1.0, rounds=2) -> list[tuple[Job, dict]]:
     return [(job, right)] * (rounds - 1) + [(job, wrong)]
 
 
-@pytest.mark.parametrize("dtype", throughput.SAME_LOSS)
+@pytest.mark.parametrize("dtype", agreement.SAME_LOSS)
 def test_a_variant_with_other_losses_is_skipped_with_the_reason(dtype):
     """The same that stays below the bound is timed."""
     for share, stays in ((2, False), (0.5, True)):
-        factor = 1 + share * throughput.SAME_LOSS[dtype]
+        factor = 1 + share * agreement.SAME_LOSS[dtype]
         outcomes = [
             ran(replace(job, dtype=dtype), factor if job == COMPILE else 1)
             for job in (JIT, EAGER, MULTI_STEP, COMPILE)
         ]
-        *others, last = throughput.check_losses(outcomes)
+        *others, last = agreement.check_losses(outcomes)
         assert others == outcomes[:3] and throughput.timed(last) == stays
         if not stays:
             said = throughput.reason(last)
@@ -48,22 +55,22 @@ def test_a_variant_with_other_losses_is_skipped_with_the_reason(dtype):
 def test_the_plain_pair_must_agree(job):
     outcomes = [ran(each, 1.01 if each == job else 1) for each in (JIT, EAGER)]
     if job == EAGER:
-        with pytest.raises(throughput.Disagreement, match="torch eager.*1.0e-02.*jax jit"):
-            throughput.check_losses(outcomes)
+        with pytest.raises(agreement.Disagreement, match="torch eager.*1.0e-02.*jax jit"):
+            agreement.check_losses(outcomes)
     else:  # rounds of one program that differ among themselves are set aside
-        jit, eager = throughput.check_losses(outcomes)
+        jit, eager = agreement.check_losses(outcomes)
         assert not throughput.timed(jit) and throughput.timed(eager)
 
 
 def test_losses_that_are_no_numbers_do_not_agree():
-    with pytest.raises(throughput.Disagreement):
-        throughput.check_losses([ran(JIT), ran(EAGER, float("nan"))])
+    with pytest.raises(agreement.Disagreement):
+        agreement.check_losses([ran(JIT), ran(EAGER, float("nan"))])
 
 
 def test_modes_and_batches_are_not_compared_with_each_other():
     other_batch, other_mode = replace(EAGER, batch_size=4), replace(EAGER, mode="inference")
     outcomes = [ran(JIT), ran(other_batch, 2, rounds=1), ran(other_mode, 3, rounds=1)]
-    assert throughput.check_losses(outcomes) == outcomes
+    assert agreement.check_losses(outcomes) == outcomes
 
 
 @pytest.mark.control
@@ -76,14 +83,14 @@ def test_a_rule_without_weight_decay_is_not_timed(monkeypatch, off, agree):
         factor = 1 + off if job.framework == "torch" else 1
         return {"values": [factor * value for value in VALUES]}
 
-    monkeypatch.setattr(throughput, "launch", launch)
+    monkeypatch.setattr(fresh_process, "launch", launch)
     settings = throughput.Settings(job=replace(JOB, dtype="bfloat16"), variants={})
-    arguments = settings, dict.fromkeys(throughput.VARIANTS), None, lambda _: None
+    arguments = settings, dict.fromkeys(VARIANTS), None, lambda _: None
     if agree:
-        assert throughput.compare_losses(*arguments)["losses_difference_float64"] < 2 * off
+        assert agreement.compare_losses(*arguments)["losses_difference_float64"] < 2 * off
     else:
-        with pytest.raises(throughput.Disagreement, match="1.0e-07.*nothing was timed"):
-            throughput.compare_losses(*arguments)
+        with pytest.raises(agreement.Disagreement, match="1.0e-07.*nothing was timed"):
+            agreement.compare_losses(*arguments)
 
 
 def row(framework, variant, speed, mode="train") -> dict:
@@ -170,7 +177,7 @@ def evaluated(job: Job) -> dict:
 
 
 def test_folded_networks_compute_the_same(outcomes):
-    assert throughput.check_losses(outcomes) == outcomes
+    assert agreement.check_losses(outcomes) == outcomes
     jit, jax_folded, eager, torch_folded = (outcome["values"] for [(_, outcome)] in outcomes)
     assert jit != jax_folded and eager != torch_folded  # in the last places: another program
 
@@ -185,7 +192,7 @@ def test_a_wrong_folding_is_not_timed(outcomes, monkeypatch):
         [(job, evaluated(job) if job.variant == "folded" else outcome)]
         for [(job, outcome)] in outcomes
     ]
-    checked = [throughput.timed(runs) for runs in throughput.check_losses(again)]
+    checked = [throughput.timed(runs) for runs in agreement.check_losses(again)]
     assert checked == [True, False, True, False]
 
 
