@@ -6,7 +6,8 @@ The suite proves itself on them: `pytest --mutant NAME` runs its unchanged tests
 and some test of equality has to fail (`kill_matrix.py`). A fault of a layer can also be put into
 one layer of one model (`Mutant.layer`), for the localiser to find.
 
-`difference` numbers the 33 known differences; `results/kill-matrix.md` lists them.
+`difference` numbers the 33 known differences, and as 34 those of the other augmentations;
+`results/kill-matrix.md` lists them.
 """
 
 from equivalence_tests.mutants import of_images, of_layers, of_losses, of_optimizers, of_schedules

@@ -1,11 +1,14 @@
 """Faults of resizing and augmentation."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from equivalence_tests.mutants.mutant import Mutant
+from flax_resnet import steps
 from flax_resnet.data import augment, pipeline
 
 
@@ -72,7 +75,45 @@ def _unclamped(images, numbers, factors, active):
     return jnp.where(is_hue, _ADJUST(images, numbers, factors, active), blended)
 
 
+def _padded_with_the_edge(images, offsets, padding):
+    around = [(0, 0), (padding, padding), (padding, padding), (0, 0)]
+    padded = jnp.pad(images, around, mode="edge")
+
+    def cut(image, top, left):
+        return jax.lax.dynamic_slice(image, (top, left, 0), images.shape[1:])
+
+    return jax.vmap(cut)(padded, *offsets.T)
+
+
+def _upside_down(images, mirrored):
+    return jnp.where(augment._per_image(mirrored), images[:, ::-1], images)
+
+
+def _clockwise(images, angles, **options):
+    return _ROTATE(images, -angles, **options)
+
+
+def _erased_before_normalising(key, keys, batch, config, preprocess, *rest):
+    late = types.SimpleNamespace(to_unit=preprocess.to_unit, normalize=lambda images: images)
+    images, targets = _AUGMENTED(key, keys, batch, config, late, *rest)
+    return preprocess.normalize(images), targets  # mixing images up does not mind
+
+
+def _mixed_with_the_reversed_batch(batch, share, **options):
+    share = share.astype(batch.dtype)
+    return share * batch + (1 - share) * batch[::-1]
+
+
+def _areas_of_a_quarter(image, rng):
+    height, width = image.shape[:2]
+    while True:
+        cut = _RANDOM_AREA(image, rng)
+        if cut.shape[0] * cut.shape[1] >= height * width / 4:
+            return cut
+
+
 _ADJUST, _COLOR_JITTER = augment._adjust, augment.color_jitter
+_ROTATE, _AUGMENTED, _RANDOM_AREA = augment.rotate, steps._augmented, pipeline._random_area
 
 MUTANTS = [
     Mutant(
@@ -134,5 +175,41 @@ MUTANTS = [
         difference="32e",
         what="colours may leave [0, 1]",
         patches=[(augment, "_adjust", _unclamped)],
+    ),
+    Mutant(
+        name="crop padded with the edge",
+        difference="34a",
+        what="the random crop repeats the border instead of padding with black",
+        patches=[(augment, "crop", _padded_with_the_edge)],
+    ),
+    Mutant(
+        name="flipped upside down",
+        difference="34b",
+        what="the flip swaps top and bottom",
+        patches=[(augment, "flip", _upside_down)],
+    ),
+    Mutant(
+        name="rotated clockwise",
+        difference="34c",
+        what="angles turn clockwise",
+        patches=[(augment, "rotate", _clockwise)],
+    ),
+    Mutant(
+        name="erased before normalising",
+        difference="34d",
+        what="random erasing leaves black instead of the mean colour",
+        patches=[(steps, "_augmented", _erased_before_normalising)],
+    ),
+    Mutant(
+        name="mixed with the reversed batch",
+        difference="34e",
+        what="mixup's partner is the batch reversed, as timm's, instead of the next example",
+        patches=[(augment, "mixup", _mixed_with_the_reversed_batch)],
+    ),
+    Mutant(
+        name="random areas of a quarter",
+        difference="34f",
+        what="the random resized crop takes at least 25% of the image instead of 8%",
+        patches=[(pipeline, "_random_area", _areas_of_a_quarter)],
     ),
 ]

@@ -16,6 +16,7 @@ import pytest
 from equivalence_tests import end_to_end, fresh_process, gpu, startup, throughput, timing
 from equivalence_tests.program.command import refused, run_script
 from flax_resnet import environment
+from flax_resnet.config import TrainConfig
 from torch_ref import train as torch_train
 
 TINY = "--arch resnet20 --image-size 8 --batch-size 4 --rounds 1 --blocks 1 --steps 1 --warmup 1"
@@ -89,7 +90,7 @@ def test_a_recipe_sets_both_trainings_and_flags_have_precedence(monkeypatch, tmp
 
     _, _, *words = end_to_end.command(replace(job, framework="jax"), settings.course, tmp_path, 3)
     train, args = called("train.py", words, monkeypatch)
-    config = train["build_config"](args)
+    config = train["build_config"](args, TrainConfig())
     assert (config.optimizer.lr, config.epochs, config.data.dataset) == (0.4, 2, "digits")
     words = end_to_end.command(replace(job, framework="torch"), settings.course, tmp_path, 3)
     twin = torch_train.parse(words[3:])

@@ -150,8 +150,9 @@ def test_resume_refuses_another_recipe_and_config(insects, tmp_path):
 @pytest.mark.parametrize("name", ["cifar10-fast", "imagenette-cnn"])
 def test_the_command_that_began_a_recipe_resumes_it(tmp_path, name):
     """What the recipe leaves open has been filled in since."""
-    data = replace(RECIPES[name].config.data, dataset="folder:x", mean=(0.5,) * 3, std=(1.0,) * 3)
-    own = replace(RECIPES[name].config, data=replace(data, resize_size=99), epochs=3)
+    data = replace(RECIPES[name].config.data, dataset="folder:x", resize_size=99)
+    data = replace(data, mean=data.mean or (0.5,) * 3, std=data.std or (1.0,) * 3)
+    own = replace(RECIPES[name].config, data=data, epochs=3)
     own = replace(own, augment=replace(own.augment, random_crop=own.augment.random_crop or 0))
     RunDirectory(tmp_path / "run").write_config(own)
     (tmp_path / "run" / "report.json").write_text("{}")
