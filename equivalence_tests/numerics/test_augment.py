@@ -13,7 +13,8 @@ from scipy import stats
 from torchvision.transforms import v2
 
 from equivalence_tests import inputs
-from flax_resnet.config import AugmentConfig
+from flax_resnet import steps
+from flax_resnet.config import AugmentConfig, TrainConfig
 from flax_resnet.data import augment as A
 
 pytestmark = pytest.mark.quick
@@ -178,6 +179,19 @@ def test_erasing_exact():
     rectangles = jnp.array([draw[:4] for draw in draws])
     actual = A.erase(jnp.array(from_torch(images)), rectangles)
     np.testing.assert_array_equal(actual, from_torch(expected))
+
+
+def test_erasing_comes_after_normalising():
+    """What is erased is 0, the mean colour, as behind torchvision's Normalize; not black."""
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    batch = {"image": jnp.asarray(pixels()), "label": jnp.zeros(B, int)}
+    config = TrainConfig(augment=AugmentConfig(random_crop=0, random_erasing=1.0))
+    arguments = config, steps.Preprocess(mean, std), 10, jnp.dtype("float32"), None
+    actual, _ = steps._augmented(jax.random.key(0), keys(B), batch, *arguments)
+    whole = from_torch(F.normalize(to_torch(to_jax(pixels())), mean, std))
+    erased = (np.abs(actual - whole) > FLOAT).any(-1)
+    assert erased.any((1, 2)).all() and erased.mean() < 0.4
+    assert (np.asarray(actual)[erased] == 0).all()
 
 
 def test_mixup_exact(monkeypatch):
