@@ -147,6 +147,17 @@ def _he(arch) -> TrainConfig:
     )
 
 
+def _one_cycle_resnet20(epochs) -> TrainConfig:
+    return _config(
+        epochs=epochs,
+        model=dict(arch="resnet20"),
+        data=dict(dataset=CIFAR10, validation_fraction=0.04),
+        augment=FLIP_AND_CROP,
+        optimizer=dict(lr=0.2, label_smoothing=0.0),
+        early_stopping=BEST_ACCURACY,
+    )
+
+
 def _he_recipe(depth: int, error: float) -> Recipe:
     return Recipe(
         config=_he(f"resnet{depth}"),
@@ -349,15 +360,16 @@ RECIPES = {
     "cifar10-resnet56": _he_recipe(56, 6.97),
     "cifar10-resnet110": _he_recipe(110, 6.43),
     "cifar10-resnet20-short": Recipe(
-        config=_config(
-            epochs=30,
-            model=dict(arch="resnet20"),
-            data=dict(dataset=CIFAR10, validation_fraction=0.04),
-            augment=FLIP_AND_CROP,
-            optimizer=dict(lr=0.2, label_smoothing=0.0),
-            early_stopping=BEST_ACCURACY,
-        ),
+        config=_one_cycle_resnet20(30),
         method="one-cycle up to 0.2, a sixth of the epochs: for two CPU cores",
+        published={"test_accuracy": 0.9125},
+        reached={"test_accuracy": 0.8689},
+        minutes=150,
+        source="He et al. 2015, table 6",
+    ),
+    "cifar10-resnet20-45-epochs": Recipe(
+        config=_one_cycle_resnet20(45),
+        method="the same for 45 epochs",
         published={"test_accuracy": 0.9125},
         source="He et al. 2015, table 6",
     ),
