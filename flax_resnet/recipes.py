@@ -84,14 +84,14 @@ def _resnet18_32(**optimizer) -> dict:
     )
 
 
-def _enlarged(epochs) -> TrainConfig:
-    """The same network on the same images enlarged to 64 pixels."""
+def _enlarged(epochs, lr) -> TrainConfig:
+    """The same network on CIFAR-10 enlarged to 64 pixels, from scratch or fine-tuned."""
     return _config(
         epochs=epochs,
         model=dict(arch="resnet18", stem="imagenet"),
         data=dict(dataset=CIFAR10, image_size=64),
         augment=dict(horizontal_flip=0.5, random_crop=8),
-        optimizer=dict(lr=0.1),
+        optimizer=dict(lr=lr),
         early_stopping=BEST_ACCURACY,
     )
 
@@ -173,19 +173,6 @@ def _imagenette(**groups) -> TrainConfig:
     return _config(**groups | {"data": data | groups.get("data", {})})
 
 
-def _transfer(epochs, **changes) -> TrainConfig:
-    """Fine-tuned or from scratch, the same but for the start and its learning rate."""
-    groups = dict(
-        epochs=epochs,
-        model=dict(arch="resnet18", stem="imagenet"),
-        data=dict(dataset=CIFAR10, image_size=64),
-        augment=dict(horizontal_flip=0.5, random_crop=8),
-        optimizer=dict(lr=0.05),
-        early_stopping=BEST_ACCURACY,
-    )
-    return _config(**groups | changes)
-
-
 RECIPES = {
     "cifar10-resnet18": Recipe(
         config=_config(**_resnet18_32(l1=1e-5)),
@@ -194,7 +181,7 @@ RECIPES = {
         source="a public ResNet-18 on CIFAR-10 in PyTorch",
     ),
     "cifar10-resnet18-64px": Recipe(
-        config=_enlarged(12),
+        config=_enlarged(12, lr=0.1),
         method="the same net, images enlarged to 64 px: the stem keeps four times the pixels",
         published={"test_accuracy": 0.85},
         reached={"test_accuracy": 0.8475},
@@ -202,7 +189,7 @@ RECIPES = {
         source="the same, by epoch 12",
     ),
     "cifar10-resnet18-64px-20-epochs": Recipe(
-        config=_enlarged(20),
+        config=_enlarged(20, lr=0.1),
         method="the same for 20 epochs",
         published={"test_accuracy": 0.85},
         source="the same, by epoch 12",
@@ -319,7 +306,7 @@ RECIPES = {
         minutes=45,
     ),
     "transfer": Recipe(
-        config=_transfer(5, optimizer=dict(lr=0.02)),
+        config=_enlarged(5, lr=0.02),
         starts_from="transfer-source",
         method="fine-tuned on CIFAR-10 at 64 px from Imagenette",
         published={"validation_accuracy": 0.834},
@@ -328,14 +315,14 @@ RECIPES = {
         source="a public transfer from Imagenette to CIFAR-10 in PyTorch",
     ),
     "transfer-12-epochs": Recipe(
-        config=_transfer(12, optimizer=dict(lr=0.02)),
+        config=_enlarged(12, lr=0.02),
         starts_from="transfer-source",
         method="the same, 12 epochs: as long as cifar10-resnet18-64px",
         published={"validation_accuracy": 0.834},
         source="the same",
     ),
     "transfer-scratch": Recipe(
-        config=_transfer(5),
+        config=_enlarged(5, lr=0.05),
         method="5 epochs from random weights",
         published={"validation_accuracy": 0.786},
         source="the same",
