@@ -84,13 +84,13 @@ def _resnet18_32(**optimizer) -> dict:
     )
 
 
-def _enlarged(epochs, lr) -> TrainConfig:
-    """The same network on CIFAR-10 enlarged to 64 pixels, from scratch or fine-tuned."""
+def _enlarged(epochs, lr, pixels=64, validation_fraction=0.1) -> TrainConfig:
+    """The same network on CIFAR-10 enlarged, from scratch or fine-tuned."""
     return _config(
         epochs=epochs,
         model=dict(arch="resnet18", stem="imagenet"),
-        data=dict(dataset=CIFAR10, image_size=64),
-        augment=dict(horizontal_flip=0.5, random_crop=8),
+        data=dict(dataset=CIFAR10, image_size=pixels, validation_fraction=validation_fraction),
+        augment=dict(horizontal_flip=0.5, random_crop=pixels // 8),
         optimizer=dict(lr=lr),
         early_stopping=BEST_ACCURACY,
     )
@@ -188,9 +188,9 @@ RECIPES = {
         minutes=120,
         source="the same, by epoch 12",
     ),
-    "cifar10-resnet18-64px-20-epochs": Recipe(
-        config=_enlarged(20, lr=0.1),
-        method="the same for 20 epochs",
+    "cifar10-resnet18-80px": Recipe(
+        config=_enlarged(12, lr=0.1, pixels=80, validation_fraction=0.04),
+        method="the same at 80 px, and 48,000 images to train on instead of 45,000",
         published={"test_accuracy": 0.85},
         source="the same, by epoch 12",
     ),
