@@ -1,28 +1,27 @@
-"""The table of all recipes that have run, from the files of their runs alone.
+"""What all recipes reached, from the files of their runs alone.
 
 A run lies in FOLDER/RECIPE/seedN, with "-torch" for the PyTorch twin and "-subsetM" where only M
 images of each split were used. R is the number of seeds of a row.
 """
 
-import base64
-import html
 import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from string import Template
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
-from flax_resnet import plots
 from flax_resnet.config import InputError, TrainConfig, to_dict
 from flax_resnet.recipes import COMPARISONS, RECIPES
-from flax_resnet.run_directory import read_rows
 
 KEPT = ("config.json", "report.json", "metrics.csv", "timings.csv", "per_class.csv",
         "curves.png", "confusion_matrix.png")  # fmt: skip
 """What of a run directory goes into the results."""
+
+MARGIN = 0.005
+"""Largest difference of two mean accuracies that counts as none."""
 
 
 class Run(NamedTuple):
@@ -116,8 +115,8 @@ def _row(runs: list[Run]) -> dict:
         "subset": first.subset,
         "seeds": [run.seed for run in runs],
         "figures": {
-            name: _spread([_figure(r, name) for r in reports])
-            for name in _names(first)
+            name: _spread([score(r, name) for r in reports])
+            for name in _figure_names(first)
             if name.split("_")[0] in first.report["splits"]
         },
         "published": RECIPES[first.recipe].published,
@@ -129,12 +128,12 @@ def _row(runs: list[Run]) -> dict:
     }
 
 
-def _names(run: Run) -> list[str]:
+def _figure_names(run: Run) -> list[str]:
     always = ("train_accuracy", "validation_accuracy", "test_accuracy", "test_loss")
     return list(dict.fromkeys([*always, *RECIPES[run.recipe].published]))
 
 
-def _figure(report: dict, name: str) -> float:
+def score(report: dict, name: str) -> float:
     split, metric = name.split("_", 1)
     return report["splits"][split][metric]
 
@@ -147,51 +146,6 @@ def _spread(values: list[float]) -> dict:
 def _copy(command: str) -> str:
     """Which copy of the data: as published, or a folder of image files."""
     return "image folder" if "folder:" in command else "original"
-
-
-def markdown(rows: list[dict]) -> str:
-    """The table; recipes that have not run say so."""
-    lines = [
-        "| recipe | figure | published | reached | seeds | epochs | minutes | hardware | data |",
-        "|---" * 9 + "|",
-    ]
-    for name, recipe in RECIPES.items():
-        own = [row for row in rows if row["recipe"] == name]
-        figures = list(recipe.published) or ["test_accuracy"]
-        lines += [_line(row, figure) for row in own for figure in figures]
-        if not own:
-            published = ", ".join(f"{v:.4f}" for v in recipe.published.values())
-            published, figures = published or "-", ", ".join(map(_words, figures))
-            lines.append(f"| `{name}` | {figures} | {published} | not run |" + " |" * 5)
-    return "\n".join(lines) + "\n"
-
-
-def _line(row: dict, figure: str) -> str:
-    published = row["published"].get(figure)
-    marks = [row["framework"]] if row["framework"] == "torch" else []
-    marks += [f"{row['subset']:,} images"] if row["subset"] else []
-    cells = [
-        f"`{row['recipe']}`" + (f" ({', '.join(marks)})" if marks else ""),
-        _words(figure),
-        f"{published:.4f}" if published else "-",
-        reached(row["figures"][figure]),
-        str(len(row["seeds"])),
-        "-".join(map(str, sorted({min(row["epochs"]), max(row["epochs"])}))),
-        f"{row['minutes']:.0f}",
-        row["hardware"],
-        row["data"],
-    ]
-    return "| " + " | ".join(cells) + " |"
-
-
-def _words(figure: str) -> str:
-    return figure.replace("_", " ")
-
-
-def reached(spread: dict) -> str:
-    """`0.8766` or `0.8766 ± 0.0012`."""
-    deviation = spread["deviation"]
-    return f"{spread['mean']:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
 
 
 def comparisons(runs: list[Run]) -> dict[str, list[Run]]:
@@ -211,12 +165,12 @@ def discussion(runs: list[Run]) -> str:
     """What changed from the plainest recipe to the others, in a sentence each."""
     plain, sentences = runs[0], []
     for run in runs:
-        gap = _figure(run.report, "train_accuracy") - _figure(run.report, "test_accuracy")
-        change = _figure(run.report, "test_accuracy") - _figure(plain.report, "test_accuracy")
+        gap = score(run.report, "train_accuracy") - score(run.report, "test_accuracy")
+        change = score(run.report, "test_accuracy") - score(plain.report, "test_accuracy")
         words = "" if run is plain else f", {100 * change:+.1f} points against {plain.recipe}"
         sentences.append(
             f"{run.recipe} ({RECIPES[run.recipe].method}) tests at"
-            f" {_figure(run.report, 'test_accuracy'):.4f}{words}; training accuracy is"
+            f" {score(run.report, 'test_accuracy'):.4f}{words}; training accuracy is"
             f" {100 * gap:+.1f} points above that, best epoch {run.report['best_epoch']}."
         )
     return " ".join(sentences)
@@ -244,82 +198,40 @@ def _value(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def rebuild(folder: Path) -> list[dict]:
-    """FOLDER/recipes.{json,md,html} and a picture for each comparison, from FOLDER/recipes/."""
-    runs = finished(folder / "recipes")
-    rows = table_rows(runs)
-    (folder / "recipes.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    (folder / "recipes.md").write_text(f"# Published figures, and ours\n\n{markdown(rows)}")
-    for title, group in comparisons(runs).items():
-        courses = {run.recipe: read_rows(run.folder / "metrics.csv") for run in group}
-        plots.comparison(folder / picture_name(title), courses, title)
-    (folder / "recipes.html").write_text(page(folder, runs, rows))
-    return rows
+def side_by_side(rows: list[dict]) -> list[dict]:
+    """What ran in both frameworks, over the seeds that both have.
+
+    The same seed gives other weights, batches and augmentation in each of them, so the runs are two
+    independent samples.
+    """
+    found = {(row["recipe"], row["subset"], row["framework"]): row for row in rows}
+    ours = [key for key in found if key[2] == "jax" and (*key[:2], "torch") in found]
+    both = [_compared(found[key], found[*key[:2], "torch"]) for key in ours]
+    return [pair for pair in both if pair["seeds"]]
 
 
-def picture_name(title: str) -> str:
-    """`recipes-....png`."""
-    return "recipes-" + re.sub(r"\W+", "-", title.lower()).strip("-") + ".png"
+def _compared(ours: dict, theirs: dict) -> dict:
+    seeds = sorted(set(ours["seeds"]) & set(theirs["seeds"]))
+    compared = {"recipe": ours["recipe"], "subset": ours["subset"], "seeds": seeds}
+    values = {}
+    for row in (ours, theirs):
+        accuracies = row["figures"]["test_accuracy"]["values"]
+        by_seed = dict(zip(row["seeds"], accuracies, strict=True))
+        values[row["framework"]] = [by_seed[seed] for seed in seeds]
+        compared[row["framework"]] = _spread(values[row["framework"]]) | {"minutes": row["minutes"]}
+    enough = len(seeds) > 1
+    return compared | (equivalence(values["jax"], values["torch"]) if enough else {})
 
 
-_PAGE = Template("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Published figures, and ours</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto;
-  padding: 0 1rem; color: #222 }
-h2 { margin-top: 2.5rem } img { max-width: 100% }
-table { border-collapse: collapse; font-size: .85rem }
-th { text-align: left; border-bottom: 2px solid #999 }
-td { border-bottom: 1px solid #ddd; padding: .2rem .7rem .2rem 0; vertical-align: top }
-code, pre { background: #f6f6f6; font-size: .85rem } pre { padding: .6rem; overflow-x: auto }
-</style>
-<h1>Published figures, and ours</h1>
-<p>Every figure is read from the report of a run; models are selected on validation images, the
-test split is read once, at the end.</p>
-$table
-$comparisons
-<h2>Every run</h2>
-$runs
-</html>
-""")
-
-
-def page(folder: Path, runs: list[Run], rows: list[dict]) -> str:
-    """One HTML file that needs nothing else."""
-    compared = [
-        f"<h2>{html.escape(title)}</h2><p>{html.escape(discussion(group))}</p>"
-        + f"<p>They differ in: {html.escape(differences([run.recipe for run in group]))}.</p>"
-        + _image(folder / picture_name(title), title)
-        for title, group in comparisons(runs).items()
-    ]
-    return _PAGE.substitute(
-        table=_html_table(markdown(rows)),
-        comparisons="".join(compared),
-        runs="".join(map(_section, runs)),
-    )
-
-
-def _html_table(text: str) -> str:
-    lines = [line.strip("| ").split("|") for line in text.splitlines() if line.startswith("| ")]
-    cells = [[html.escape(cell.strip().replace("`", "")) for cell in line] for line in lines]
-    head, *body = cells
-    rows = "".join("<tr><td>" + "<td>".join(line) + "</tr>" for line in body)
-    return f"<table><tr><th>{'<th>'.join(head)}</tr>{rows}</table>"
-
-
-def _section(run: Run) -> str:
-    recipe = RECIPES[run.recipe]
-    pictures = [run.folder / name for name in ("curves.png", "confusion_matrix.png")]
-    return (
-        f"<details><summary>{html.escape(run.recipe)}, {run.folder.name}: test accuracy"
-        f" {_figure(run.report, 'test_accuracy'):.4f}</summary><p>{html.escape(recipe.method)}</p>"
-        f"<pre>{html.escape(run.report['command'])}</pre>"
-        + "".join(_image(path, path.stem) for path in pictures if path.exists())
-        + "</details>"
-    )
-
-
-def _image(path: Path, title: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+def equivalence(ours: Sequence[float], theirs: Sequence[float]) -> dict:
+    """Two one-sided tests (Schuirmann 1987) by Welch's t of |difference of means| < `MARGIN`."""
+    low = stats.ttest_ind(ours, np.subtract(theirs, MARGIN), equal_var=False, alternative="greater")
+    high = stats.ttest_ind(ours, np.add(theirs, MARGIN), equal_var=False, alternative="less")
+    interval = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.9)
+    p_value = float(max(low.pvalue, high.pvalue))
+    return {
+        "difference": float(np.mean(ours) - np.mean(theirs)),
+        "interval_90": [float(bound) for bound in interval],
+        "p_value": p_value,
+        "equivalent": p_value < 0.05,
+    }

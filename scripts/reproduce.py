@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from flax_resnet import cli, reproduction
+from flax_resnet import cli, reproduction, reproduction_page
 from flax_resnet.config import InputError
 from flax_resnet.recipes import CIFAR10, IMAGENETTE, RECIPES
 from flax_resnet.reproduction import folder_name
@@ -120,8 +120,9 @@ def main():
         for seed in args.seeds:
             for framework in frameworks(args, name):
                 run(args, name, seed, framework)
-    rows = reproduction.rebuild(Path(args.results))
-    print(reproduction.markdown(rows))
+    rows = reproduction_page.rebuild(Path(args.results))
+    print(reproduction_page.markdown(rows))
+    print(reproduction_page.pairs_markdown(rows))
 
 
 if __name__ == "__main__":

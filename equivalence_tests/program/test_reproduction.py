@@ -6,12 +6,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flax import nnx
 
 from equivalence_tests.program.command import ROOT, refused, run_script
 from equivalence_tests.program.test_commands import write_folder
-from flax_resnet import config, plots, reproduction
+from flax_resnet import config, plots, reproduction, reproduction_page
 from flax_resnet.models import create_model
 from flax_resnet.recipes import COMPARISONS, RECIPES
 
@@ -68,7 +69,7 @@ def test_seeds_become_a_mean_and_a_deviation(tmp_path):
     write_run(tmp_path, "imagenette-cnn", "seed1", accuracy=0.6)
     write_run(tmp_path, "imagenette-cnn", "seed0-torch", accuracy=0.7)
     write_run(tmp_path, "imagenette-cnn", "seed0-subset256", accuracy=0.1)
-    rows = reproduction.rebuild(tmp_path)
+    rows = reproduction_page.rebuild(tmp_path)
     assert [(r["framework"], r["subset"], r["seeds"]) for r in rows] == [
         ("jax", None, [0, 1]),
         ("jax", 256, [0]),
@@ -81,13 +82,45 @@ def test_seeds_become_a_mean_and_a_deviation(tmp_path):
     assert "| `cifar10-fast` | test accuracy | 0.9547 | not run |" in text
 
 
+def test_what_ran_in_both_frameworks_stands_side_by_side(tmp_path):
+    for seed, accuracy in enumerate((0.600, 0.601, 0.602)):
+        write_run(tmp_path, "imagenette-cnn", f"seed{seed}", accuracy=accuracy)
+        write_run(tmp_path, "imagenette-cnn", f"seed{seed}-torch", accuracy=accuracy + 0.001)
+        write_run(tmp_path, "imagenette-resnet18", f"seed{seed}", accuracy=accuracy)
+        write_run(tmp_path, "imagenette-resnet18", f"seed{seed}-torch", accuracy=accuracy - 0.01)
+    write_run(tmp_path, "imagenette-cnn", "seed9", accuracy=0.1)
+    write_run(tmp_path, "transfer-source")
+    write_run(tmp_path, "transfer-source", "seed0-torch")
+    reproduction_page.rebuild(tmp_path)
+    text, page = ((tmp_path / f"recipes.{end}").read_text() for end in ("md", "html"))
+    seconds = "| 3 | 0.6010 ± 0.0010 |"
+    assert f"`imagenette-cnn` {seconds} 0.6020 ± 0.0010 | 2 | 2 | -0.1 (-0.3 to +0.1) | yes" in text
+    assert f"`imagenette-resnet18` {seconds} 0.5910 ± 0.0010 | 2 | 2 | +1.0" in text
+    assert text.count("not shown, p = 1 |") == 1
+    assert "| `transfer-source` | 1 | 0.5000 | 0.5000 | 2 | 2 | - | not tested |" in text
+    assert "<td>-0.1 (-0.3 to +0.1)<td>yes" in page
+
+
+@pytest.mark.parametrize(
+    ("difference", "least", "most"),
+    [(0.0, 0.95, 1.0), (reproduction.MARGIN, 0.02, 0.08), (-reproduction.MARGIN, 0.02, 0.08)],
+)
+def test_two_one_sided_tests_err_as_often_as_they_say(difference, least, most):
+    """At the margin itself a test at 5% says "equivalent" in 5% of all cases."""
+    rng = np.random.default_rng(0)
+    ours = rng.normal(0.9, 0.002, (1000, 10))
+    theirs = rng.normal(0.9 - difference, 0.003, (1000, 10))
+    found = [reproduction.equivalence(*pair) for pair in zip(ours, theirs, strict=True)]
+    assert least <= np.mean([each["equivalent"] for each in found]) <= most
+
+
 def test_the_page_compares_and_needs_nothing_else(tmp_path):
     write_run(tmp_path, "transfer-scratch", accuracy=0.5)
     write_run(tmp_path, "transfer", accuracy=0.75)
     plots.curves(tmp_path / "recipes/transfer/seed0/curves.png", [
         {"epoch": 1, "train_loss": 1, "train_accuracy": 0.5}
     ])  # fmt: skip
-    reproduction.rebuild(tmp_path)
+    reproduction_page.rebuild(tmp_path)
     page = (tmp_path / "recipes.html").read_text()
     assert "+25.0 points against transfer-scratch" in page
     assert page.count("data:image/png;base64,") == 2
@@ -99,16 +132,21 @@ def test_the_page_compares_and_needs_nothing_else(tmp_path):
 def test_a_run_of_an_unknown_recipe_is_named(tmp_path):
     write_run(tmp_path, "imagenette-dnn")
     with pytest.raises(config.InputError, match="imagenette-dnn"):
-        reproduction.rebuild(tmp_path)
+        reproduction_page.rebuild(tmp_path)
 
 
 def test_what_is_committed_is_what_the_runs_say():
     """The table of the results and that of the README, from the reports of the runs."""
     results = ROOT / "results"
     rows = reproduction.table_rows(reproduction.finished(results / "recipes"))
-    assert json.loads((results / "recipes.json").read_text()) == {"rows": rows}
-    assert reproduction.markdown(rows) in (results / "recipes.md").read_text()
-    assert reproduction.markdown(rows) in (ROOT / "README.md").read_text()
+    pairs = reproduction.side_by_side(rows)
+    assert json.loads((results / "recipes.json").read_text()) == {
+        "rows": rows,
+        "side_by_side": pairs,
+    }
+    for table in (reproduction_page.markdown(rows), reproduction_page.pairs_markdown(rows)):
+        assert table in (results / "recipes.md").read_text()
+        assert table in (ROOT / "README.md").read_text()
 
 
 def test_recipes_say_what_they_reached():

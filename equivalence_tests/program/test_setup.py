@@ -43,6 +43,7 @@ LAYERS = [
     {"train"},
     {"recipes", "cli"},
     {"reproduction"},
+    {"reproduction_page"},
 ]
 
 
