@@ -52,6 +52,8 @@ XLA_FLAGS = {
     "without-graphs": "--xla_gpu_enable_command_buffer=",
     "without-autotuning": "--xla_gpu_autotune_level=0",
     "latency-hiding": "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "graphs-with-convolutions": "--xla_gpu_enable_command_buffer=+CONVOLUTION",
+    "fused-convolutions": "--xla_gpu_experimental_enable_conv_fusion=true",
     "without-triton": "--xla_gpu_enable_triton_gemm=false",
 }
 """What JAX's training steps are timed under besides XLA's defaults."""
@@ -59,6 +61,11 @@ XLA_FLAGS = {
 FLAGGED = {
     f"{name}-{word}": (name, word) for word in XLA_FLAGS for name in ("resnet50", "resnet18")
 }
+REMEDIES = {
+    "remedies-resnet50": "--arch resnet50 --image-size 224 --batch-size 256",
+    "remedies-resnet18": "--arch resnet18 --stem cifar --image-size 32 --batch-size 512",
+}
+WAYS = "two-pass one-pass shifted running library-max-pool library-relu differentiated"
 STARTUP = "-m equivalence_tests.startup --arch resnet18"
 CIFAR10_RECIPES = [
     name
@@ -76,11 +83,16 @@ def stages(cifar10: str, out: Path) -> dict[str, list[str]]:
         for name, flags in (BENCHMARKS | flagged).items()
     }
     startup = {"startup": f"{STARTUP} --json {out}/startup-gpu.json"}
+    remedies = {
+        name: f"-m equivalence_tests.remedies {WAYS} {flags} --dtype bfloat16 --steps 20"
+        f" --json {out}/{name}.json"
+        for name, flags in REMEDIES.items()
+    }
     recipes = {
         name: f"scripts/reproduce.py {name} --cifar10 {{cifar10}} --runs {out}/runs --results {out}"
         for name in CIFAR10_RECIPES
     }
-    every = PARITY | startup | benchmarks | recipes
+    every = PARITY | startup | benchmarks | remedies | recipes
     return {name: flags.format(cifar10=cifar10).split() for name, flags in every.items()}
 
 

@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from equivalence_tests import end_to_end, fresh_process, gpu, startup, throughput, timing
+from equivalence_tests import (
+    end_to_end,
+    fresh_process,
+    gpu,
+    remedies,
+    startup,
+    throughput,
+    timing,
+)
 from equivalence_tests.program.command import refused, run_script
 from flax_resnet import environment
 from flax_resnet.config import TrainConfig
@@ -155,7 +163,11 @@ def test_every_stage_for_a_gpu_is_understood(tmp_path, monkeypatch):
     programs = set()
     for program, *flags in gpu.stages("folder:images", tmp_path).values():
         programs.add(program)
-        if program != "-m":
+        if program == "-m":
+            if flags[0] == "equivalence_tests.remedies":
+                monkeypatch.setattr(sys, "argv", flags)
+                assert remedies.make_job(remedies.parse()).dtype == "bfloat16"
+        else:
             script, args = called(Path(program).name, flags, monkeypatch)
             if program == "scripts/benchmark.py":
                 assert script["make_settings"](args).job.device == "gpu"
