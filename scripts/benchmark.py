@@ -27,7 +27,7 @@ from equivalence_tests.timing import VARIANTS, Job
 from flax_resnet import cli, environment, list_models, plots
 from flax_resnet.config import InputError
 from flax_resnet.display import Display
-from flax_resnet.models import STEMS, has_stem_choice
+from flax_resnet.models import STEMS, check_stem, has_stem_choice
 from flax_resnet.recipes import RECIPES
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -105,10 +105,8 @@ def start_from_recipe(parser):
 def check(args):
     cli.check_choice("--arch", args.arch, list_models())
     cli.check_choice("--dtype", args.dtype, DTYPES)
-    if args.stem and not has_stem_choice(args.arch):
-        raise InputError(f"--stem: {args.arch} has its own stem")
+    check_stem(args.arch, args.stem)
     for flag, value, valid in (
-        ("--stem", args.stem, STEMS),
         ("--device", args.device, DEVICES),
         *(("--frameworks", name, VARIANTS) for name in args.frameworks.split(",")),
         *(("--modes", name, MODES) for name in args.modes),
@@ -119,8 +117,7 @@ def check(args):
     for name in ("image_size", "num_classes", "batch_size", "rounds", "epochs", *REPEATS["cpu"]):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')}: at least 1, got {value}")
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise InputError(f"--json: the folder {args.json.absolute().parent} does not exist")
+    cli.check_writable("--json", args.json)
 
 
 def make_settings(args) -> throughput.Settings:

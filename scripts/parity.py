@@ -23,7 +23,7 @@ from equivalence_tests.inputs import case_of_weights, make_case
 from flax_resnet import cli, convert, environment, list_models, serve
 from flax_resnet.config import DataConfig, InputError
 from flax_resnet.display import Display
-from flax_resnet.models import STEMS, has_stem_choice
+from flax_resnet.models import STEMS, check_stem
 from flax_resnet.run_directory import read_config
 from torch_ref import checkpoint
 
@@ -60,8 +60,7 @@ def parse():
             raise InputError(f"--{flag}: only with --{needed}")
     if args.arch:
         cli.check_choice("--arch", args.arch, list_models())
-    if args.stem and args.arch:
-        cli.check_choice("--stem", args.stem, STEMS if has_stem_choice(args.arch) else ())
+        check_stem(args.arch, args.stem)
     return args
 
 

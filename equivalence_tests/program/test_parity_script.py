@@ -129,7 +129,7 @@ def test_weights_of_ones_own_and_their_predictions(tmp_path):
         (["--torch-model", "no_such_module:net"], ["no_such_module"]),
         (["--torch-model", f"{HERE}:no_such_function"], ["no_such_function"]),
         (["--torch-model", f"{HERE}:not_a_network"], ["no nn.Module"]),
-        (["--arch", "resnet20", "--stem", "cifar"], ["--stem"]),
+        (["--arch", "resnet20", "--stem", "cifar"], ["own stem"]),
         (["--checkpoint", "nowhere.pth", "--stem", "cifar"], ["--stem", "--arch"]),
         (["--arch", "resnet20", "--mean", "1"], ["--mean", "--dataset"]),
         (["--arch", "resnet20", "--dataset", "digts"], ["digts", "'digits'"]),

@@ -22,6 +22,14 @@ def has_stem_choice(arch: str) -> bool:
     return arch in CONSTRUCTORS and "stem" not in CONSTRUCTORS[arch].keywords
 
 
+def check_stem(arch: str, stem: str | None):
+    """Raises InputError unless the network can be built with this stem; None is its default."""
+    if stem is not None and not has_stem_choice(arch):
+        raise InputError(f"{arch} has its own stem; stem={stem!r} cannot be chosen")
+    if stem not in (None, *STEMS):
+        raise InputError(f"unknown stem {stem!r}{nearest(stem, STEMS)}")
+
+
 def create_model(
     arch: str,
     num_classes: int = 10,
@@ -53,10 +61,7 @@ def create_model(
     """
     if arch not in list_models():
         raise InputError(f"unknown architecture {arch!r}{nearest(arch, list_models())}")
-    if stem is not None and not has_stem_choice(arch):
-        raise InputError(f"{arch} has its own stem; stem={stem!r} cannot be chosen")
-    if stem not in (None, *STEMS):
-        raise InputError(f"unknown stem {stem!r}{nearest(stem, STEMS)}")
+    check_stem(arch, stem)
     if not 0 <= dropout < 1:
         raise InputError(f"dropout {dropout} is not in [0, 1)")
     options = dict(
