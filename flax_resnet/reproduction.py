@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
 
 JAX_ONLY = {
-    "seed", "dataset", "init_from", "new_head", "freeze_backbone", "log_steps",
+    "seed", "dataset", "init_from", "freeze_backbone", "log_steps",
     "checkpoint_epochs", "skip_nonfinite", "compilation_cache", "num_classes", "on_bad_image",
     "cache", "cache_gib",
 }  # fmt: skip

@@ -61,7 +61,10 @@ def run(args, name: str, seed: int, framework: str):
     run_dir = Path(args.runs) / place
     if not (run_dir / "report.json").exists():
         command = train_command if framework == "jax" else torch_command
-        words = command(args, name, seed, run_dir)
+        words = command(name, run_dir)
+        if source := RECIPES[name].starts_from:
+            start = folder_name(seed, framework, subset(args, source))
+            words += ["--init-from", str(Path(args.runs) / source / start)]
         words += ["--dataset", dataset(args, name), "--seed", str(seed), "--run-dir", str(run_dir)]
         if count := subset(args, name):
             words += ["--train-images", str(count), "--eval-images", str(count)]
@@ -75,15 +78,12 @@ def run(args, name: str, seed: int, framework: str):
         shutil.copyfile(file, kept / file.name)
 
 
-def train_command(args, name: str, seed: int, run_dir: Path) -> list[str]:
-    command = [str(ROOT / "scripts" / "train.py"), "--recipe", name, "--resume"]
-    if source := RECIPES[name].starts_from:
-        start = Path(args.runs) / source / folder_name(seed, "jax", subset(args, source))
-        command += ["--init-from", str(start)]
-    return command
+def train_command(name: str, run_dir: Path) -> list[str]:
+    del run_dir  # a run that is there goes on
+    return [str(ROOT / "scripts" / "train.py"), "--recipe", name, "--resume"]
 
 
-def torch_command(args, name: str, seed: int, run_dir: Path) -> list[str]:
+def torch_command(name: str, run_dir: Path) -> list[str]:
     """The same settings as flags of the twin, which cannot resume: a run cut off starts anew."""
     shutil.rmtree(run_dir, ignore_errors=True)
     return ["-m", "torch_ref.train", *reproduction.twin_flags(RECIPES[name].config)]
@@ -93,17 +93,12 @@ def dataset(args, name: str) -> str:
     return args.cifar10 if RECIPES[name].config.data.dataset == CIFAR10 else args.imagenette
 
 
-def frameworks(args, name: str) -> tuple[str, ...]:
-    """Those that a recipe runs in: torch_ref.train has no flag for weights to start from."""
-    return ("jax", "torch") if args.torch and not RECIPES[name].starts_from else ("jax",)
-
-
 def check_datasets(args, names: list[str]):
     """What the twin cannot read is told before the first run."""
     for name in names:
         place = dataset(args, name)
         readable = place == "digits" or place.startswith("folder:")
-        if "torch" in frameworks(args, name) and not readable:
+        if args.torch and not readable:
             raise InputError(
                 f"--torch: {name} is on {place}, and torch_ref.train reads digits and folders: give"
                 " --cifar10 or --imagenette as folder:DIR"
@@ -115,10 +110,8 @@ def main():
     names = [] if args.table else chosen(args)
     check_datasets(args, names)
     for name in names:
-        if args.torch and "torch" not in frameworks(args, name):
-            print(f"{name}: not in PyTorch, whose twin cannot start from weights", flush=True)
         for seed in args.seeds:
-            for framework in frameworks(args, name):
+            for framework in ("jax", "torch")[: 1 + args.torch]:
                 run(args, name, seed, framework)
     rows = reproduction_page.rebuild(Path(args.results))
     print(reproduction_page.markdown(rows))

@@ -25,6 +25,7 @@ from torch_ref.arguments import Parser, add_flags, chosen
 from torch_ref.data import Data, augmented_transform, load_data, loader
 from torch_ref.early_stopping import EarlyStopping
 from torch_ref.evaluate import evaluate, memory_format, parameter_dtype, to_device
+from torch_ref.fine_tuning import start_from
 from torch_ref.optim import make_ema, make_optimizer, make_schedulers
 from torch_ref.resnet import CIFAR
 from torch_ref.run_directory import environment, keep, log
@@ -178,10 +179,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--zero-init-residual", action=argparse.BooleanOptionalAction, default=False
     )
+    parser.add_argument("--init-from", type=Path, help="weights to start from: a file or a run")
     parser.add_argument("--run-dir", type=Path, help="a new directory (under runs/)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
     parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=False)
-    for function in (load_data, augmented_transform, make_optimizer, make_schedulers, fit):
+    functions = (load_data, augmented_transform, make_optimizer, make_schedulers, fit, start_from)
+    for function in functions:
         add_flags(parser, function)
     return parser.parse_args(argv)
 
@@ -195,6 +198,8 @@ def run(args: argparse.Namespace) -> None:
     run_dir = args.run_dir or Path("runs", f"torch-{args.arch}-{now}")
     if run_dir.exists():
         raise ValueError(f"run directory {run_dir} exists already")
+    if args.new_head and not args.init_from:
+        raise ValueError("new_head is of a fine-tuning: it needs --init-from")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: there is none")
@@ -212,6 +217,8 @@ def run(args: argparse.Namespace) -> None:
     model = create_model(
         args.arch, len(data.class_names), data.num_channels, stem=stem, **model_options
     )
+    if args.init_from:
+        start_from(model, args.init_from, **chosen(args, start_from))
     sizes = ", ".join(f"{name} {len(split)}" for name, split in data.splits.items())
     shape = f"{data.image_size} x {data.image_size} x {data.num_channels}"
     print(f"{args.arch}, stem {stem or 'its own'}, images {shape}: {sizes}; {device}")

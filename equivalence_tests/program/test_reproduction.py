@@ -188,18 +188,21 @@ def test_each_seed_runs_once_in_both_frameworks(tmp_path, called):
     assert {p.name for p in kept.iterdir()} == {"seed3", "seed5", "seed3-torch", "seed5-torch"}
 
 
-def test_the_twin_runs_what_it_can_and_the_table_is_rebuilt(tmp_path, called):
+def test_the_twin_runs_every_recipe_and_the_table_is_rebuilt(tmp_path, called):
     flags = ["--torch", "--runs", tmp_path / "runs", "--results", tmp_path]
     refused(run_script("reproduce.py", *flags, "--cifar10", "folder:a"), "--torch", "--imagenette")
     assert not called
     outcome = run_script(
         "reproduce.py", *flags, "--cifar10", "folder:a", "--imagenette", "folder:b"
     )
-    assert outcome.status == 0 and "transfer: not in PyTorch" in outcome.out
-    ours = [c for c in called if "torch_ref.train" not in c]
-    assert len(ours) == len(RECIPES)
-    assert len(called) - len(ours) == sum(not recipe.starts_from for recipe in RECIPES.values())
-    assert "`transfer` |" in outcome.out
+    assert outcome.status == 0
+    assert sum("torch_ref.train" in command for command in called) == len(RECIPES)
+    assert len(called) == 2 * len(RECIPES) and "`transfer` (torch) |" in outcome.out
+    starts = {c[c.index("--run-dir") + 1]: c[c.index("--init-from") + 1]
+              for c in called if "--init-from" in c}  # fmt: skip
+    runs = tmp_path / "runs"
+    for name in ("seed0", "seed0-torch"):
+        assert starts[str(runs / "transfer" / name)] == str(runs / "transfer-source" / name)
 
 
 def test_without_a_gpu_the_long_recipes_take_few_images(tmp_path, called):

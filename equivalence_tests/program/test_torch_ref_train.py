@@ -22,6 +22,7 @@ from torch_ref import (
     data,
     early_stopping,
     evaluate,
+    fine_tuning,
     optim,
     run_directory,
 )
@@ -58,6 +59,41 @@ def test_a_run_learns_and_writes_what_it_found(tmp_path, capsys):
     again = evaluate.evaluate(model, batches, torch.device("cpu"), torch.float32)
     assert again["accuracy"] == report["splits"]["test"]["accuracy"]
     assert again["loss"] == pytest.approx(report["splits"]["test"]["loss"], rel=1e-5)
+
+
+def weights(run_dir):
+    return checkpoint.load(run_dir / "weights.pth")
+
+
+def test_it_starts_from_the_weights_of_a_run(tmp_path):
+    """A rate that moves nothing shows them; BatchNorm's statistics move all the same."""
+    flags = ["--arch", "resnet20", "--train-images", "128", "--batch-size", "64", "--epochs", "1"]
+    assert torch_train.main([*flags, "--run-dir", str(tmp_path / "source")]) == 0
+    tuning = [*flags, "--lr", "1e-12", "--seed", "1", "--init-from", str(tmp_path / "source")]
+    for name, more in (("same", []), ("head", ["--new-head"]), ("control", ["--lr", "0.1"])):
+        assert torch_train.main([*tuning, *more, "--run-dir", str(tmp_path / name)]) == 0
+    before = {
+        k: v for k, v in weights(tmp_path / "source").items() if k.endswith(("weight", "bias"))
+    }
+    for name, moved in (("same", ()), ("head", ("fc.",)), ("control", ("",))):
+        after = weights(tmp_path / name)
+        for key, value in before.items():
+            same = np.allclose(after[key], value, rtol=0, atol=1e-6)
+            assert same == (not key.startswith(moved or "none")), (name, key)
+
+
+def test_a_head_of_another_size_is_new_and_another_network_is_refused(tmp_path, capsys):
+    torch.manual_seed(0)
+    source, target = create_model("resnet20", 7, 1), create_model("resnet20", 10, 1)
+    checkpoint.save(tmp_path / "seven.pth", checkpoint.to_arrays(source.state_dict()))
+    own = target.fc.weight.clone()
+    fine_tuning.start_from(target, tmp_path / "seven.pth")
+    assert torch.equal(target.fc.weight, own)
+    assert torch.equal(target.conv1.weight, source.conv1.weight)
+    flags = ["--arch", "resnet32", "--init-from", str(tmp_path / "seven.pth")]
+    assert torch_train.main([*flags, "--run-dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "seven.pth" in error and "layer1.3.conv1.weight" in error and error.count("\n") == 1
 
 
 def test_early_stopping_restores_the_best_weights():
@@ -267,6 +303,8 @@ def test_defaults_of_early_stopping_are_those_of_the_flags():
         (["--epoch", "3"], "--epoch"),
         (["--dropout", "1.5"], "1.5"),
         (["--arch", "resnet20", "--stem", "cifar"], "stem"),
+        (["--new-head"], "--init-from"),
+        (["--init-from", "nowhere.pth"], "nowhere.pth"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(flags, word, tmp_path, capsys):
