@@ -36,12 +36,13 @@ def loop_sum(x):
     return x.sum(tuple(range(1, x.ndim - 1)))
 
 
-def differentiated(x, mean, rstd, scale, bias, axis_name):
-    """The statistics once more, so that their gradient is found operation by operation."""
-    del mean, rstd, axis_name
-    first = layers._sums(x)[0] / np.prod(x.shape[:-1])
-    var = layers._sums(jnp.square(x - layers._along(first, x)))[0] / np.prod(x.shape[:-1])
-    return layers._normalize(x, first, lax.rsqrt(var + 1e-5), scale, bias)
+def normalize(x, mean, rstd, scale, bias, axis_name):
+    del axis_name
+    return layers._normalize(x, mean, rstd, scale, bias)
+
+
+def not_stopped(values):
+    return values
 
 
 def two_pass(norm: BatchNorm, x):
@@ -78,19 +79,20 @@ STATISTICS = {
 """Instead of the corrected two-pass algorithm: (module, `[B, ..., C]`) -> mean, var, count."""
 
 LIBRARY = {
-    "library-convolution": (cpu_convolution, "conv_general_dilated", lax.conv_general_dilated),
-    "library-options": (timed_jax, "COMPILER_OPTIONS", {}),
-    "library-max-pool": (resnet, "max_pool", window_max_pool),
-    "library-sums": (layers, "sum_of_pixels", loop_sum),
-    "library-relu": (resnet, "relu", nnx.relu),
-    "differentiated": (layers, "_standardize", differentiated),
+    "library-convolution": [(cpu_convolution, "conv_general_dilated", lax.conv_general_dilated)],
+    "library-options": [(timed_jax, "COMPILER_OPTIONS", {})],
+    "library-max-pool": [(resnet, "max_pool", window_max_pool)],
+    "library-sums": [(layers, "sum_of_pixels", loop_sum)],
+    "library-relu": [(resnet, "relu", nnx.relu)],
+    "differentiated": [(layers, "_standardize", normalize), (lax, "stop_gradient", not_stopped)],
 }
-"""What JAX and Flax bring along, or leave to be derived: (where, name, the other way)."""
+"""What JAX and Flax bring along, and BatchNorm's statistics with a gradient found operation by
+operation: (where, name, the other way)."""
 
 WAYS = (
     {"as-is": []}
-    | {name: [patch] for name, patch in LIBRARY.items()}
-    | {"library": list(LIBRARY.values())}
+    | LIBRARY
+    | {"library": sum(LIBRARY.values(), [])}
     | {name: [(BatchNorm, "_batch_statistics", way)] for name, way in STATISTICS.items()}
 )
 

@@ -64,7 +64,7 @@ def test_what_is_not_known_is_said(monkeypatch, capsys):
 
 
 def test_afterwards_all_is_as_it_was():
-    names = [(place, name, getattr(place, name)) for place, name, _ in remedies.LIBRARY.values()]
+    names = [(place, name, getattr(place, name)) for place, name, _ in remedies.WAYS["library"]]
     with remedies.computed("library"):
         assert all(getattr(place, name) is not before for place, name, before in names)
         assert timed_jax.COMPILER_OPTIONS == {}
