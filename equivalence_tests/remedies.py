@@ -3,14 +3,16 @@
     python -m equivalence_tests.remedies --arch resnet18 --stem imagenet --image-size 32
     python -m equivalence_tests.remedies --list
 
-All ways take turns in one process. Of BatchNorm's statistics it also says how many digits each way
-loses where the mean of a channel is large.
+All ways take turns in one process. Memory is kept between steps, as `scripts/train.py` does, where
+GLIBC_TUNABLES says so (`fresh_process.KEPT_MEMORY`). Of the statistics it also says how many
+digits each way loses where the mean of a channel is large.
 """
 
 import argparse
 import contextlib
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -238,6 +240,7 @@ def main():
         print(f"{way}: {row['milliseconds']:.1f} ms, {row['times_as_long']:.3f} times as long")
     if args.json:
         measured = {"command": cli.command_line(), "environment": environment.describe(1)}
+        measured["glibc_tunables"] = os.environ.get("GLIBC_TUNABLES")
         measured |= {"rows": rows, "relative_error_of_variance": lost}
         args.json.write_text(json.dumps(measured, indent=1) + "\n")
 
