@@ -1,16 +1,19 @@
 """Convolution lowerings for XLA's CPU backend, where its own path collapses: on small maps, and in
 loops.
 
-Small maps. Measured on 2 cores with jaxlib 0.10.2, batch 64, forward + both gradients, in ms:
+Small maps. Two cores of an AMD EPYC, jaxlib 0.10.2, batch 64, forward + both gradients, medians of
+9 calls in turns, in ms; the last three rows are left to XLA:
 
-| convolution                            | XLA   | here |
-|----------------------------------------|-------|------|
-| 3x3, 256 -> 256 channels, 2x2 map      | 114   | 7.6  |
-| 3x3, 512 -> 512 channels, 1x1 map      | 49    | 11   |
-| 3x3 stride 2, 128 -> 256, 4x4 -> 2x2   | 38    | 3.4  |
-| 3x3, 128 -> 128 channels, 4x4 map      | 22    | 7.6  |
-| 1x1 stride 2, 64 -> 128, 32x32         | 28    | 16   |
-| 3x3, 64 -> 64 channels, 8x8 map        | 13    | 17.5 |
+| convolution                            | XLA   | as a product |
+|----------------------------------------|-------|--------------|
+| 3x3, 512 -> 512 channels, 1x1 map      | 46    | 2.0          |
+| 3x3, 256 -> 256 channels, 2x2 map      | 89    | 6.7          |
+| 3x3 stride 2, 128 -> 256, 4x4 -> 2x2   | 19    | 3.3          |
+| 3x3 stride 2, 256 -> 512, 4x4 -> 2x2   | 142   | 12.5         |
+| 1x1 stride 2, 64 -> 128, 32x32         | 14.4  | 14.3         |
+| 3x3, 256 -> 256 channels, 3x3 map      | 11.2  | 12.7         |
+| 3x3, 512 -> 512 channels, 4x4 map      | 76    | 85           |
+| 3x3, 64 -> 64 channels, 8x8 map        | 5.7   | 8.3          |
 
 Loops. A weight gradient in the body of a `lax.scan`, one core, batch 16, milliseconds:
 
@@ -33,11 +36,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-LARGEST_OUTPUT = 4
-"""Pixels a side of the output up to which a matrix product wins (last rows of the table)."""
+LARGEST_OUTPUT = 2
+"""Pixels a side of the output up to which a matrix product wins."""
 
 COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
-"""Per-jit options for the CPU: the default sends convolutions to YNNPACK, 1.3 to 4 times slower."""
+"""Per-jit options for the CPU: the default sends convolutions to YNNPACK. On an Intel Xeon with AMX
+that is 1.3 to 4 times slower, on an AMD EPYC equal within the noise
+(`results/remedies-cpu-*.json`, library-options)."""
 
 
 def conv_general_dilated(
