@@ -113,3 +113,17 @@ def test_the_table_of_speeds_is_the_benchmark(words, file):
             assert number == "not run"
         else:
             assert float(number) == round(value, len(number.partition(".")[2]))
+
+
+def test_the_table_of_remedies_is_what_was_measured():
+    text = (ROOT / "results" / "README.md").read_text()
+    table = text[text.index("| way | what is other |") :].split("\n\n")[0].splitlines()[2:]
+    quoted = {line.split("|")[1].strip(" `"): line.split("|")[3:-1] for line in table}
+    stems = [
+        results.read(f"remedies-cpu-resnet18-{s}-stem-32")["rows"] for s in ("imagenet", "cifar")
+    ]
+    assert quoted.keys() == stems[0].keys() == stems[1].keys()
+    for way, cells in quoted.items():
+        rows = [rows[way] for rows in stems]
+        expected = [(f"{r['milliseconds']:,.0f}", f"{r['times_as_long']:.2f}") for r in rows]
+        assert [cell.strip() for cell in cells] == [cell for pair in expected for cell in pair], way
