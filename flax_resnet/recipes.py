@@ -319,6 +319,8 @@ RECIPES = {
         starts_from="transfer-source",
         method="the same, 12 epochs: as long as cifar10-resnet18-64px",
         published={"validation_accuracy": 0.834},
+        reached={"validation_accuracy": 0.8344},
+        minutes=132,
         source="the same",
     ),
     "transfer-scratch": Recipe(
@@ -383,7 +385,7 @@ COMPARISONS = {
     ),
     "Regularised and not, at 224 pixels": ("resnet18-224-plain", "resnet18-224"),
     "Fine-tuned from Imagenette and from scratch": ("transfer-scratch", "transfer"),
-    "The same for 12 epochs": ("cifar10-resnet18-64px", "transfer-12-epochs"),
+    "Fine-tuned and from scratch, 12 epochs": ("cifar10-resnet18-64px", "transfer-12-epochs"),
     "A plain CNN and a ResNet on the same images": (
         "imagenette-cnn-plain", "imagenette-cnn", "imagenette-resnet18",
     ),
