@@ -84,15 +84,17 @@ def _resnet18_32(**optimizer) -> dict:
     )
 
 
-def _enlarged(epochs, lr, pixels=64, validation_fraction=0.1) -> TrainConfig:
+def _enlarged(epochs, lr, pixels=64, validation_fraction=0.1, **groups) -> TrainConfig:
     """The same network on CIFAR-10 enlarged, from scratch or fine-tuned."""
+    early_stopping = BEST_ACCURACY | groups.pop("early_stopping", {})
     return _config(
         epochs=epochs,
         model=dict(arch="resnet18", stem="imagenet"),
         data=dict(dataset=CIFAR10, image_size=pixels, validation_fraction=validation_fraction),
         augment=dict(horizontal_flip=0.5, random_crop=pixels // 8),
         optimizer=dict(lr=lr),
-        early_stopping=BEST_ACCURACY,
+        early_stopping=early_stopping,
+        **groups,
     )
 
 
@@ -188,9 +190,23 @@ RECIPES = {
         minutes=120,
         source="the same, by epoch 12",
     ),
-    "cifar10-resnet18-80px": Recipe(
-        config=_enlarged(12, lr=0.1, pixels=80, validation_fraction=0.04),
-        method="the same at 80 px, and 48,000 images to train on instead of 45,000",
+    "cifar10-resnet18-48px-start": Recipe(
+        config=_enlarged(
+            6,
+            lr=0.1,
+            pixels=48,
+            validation_fraction=0.04,
+            schedule=dict(schedule="constant", warmup_epochs=1),
+            early_stopping=dict(restore_best=False),
+        ),
+        method="the first 6 epochs at 48 px, 48,000 images: what the next one starts from",
+    ),
+    "cifar10-resnet18-48-to-80px": Recipe(
+        config=_enlarged(
+            5, lr=0.1, pixels=80, validation_fraction=0.04, schedule=dict(schedule="cosine")
+        ),
+        starts_from="cifar10-resnet18-48px-start",
+        method="5 more at 80 px: the pixels that cost most are paid for last",
         published={"test_accuracy": 0.85},
         source="the same, by epoch 12",
     ),
