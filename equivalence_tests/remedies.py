@@ -152,7 +152,7 @@ def measure(programs: dict[str, Step], job: timing.Job) -> dict[str, list[float]
         for way in order.permutation(list(programs)).tolist():
             step = programs[way]
             program = timing.Program(step.run, lambda s=step: jax.block_until_ready(s.state), list)
-            seconds[way].append(timing._repeat(program, job.steps))
+            seconds[way].append(timing.repeat(program, job.steps))
     return seconds
 
 

@@ -196,14 +196,14 @@ def run(side: Side, job: Job) -> dict:
             program.step()
             outcome["values"] += program.values()
         outcome["values"] = outcome["values"][:CHECKED_STEPS]
-    _repeat(program, job.warmup)
-    outcome["seconds_per_step"] = [_repeat(program, job.steps) for _ in range(job.blocks)]
+    repeat(program, job.warmup)
+    outcome["seconds_per_step"] = [repeat(program, job.steps) for _ in range(job.blocks)]
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     outcome["peak_memory_bytes"] = side.peak_memory(job) if job.device == "gpu" else resident
     return outcome
 
 
-def _repeat(program: Program, steps: int) -> float:
+def repeat(program: Program, steps: int) -> float:
     """Seconds a step of a block with one wait at its end."""
     dispatches = -(-steps // program.steps_per_dispatch)
     started = time.perf_counter()

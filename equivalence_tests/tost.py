@@ -12,14 +12,10 @@ import numpy as np
 from scipy import stats
 
 from equivalence_tests import results, trajectory
+from flax_resnet.reproduction import LEVEL, MARGIN
 
 SEEDS = range(100, 120)
 """Fixed before the first run. Five would have a power of 0.3."""
-
-MARGIN = 0.005
-"""Largest difference of the mean accuracies that counts as none."""
-
-LEVEL = 0.05
 
 
 def accuracies(seed: int) -> tuple[float, float]:

@@ -23,6 +23,9 @@ KEPT = ("config.json", "report.json", "metrics.csv", "timings.csv", "per_class.c
 MARGIN = 0.005
 """Largest difference of two mean accuracies that counts as none."""
 
+LEVEL = 0.05
+"""Of the tests whether it is smaller."""
+
 
 class Run(NamedTuple):
     """A finished run."""
@@ -227,11 +230,11 @@ def equivalence(ours: Sequence[float], theirs: Sequence[float]) -> dict:
     """Two one-sided tests (Schuirmann 1987) by Welch's t of |difference of means| < `MARGIN`."""
     low = stats.ttest_ind(ours, np.subtract(theirs, MARGIN), equal_var=False, alternative="greater")
     high = stats.ttest_ind(ours, np.add(theirs, MARGIN), equal_var=False, alternative="less")
-    interval = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.9)
+    interval = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(1 - 2 * LEVEL)
     p_value = float(max(low.pvalue, high.pvalue))
     return {
         "difference": float(np.mean(ours) - np.mean(theirs)),
         "interval_90": [float(bound) for bound in interval],
         "p_value": p_value,
-        "equivalent": p_value < 0.05,
+        "equivalent": p_value < LEVEL,
     }

@@ -8,6 +8,7 @@ When a control fails, XLA has learned to do without, and so can we.
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
@@ -62,8 +63,10 @@ def product(images, kernel, stride, padding):
     [
         (1, 3, 1, 1),
         (2, 3, 1, 1),
+        (3, 3, 2, 1),
         (4, 3, 2, 1),
         (4, 3, 1, 1),
+        (4, 7, 2, 3),
         (8, 1, 2, 0),
         (9, 1, 3, 0),
         (5, 5, 2, 2),
@@ -84,10 +87,16 @@ def test_a_matrix_product_is_the_convolution(x64, size, kernel, stride, padding)
 @pytest.mark.parametrize(
     "size,kernel,stride,groups,multiplied",
     [
+        (1, 3, 1, 1, True),
         (2, 3, 1, 1, True),
+        (3, 3, 2, 1, True),
         (4, 3, 2, 1, True),
+        (4, 7, 2, 1, True),
+        (3, 3, 1, 1, False),
         (4, 3, 1, 1, False),
+        (8, 3, 2, 1, False),
         (8, 1, 2, 1, True),  # a shortcut
+        (9, 1, 2, 1, True),
         (8, 1, 1, 1, False),
         (2, 3, 1, 2, False),  # groups are left to XLA
     ],
@@ -97,15 +106,16 @@ def test_small_maps_are_multiplied_and_others_convolved(size, kernel, stride, gr
     weights = np.ones((kernel, kernel, 4 // groups, 6), np.float32)
     padding = ((kernel // 2,) * 2,) * 2
 
-    def call(images, weights):
-        return cpu_convolution.conv_general_dilated(
+    def value(images, weights):
+        result = cpu_convolution.conv_general_dilated(
             images, weights, (stride,) * 2, padding, feature_group_count=groups,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )  # fmt: skip
+        return jnp.sin(result).sum()
 
-    program = str(jax.make_jaxpr(call)(images, weights))
-    assert ("dot_general" in program) == multiplied
-    assert ("conv_general_dilated" in program) != multiplied
+    with_gradients = jax.jit(jax.value_and_grad(value, (0, 1)))
+    program = with_gradients.lower(images, weights).compile().as_text()
+    assert ("convolution(" in program) != multiplied
 
 
 def ynn_fusions(options) -> int:

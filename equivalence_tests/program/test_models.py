@@ -12,7 +12,7 @@ from flax import nnx
 
 import flax_resnet
 from flax_resnet.config import InputError
-from flax_resnet.models import cpu_convolution, has_stem_choice, layers, summary
+from flax_resnet.models import has_stem_choice, layers, summary
 
 TORCHVISION = [name for name in flax_resnet.list_models() if has_stem_choice(name)]
 HE = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7}
@@ -135,51 +135,3 @@ def test_dropout_belongs_to_the_example():
     assert (whole == halves).all()
     assert set(np.unique(whole)) == {0.0, 2.0}
     assert len({row.tobytes() for row in np.asarray(whole)}) == 6
-
-
-CONVOLUTIONS = [  # size of the map, kernel, stride, whether a product serves it
-    (1, 3, 1, True),
-    (2, 3, 1, True),
-    (3, 3, 2, True),
-    (4, 3, 2, True),
-    (4, 7, 2, True),
-    (3, 3, 1, False),
-    (8, 3, 2, False),
-    (9, 1, 2, True),
-    (9, 3, 1, False),
-    (9, 1, 1, False),
-]
-
-
-def _both_convolutions(size, kernel, stride):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(3, size, size + 0, 5)))
-    w = jnp.asarray(rng.normal(size=(kernel, kernel, 5, 4)))
-    padding = [(kernel // 2, kernel // 2)] * 2
-    options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    def value_and_gradients(conv):
-        def loss(x, w):
-            return jnp.sin(conv(x, w, (stride, stride), padding, **options)).sum()
-
-        return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x, w).compile(), (x, w)
-
-    return (
-        value_and_gradients(cpu_convolution.conv_general_dilated),
-        value_and_gradients(jax.lax.conv_general_dilated),
-    )
-
-
-@pytest.mark.parametrize("size,kernel,stride,product", CONVOLUTIONS)
-def test_the_product_is_the_convolution(size, kernel, stride, product, x64):
-    (ours, args), (lax_conv, _) = _both_convolutions(size, kernel, stride)
-    for got, expected in zip(
-        jax.tree.leaves(ours(*args)), jax.tree.leaves(lax_conv(*args)), strict=True
-    ):
-        assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
-
-
-@pytest.mark.parametrize("size,kernel,stride,product", CONVOLUTIONS)
-def test_small_maps_compile_without_a_convolution(size, kernel, stride, product):
-    ours, _ = _both_convolutions(size, kernel, stride)[0]
-    assert ("convolution(" not in ours.as_text()) == product
