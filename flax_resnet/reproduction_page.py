@@ -10,6 +10,7 @@ from string import Template
 from flax_resnet import plots
 from flax_resnet.recipes import RECIPES
 from flax_resnet.reproduction import (
+    LEVEL,
     MARGIN,
     Run,
     comparisons,
@@ -92,7 +93,7 @@ def reached(spread: dict) -> str:
 PAIRS_METHOD = f"""\
 Mean over the same seeds, which are two independent samples: weights, batches and augmentation are
 drawn by each framework. Equivalent is a difference of the means below {100 * MARGIN:.1f} points by
-two one-sided Welch tests at 5%; minutes are the median of a run."""
+two one-sided Welch tests at {100 * LEVEL:.0f}%; minutes are the median of a run."""
 
 
 def pairs_markdown(rows: list[dict]) -> str:
