@@ -200,6 +200,8 @@ RECIPES = {
             early_stopping=dict(restore_best=False),
         ),
         method="the first 6 epochs at 48 px, 48,000 images: what the next one starts from",
+        reached={"test_accuracy": 0.7213},
+        minutes=39,
     ),
     "cifar10-resnet18-48-to-80px": Recipe(
         config=_enlarged(
@@ -343,6 +345,8 @@ RECIPES = {
         config=_enlarged(5, lr=0.05),
         method="5 epochs from random weights",
         published={"validation_accuracy": 0.786},
+        reached={"validation_accuracy": 0.7904},
+        minutes=59,
         source="the same",
     ),
     "cifar10-resnet50-224": Recipe(
