@@ -20,6 +20,7 @@ def quotes() -> Iterator[str]:
     yield from start(results.read("startup-cpu")["seconds_to_first_step"])
     yield from from_files(results.read("benchmark-cpu-end-to-end")["rows"])
     yield from to_accuracy(results.read("benchmark-cpu-time-to-accuracy")["rows"])
+    yield from fine_tuning(results.read("recipes")["rows"])
 
 
 def localiser(trials) -> Iterator[str]:
@@ -64,6 +65,16 @@ def to_accuracy(rows) -> Iterator[str]:
     (cold, warm), torch = (row["seconds_to_accuracy"] for row in rows)
     yield f"takes {cold:.1f} s with nothing compiled before and {warm:.1f} s with all of it"
     yield f"against {np.median(torch):.1f} s"
+
+
+def fine_tuning(rows) -> Iterator[str]:
+    reached = {
+        row["recipe"]: f"{row['figures']['validation_accuracy']['mean']:.3f}"
+        for row in rows
+        if row["framework"] == "jax" and not row["subset"]
+    }
+    yield f"{reached['transfer']} against {reached['transfer-scratch']} from scratch after 5 epochs"
+    yield f"{reached['transfer-12-epochs']} against {reached['cifar10-resnet18-64px']} after 12"
 
 
 def digits(rows) -> Iterator[str]:
