@@ -278,6 +278,8 @@ RECIPES = {
         ),
         method="the source's own settings: without flip and schedule",
         published={"test_accuracy": 0.6308},
+        reached={"test_accuracy": 0.6074},
+        minutes=11,
         source="the same",
     ),
     "imagenette-resnet18": Recipe(
