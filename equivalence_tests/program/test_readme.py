@@ -7,8 +7,10 @@ import pytest
 
 from equivalence_tests import criteria, results
 from equivalence_tests.program.command import ROOT
+from flax_resnet.run_directory import read_rows
 
 README = (ROOT / "README.md").read_text()
+RECIPES = ROOT / "results" / "recipes"
 
 
 def quotes() -> Iterator[str]:
@@ -21,6 +23,7 @@ def quotes() -> Iterator[str]:
     yield from from_files(results.read("benchmark-cpu-end-to-end")["rows"])
     yield from to_accuracy(results.read("benchmark-cpu-time-to-accuracy")["rows"])
     yield from fine_tuning(results.read("recipes")["rows"])
+    yield from one_seed(RECIPES / "imagenette-resnet18")
 
 
 def localiser(trials) -> Iterator[str]:
@@ -75,6 +78,17 @@ def fine_tuning(rows) -> Iterator[str]:
     }
     yield f"{reached['transfer']} against {reached['transfer-scratch']} from scratch after 5 epochs"
     yield f"{reached['transfer-12-epochs']} against {reached['cifar10-resnet18-64px']} after 12"
+
+
+def one_seed(folder) -> Iterator[str]:
+    both = [read_rows(folder / name / "metrics.csv") for name in ("seed0", "seed0-torch")]
+    losses, accuracies = (
+        np.array([[row[name] for row in rows] for rows in both])
+        for name in ("train_loss", "validation_accuracy")
+    )
+    yield f"within {np.abs(np.subtract(*losses)).max():.2f} of each other"
+    falls = -100 * np.diff(accuracies).min(axis=1)
+    yield f"falls by up to {falls[0]:.1f} and {falls[1]:.1f} points"
 
 
 def digits(rows) -> Iterator[str]:
