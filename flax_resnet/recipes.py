@@ -210,6 +210,8 @@ RECIPES = {
         starts_from="cifar10-resnet18-48px-start",
         method="5 more at 80 px: the pixels that cost most are paid for last",
         published={"test_accuracy": 0.85},
+        reached={"test_accuracy": 0.856},
+        minutes=78,
         source="the same, by epoch 12",
     ),
     "resnet18-regularized": Recipe(

@@ -23,6 +23,7 @@ def quotes() -> Iterator[str]:
     yield from from_files(results.read("benchmark-cpu-end-to-end")["rows"])
     yield from to_accuracy(results.read("benchmark-cpu-time-to-accuracy")["rows"])
     yield from fine_tuning(results.read("recipes")["rows"])
+    yield from fewer_pixels_first(results.read("recipes")["rows"])
     yield from one_seed(RECIPES / "imagenette-resnet18")
 
 
@@ -78,6 +79,16 @@ def fine_tuning(rows) -> Iterator[str]:
     }
     yield f"{reached['transfer']} against {reached['transfer-scratch']} from scratch after 5 epochs"
     yield f"{reached['transfer-12-epochs']} against {reached['cifar10-resnet18-64px']} after 12"
+
+
+def fewer_pixels_first(rows) -> Iterator[str]:
+    found = {row["recipe"].removeprefix("cifar10-resnet18-"): row for row in rows}
+    accuracy = {
+        name: f"{row['figures']['test_accuracy']['mean']:.4f}" for name, row in found.items()
+    }
+    minutes = found["48px-start"]["minutes"] + found["48-to-80px"]["minutes"]
+    yield f"test at {accuracy['48-to-80px']} after {minutes:.0f} minutes"
+    yield f"at {accuracy['64px']} after {found['64px']['minutes']:.0f};"
 
 
 def one_seed(folder) -> Iterator[str]:
