@@ -86,15 +86,13 @@ def _resnet18_32(**optimizer) -> dict:
 
 def _enlarged(epochs, lr, pixels=64, validation_fraction=0.1, **groups) -> TrainConfig:
     """The same network on CIFAR-10 enlarged, from scratch or fine-tuned."""
-    early_stopping = BEST_ACCURACY | groups.pop("early_stopping", {})
     return _config(
         epochs=epochs,
         model=dict(arch="resnet18", stem="imagenet"),
         data=dict(dataset=CIFAR10, image_size=pixels, validation_fraction=validation_fraction),
         augment=dict(horizontal_flip=0.5, random_crop=pixels // 8),
         optimizer=dict(lr=lr),
-        early_stopping=early_stopping,
-        **groups,
+        **{"early_stopping": BEST_ACCURACY} | groups,
     )
 
 
@@ -197,7 +195,7 @@ RECIPES = {
             pixels=48,
             validation_fraction=0.04,
             schedule=dict(schedule="constant", warmup_epochs=1),
-            early_stopping=dict(restore_best=False),
+            early_stopping=BEST_ACCURACY | dict(restore_best=False),
         ),
         method="the first 6 epochs at 48 px, 48,000 images: what the next one starts from",
         reached={"test_accuracy": 0.7213},

@@ -22,8 +22,10 @@ def quotes() -> Iterator[str]:
     yield from start(results.read("startup-cpu")["seconds_to_first_step"])
     yield from from_files(results.read("benchmark-cpu-end-to-end")["rows"])
     yield from to_accuracy(results.read("benchmark-cpu-time-to-accuracy")["rows"])
-    yield from fine_tuning(results.read("recipes")["rows"])
-    yield from fewer_pixels_first(results.read("recipes")["rows"])
+    whole = [row for row in results.read("recipes")["rows"] if not row["subset"]]
+    in_jax = {row["recipe"]: row for row in whole if row["framework"] == "jax"}
+    yield from fine_tuning(in_jax)
+    yield from fewer_pixels_first(in_jax)
     yield from one_seed(RECIPES / "imagenette-resnet18")
 
 
@@ -73,16 +75,14 @@ def to_accuracy(rows) -> Iterator[str]:
 
 def fine_tuning(rows) -> Iterator[str]:
     reached = {
-        row["recipe"]: f"{row['figures']['validation_accuracy']['mean']:.3f}"
-        for row in rows
-        if row["framework"] == "jax" and not row["subset"]
+        name: f"{row['figures']['validation_accuracy']['mean']:.3f}" for name, row in rows.items()
     }
     yield f"{reached['transfer']} against {reached['transfer-scratch']} from scratch after 5 epochs"
     yield f"{reached['transfer-12-epochs']} against {reached['cifar10-resnet18-64px']} after 12"
 
 
 def fewer_pixels_first(rows) -> Iterator[str]:
-    found = {row["recipe"].removeprefix("cifar10-resnet18-"): row for row in rows}
+    found = {name.removeprefix("cifar10-resnet18-"): row for name, row in rows.items()}
     accuracy = {
         name: f"{row['figures']['test_accuracy']['mean']:.4f}" for name, row in found.items()
     }
