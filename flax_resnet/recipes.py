@@ -147,14 +147,14 @@ def _he(arch) -> TrainConfig:
     )
 
 
-def _one_cycle_resnet20(epochs) -> TrainConfig:
+def _short_resnet20(epochs, lr, pixels=32, **groups) -> TrainConfig:
     return _config(
         epochs=epochs,
         model=dict(arch="resnet20"),
-        data=dict(dataset=CIFAR10, validation_fraction=0.04),
-        augment=FLIP_AND_CROP,
-        optimizer=dict(lr=0.2, label_smoothing=0.0),
-        early_stopping=BEST_ACCURACY,
+        data=dict(dataset=CIFAR10, image_size=pixels, validation_fraction=0.04),
+        augment=dict(horizontal_flip=0.5, random_crop=pixels // 8),
+        optimizer=dict(lr=lr, label_smoothing=0.0),
+        **{"early_stopping": BEST_ACCURACY} | groups,
     )
 
 
@@ -371,16 +371,27 @@ RECIPES = {
     "cifar10-resnet56": _he_recipe(56, 6.97),
     "cifar10-resnet110": _he_recipe(110, 6.43),
     "cifar10-resnet20-short": Recipe(
-        config=_one_cycle_resnet20(30),
+        config=_short_resnet20(30, lr=0.2),
         method="one-cycle up to 0.2, a sixth of the epochs: for two CPU cores",
         published={"test_accuracy": 0.9125},
         reached={"test_accuracy": 0.8689},
         minutes=150,
         source="He et al. 2015, table 6",
     ),
-    "cifar10-resnet20-45-epochs": Recipe(
-        config=_one_cycle_resnet20(45),
-        method="the same for 45 epochs",
+    "cifar10-resnet20-24px-start": Recipe(
+        config=_short_resnet20(
+            18,
+            lr=0.1,
+            pixels=24,
+            schedule=dict(schedule="constant", warmup_epochs=1),
+            early_stopping=BEST_ACCURACY | dict(restore_best=False),
+        ),
+        method="the first 18 epochs at 24 px: what the next one starts from",
+    ),
+    "cifar10-resnet20-24-to-32px": Recipe(
+        config=_short_resnet20(18, lr=0.1, schedule=dict(schedule="cosine")),
+        starts_from="cifar10-resnet20-24px-start",
+        method="18 more at 32 px",
         published={"test_accuracy": 0.9125},
         source="He et al. 2015, table 6",
     ),
