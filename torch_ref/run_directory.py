@@ -35,10 +35,20 @@ def environment(device: torch.device) -> dict:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "num_threads": torch.get_num_threads(),
         "revision": revision(),
     }
+
+
+def processor() -> str:
+    """The name of the processor, as the JAX side's reports call it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "cpu"
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "cpu"
 
 
 def revision() -> str | None:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import platform
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from flax_resnet import config
+from flax_resnet import config, environment
 from flax_resnet.data import sources
 from flax_resnet.data.image_files import SUFFIXES
 from torch_ref import (
@@ -160,6 +161,11 @@ def test_every_option_runs(options):
 def test_a_machine_without_git_knows_no_revision(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert run_directory.environment(torch.device("cpu"))["revision"] is None
+
+
+def test_both_frameworks_name_the_processor_alike():
+    named = run_directory.environment(torch.device("cpu"))["device"]
+    assert named == environment.describe(1)["device"] != platform.machine()
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
