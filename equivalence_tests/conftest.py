@@ -42,6 +42,13 @@ def pytest_configure(config):
         config.pluginmanager.register(results.Recorder(name))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_are_dropped():
+    """JAX keeps every program it has compiled: 13 GB by the end of the suite."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Float64 in JAX for one test, asserted to be on."""
