@@ -167,3 +167,11 @@ def make_schedulers(
 def make_ema(model: nn.Module, decay: float) -> AveragedModel:
     """Moving average of the weights; its BatchNorm statistics are those of the last update."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+@torch.no_grad()
+def take_statistics(ema: AveragedModel, model: nn.Module) -> None:
+    """Give the average BatchNorm's newest statistics: batches that only accumulate gradients
+    change them without an update."""
+    for averaged, newest in zip(ema.module.buffers(), model.buffers(), strict=True):
+        averaged.copy_(newest)

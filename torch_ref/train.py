@@ -26,7 +26,7 @@ from torch_ref.data import Data, augmented_transform, load_data, loader
 from torch_ref.early_stopping import EarlyStopping
 from torch_ref.evaluate import evaluate, memory_format, parameter_dtype, to_device
 from torch_ref.fine_tuning import start_from
-from torch_ref.optim import make_ema, make_optimizer, make_schedulers
+from torch_ref.optim import make_ema, make_optimizer, make_schedulers, take_statistics
 from torch_ref.resnet import CIFAR
 from torch_ref.run_directory import environment, keep, log
 from torch_ref.steps import train_step
@@ -61,6 +61,8 @@ def train_epoch(
             scheduler.step()
             if ema:
                 ema.update_parameters(model)
+    if ema:
+        take_statistics(ema, model)
     losses = torch.stack(losses).cpu()  # the only wait for the device
     if not losses.isfinite().all():
         step = first_step + losses.isfinite().logical_not().nonzero()[0].item()
