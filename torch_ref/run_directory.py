@@ -52,8 +52,8 @@ def processor() -> str:
 
 
 def revision() -> str | None:
-    """The commit of the code; None outside git or without it."""
-    git = ["git", "rev-parse", "HEAD"]
+    """The commit of the code, with "+" where it was changed since; None outside git or without."""
+    git = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
         found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:

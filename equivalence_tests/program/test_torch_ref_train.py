@@ -163,6 +163,21 @@ def test_a_machine_without_git_knows_no_revision(monkeypatch):
     assert run_directory.environment(torch.device("cpu"))["revision"] is None
 
 
+def test_both_frameworks_name_the_revision_alike(tmp_path, monkeypatch):
+    """With a "+" where the tree was changed since."""
+    for module in (run_directory, environment):
+        monkeypatch.setattr(module, "__file__", str(tmp_path / "module.py"))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@here"]
+    (tmp_path / "module.py").write_text("one")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"], ["tag", "v1"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "notes.txt").write_text("untracked")
+    clean = environment.revision()
+    assert run_directory.revision() == clean and len(clean) == 12
+    (tmp_path / "module.py").write_text("two")
+    assert run_directory.revision() == environment.revision() == f"{clean}+"
+
+
 def test_both_frameworks_name_the_processor_alike():
     named = run_directory.environment(torch.device("cpu"))["device"]
     assert named == environment.describe(1)["device"] != platform.machine()
