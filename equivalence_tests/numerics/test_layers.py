@@ -170,3 +170,13 @@ def test_the_loss_is_wide_in_mixed_precision():
     got = losses.cross_entropy(logits, targets)
     assert got.dtype == "float32" and expected.dtype == torch.float32
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_targets_of_mixup_are_wide_in_mixed_precision():
+    logits, targets = [[1.0, 2.0, 3.0]], np.float32([[0.1, 0.2, 0.7]])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch_ref.losses.cross_entropy(
+            torch.tensor(logits).bfloat16(), torch.from_numpy(targets)
+        )
+    got = losses.cross_entropy(jnp.asarray(logits, jnp.bfloat16), targets)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
