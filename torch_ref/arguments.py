@@ -1,9 +1,39 @@
 """Command-line flags made from the keyword-only arguments of functions: each default once."""
 
 import argparse
+import dataclasses
 import inspect
+import math
 import typing
 from collections.abc import Callable
+from typing import Annotated
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """From `low` to `high`, all finite, without the numbers in `without`."""
+
+    low: float
+    high: float = math.inf
+    without: tuple[float, ...] = ()
+
+    def __contains__(self, value: float) -> bool:
+        inside = self.low <= value <= self.high
+        return inside and math.isfinite(value) and value not in self.without
+
+    def __str__(self) -> str:
+        left = "(" if self.low in self.without else "["
+        right = ")" if self.high in (math.inf, *self.without) else "]"
+        return f"{left}{self.low}, {self.high}{right}"
+
+
+Fraction = Annotated[float, Limits(0, 1, without=(1,))]
+Probability = Annotated[float, Limits(0, 1)]
+Factor = Annotated[float, Limits(0, 1, without=(0,))]
+NonNegative = Annotated[float, Limits(0)]
+Positive = Annotated[float, Limits(0, without=(0,))]
+Count = Annotated[int, Limits(0)]
+PositiveCount = Annotated[int, Limits(1)]
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_flags(parser: argparse.ArgumentParser, function: Callable) -> None:
     group = parser.add_argument_group(function.__name__)
-    hints = typing.get_type_hints(function)
+    hints = typing.get_type_hints(function, include_extras=True)
     for name, default in keywords(function).items():
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, default=default, help="(%(default)s)", **reader(hints[name]))
@@ -39,6 +69,20 @@ def reader(hint) -> dict:
     if typing.get_origin(hint) is typing.Literal:
         return {"choices": typing.get_args(hint)}
     if typing.get_origin(hint) is tuple:
-        return {"type": typing.get_args(hint)[0], "nargs": "+"}
+        return {**reader(typing.get_args(hint)[0]), "nargs": "+"}
+    if typing.get_origin(hint) is Annotated:
+        return {"type": number(*typing.get_args(hint))}
     members = [member for member in typing.get_args(hint) if member is not type(None)]
     return reader(members[0]) if members else {"type": hint}
+
+
+def number(kind: type, limits: Limits) -> Callable[[str], float]:
+    """A function that reads a number of this type within these limits."""
+
+    def read(text: str):
+        if kind(text) not in limits:
+            raise argparse.ArgumentTypeError(f"{text} is not in {limits}")
+        return kind(text)
+
+    read.__name__ = kind.__name__  # argparse says so where the text is no number
+    return read

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -15,7 +16,18 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
+from torch_ref.arguments import (
+    Count,
+    Fraction,
+    Limits,
+    NonNegative,
+    Positive,
+    PositiveCount,
+    Probability,
+)
+
 FOLDER_NAMES = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}
+Size = Annotated[int, Limits(1, 4096)]  # pixels
 MEASURED = 50_000  # images at most that mean and standard deviation are taken from
 
 
@@ -58,16 +70,16 @@ def load_data(
     smallest: int = 1,
     *,
     dataset: str = "digits",
-    image_size: int | None = None,
-    resize_size: int | None = None,
+    image_size: Size | None = None,
+    resize_size: Size | None = None,
     grayscale: bool = False,
-    validation_fraction: float = 0.1,
-    test_fraction: float = 0.2,
-    split_seed: int = 0,
-    train_images: int | None = None,
-    eval_images: int | None = None,
+    validation_fraction: Fraction = 0.1,
+    test_fraction: Fraction = 0.2,
+    split_seed: Count = 0,
+    train_images: PositiveCount | None = None,
+    eval_images: PositiveCount | None = None,
     mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
+    std: tuple[Positive, ...] | None = None,
 ) -> Data:
     """The splits of a data set, ready for a `loader`.
 
@@ -101,6 +113,9 @@ def load_data(
     crop = [colour, v2.Resize(resize_size), v2.CenterCrop(image_size), v2.PILToTensor()]
     if mean is None:
         mean, std = measure(dataclasses.replace(splits["train"], transform=v2.Compose(crop)))
+    for name, values in (("mean", mean), ("std", std)):  # torch would repeat a single one
+        if len(values) != num_channels:
+            raise ValueError(f"{name} has {len(values)} values, the images {num_channels} channels")
     finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     for split in splits.values():
         split.transform = v2.Compose(crop + finish)
@@ -115,14 +130,14 @@ def augmented_transform(
     image_size: int,
     *,
     random_resized_crop: bool = False,
-    random_crop: int | None = None,
-    horizontal_flip: float = 0.0,
-    rotation: float = 0.0,
-    brightness: float = 0.0,
-    contrast: float = 0.0,
-    saturation: float = 0.0,
-    hue: float = 0.0,
-    random_erasing: float = 0.0,
+    random_crop: Annotated[int, Limits(0, 512)] | None = None,
+    horizontal_flip: Probability = 0.0,
+    rotation: Annotated[float, Limits(0, 180)] = 0.0,
+    brightness: NonNegative = 0.0,
+    contrast: NonNegative = 0.0,
+    saturation: NonNegative = 0.0,
+    hue: Annotated[float, Limits(0, 0.5)] = 0.0,
+    random_erasing: Probability = 0.0,
 ) -> v2.Transform:
     """The transform of training images; every step is torchvision's own.
 
@@ -221,12 +236,18 @@ class ClassFolder(ImageFolder):
 
 def hold_out(splits: dict, name: str, fraction: float, seed: int) -> dict[str, Images]:
     """`splits` with a split `name`, taken from "train" if there is none yet."""
-    if name in splits or not fraction:
+    if name in splits:
+        return splits
+    if not fraction:
+        if name == "test":
+            raise ValueError("test_fraction 0 leaves nothing for the test; the set has no test")
         return splits
     train = splits["train"]
     rest, held_out = train_test_split(
         np.arange(len(train)), test_size=fraction, stratify=train.labels, random_state=seed
     )
+    if len(np.unique(train.labels[rest])) < len(np.unique(train.labels)):
+        raise ValueError(f"{name}_fraction {fraction} leaves no image of a class for the training")
     return splits | {"train": train.subset(np.sort(rest)), name: train.subset(np.sort(held_out))}
 
 

@@ -1,6 +1,6 @@
 """torch.optim's optimizers and schedules from plain numbers, and the moving average of weights."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
@@ -8,20 +8,30 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from torch_ref.arguments import (
+    Count,
+    Factor,
+    Fraction,
+    Limits,
+    NonNegative,
+    Positive,
+    PositiveCount,
+)
+
 
 def make_optimizer(
     model: nn.Module,
     *,
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd",
-    lr: float = 0.04,
-    momentum: float = 0.9,
+    lr: Positive = 0.04,
+    momentum: Fraction = 0.9,
     nesterov: bool = True,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    alpha: float = 0.99,
+    beta1: Fraction = 0.9,
+    beta2: Fraction = 0.999,
+    alpha: Fraction = 0.99,
     centered: bool = False,
-    eps: float = 1e-8,
-    weight_decay: float = 5e-4,
+    eps: Positive = 1e-8,
+    weight_decay: NonNegative = 5e-4,
     decoupled_weight_decay: bool = False,
     decay_norm_and_bias: bool = True,
 ) -> Optimizer:
@@ -92,19 +102,19 @@ def make_schedulers(
     schedule: Literal[
         "constant", "step", "multistep", "cosine", "onecycle", "plateau"
     ] = "onecycle",
-    warmup_epochs: float = 0.0,
-    warmup_factor: float = 0.01,
-    step_epochs: int = 30,
-    milestones: tuple[int, ...] = (100, 150),
-    gamma: float = 0.1,
-    min_lr: float = 0.0,
-    pct_start: float = 0.3,
-    div_factor: float = 25.0,
-    final_div_factor: float = 1e4,
+    warmup_epochs: NonNegative = 0.0,
+    warmup_factor: Factor = 0.01,
+    step_epochs: PositiveCount = 30,
+    milestones: tuple[PositiveCount, ...] = (100, 150),
+    gamma: Factor = 0.1,
+    min_lr: NonNegative = 0.0,
+    pct_start: Annotated[float, Limits(0, 1, without=(0, 1))] = 0.3,
+    div_factor: Positive = 25.0,
+    final_div_factor: Positive = 1e4,
     cycle_momentum: bool = False,
-    plateau_patience: int = 10,
-    plateau_threshold: float = 1e-4,
-    plateau_cooldown: int = 0,
+    plateau_patience: Count = 10,
+    plateau_threshold: NonNegative = 1e-4,
+    plateau_cooldown: Count = 0,
 ) -> tuple[LRScheduler, ReduceLROnPlateau | None]:
     """Two schedulers of torch: one to step after every update, one to step after every epoch.
 

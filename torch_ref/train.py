@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
@@ -21,7 +21,17 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from torch_ref import create_model, list_models
-from torch_ref.arguments import Parser, add_flags, chosen
+from torch_ref.arguments import (
+    Count,
+    Fraction,
+    Limits,
+    NonNegative,
+    Parser,
+    PositiveCount,
+    add_flags,
+    chosen,
+    reader,
+)
 from torch_ref.data import Data, augmented_transform, load_data, loader
 from torch_ref.early_stopping import EarlyStopping
 from torch_ref.evaluate import evaluate, memory_format, parameter_dtype, to_device
@@ -78,21 +88,21 @@ def fit(
     run_dir: Path | None = None,
     device: str | torch.device = "cpu",
     *,
-    epochs: int = 16,
-    batch_size: int = 128,
-    eval_batch_size: int = 256,
-    seed: int = 0,
-    num_workers: int = 0,
+    epochs: Annotated[int, Limits(1, 100_000)] = 16,
+    batch_size: Annotated[int, Limits(1, 1_000_000)] = 128,
+    eval_batch_size: PositiveCount = 256,
+    seed: Annotated[int, Limits(0, 2**31, without=(2**31,))] = 0,
+    num_workers: Annotated[int, Limits(0, 256)] = 0,
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-    label_smoothing: float = 0.1,
-    l1: float = 0.0,
-    clip_norm: float = 0.0,
-    accumulate_steps: int = 1,
-    ema_decay: float = 0.0,
-    mixup: float = 0.0,
-    patience: int = 0,
+    label_smoothing: Fraction = 0.1,
+    l1: NonNegative = 0.0,
+    clip_norm: NonNegative = 0.0,
+    accumulate_steps: Annotated[int, Limits(1, 4096)] = 1,
+    ema_decay: Fraction = 0.0,
+    mixup: NonNegative = 0.0,
+    patience: Count = 0,
     monitor: Monitor = "validation_loss",
-    min_delta: float = 0.0,
+    min_delta: NonNegative = 0.0,
     restore_best: bool = True,
 ) -> dict:
     """Trains `model` in place, leaves the best weights in it and returns the report.
@@ -173,11 +183,11 @@ def check(data: Data, epochs: int, batch_size: int, accumulate_steps: int) -> No
         raise ValueError(f"batch_size {batch_size} is more than the {num_images} training images")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def make_parser() -> Parser:
     parser = Parser(prog="torch_ref.train", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--arch", default="resnet18", help=", ".join(list_models()))
     parser.add_argument("--stem", choices=("imagenet", "cifar"), help="(by image size)")
-    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dropout", default=0.0, **reader(Fraction))
     parser.add_argument(
         "--zero-init-residual", action=argparse.BooleanOptionalAction, default=False
     )
@@ -188,7 +198,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     functions = (load_data, augmented_transform, make_optimizer, make_schedulers, fit, start_from)
     for function in functions:
         add_flags(parser, function)
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    return make_parser().parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -240,7 +254,8 @@ def main(argv: list[str] | None = None) -> int:
         run(args)
     except (ValueError, OSError) as error:
         # The last line: a loader's worker puts its traceback before the message.
-        print(f"torch_ref.train: error: {str(error).splitlines()[-1]}", file=sys.stderr)
+        reason = str(error).splitlines() or [type(error).__name__]
+        print(f"torch_ref.train: error: {reason[-1]}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"torch_ref.train: {error}", file=sys.stderr)

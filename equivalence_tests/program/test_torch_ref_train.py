@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from flax_resnet import config, environment
+from flax_resnet import cli, config, environment
 from flax_resnet.data import sources
 from flax_resnet.data.image_files import SUFFIXES
 from torch_ref import (
@@ -313,9 +313,56 @@ def test_defaults_of_early_stopping_are_those_of_the_flags():
     assert state.min_delta == fit_defaults["min_delta"]
 
 
+NUMBERS = (
+    *("-1", "-0.1", "0", "0.25", "0.5", "0.75", "1", "2", "180", "181", "256", "257", "512", "513"),
+    *("4096", "4097", "100000", "100001", "1000000", "1000001", "2147483648", "inf", "nan"),
+)
+OPEN = ("image_size", "resize_size", "random_crop", "train_images", "eval_images", "std")
+
+
+def test_numbers_have_the_limits_of_the_config(capsys):
+    parser = torch_train.make_parser()
+    group_of = {
+        name: group
+        for group, values in config.to_dict(config.TrainConfig()).items()
+        for name in (values if isinstance(values, dict) else ())
+    }
+    different, tried = [], 0
+    for name, default in vars(parser.parse_args([])).items():
+        if type(default) in (int, float) or name in (*OPEN, "milestones"):
+            for text in NUMBERS:
+                tried += 1
+                if twin_takes(parser, name, text) != config_takes(group_of.get(name), name, text):
+                    different.append(f"--{name} {text}")
+    assert tried > 40 * len(NUMBERS) and not different
+
+
+def twin_takes(parser, name, text):
+    try:
+        parser.parse_args([f"--{name.replace('_', '-')}={text}"])
+    except SystemExit:
+        return False
+    return True
+
+
+def config_takes(group, name, text):
+    values = {name: [text] if name in ("milestones", "std") else text}
+    if name == "std":
+        values["mean"] = [0.5]
+    try:
+        cli.merge(config.TrainConfig(), {group: values} if group else values)
+    except config.InputError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     "flags, word",
     [
+        (["--label-smoothing", "2"], "--label-smoothing: 2 is not in [0, 1)"),
+        (["--div-factor", "0"], "--div-factor: 0 is not in (0, inf)"),
+        (["--mean", *"123", "--std", *"123"], "mean has 3 values, the images 1 channel"),
+        (["--test-fraction", "0"], "test_fraction 0"),
         (["--arch", "resnet81"], "resnet18"),
         (["--dataset", "folder:missing"], "missing"),
         (["--dataset", "digit"], "digit"),
