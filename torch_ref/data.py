@@ -12,8 +12,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
 from torch_ref.arguments import (
@@ -25,8 +23,9 @@ from torch_ref.arguments import (
     PositiveCount,
     Probability,
 )
+from torch_ref.image_folder import list_folder, open_image
 
-FOLDER_NAMES = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}
+SPLITS = ("train", "validation", "test")
 Size = Annotated[int, Limits(1, 4096)]  # pixels
 MEASURED = 50_000  # images at most that mean and standard deviation are taken from
 
@@ -43,7 +42,8 @@ class Images(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int):
-        image = open_image(self.items[index])
+        item = self.items[index]
+        image = Image.fromarray(item) if isinstance(item, np.ndarray) else open_image(item)
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
     def subset(self, indices: np.ndarray) -> "Images":
@@ -98,7 +98,7 @@ def load_data(
     splits, class_names = read_dataset(dataset)
     splits = hold_out(splits, "test", test_fraction, split_seed)
     splits = hold_out(splits, "validation", validation_fraction, split_seed)
-    splits = {name: splits[name] for name in FOLDER_NAMES if name in splits}  # in this order
+    splits = {name: splits[name] for name in SPLITS if name in splits}  # in this order
     for name, split in splits.items():
         count = train_images if name == "train" else eval_images
         if count and count < len(split):
@@ -108,7 +108,6 @@ def load_data(
     if resize_size < image_size:
         raise ValueError(f"resize_size {resize_size} is smaller than image_size {image_size}")
     num_channels = 1 if grayscale or is_gray(splits["train"]) else 3
-    # Colour first: Pillow resizes palette images without interpolation.
     colour = v2.Grayscale() if num_channels == 1 else v2.RGB()
     crop = [colour, v2.Resize(resize_size), v2.CenterCrop(image_size), v2.PILToTensor()]
     if mean is None:
@@ -195,43 +194,17 @@ def read_dataset(name: str) -> tuple[dict[str, Images], list[str]]:
 
 
 def read_folder(root: Path) -> tuple[dict[str, Images], list[str]]:
-    """DIR/train, DIR/val, DIR/test, each with one folder of images a class."""
-    if not (root / "train").is_dir():
-        raise ValueError(f"{root} is no folder with a folder 'train' in it")
-    class_names = sorted(class_folders(root / "train"))
-    splits = {}
-    for split, names in FOLDER_NAMES.items():
-        for folder in (root / name for name in names if (root / name).is_dir()):
-            samples = ClassFolder(folder, class_names).samples
-            if not samples:
-                raise ValueError(f"{folder} has no images in folders of their class")
-            paths, labels = map(np.array, zip(*samples, strict=True))
-            splits[split] = Images(paths, labels)
+    listed, class_names = list_folder(root)
+    splits = {name: with_labels(classes) for name, classes in listed.items()}
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")  # the only held-out folder is the test split
     return splits, class_names
 
 
-def class_folders(split: Path) -> set[str]:
-    return {x.name for x in split.iterdir() if x.is_dir() and not x.name.startswith(".")}
-
-
-class ClassFolder(ImageFolder):
-    """An ImageFolder whose classes are the training split's, whatever folders it has itself.
-    What is hidden is no image and no class."""
-
-    def __init__(self, root: Path, class_names: list[str]):
-        def is_image(path: str) -> bool:
-            hidden = any(part.startswith(".") for part in Path(path).relative_to(root).parts)
-            return not hidden and path.lower().endswith((*IMG_EXTENSIONS, ".gif"))
-
-        self.class_names = class_names
-        super().__init__(root, is_valid_file=is_image, allow_empty=True)
-
-    def find_classes(self, directory) -> tuple[list[str], dict[str, int]]:
-        if new := sorted(class_folders(Path(directory)) - set(self.class_names)):
-            raise ValueError(f"{directory} has a class {new[0]!r} that the training split lacks")
-        return self.class_names, {name: i for i, name in enumerate(self.class_names)}
+def with_labels(classes: list[list[str]]) -> Images:
+    """The image files of each class, as one split."""
+    paths = np.array([path for paths in classes for path in paths])
+    return Images(paths, np.repeat(np.arange(len(classes)), [len(paths) for paths in classes]))
 
 
 def hold_out(splits: dict, name: str, fraction: float, seed: int) -> dict[str, Images]:
@@ -261,17 +234,6 @@ def limited(images: Images, count: int, seed: int) -> Images:
     except ValueError:
         chosen = np.random.default_rng(seed).choice(everything, count, replace=False)
     return images.subset(np.sort(chosen))
-
-
-def open_image(item) -> Image.Image:
-    if isinstance(item, np.ndarray):
-        return Image.fromarray(item)
-    try:
-        image = Image.open(str(item))
-        image.load()
-        return image
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on some broken PNGs
-        raise ValueError(f"{item} is no image: {error}") from error
 
 
 def power_sums(image: torch.Tensor) -> np.ndarray:

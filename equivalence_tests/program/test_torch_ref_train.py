@@ -274,7 +274,7 @@ def test_both_sides_find_the_same_images(tmp_path):
     for hidden in (train / ".ipynb_checkpoints", train / "dog" / ".thumbnails"):
         hidden.mkdir()
         image.save(hidden / "0.png")
-    splits, class_names = data.read_folder(tmp_path)
+    splits, class_names = data.read_dataset(name)
     other = sources.open_dataset(config.DataConfig(dataset=name, validation_fraction=0))
     assert other.class_names == tuple(class_names) == ("cat", "dog")
     twin, ours = splits["train"], other.train

@@ -1,0 +1,154 @@
+"""The twin reads folders as flax_resnet does: the same files in the same order, the same pixels,
+and what the one refuses the other refuses."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.transforms import v2
+
+from equivalence_tests.program.image_folder import encoded, fill, picture
+from equivalence_tests.program.test_image_files import BROKEN
+from flax_resnet.config import DataConfig, InputError
+from flax_resnet.data.image_files import read_image
+from flax_resnet.data.sources import open_dataset
+from torch_ref import data, image_folder
+
+SPLITS = ("train", "val", "test")
+COLOURS = {1: v2.Grayscale(), 3: v2.RGB()}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Three splits of ant and bee, each with folders inside the folders of a class."""
+    root = tmp_path / "set"
+    for split in SPLITS:
+        for name in ("bee", "ant"):
+            fill(root / split / name, 6)
+            fill(root / split / name / "03", 2)
+            fill(root / split / name / "03.d" / "more", 2, ".JPG")
+    return root
+
+
+@pytest.mark.parametrize("place", [".", "train"])
+def test_the_same_files_in_the_same_order(tree, place):
+    """Of splits, and of class folders that are split."""
+    dataset = f"folder:{tree / place}"
+    ours = open_dataset(DataConfig(dataset=dataset))
+    twin = data.load_data(dataset=dataset)
+    assert ours.class_names == tuple(twin.class_names)
+    for name in ("train", "validation", "test"):
+        split = getattr(ours, name)
+        assert list(twin.splits[name].items) == list(split.names)
+        np.testing.assert_array_equal(twin.splits[name].labels, split.labels)
+
+
+def remove_from_every_split(root, name):
+    for split in SPLITS:
+        shutil.rmtree(root / split / name)
+
+
+def without_images(folder):
+    for path in filter(Path.is_file, list(folder.rglob("*"))):
+        path.rename(path.with_suffix(".txt"))
+
+
+def link(path, target):
+    fill(path.parents[3] / "outside", 1)
+    path.symlink_to(target)
+
+
+SPOIL = {
+    "no folder": lambda root: shutil.rmtree(root),
+    "no class folder": lambda root: [remove_from_every_split(root, n) for n in ("ant", "bee")],
+    "one class": lambda root: remove_from_every_split(root, "bee"),
+    "an empty class": lambda root: (root / "train/wasp").mkdir(),
+    "a class without images": lambda root: without_images(root / "val/ant"),
+    "a class that is missing": lambda root: shutil.rmtree(root / "test/bee"),
+    "a class too many": lambda root: fill(root / "test/wasp"),
+    "val and validation": lambda root: shutil.copytree(root / "val", root / "validation"),
+    "an unknown split": lambda root: (root / "valid").mkdir(),
+    "no training split": lambda root: shutil.rmtree(root / "train"),
+    "a link out": lambda root: link(root / "train/ant/06.png", root.parent / "outside/00.png"),
+    "a loop of links": lambda root: link(root / "train/ant/loop", root / "train/ant"),
+}
+
+
+@pytest.mark.parametrize("fault", SPOIL)
+def test_the_same_folders_are_refused(tree, fault):
+    SPOIL[fault](tree)
+    with pytest.raises(InputError):
+        open_dataset(DataConfig(dataset=f"folder:{tree}"))
+    with pytest.raises(ValueError, match=str(tree)) as error:
+        data.load_data(dataset=f"folder:{tree}")
+    assert "\n" not in str(error.value)
+
+
+LEVELS = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+READABLE = {
+    "16 bits.png": Image.fromarray(LEVELS),
+    "16 bits.tif": Image.fromarray(LEVELS),
+    "16 bits, high byte first.tif": Image.fromarray(LEVELS.astype(">u2")),
+    "32 bits.tif": Image.fromarray(LEVELS.astype(np.int32)),
+    **{f"{mode}.tif": picture(mode=mode) for mode in ("1", "L", "LA", "CMYK", "YCbCr", "LAB")},
+    **{f"{mode}.png": picture(mode=mode) for mode in ("1", "LA", "P", "RGBA")},
+    "CMYK.jpg": picture(mode="CMYK"),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", READABLE)
+def test_the_same_pixels(tmp_path, name, channels):
+    READABLE[name].save(tmp_path / name)
+    twin = np.asarray(COLOURS[channels](image_folder.open_image(tmp_path / name)))
+    np.testing.assert_array_equal(
+        read_image(tmp_path / name, channels), twin.reshape(*twin.shape[:2], channels)
+    )
+
+
+UNREADABLE = BROKEN | {
+    "float.tif": encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), format="TIFF"),
+    "deep.tif": encoded(Image.fromarray(np.full((4, 4), 1 << 20, np.int32)), format="TIFF"),
+    "negative.tif": encoded(Image.fromarray(np.full((4, 4), -1, np.int32)), format="TIFF"),
+    "script.png": encoded(picture(), format="EPS"),
+    "large.png": encoded(picture(size=(40, 40)), format="PNG"),
+    "enormous.png": encoded(picture(size=(64, 64)), format="PNG"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_the_same_files_are_refused(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)  # Pillow warns, and refuses 3000
+    path = tmp_path / name
+    path.write_bytes(UNREADABLE[name])
+    with pytest.raises(InputError):
+        read_image(path, 3)
+    with pytest.raises(ValueError, match=name) as error:
+        image_folder.open_image(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [OverflowError("much"), SyntaxError("odd"), KeyError()])
+def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    picture().save(tmp_path / "odd.png")
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(ValueError, match="odd.png is no image: ."):
+        image_folder.open_image(tmp_path / "odd.png")
+
+
+@pytest.mark.parametrize("values", [(0.5,), (0.5, 0.5)])
+def test_one_mean_and_deviation_a_channel(tree, values):
+    for mean, std in ((values, (0.5, 0.5, 0.5)), ((0.5, 0.5, 0.5), values)):
+        with pytest.raises(ValueError, match=f"has {len(values)} values, the images 3 channels"):
+            data.load_data(dataset=f"folder:{tree}", mean=mean, std=std)
+
+
+def test_a_home_directory(tree, monkeypatch):
+    monkeypatch.setenv("HOME", str(tree.parent))
+    splits, class_names = image_folder.list_folder(Path("~/set"))
+    assert class_names == ["ant", "bee"] and list(map(len, splits["train"])) == [10, 10]
