@@ -45,22 +45,40 @@ class Run(NamedTuple):
     report: dict
 
 
-JAX_ONLY = {
-    "seed", "dataset", "init_from", "freeze_backbone", "log_steps",
-    "checkpoint_epochs", "skip_nonfinite", "compilation_cache", "num_classes", "on_bad_image",
-    "cache", "cache_gib",
+GIVEN = {"seed", "dataset", "init_from"}
+"""Fields of a config that the caller of `twin_flags` gives himself."""
+
+WITHOUT_EFFECT = {
+    "log_steps", "checkpoint_epochs", "compilation_cache", "num_classes", "cache", "cache_gib",
+    "parallel", "devices", "shard_parameters", "steps_per_dispatch",
 }  # fmt: skip
-"""Fields of a config that `torch_ref.train` has no flag for, and those that its caller gives."""
+"""Fields that `torch_ref.train` lacks and that change the figures of a run by rounding at most."""
+
+NOT_IN_THE_TWIN = {"freeze_backbone", "skip_nonfinite", "on_bad_image"}
+"""Fields that it lacks and that do."""
 
 
 def twin_flags(config: TrainConfig) -> list[str]:
-    """The settings of a config as flags of `python -m torch_ref.train`."""
-    values = to_dict(config)
-    del values["parallel"]
-    for name in [name for name, value in values.items() if isinstance(value, dict)]:
-        values |= values.pop(name)
-    given = {k: v for k, v in values.items() if k not in JAX_ONLY and v is not None}
+    """The settings of a config as flags of `python -m torch_ref.train`.
+
+    Raises:
+      InputError: a setting that the twin lacks: it would compute something else.
+    """
+    values, defaults = _flat(to_dict(config)), _flat(to_dict(TrainConfig()))
+    for name in sorted(NOT_IN_THE_TWIN):
+        if values[name] != defaults[name]:
+            raise InputError(f"{name}: torch_ref.train has no such setting to compare with")
+    left_out = GIVEN | WITHOUT_EFFECT | NOT_IN_THE_TWIN
+    given = {k: v for k, v in values.items() if k not in left_out and v is not None}
     return [word for name, value in given.items() for word in _flag(name, value)]
+
+
+def _flat(values: dict) -> dict:
+    """The fields of a config and of its groups, side by side."""
+    groups = [name for name, value in values.items() if isinstance(value, dict)]
+    for group in groups:
+        values |= values.pop(group)
+    return values
 
 
 def _flag(name: str, value) -> list[str]:
@@ -80,7 +98,7 @@ def finished(folder: Path) -> list[Run]:
     """All runs with a report, sorted by recipe (in its order) and name.
 
     Raises:
-      InputError: a run of a recipe that is not known.
+      InputError: a run of a recipe that is not known, or a folder that is named as no run.
     """
     names = list(RECIPES)
     return sorted(
@@ -94,7 +112,10 @@ def _finished(folder: Path) -> Iterator[Run]:
         recipe, name = path.parts[-3:-1]
         if recipe not in RECIPES:
             raise InputError(f"{path.parent}: no recipe has the name {recipe!r}")
-        seed, torch, subset = re.fullmatch(r"seed(\d+)(-torch)?(?:-subset(\d+))?", name).groups()
+        found = re.fullmatch(r"seed(\d+)(-torch)?(?:-subset(\d+))?", name)
+        if not found:
+            raise InputError(f"{path.parent}: not the name of a run, seedN[-torch][-subsetM]")
+        seed, torch, subset = found.groups()
         framework = "torch" if torch else "jax"
         report = json.loads(path.read_text())
         subset = int(subset) if subset else None
@@ -191,10 +212,7 @@ def differences(names: Sequence[str]) -> str:
 
 
 def _settings(name: str) -> dict:
-    values = {"starts_from": RECIPES[name].starts_from} | to_dict(RECIPES[name].config)
-    for group in [key for key, value in values.items() if isinstance(value, dict)]:
-        values |= values.pop(group)
-    return values
+    return {"starts_from": RECIPES[name].starts_from} | _flat(to_dict(RECIPES[name].config))
 
 
 def _value(value) -> str:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from equivalence_tests.program.command import ROOT, refused, run_script
 from equivalence_tests.program.test_commands import write_folder
-from flax_resnet import config, plots, reproduction, reproduction_page
+from flax_resnet import cli, config, plots, reproduction, reproduction_page
 from flax_resnet.models import create_model
 from flax_resnet.recipes import COMPARISONS, RECIPES
 
@@ -136,6 +136,12 @@ def test_a_run_of_an_unknown_recipe_is_named(tmp_path):
         reproduction_page.rebuild(tmp_path)
 
 
+def test_a_run_of_an_unknown_name_is_named(tmp_path):
+    write_run(tmp_path, "imagenette-cnn", "seed0-old")
+    with pytest.raises(config.InputError, match="imagenette-cnn/seed0-old"):
+        reproduction_page.rebuild(tmp_path)
+
+
 def test_what_is_committed_is_what_the_runs_say():
     """The table of the results and that of the README, from the reports of the runs."""
     results = ROOT / "results"
@@ -255,6 +261,27 @@ def test_the_twin_takes_the_flags_of_every_recipe():
             assert {n: ours[group][n] for n in shared} == {
                 n: list(v) if isinstance(v := parsed[n], tuple) else v for n in shared
             }
+
+
+def test_every_other_setting_is_a_flag_of_the_twin():
+    from torch_ref import train
+
+    values = config.to_dict(config.TrainConfig())
+    groups = [values.pop(name) for name in list(values) if isinstance(values[name], dict)]
+    names = set().union(values, *groups)
+    lacking = reproduction.WITHOUT_EFFECT | reproduction.NOT_IN_THE_TWIN
+    assert names - vars(train.parse([])).keys() == lacking
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"freeze_backbone": True}, {"skip_nonfinite": 3}, {"data": {"on_bad_image": "skip"}}],
+    ids=str,
+)
+def test_a_setting_that_the_twin_lacks_is_named(changes):
+    [name] = changes.get("data", changes)
+    with pytest.raises(config.InputError, match=f"{name}: .*torch_ref"):
+        reproduction.twin_flags(cli.merge(config.TrainConfig(), changes))
 
 
 @pytest.mark.parametrize(
