@@ -7,6 +7,7 @@ import pytest
 
 from equivalence_tests import criteria, results
 from equivalence_tests.program.command import ROOT
+from flax_resnet import reproduction
 from flax_resnet.run_directory import read_rows
 
 README = (ROOT / "README.md").read_text()
@@ -27,6 +28,7 @@ def quotes() -> Iterator[str]:
     yield from fine_tuning(in_jax)
     yield from fewer_pixels_first(in_jax)
     yield from one_seed(RECIPES / "imagenette-resnet18")
+    yield from lacking(reproduction.NOT_IN_THE_TWIN)
 
 
 def localiser(trials) -> Iterator[str]:
@@ -100,6 +102,11 @@ def one_seed(folder) -> Iterator[str]:
     yield f"within {np.abs(np.subtract(*losses)).max():.2f} of each other"
     falls = -100 * np.diff(accuracies).min(axis=1)
     yield f"falls by up to {falls[0]:.1f} and {falls[1]:.1f} points"
+
+
+def lacking(fields) -> Iterator[str]:
+    flags = [f"`--{name.replace('_', '-')}`" for name in sorted(fields)]
+    yield f"It has no {', '.join(flags)};"
 
 
 def digits(rows) -> Iterator[str]:
