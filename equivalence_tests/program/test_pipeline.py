@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_resnet import cli
-from flax_resnet.config import TrainConfig
+from flax_resnet.config import InputError, TrainConfig
 from flax_resnet.data import pipeline, prepare
 from flax_resnet.data.pipeline import BatchOrder, Decoder
 from flax_resnet.data.sources import ArraySource
@@ -156,6 +156,13 @@ def test_statistics_are_those_of_the_pixels(channels):
     mean, std = pipeline.channel_statistics(pipeline.count_levels(images))
     np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(std, (images / 255).std((0, 1, 2)), rtol=1e-12)
+
+
+def test_a_constant_channel_has_no_standard_deviation():
+    images = picture(40, 30)[None]
+    images[..., 1] = 255
+    with pytest.raises(InputError, match="constant; give mean and std"):
+        pipeline.channel_statistics(pipeline.count_levels(images))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 16])

@@ -16,6 +16,8 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from flax_resnet.config import InputError
+
 _THREADS = 16  # for decoding; Pillow lets go of the GIL
 
 
@@ -89,11 +91,18 @@ def count_levels(images: np.ndarray) -> np.ndarray:
 
 
 def channel_statistics(counts: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """`[C, 256]` -> mean and standard deviation per channel, of values in [0, 1]."""
+    """`[C, 256]` -> mean and standard deviation per channel, of values in [0, 1].
+
+    Raises:
+      InputError: a channel is constant: divided by nothing, its padding would be enormous.
+    """
     levels = np.arange(256) / 255
     means = [float(n @ levels / n.sum()) for n in counts]
     variances = [n @ (levels - m) ** 2 / n.sum() for n, m in zip(counts, means, strict=True)]
-    return tuple(means), tuple(max(math.sqrt(v), 1e-6) for v in variances)
+    stds = [math.sqrt(v) for v in variances]
+    if min(stds) <= 1e-6:
+        raise InputError("a channel of the training images is constant; give mean and std")
+    return tuple(means), tuple(stds)
 
 
 def evenly_spaced(length: int, count: int) -> np.ndarray:
