@@ -58,8 +58,9 @@ def confusion_matrix(path: Path, confusion: np.ndarray, class_names):
     axis.set(xlabel="predicted", ylabel="true")
     if small:
         names = [name if len(name) <= 16 else name[:15] + "…" for name in class_names]
-        axis.set_xticks(range(num_classes), names, rotation=45, ha="right")
-        axis.set_yticks(range(num_classes), names)
+        as_it_is = {"parse_math": False}  # $ is no mathematics here
+        axis.set_xticks(range(num_classes), names, rotation=45, ha="right", **as_it_is)
+        axis.set_yticks(range(num_classes), names, **as_it_is)
         for (row, column), count in np.ndenumerate(confusion):
             if count:
                 colour = "white" if share[row, column] > 0.5 else "black"

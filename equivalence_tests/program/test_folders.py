@@ -87,6 +87,12 @@ def test_folder_refusals(tree, tmp_path):
     refused(f"folder:{tree}", "missing wasp", "extra ant")
 
 
+def test_folder_of_a_class_that_no_file_can_name(tree):
+    for split in ("train", "val", "test"):
+        (tree / split / "ant").rename(tree / split / "caf\udce9")
+    refused(f"folder:{tree}", "caf\\udce9", "UTF-8")
+
+
 def test_folder_without_training_split(tree):
     (tree / "train").rename(tree.parent / "elsewhere")
     refused(f"folder:{tree}", "must have train", "test, val")

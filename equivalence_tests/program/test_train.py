@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from equivalence_tests.program.command import run_script, train
-from flax_resnet import cli, convert, convert_training, steps
+from flax_resnet import cli, convert, convert_training, plots, steps
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import InputError, TrainConfig, from_dict
 from flax_resnet.display import Display
@@ -128,6 +128,12 @@ def test_pictures_are_pictures(finished):
 
 def test_tensorboard_reads_the_events(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_a_class_may_be_named_like_a_formula(tmp_path):
+    plots.confusion_matrix(tmp_path / "matrix.png", np.eye(2, dtype=int), ("$50_$100", "$\\frac$"))
+    with Image.open(tmp_path / "matrix.png") as image:
+        image.verify()
+
+
 
     events = EventAccumulator(str(finished[0]))
     events.Reload()

@@ -85,8 +85,8 @@ def list_splits(root: Path) -> tuple[dict[str, dict[str, list[str]]], int]:
     layouts there are), and the number of files that are not named as images.
 
     Raises:
-      InputError: another layout, fewer than two classes, splits of different classes, a symbolic
-        link that leads out of `root`.
+      InputError: another layout, fewer than two classes, splits of different classes, a class
+        whose name is not UTF-8, a symbolic link that leads out of `root`.
     """
     splits, ignored = {}, 0
     for split, folder in _split_folders(root).items():
@@ -117,10 +117,20 @@ def _list_classes(folder: Path, root: Path) -> tuple[dict[str, list[str]], int]:
     that are not named as images."""
     classes, ignored = {}, 0
     for class_folder in _folders_in(folder, root):
+        _check_name(class_folder)
         files = list(_files(class_folder, root))
         classes[class_folder.name] = [f for f in files if f.lower().endswith(SUFFIXES)]
         ignored += len(files) - len(classes[class_folder.name])
     return classes, ignored
+
+
+def _check_name(class_folder: Path):
+    try:
+        class_folder.name.encode()
+    except UnicodeEncodeError:  # no file could be written that names the class
+        raise InputError(
+            f"{str(class_folder)!r}: the name of the class is not UTF-8; rename it"
+        ) from None
 
 
 def _check_classes(folder: Path, classes: list[str], expected: list[str]):
