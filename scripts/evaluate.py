@@ -37,11 +37,13 @@ def parse():
     return args
 
 
-def open_data(run: LoadedRun, name: str | None):
+def open_data(run: LoadedRun, name: str | None, split: str):
     """The data set, opened as the run did; its classes must be the run's."""
     data = run.config.data
     if name:
         data = replace(data, dataset=name, train_images=None, eval_images=None)
+    if name and split == "all":  # nothing is cut off, however few images there are
+        data = replace(data, test_fraction=0.0, validation_fraction=0.0)
     dataset = open_dataset(data)
     if tuple(dataset.class_names) != run.class_names:
         raise InputError(
@@ -71,9 +73,11 @@ def main():
     args = parse()
     run = load_run(args.run_dir)
     run = run.without_batchnorm() if args.fold_batchnorm else run
-    dataset = open_data(run, args.dataset)
+    dataset = open_data(run, args.dataset, args.split)
     figures, num_images = measure(run, dataset, args.split)
-    Display().results({args.split: figures})
+    display, name = Display(), args.dataset or run.config.data.dataset
+    display.say(f"{args.split}: {num_images:,} images of {name}")
+    display.results({args.split: figures})
     if args.json:
         figures |= {"split": args.split, "images": num_images, "command": cli.command_line()}
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -279,6 +279,13 @@ def test_predict_writes_names_and_probabilities(insects, folder, tmp_path):
 
 def test_predict_passes_over_hidden_files(insects, folder, tmp_path):
     """The Finder's `._NAME` beside every file, and what lies in hidden folders."""
+def test_evaluate_takes_all_of_a_set_too_small_to_split(insects, tmp_path):
+    other = write_folder(tmp_path / "other", splits=(".",), per_class=1)
+    outcome = run_script("evaluate.py", insects, "--dataset", f"folder:{other}", "--split", "all")
+    assert outcome.status == 0, outcome.err
+    assert f"all: 2 images of folder:{other}" in outcome.out
+
+
     (tmp_path / "photos" / ".trash").mkdir(parents=True)
     shutil.copyfile(folder / "test" / "ant" / "00.png", tmp_path / "photos" / "img[a].png")
     for name in ("._img[a].png", ".trash/old.png"):

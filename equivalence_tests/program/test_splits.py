@@ -74,16 +74,17 @@ def within_one(split, counts):
     assert np.abs(np.bincount(split.labels, minlength=len(counts)) - share).max() <= 1
 
 
-def test_validation_may_be_empty(monkeypatch):
-    opened = opened_labels(monkeypatch, [0, 1, 2] * 9, validation_fraction=0)
-    assert len(opened.validation) == 0 and opened.validation.labels.shape == (0,)
+def test_held_out_splits_may_be_empty(monkeypatch):
+    opened = opened_labels(monkeypatch, [0, 1, 2] * 9, validation_fraction=0, test_fraction=0)
+    assert len(opened.train) == 27
+    for split in (opened.validation, opened.test):
+        assert len(split) == 0 and split.labels.shape == (0,)
 
 
 @pytest.mark.parametrize(
     ("labels", "fields", "words"),
     [
         ([0] * 20 + [1], {}, "the smallest of 1"),
-        ([0, 1, 2] * 9, {"test_fraction": 0}, "test_fraction 0"),
         ([0, 1, 2] * 9, {"test_fraction": 0.01}, "test_fraction 0.01"),
         ([0, 1, 2] * 9, {"validation_fraction": 0.99}, "validation_fraction 0.99"),
         ([0] * 400 + [1] * 2, {"test_fraction": 0.98}, "stratified"),

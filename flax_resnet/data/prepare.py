@@ -65,6 +65,11 @@ def prepare(config: TrainConfig) -> Prepared:
       InputError: the data is missing or broken, or disagrees with the config.
     """
     dataset = open_dataset(config.data)
+    if not len(dataset.test):
+        raise InputError(
+            f"{config.data.dataset}: test_fraction 0 leaves nothing for the test, and the set has"
+            " no test split of its own"
+        )
     config = _resolve_model(_resolve_sizes(config, dataset), dataset)
     if config.batch_size > len(dataset.train):
         raise InputError(

@@ -119,6 +119,8 @@ class DataSet:
     """Empty where validation_fraction is 0 and the set has no such split of its own."""
 
     test: Source
+    """Empty where test_fraction is 0 and the set has no such split of its own."""
+
     class_names: tuple[str, ...]
     channels: int
     bad_images: tuple[tuple[str, str], ...] = ()
@@ -147,17 +149,11 @@ def open_dataset(config: DataConfig) -> DataSet:
         splits["test"] = splits.pop("validation")
 
     train = splits["train"]
-    if "test" not in splits:
-        if not config.test_fraction:
-            raise InputError(
-                f"{config.dataset}: test_fraction 0 leaves nothing for the test, and the set has no"
-                " test split of its own"
-            )
-        train, splits["test"] = _cut(train, config, "test_fraction")
-    if "validation" not in splits:
-        splits["validation"] = Subset(train, np.arange(0))
-        if config.validation_fraction:
-            train, splits["validation"] = _cut(train, config, "validation_fraction")
+    for split in ("test", "validation"):
+        if split not in splits:
+            splits[split] = Subset(train, np.arange(0))
+            if getattr(config, f"{split}_fraction"):
+                train, splits[split] = _cut(train, config, f"{split}_fraction")
     splits["train"] = train
     limits = {"train": config.train_images}
     limits |= dict.fromkeys(("validation", "test"), config.eval_images)
