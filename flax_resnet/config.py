@@ -67,6 +67,10 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Computation; parameters are float32, and float64 only with float64."""
 
+    def __post_init__(self):
+        if self.zero_init_residual and self.arch == "basic_cnn":
+            raise ValueError("zero_init_residual: basic_cnn has no residual blocks")
+
 
 @_dataclass
 class DataConfig:
@@ -100,7 +104,7 @@ class DataConfig:
     eval_images: PositiveCount | None = None
     """Use at most this many validation and test images each."""
 
-    mean: tuple[float, ...] | None = None
+    mean: tuple[pydantic.FiniteFloat, ...] | None = None
     """Per channel, of images in [0, 1]. Left out: measured on the training split, of
     more than 50,000 images on so many."""
 
@@ -364,11 +368,18 @@ class TrainConfig:
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
 
     def __post_init__(self):
-        if self.new_head and not self.init_from:
-            raise ValueError("new_head is of a fine-tuning: it needs init_from")
-        if self.augment.random_resized_crop and self.data.cache == "device":
+        data, rule = self.data, self.optimizer
+        for name in ("new_head", "freeze_backbone"):
+            if getattr(self, name) and not self.init_from:
+                raise ValueError(f"{name} is of a fine-tuning: it needs init_from")
+        if data.on_bad_image == "skip" and data.dataset.startswith("tfds:"):
+            raise ValueError(f"on_bad_image skip leaves out files; {data.dataset} has none")
+        if self.augment.random_resized_crop and data.cache == "device":
             raise ValueError("random_resized_crop decodes every file anew: cache device has no use")
 
+        still = rule.optimizer in ("sgd", "rmsprop") and not rule.momentum
+        if self.schedule.cycle_momentum and still:
+            raise ValueError(f"cycle_momentum: {rule.optimizer} has momentum 0, none to move")
 
 def to_dict(config: TrainConfig) -> dict:
     """The config as plain JSON values."""

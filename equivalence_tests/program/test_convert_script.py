@@ -20,8 +20,9 @@ from torchvision.transforms import v2
 import torch_ref
 from equivalence_tests import inputs
 from equivalence_tests.program.command import refused, run_script, train
-from flax_resnet import convert_training, export, serve
+from flax_resnet import convert, convert_training, export, serve
 from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.models import create_model
 from torch_ref import checkpoint
 
 NAMES = "a,b,c,d,e,f,g"
@@ -349,7 +350,10 @@ def test_a_training_crosses_to_torch_and_back_and_goes_on_to_the_same_bits(tmp_p
 
 def test_the_training_of_a_head_crosses_and_a_finished_one_does_not_come_back(tmp_path):
     run, config = tmp_path / "run", tmp_path / "config.json"
-    assert train(run, "--freeze-backbone", "--epochs", 1, "--ema-decay", 0.9).status == 0
+    fresh = convert.state_dict(create_model("basic_cnn", in_channels=1))
+    export.write_safetensors(tmp_path / "fresh.safetensors", fresh)
+    flags = ["--init-from", tmp_path / "fresh.safetensors", "--freeze-backbone"]
+    assert train(run, *flags, "--epochs", 1, "--ema-decay", 0.9).status == 0
     there = run_script("convert.py", run, tmp_path / "head.pt", "--training")
     assert there.status == 0, there.err
     back = ["convert.py", tmp_path / "head.pt", tmp_path / "back", "--training", "--config", config]

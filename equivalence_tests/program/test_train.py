@@ -14,10 +14,11 @@ from PIL import Image
 from rich.console import Console
 
 from equivalence_tests.program.command import run_script, train
-from flax_resnet import cli, convert, convert_training, plots, steps
+from flax_resnet import cli, convert, convert_training, export, plots, steps
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import InputError, TrainConfig, from_dict
 from flax_resnet.display import Display
+from flax_resnet.models import create_model
 from flax_resnet.progress import Interrupted
 from flax_resnet.run import Run
 from flax_resnet.run_directory import config_from_file, read_config
@@ -126,14 +127,14 @@ def test_pictures_are_pictures(finished):
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20
 
 
-def test_tensorboard_reads_the_events(finished):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 def test_a_class_may_be_named_like_a_formula(tmp_path):
     plots.confusion_matrix(tmp_path / "matrix.png", np.eye(2, dtype=int), ("$50_$100", "$\\frac$"))
     with Image.open(tmp_path / "matrix.png") as image:
         image.verify()
 
 
+def test_tensorboard_reads_the_events(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(finished[0]))
     events.Reload()
@@ -297,7 +298,10 @@ def test_fine_tuning_takes_the_backbone_and_a_new_head(finished, tmp_path):
 
 
 def test_frozen_batchnorm_keeps_its_statistics(tmp_path):
-    config = small(model={"arch": "resnet20"}, freeze_backbone=True, epochs="1")
+    fresh = convert.state_dict(create_model("resnet20", in_channels=1))
+    export.write_safetensors(tmp_path / "fresh.safetensors", fresh)
+    start = {"init_from": str(tmp_path / "fresh.safetensors"), "freeze_backbone": True}
+    config = small(model={"arch": "resnet20"}, epochs="1", **start)
     fit(config, tmp_path / "run", display=quiet())
     statistics = {n: v for n, v in weights(tmp_path / "run").items() if "running_mean" in n}
     assert statistics and all((value == 0).all() for value in statistics.values())
