@@ -357,7 +357,7 @@ class TrainConfig:
     """Keep compiled programs in ~/.cache/flax_resnet for the next start."""
 
     deterministic: bool = False
-    """Bit-for-bit repeatable on a GPU too, at some cost."""
+    """Bit-for-bit repeatable on a GPU too, at some cost. Not under pmap."""
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)

@@ -31,6 +31,8 @@ class Engine:
         self.shard_parameters = config.shard_parameters
         if self.pmap and config.shard_parameters:
             raise InputError("--shard-parameters: pmap keeps whole parameters; use --parallel jit")
+        if self.pmap and deterministic:
+            raise InputError("--deterministic: pmap takes no such option; use --parallel jit")
         self.several = jax.process_count() > 1
         if self.pmap and self.several:
             raise InputError("--parallel pmap: several processes need --parallel jit")
