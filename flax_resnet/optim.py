@@ -98,11 +98,14 @@ def make_momentum_schedule(config: ScheduleConfig, updates_per_epoch: float, epo
 
 
 def _main_schedule(config, lr, updates_per_epoch, total):
+    def in_updates(length):
+        return max(1, round(length * updates_per_epoch))
+
     if config.schedule == "step":
-        length = max(1, round(config.step_epochs * updates_per_epoch))
+        length = in_updates(config.step_epochs)
         return lambda step: lr * config.gamma ** _float(step // length)
     if config.schedule == "multistep":
-        milestones = [round(m * updates_per_epoch) for m in config.milestones]
+        milestones = [in_updates(m) for m in config.milestones]
         return lambda step: lr * config.gamma ** _float(sum(step >= m for m in milestones))
     if config.schedule == "cosine":
         # Rises again after the end, as torch's; Optax's stays down.
