@@ -207,10 +207,11 @@ def _faults(error: pydantic.ValidationError) -> str:
 
 def _describe(fault: dict) -> str:
     names = [part for part in fault["loc"] if isinstance(part, str)]
-    flag = _flag(names[-1]) if names else "config"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":  # of a whole group: its message names the fields
+        return message
+    flag = _flag(names[-1])
     if fault["type"] == "literal_error":
         valid = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
         return f"{flag}: unknown {fault['input']!r}{nearest(fault['input'], valid)}"
-    message = fault["msg"].removeprefix("Value error, ")
-    got = fault["input"]
-    return f"{flag}: {message}" + ("" if isinstance(got, dict) or not names else f", got {got!r}")
+    return f"{flag}: {message}, got {fault['input']!r}"
