@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pydantic
 
 from flax_resnet.config import InputError, TrainConfig, nearest, to_dict
@@ -25,6 +26,9 @@ _FAULTS_OF_PLACE = (
 )  # fmt: skip
 """What the place that the user named is to blame for, rather than the program."""
 
+_OUT_OF_MEMORY = (
+    "out of memory; take a smaller --batch-size, or --accumulate-steps N with the same total"
+)
 FOLD_BATCHNORM = "compute BatchNorm as part of the convolutions: faster, equal up to rounding"
 
 
@@ -113,6 +117,10 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
         _fail(f"error: {_one_line(_faults(error))}", BAD_INPUT)
     except (CheckFailed, NonFiniteLoss) as error:
         _fail(f"failed: {_one_line(error)}", FAILED)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _fail(f"failed: {_OUT_OF_MEMORY}", FAILED)
     except Interrupted as error:
         _fail(f"{error}; the work is saved, go on with --resume", 128 + error.signum)
     except KeyboardInterrupt:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from equivalence_tests.program.command import ROOT, refused, run_script, train
+from flax_resnet import cli
 from flax_resnet.recipes import RECIPES
 from flax_resnet.run_directory import RunDirectory
 
@@ -71,17 +73,14 @@ WRONG_WORDS = [
     (["--stem", "cifar", "--arch", "resnet20"], ["own stem"]),
     (["--batch-size", "5000"], ["5000", "training split"]),
     (["--mean", "0.5"], ["mean and std"]),
+    (["--mean", "nan", "--std", "1"], ["--mean", "nan"]),
+    (["--mean", "inf", "--std", "1"], ["--mean", "inf"]),
     (["--mean", "1", "1", "--std", "1", "1"], ["2 values", "1 channels"]),
     (["--mean", "1", "--std", "1", "1"], ["std has 2 values", "1 channels"]),
     (["--image-size", "7"], ["basic_cnn", "8x8", "7x7", "--image-size"]),
-    (["--mean", "nan", "--std", "1"], ["--mean", "nan"]),
-    (["--mean", "inf", "--std", "1"], ["--mean", "inf"]),
     (["--arch", "resnet18", "--batch-size", "1"], ["BatchNorm", "--batch-size"]),
     (["--test-fraction", "0"], ["digits", "no test split", "test_fraction"]),
     (["--new-head"], ["new_head", "init_from"]),
-    (["--cache", "device", "--random-resized-crop"], ["random_resized_crop", "cache"]),
-    (["--resume", "--overwrite"], ["--resume", "--overwrite", "exclude"]),
-    (["--patience", "2", "--validation-fraction", "0"], ["validation"]),
     (["--freeze-backbone"], ["freeze_backbone", "init_from"]),
     (["--zero-init-residual"], ["zero_init_residual", "basic_cnn"]),
     (["--dataset", "tfds:mnist", "--on-bad-image", "skip"], ["on_bad_image", "tfds:mnist"]),
@@ -108,6 +107,25 @@ def test_wrong_words_are_one_line_and_leave_nothing(tmp_path, arguments, words):
     )
     refused(outcome, *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_is_one_line(capsys):
+    def main():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    with pytest.raises(SystemExit) as left:
+        cli.run_command(main)
+    error = capsys.readouterr().err
+    assert left.value.code == 1 and error.count("\n") == 1
+    assert all(word in error for word in ("out of memory", "--batch-size", "--accumulate-steps"))
+
+
+def test_other_errors_of_jax_keep_their_traceback():
+    def main():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a fault of the program")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        cli.run_command(main)
 
 
 def test_a_real_process_says_the_same():
@@ -263,6 +281,13 @@ def test_evaluate_takes_another_set_with_the_same_classes(insects, tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["images"] == 30
 
 
+def test_evaluate_takes_all_of_a_set_too_small_to_split(insects, tmp_path):
+    other = write_folder(tmp_path / "other", splits=(".",), per_class=1)
+    outcome = run_script("evaluate.py", insects, "--dataset", f"folder:{other}", "--split", "all")
+    assert outcome.status == 0, outcome.err
+    assert f"all: 2 images of folder:{other}" in outcome.out
+
+
 def test_evaluate_refuses_what_does_not_fit(insects, tmp_path):
     refused(run_script("evaluate.py", insects, "--split", "tset"), "tset", "'test'")
     refused(run_script("evaluate.py", insects, "--dataset", "digts"), "digts", "'digits'")
@@ -291,13 +316,6 @@ def test_predict_writes_names_and_probabilities(insects, folder, tmp_path):
 
 def test_predict_passes_over_hidden_files(insects, folder, tmp_path):
     """The Finder's `._NAME` beside every file, and what lies in hidden folders."""
-def test_evaluate_takes_all_of_a_set_too_small_to_split(insects, tmp_path):
-    other = write_folder(tmp_path / "other", splits=(".",), per_class=1)
-    outcome = run_script("evaluate.py", insects, "--dataset", f"folder:{other}", "--split", "all")
-    assert outcome.status == 0, outcome.err
-    assert f"all: 2 images of folder:{other}" in outcome.out
-
-
     (tmp_path / "photos" / ".trash").mkdir(parents=True)
     shutil.copyfile(folder / "test" / "ant" / "00.png", tmp_path / "photos" / "img[a].png")
     for name in ("._img[a].png", ".trash/old.png"):
