@@ -138,6 +138,8 @@ def test_cifar10_malicious_pickle(tmp_path, name, protocol):
         ("py", "test_batch", pickle.dumps({b"data": np.zeros((1, 3072)), b"labels": [1]})),
         ("py", "test_batch", pickle.dumps({b"data": np.zeros((1, 3072), "u1"), b"labels": [10]})),
         ("py", "test_batch", pickle.dumps({b"data": np.zeros((1, 3072), "u1"), b"labels": [-1]})),
+        ("py", "batches.meta", pickle.dumps({b"label_names": [b"\xff"]})),
+        ("bin", "batches.meta.txt", b"caf\xe9\n"),
         ("bin", "data_batch_2.bin", b""),
         ("bin", "data_batch_2.bin", b"1" * 3072),
         ("bin", "data_batch_2.bin", b"\x0b" * 3073),

@@ -162,8 +162,15 @@ def _to_images(rows: np.ndarray) -> np.ndarray:
 
 def _class_names(files: dict[str, bytes]) -> tuple[str, ...]:
     if "batches.meta.txt" in files:
-        return tuple(files["batches.meta.txt"].decode().split())
+        return _decode("batches.meta.txt", files["batches.meta.txt"].split())
     if "batches.meta" not in files:
         return CLASS_NAMES
     names = _unpickle("batches.meta", files["batches.meta"]).get("label_names", CLASS_NAMES)
-    return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    return _decode("batches.meta", names)
+
+
+def _decode(file: str, names) -> tuple[str, ...]:
+    try:
+        return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    except (TypeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not a CIFAR-10 file ({error})") from None
