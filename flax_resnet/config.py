@@ -125,7 +125,8 @@ class DataConfig:
     """Gibibytes that "auto" may spend."""
 
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
-    """Processes that decode images. 0: threads of this process."""
+    """Processes that decode the training images that are not cached. 0: threads of this
+    process."""
 
     def __post_init__(self):
         if (self.mean is None) != (self.std is None):
@@ -376,10 +377,10 @@ class TrainConfig:
             raise ValueError(f"on_bad_image skip leaves out files; {data.dataset} has none")
         if self.augment.random_resized_crop and data.cache == "device":
             raise ValueError("random_resized_crop decodes every file anew: cache device has no use")
-
         still = rule.optimizer in ("sgd", "rmsprop") and not rule.momentum
         if self.schedule.cycle_momentum and still:
             raise ValueError(f"cycle_momentum: {rule.optimizer} has momentum 0, none to move")
+
 
 def to_dict(config: TrainConfig) -> dict:
     """The config as plain JSON values."""
