@@ -28,6 +28,8 @@ _LEAVES = {
     ("num_batches_tracked", 0): ("num_batches_tracked", ()),
 }
 
+TORCH_SUFFIXES = (".pth", ".pt", ".th")
+
 # The order of torch's definitions; nnx.merge brings attributes into that of the alphabet.
 _ORDER = """conv1 bn1 conv2 bn2 conv3 bn3 downsample layers layer1 layer2 layer3 layer4 fc1 fc
 kernel scale bias mean var num_batches_tracked""".split()

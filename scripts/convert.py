@@ -20,11 +20,11 @@ import numpy as np
 
 from flax_resnet import adopt, cli, convert, convert_training, environment, export, serve, steps
 from flax_resnet.config import InputError, TrainConfig
+from flax_resnet.convert import TORCH_SUFFIXES
 from flax_resnet.data import pipeline
 from flax_resnet.run_directory import config_from_file
 from flax_resnet.serve import LoadedRun
 
-TORCH_SUFFIXES = (".pth", ".pt", ".th")
 PROGRAM_SUFFIXES = (".stablehlo", ".onnx")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *PROGRAM_SUFFIXES)
 MODEL_FLAGS = ("arch", "stem")

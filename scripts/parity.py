@@ -22,12 +22,12 @@ from equivalence_tests import causes, localise, own_model, parity, predictions, 
 from equivalence_tests.inputs import case_of_weights, make_case
 from flax_resnet import cli, convert, environment, list_models, serve
 from flax_resnet.config import DataConfig, InputError
+from flax_resnet.convert import TORCH_SUFFIXES
 from flax_resnet.display import Display
 from flax_resnet.models import STEMS, check_stem
 from flax_resnet.run_directory import read_config
 from torch_ref import checkpoint
 
-TORCH_SUFFIXES = (".pth", ".pt", ".th")
 VERDICTS = ("equal", "rounding", "semantic")
 COLUMNS = {
     "forward": "forward",
