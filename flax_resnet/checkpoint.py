@@ -172,6 +172,11 @@ class Checkpoints:
             raise InputError(f"checkpoint of step {step} does not fit: {'; '.join(faults)}")
 
 
+def steps_in(directory: Path) -> list[int]:
+    """The steps that lie in a directory of checkpoints, sound or not."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
 def check_space(directory: Path, state):
     """Raises InputError unless there is room for two checkpoints of `state` (arrays or shapes).
 

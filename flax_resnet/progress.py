@@ -35,6 +35,12 @@ class Progress:
     accuracy_sum: float = 0.0
     """Of these steps."""
 
+    seconds: float = 0.0
+    """Spent on these steps."""
+
+    data_wait: float = 0.0
+    """Seconds of these in which the devices had no batch."""
+
     counted_steps: int = 0
     """Of these steps, those with a finite loss."""
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from flax_resnet import distributed, early_stopping, environment, optim, steps
-from flax_resnet.checkpoint import Checkpoints
-from flax_resnet.config import to_dict
+from flax_resnet.checkpoint import Checkpoints, steps_in
+from flax_resnet.config import InputError, to_dict
 from flax_resnet.data import pipeline
-from flax_resnet.data.prepare import Prepared
+from flax_resnet.data.prepare import Prepared, check_contents, contents
 from flax_resnet.display import Display
 from flax_resnet.early_stopping import EarlyStopping
 from flax_resnet.evaluate import evaluate
@@ -41,7 +41,7 @@ class Run:
         self.prepared, self.engine = prepared, engine
         self.config, self.dataset = prepared.config, prepared.dataset
         self.directory, self.display, self.command = directory, display, command
-        self.network = network
+        self.network, self.contents = network, contents(self.dataset)
         self.preprocess = steps.Preprocess(self.config.data.mean, self.config.data.std)
         self.stages = stage_rows(network.to_model(network.initial), prepared.image_shape)
         self.num_train = len(self.dataset.train)
@@ -53,6 +53,7 @@ class Run:
     def execute(self) -> dict:
         """All of it: set up or take up, train, report."""
         self._announce()
+        self.directory.write_config(self.config)
         self.checkpoints = Checkpoints(self.directory.checkpoints, say=self.display.say)
         try:
             self._set_up()
@@ -83,11 +84,15 @@ class Run:
         state = steps.make_state(self.network.initial, config)
         step = self.checkpoints.latest()
         distributed.check_agreement({"checkpoint": step})
-        self.checkpoints.delete_after(step)
         if step is not None:
-            state = self._take_up(step, state)
+            state = self._restored(step, state)
+        elif config.init_from and steps_in(self.checkpoints.directory):
+            raise InputError(
+                f"{self.directory.path}: none of its checkpoints is sound, and its weights came"
+                f" from {config.init_from}: begin again with --overwrite"
+            )
+        self.checkpoints.delete_after(step)
         self.iterator = self._iterator(start=step or 0)
-        self.directory.write_config(config)
         self.directory.start_logs(self.progress.epoch, step or 0)
         self.state = self.engine.place_state(state)
         self.resident = self._resident()
@@ -107,8 +112,9 @@ class Run:
         )
         self.eval_fn = self.engine.compile_eval(eval_step)
 
-    def _take_up(self, step, state):
+    def _restored(self, step, state):
         document = self.checkpoints.document(step)
+        check_contents(self.dataset, document.get("contents", {}))
         self.progress = Progress(**document["progress"])
         self.display.say(f"resumed at step {step}, epoch {self.progress.epoch + 1}")
         before, now = document["num_devices"], len(self.engine.devices)
@@ -159,14 +165,14 @@ class Run:
     def _train_epoch(self):
         """One pass over the training split, or the rest of one that was cut off."""
         progress = self.progress
-        self.epoch_start, self.epoch_steps, self.data_wait = time.monotonic(), 0, 0.0
+        self.epoch_start = time.monotonic() - progress.seconds
         while progress.step_in_epoch < self.steps_per_epoch:
             left = self.steps_per_epoch - progress.step_in_epoch
             several = self.engine.steps_per_dispatch
             count = several if left >= several else 1
             before = time.monotonic()
             batches = [next(self.iterator) for _ in range(count)]
-            self.data_wait += time.monotonic() - before
+            progress.data_wait += time.monotonic() - before
             self.state, metrics = self.train_fns[count](
                 self.state, self.resident, self.engine.shard(self._columns(batches))
             )
@@ -174,7 +180,6 @@ class Run:
             jax.block_until_ready(self.pending[:-_AHEAD][-1:])
             self.checkpoints.check()
             progress.step_in_epoch += count
-            self.epoch_steps += count
             pause = self._at_log_step(count) or count == left
             if pause or (self.signum and not self.engine.several):
                 self._drain()
@@ -184,6 +189,7 @@ class Run:
         """Asked in any process, all of them stop here, with everything done so far saved."""
         signum = distributed.agreed_signal(self.signum)
         if signum:
+            self.progress.seconds = time.monotonic() - self.epoch_start
             self._save(improvement=False)
             self.checkpoints.wait()
             raise Interrupted(signum)
@@ -239,7 +245,8 @@ class Run:
         from_where = f"checkpoint of step {saved}" if saved is not None else "no checkpoint yet"
         raise NonFiniteLoss(
             f"step {step}: the loss or gradient is not finite; {seen}; {from_where}"
-            f" in {self.directory.path}; try a smaller --lr or --clip-norm 1"
+            f" in {self.directory.path}; --init-from it in a new --run-dir with a smaller --lr or"
+            " --clip-norm 1"
         )
 
     def _finish_epoch(self):
@@ -257,15 +264,16 @@ class Run:
         }
         timing = {
             "epoch": progress.epoch,
-            "steps": self.epoch_steps,
+            "steps": self.steps_per_epoch,
             "seconds": seconds,
-            "images_per_second": self.epoch_steps * config.batch_size / seconds,
-            "data_wait_seconds": self.data_wait,
+            "images_per_second": self.steps_per_epoch * config.batch_size / seconds,
+            "data_wait_seconds": progress.data_wait,
             "checkpoint_seconds": self.save_wait,  # since the row before
         }
         self.save_wait = 0.0
         progress.step_in_epoch = progress.counted_steps = 0
         progress.loss_sum = progress.accuracy_sum = 0.0
+        progress.seconds = progress.data_wait = 0.0
         improvement = False
         if len(self.dataset.validation):
             improvement = self._validate(row)
@@ -322,6 +330,7 @@ class Run:
             "num_devices": len(self.engine.devices),
             "config": to_dict(self.config),
             "class_names": list(self.dataset.class_names),
+            "contents": self.contents,
             "channels": self.dataset.channels,
             "improvement": improvement,
         }
@@ -335,11 +344,12 @@ class Run:
         config, progress = self.config, self.progress
         self.checkpoints.wait()
         variables = steps.evaluation_variables(self.engine.single(self.state))
-        best = config.early_stopping.restore_best and progress.best_epoch
-        if best:
+        evaluated_epoch = progress.epoch
+        if config.early_stopping.restore_best and progress.best_epoch:
+            best = self.checkpoints.best()
+            evaluated_epoch = self.checkpoints.document(best)["progress"]["epoch"]
             like = self.engine.state_like(self._abstract_state())
-            state = self.checkpoints.restore(self.checkpoints.best(), like)
-            variables = steps.evaluation_variables(state)
+            variables = steps.evaluation_variables(self.checkpoints.restore(best, like))
         splits, confusions = {}, {}
         for split in ("train", "validation", "test"):
             self._stop_if_asked()
@@ -351,7 +361,7 @@ class Run:
             "splits": splits,
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch or progress.epoch,
-            "evaluated_epoch": progress.best_epoch if best else progress.epoch,
+            "evaluated_epoch": evaluated_epoch,
             "stopped_early": progress.stopped_early,
             **self._speed(),
             "left_out_images": len(self.dataset.bad_images),

@@ -92,8 +92,10 @@ class RunDirectory:
         self._lock.close()
 
     def _clear(self):
-        for entry in self.path.iterdir():
-            if entry.name != _LOCK:
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == "config.json"):
+            if (
+                entry.name != _LOCK
+            ):  # config.json last: what is left is a run as long as it is there
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
@@ -112,10 +114,11 @@ class SharedDirectory(RunDirectory):
 
 
 def _is_run_or_empty(path: Path) -> bool:
-    """Whether nothing is lost but a run. One that died early has its lock and nothing else."""
+    """Whether nothing is lost but a run. One that died early has its lock and an
+    unfinished config.json at most."""
     if not path.exists() or (path / "config.json").exists():
         return True
-    return all(entry.name == _LOCK for entry in path.iterdir())
+    return {entry.name for entry in path.iterdir()} <= {_LOCK, "config.tmp"}
 
 
 def _summary_writer(path: Path, purge_step: int):

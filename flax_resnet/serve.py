@@ -107,7 +107,7 @@ def load_weights(path: Path | str) -> dict[str, np.ndarray]:
     """Weights of a run directory or a .safetensors file, under torch names and in its layouts."""
     path = Path(path)
     if path.is_dir():
-        with _kept_x64():
+        with _kept_settings():
             run = load_run(path)
             return convert.state_dict(run.network.to_model(run.variables))
     if path.suffix != ".safetensors":
@@ -124,13 +124,15 @@ def load_weights(path: Path | str) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _kept_x64():
-    """Reading a run sets the types that it was trained in; who only wants its weights has own."""
-    before = jax.config.jax_enable_x64
+def _kept_settings():
+    """Reading a run sets JAX as the run had it; who only wants its weights has settings of own."""
+    names = ("jax_enable_x64", "jax_compilation_cache_dir")
+    before = {name: getattr(jax.config, name) for name in names}
     try:
         yield
     finally:
-        jax.config.update("jax_enable_x64", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def predict_files(run: LoadedRun, paths: Sequence[Path]) -> Iterator[tuple[Path, np.ndarray]]:

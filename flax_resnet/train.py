@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_resnet import convert, distributed, environment, steps
-from flax_resnet.checkpoint import check_space
+from flax_resnet.checkpoint import check_space, steps_in
 from flax_resnet.config import InputError, TrainConfig, to_dict
 from flax_resnet.data.prepare import Prepared, fingerprint, prepare
 from flax_resnet.display import Display
@@ -55,7 +55,7 @@ def fit(
     if several:
         asked = {"run_dir": str(run_dir), "resume": resume, "overwrite": overwrite}
         distributed.check_agreement(asked | environment.code() | _flat(config))
-    engine, prepared, network = distributed.together(lambda: _begin(config, run_dir))
+    engine, prepared, network = distributed.together(lambda: _begin(config, run_dir, resume))
     if several:
         distributed.check_agreement(fingerprint(prepared) | _weights_digest(network))
     directory = _open_directory(run_dir, resume=resume, overwrite=overwrite)
@@ -84,13 +84,18 @@ def _flat(config: TrainConfig) -> dict:
     return facts
 
 
-def _begin(config: TrainConfig, run_dir: Path) -> tuple[Engine, Prepared, steps.Network]:
+def _begin(
+    config: TrainConfig, run_dir: Path, resume: bool
+) -> tuple[Engine, Prepared, steps.Network]:
     """Devices, data and network; nothing is written."""
     environment.configure_jax(config)
     engine = Engine(config.parallel, deterministic=config.deterministic)
     engine.check_batch_size(config.batch_size)
     prepared = prepare(config)
     model = _initial_model(prepared, engine)
+    begun = resume and steps_in(run_dir / "checkpoints")
+    if config.init_from and not begun:
+        _fine_tune(model, config)
     network = steps.Network(model, freeze_backbone=config.freeze_backbone)
     _check_images(network, prepared, engine.axis_name)
     state = jax.eval_shape(lambda: steps.make_state(network.initial, config))
@@ -128,15 +133,12 @@ def _initial_model(prepared: Prepared, engine: Engine) -> nnx.Module:
         raise InputError("early stopping needs a validation split (validation_fraction is 0)")
     if config.schedule.schedule == "plateau" and not len(dataset.validation):
         raise InputError("the plateau schedule needs a validation split")
-    model = create_from_config(
+    return create_from_config(
         config.model,
         in_channels=dataset.channels,
         seed=config.seed,
         bn_axis_name=engine.axis_name,
     )
-    if config.init_from:
-        _fine_tune(model, config)
-    return model
 
 
 def _fine_tune(model, config: TrainConfig):

@@ -2,8 +2,8 @@
 
 import dataclasses
 import hashlib
+import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -109,19 +109,40 @@ def _decode(source, decoder, numbers) -> np.ndarray:
     return distributed.gather_rows(part, len(numbers))
 
 
-def fingerprint(prepared: Prepared) -> dict:
-    """{what: value} of the data, for processes to compare: classes, and of every split the number
-    of images and a digest of labels, file names and some of the images."""
-    facts = {"class_names": list(prepared.dataset.class_names)}
-    for split in ("train", "validation", "test"):
-        source = getattr(prepared.dataset, split)
+SPLITS = ("train", "validation", "test")
+
+
+def contents(dataset: DataSet) -> dict:
+    """{what: value} of a data set, for a run that goes on to compare: classes, and of every split
+    the number of images and a digest of labels and file names, wherever the folder lies."""
+    facts = {"classes": ", ".join(dataset.class_names)}
+    for split in SPLITS:
+        source = getattr(dataset, split)
         digest = hashlib.sha256(np.asarray(source.labels, np.int32).tobytes())
         for name in source.names or ():
-            digest.update(Path(name).name.encode() + b"/")
+            digest.update(os.fsencode(os.path.basename(name)) + b"/")
+        facts[f"{split} images"] = f"{len(source)}, SHA-256 {digest.hexdigest()[:16]}"
+    return facts
+
+
+def check_contents(dataset: DataSet, before: dict):
+    """Raises InputError where `before`, the contents of a run's data, are others now."""
+    for what, now in contents(dataset).items():
+        if before.get(what, now) != now:  # a checkpoint of an earlier version has none of them
+            raise InputError(
+                f"the data is not what the run began with: {what}: {before[what]}, now {now}"
+            )
+
+
+def fingerprint(prepared: Prepared) -> dict:
+    """Contents, and digests of some of the images, for processes to compare."""
+    facts = contents(prepared.dataset)
+    for split in SPLITS:
+        source = getattr(prepared.dataset, split)
         if len(source):
-            numbers = pipeline.evenly_spaced(len(source), _FINGERPRINTED)
-            digest.update(pipeline.decode_all(source, prepared.decoder, numbers).tobytes())
-        facts[f"the {split} images"] = f"{len(source)}, SHA-256 {digest.hexdigest()[:16]}"
+            indices = pipeline.evenly_spaced(len(source), _FINGERPRINTED)
+            images = pipeline.decode_all(source, prepared.decoder, indices)
+            facts[f"{split} pixels"] = hashlib.sha256(images.tobytes()).hexdigest()[:16]
     return facts
 
 

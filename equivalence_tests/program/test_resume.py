@@ -1,0 +1,132 @@
+"""What a run goes on from: its own data, its own checkpoints, and nothing else that may be gone."""
+
+import shutil
+
+import jax
+import pytest
+
+from equivalence_tests.program.image_folder import fill
+from equivalence_tests.program.test_train import cut_at, digest, quiet, small
+from flax_resnet import early_stopping, serve
+from flax_resnet.checkpoint import Checkpoints, steps_in
+from flax_resnet.config import InputError
+from flax_resnet.progress import Interrupted
+from flax_resnet.run_directory import read_rows
+from flax_resnet.train import fit
+
+
+def cut(config, run_dir, monkeypatch, step=7):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        cut_at(step, patch)
+        fit(config, run_dir, display=quiet())
+
+
+def test_the_time_before_a_cut_counts(tmp_path, monkeypatch):
+    """A row of an epoch that was cut off has all of its steps and seconds."""
+    config = small(epochs="2")
+    cut(config, tmp_path, monkeypatch)
+    document = serve.restore(tmp_path, Checkpoints.latest)[0]
+    before = document["progress"]["seconds"]
+    assert before > 0
+    fit(config, tmp_path, resume=True, display=quiet())
+    first, last = read_rows(tmp_path / "timings.csv")
+    assert first["seconds"] > before and first["steps"] == last["steps"] == 20
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder of images and a run on it that was cut off."""
+    root = tmp_path_factory.mktemp("resume")
+    for name in ("cat", "dog"):
+        fill(root / "data" / name, 20)
+    data = {"dataset": f"folder:{root / 'data'}", "image_size": "8"}
+    config = small(epochs="2", batch_size="8", data=data)
+    with pytest.MonkeyPatch.context() as patch:
+        cut(config, root / "run", patch, step=2)
+    return root, config
+
+
+def renamed(data):
+    (data / "dog").rename(data / "bird")
+
+
+def grown(data):
+    shutil.copy(data / "dog" / "00.png", data / "dog" / "99.png")
+
+
+def moved(data):
+    pass
+
+
+@pytest.mark.parametrize("change, words", [
+    (renamed, "classes: cat, dog, now bird, cat"), (grown, "train images: "), (moved, None),
+])  # fmt: skip
+def test_other_data_is_refused(begun, tmp_path, monkeypatch, change, words):
+    """Labels would be swapped, or images of the training held out; elsewhere it is the same."""
+    shutil.copytree(begun[0], tmp_path / "copy")
+    data, run_dir = tmp_path / "copy" / "data", tmp_path / "copy" / "run"
+    change(data)
+    text = (run_dir / "config.json").read_text()
+    (run_dir / "config.json").write_text(text.replace(str(begun[0]), str(tmp_path / "copy")))
+    if words is None:
+        assert fit(begun[1], run_dir, resume=True, display=quiet())["epochs"] == 2
+        return
+    kept = steps_in(run_dir / "checkpoints")
+    with pytest.raises(InputError, match=words):
+        fit(begun[1], run_dir, resume=True, display=quiet())
+    assert steps_in(run_dir / "checkpoints") == kept
+
+
+def test_a_fine_tuned_run_needs_its_source_no_more(tmp_path, monkeypatch):
+    fit(small(epochs="1"), tmp_path / "source", display=quiet())
+    config = small(epochs="1", init_from=str(tmp_path / "source"))
+    fit(config, tmp_path / "straight", display=quiet())
+    cut(config, tmp_path / "cut", monkeypatch)
+    (tmp_path / "source").rename(tmp_path / "elsewhere")
+    fit(config, tmp_path / "cut", resume=True, display=quiet())
+    assert digest(tmp_path / "cut") == digest(tmp_path / "straight")
+    for step in steps_in(tmp_path / "cut" / "checkpoints"):
+        (tmp_path / "cut" / "checkpoints" / str(step) / "manifest.json").unlink()
+    with pytest.raises(InputError, match="none of its checkpoints is sound"):
+        fit(config, tmp_path / "cut", resume=True, display=quiet())
+
+
+def test_a_source_does_not_switch_the_compilation_cache_on(tmp_path):
+    fit(small(epochs="1"), tmp_path, display=quiet())
+    before = jax.config.jax_compilation_cache_dir
+    assert before is not None
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        serve.load_weights(tmp_path)
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_the_report_names_the_epoch_that_was_evaluated(tmp_path, monkeypatch):
+    """Where the best checkpoint is damaged, that is the newest."""
+    monkeypatch.setattr(early_stopping, "is_improvement", lambda best, *_: best is None)
+    report = fit(small(epochs="3"), tmp_path, display=quiet())
+    assert report["best_epoch"] == report["evaluated_epoch"] == 1
+    (tmp_path / "checkpoints" / "20" / "manifest.json").unlink()
+    report = fit(small(epochs="3"), tmp_path, resume=True, display=quiet())
+    assert report["best_epoch"] == 1 and report["evaluated_epoch"] == 3
+
+
+@pytest.mark.parametrize("left", ["", "{"])
+def test_a_run_that_died_in_its_first_second_begins_again(tmp_path, left):
+    """Its lock is there, config.json is not yet, or half of it."""
+    (tmp_path / "run.lock").write_text("1")
+    if left:
+        (tmp_path / "config.tmp").write_text(left)
+    assert fit(small(epochs="1"), tmp_path, resume=True, display=quiet())["epochs"] == 1
+
+
+def test_the_config_is_there_before_the_checkpoints(tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("flax_resnet.run.Checkpoints", killed)
+        fit(small(epochs="1"), tmp_path / "run", display=quiet())
+    assert fit(small(epochs="1"), tmp_path / "run", resume=True, display=quiet())["epochs"] == 1
