@@ -79,12 +79,11 @@ def draw_rotation(keys: jax.Array, degrees: float) -> jax.Array:
 
 
 def rotate(images: jax.Array, angles: jax.Array, *, nearest: bool = False) -> jax.Array:
-    """torchvision.transforms.functional.rotate: counter-clockwise, black outside, same size.
+    """torchvision's RandomRotation: counter-clockwise, black outside, same size.
 
     Args:
       angles: [B], degrees.
-      nearest: sample the nearest pixel instead of bilinearly. The border differs from
-        `RandomRotation` on tensors, whose `fill=0` weighs bilinear border pixels down twice.
+      nearest: sample the nearest pixel instead of bilinearly.
     """
     radians = jnp.deg2rad(angles.astype(images.dtype))
     return jax.vmap(partial(_rotate_one, nearest=nearest))(images, radians)
@@ -101,11 +100,15 @@ def _rotate_one(image: jax.Array, angle: jax.Array, nearest: bool) -> jax.Array:
     if nearest:
         return _pixels(image, jnp.round(source_y), jnp.round(source_x))
 
+    # Where the image ends, torchvision weighs down what already fades into black: fill=0 is
+    # blended in by the share of a pixel that lies inside.
+    image = jnp.concatenate([image, jnp.ones_like(image[..., :1])], -1)
     top, left = jnp.floor(source_y), jnp.floor(source_x)
     down, right = (source_y - top)[..., None], (source_x - left)[..., None]
     upper = (1 - right) * _pixels(image, top, left) + right * _pixels(image, top, left + 1)
     lower = (1 - right) * _pixels(image, top + 1, left) + right * _pixels(image, top + 1, left + 1)
-    return (1 - down) * upper + down * lower
+    sampled = (1 - down) * upper + down * lower
+    return sampled[..., :-1] * sampled[..., -1:]
 
 
 def _pixels(image: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
