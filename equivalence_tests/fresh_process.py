@@ -24,6 +24,18 @@ KEPT_MEMORY = ":".join(
 """What `scripts/train.py` tells the allocator of a CPU (`scripts/_memory.py`)."""
 
 
+_TIMED = (
+    "flax_resnet/**/*.py", "torch_ref/*.py", "scripts/train.py", "scripts/_memory.py",
+    *(f"equivalence_tests/{name}.py" for name in (
+        "timing", "timed_*", "fresh_process", "end_to_end", "inputs"
+    )),
+)  # fmt: skip
+"""The code that an outcome depends on."""
+
+_COMPUTING = ("jax", "flax", "optax", "grain", "torch", "triton", "nvidia", "numpy", "pillow")
+"""How the names of packages begin that it depends on."""
+
+
 def launch(job: Job, kept: Kept, number: int = 0) -> dict:
     """The outcome of a job in a fresh process, of this call or of one before.
 
@@ -75,7 +87,7 @@ def environment(job: Job, cache: Path) -> dict[str, str]:
     variables.pop("JAX_PLATFORMS", None)
     if job.device == "cpu":
         variables |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        kept = job.variant == "eager-kept-memory" or job.mode == "ceilings"
+        kept = job.variant.endswith("-kept-memory") or job.mode == "ceilings"
         if job.framework == "jax" or kept:
             variables["GLIBC_TUNABLES"] = KEPT_MEMORY
     return variables
@@ -89,12 +101,15 @@ def absence(framework: str) -> str | None:
 
 def origin(job: Job) -> dict:
     """Code, packages and device: outcomes of others are not mixed with those of this call."""
-    patterns = ("flax_resnet/**/*.py", "torch_ref/*.py", "equivalence_tests/*.py", "scripts/*.py")
-    sources = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+    sources = sorted(path for pattern in _TIMED for path in ROOT.glob(pattern))
     return {
         "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
         "xla_flags": os.environ.get("XLA_FLAGS"),
-        "packages": sorted(f"{found.name} {found.version}" for found in metadata.distributions()),
+        "packages": sorted(
+            f"{found.name} {found.version}"
+            for found in metadata.distributions()
+            if found.name.lower().startswith(_COMPUTING)
+        ),
         "device": query_gpu("name,driver_version")
         if job.device == "gpu"
         else describe(1)["device"],

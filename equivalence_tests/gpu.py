@@ -48,6 +48,9 @@ BENCHMARKS = {
     "to-94": f"{FAST} --modes time_to_accuracy --target-accuracy 0.94 --rounds 4",
     "to-96": f"{FAST} --modes time_to_accuracy --target-accuracy 0.96 --epochs 60",
 }
+FIRST = {f"{name}-first": name for name in ("resnet50", "resnet18")}
+"""The comparison that matters most, which the whole benchmark goes on from."""
+
 XLA_FLAGS = {
     "without-graphs": "--xla_gpu_enable_command_buffer=",
     "without-autotuning": "--xla_gpu_autotune_level=0",
@@ -76,11 +79,13 @@ CIFAR10_RECIPES = [
 
 def stages(cifar10: str, out: Path) -> dict[str, list[str]]:
     """{name: arguments of python}."""
-    step = "--modes train --frameworks jax --variants jit --rounds 1"
-    flagged = {name: f"{BENCHMARKS[base]} {step}" for name, (base, _) in FLAGGED.items()}
+    step = "--modes train --frameworks jax --variants jit"
+    first = "--modes train --variants jit multi_step eager compile compile-max-autotune --rounds 1"
+    jobs = {name: f"{BENCHMARKS[base]} {first}" for name, base in FIRST.items()} | BENCHMARKS
+    jobs |= {name: f"{BENCHMARKS[base]} {step}" for name, (base, _) in FLAGGED.items()}
     benchmarks = {
-        name: f"{flags} --json {out}/benchmark-gpu-{name}.json --keep {out}/{name}"
-        for name, flags in (BENCHMARKS | flagged).items()
+        name: f"{flags} --json {out}/benchmark-gpu-{name}.json --keep {out}/{FIRST.get(name, name)}"
+        for name, flags in jobs.items()
     }
     startup = {"startup": f"{STARTUP} --json {out}/startup-gpu.json"}
     remedies = {
@@ -92,7 +97,7 @@ def stages(cifar10: str, out: Path) -> dict[str, list[str]]:
         name: f"scripts/reproduce.py {name} --cifar10 {{cifar10}} --runs {out}/runs --results {out}"
         for name in CIFAR10_RECIPES
     }
-    every = PARITY | startup | benchmarks | remedies | recipes
+    every = benchmarks | startup | PARITY | remedies | recipes
     return {name: flags.format(cifar10=cifar10).split() for name, flags in every.items()}
 
 

@@ -9,7 +9,7 @@ python scripts/benchmark.py --recipe cifar10-fast --dataset folder:DIR --modes t
 The weights, the batch, the optimizer and the precision are the same, and the logits are compared
 before anything is timed. --json FILE writes a chart beside it. With --keep DIR what is measured
 lies in DIR, and the same command goes on where it was cut off, with the same code and device.
-Exit status: 0 done, 1 the two do not compute the same, 2 bad input.
+Exit status: 0 done, 1 the two do not compute the same or nothing was measured, 2 bad input.
 """
 
 import json
@@ -267,6 +267,8 @@ def main():
         args.json.write_text(json.dumps(document, indent=1) + "\n")
         if document["rows"]:
             plots.throughput(args.json.with_suffix(".png"), document["rows"])
+    if not document["rows"]:
+        raise cli.CheckFailed("nothing was measured; the reasons stand above")
 
 
 if __name__ == "__main__":

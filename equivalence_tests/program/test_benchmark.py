@@ -23,7 +23,7 @@ from equivalence_tests import (
     timing,
 )
 from equivalence_tests.program.command import refused, run_script
-from flax_resnet import environment
+from flax_resnet import cli, environment
 from flax_resnet.config import TrainConfig
 from torch_ref import train as torch_train
 
@@ -137,6 +137,16 @@ def test_the_environment_is_described_before_anything_is_measured(monkeypatch):
     monkeypatch.setattr(throughput, "measure", lambda *_: pytest.fail("measured first"))
     monkeypatch.setattr(environment, "describe", stop)
     with pytest.raises(InterruptedError):
+        names["main"]()
+
+
+def test_nothing_measured_is_no_success(monkeypatch):
+    """Where the device is not there, say: a stage of the GPU would count as done."""
+    names, _ = called("benchmark.py", FLAGS, monkeypatch)
+    skipped = [{"framework": "jax", "variant": "jit", "mode": "train", "reason": "no GPU"}]
+    nothing = {"rows": [], "skipped": skipped, "ratios": {}, "torchvision": {}}
+    monkeypatch.setattr(throughput, "measure", lambda *_: dict(nothing))
+    with pytest.raises(cli.CheckFailed, match="nothing was measured"):
         names["main"]()
 
 
@@ -315,6 +325,17 @@ def test_what_something_else_gave_is_run_again(tmp_path, monkeypatch, changed):
     changes = {"steps": 41} if changed == "settings" else {}
     throughput.measure(settings_that_keep(folder, **changes), lambda _: None)
     assert again.ran == whole.ran
+
+
+@pytest.mark.parametrize("file, same", [("gpu.py", True), ("timed_jax.py", False)])
+def test_outcomes_are_of_the_code_that_is_timed(tmp_path, monkeypatch, file, same):
+    """To mend what only starts it does not throw away what a lent machine has measured."""
+    monkeypatch.setattr(fresh_process, "ROOT", tmp_path)
+    job = settings_that_keep(tmp_path).job
+    before = fresh_process.origin(job)
+    (tmp_path / "equivalence_tests").mkdir()
+    (tmp_path / "equivalence_tests" / file).write_text("pass")
+    assert (fresh_process.origin(job) == before) == same
 
 
 def test_an_outcome_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
