@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 import flax_resnet
-from equivalence_tests import replay
+from equivalence_tests import inputs, replay
 from equivalence_tests.inputs import Case
 from equivalence_tests.states import named, optimizer_state
 from flax_resnet import losses, steps
@@ -137,20 +137,10 @@ def recorded_pools(outputs: dict):
         yield
 
 
-class AsGiven:
-    """Preprocessing of images that are normalised already."""
-
-    def to_unit(self, images, dtype):
-        return images.astype(dtype)
-
-    def normalize(self, images):
-        return images
-
-
 def probed_train_step(network: ProbedNetwork, config: TrainConfig, num_classes: int):
     """(state, batch) -> (state, {"forward", "loss", "gradient"})."""
     step = steps.make_train_step(
-        network, config, AsGiven(), num_classes=num_classes, steps_per_epoch=1
+        network, config, inputs.AsGiven(), num_classes=num_classes, steps_per_epoch=1
     )
     update = steps._update
 

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from equivalence_tests import timed_jax, timing
+from equivalence_tests import inputs, timed_jax, timing
 from flax_resnet import cli, environment, steps
 from flax_resnet.models import cpu_convolution, create_from_config, layers, resnet
 from flax_resnet.models.layers import BatchNorm
@@ -135,7 +135,7 @@ def compile_step(job: timing.Job, way: str, variables: nnx.State) -> Step:
         step = steps.make_train_step(
             network,
             config,
-            timed_jax.AsGiven(),
+            inputs.AsGiven(),
             num_classes=job.num_classes,
             steps_per_epoch=1,
         )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from equivalence_tests import timing
+from equivalence_tests import inputs, timing
 from equivalence_tests.timing import Job, Program, Skipped
 from flax_resnet import convert, steps
 from flax_resnet.config import (
@@ -24,16 +24,6 @@ from flax_resnet.models import create_from_config
 from flax_resnet.models.cpu_convolution import COMPILER_OPTIONS
 from flax_resnet.models.folding import fold_batchnorm
 from flax_resnet.parallel import Engine
-
-
-class AsGiven:
-    """Preprocessing of images that are normalised already."""
-
-    def to_unit(self, images, dtype):
-        return images.astype(dtype)
-
-    def normalize(self, images):
-        return images
 
 
 def build(job: Job) -> Program:
@@ -82,7 +72,7 @@ def training(job: Job, config: TrainConfig, engine: Engine, network) -> Program:
     step = steps.make_train_step(
         network,
         config,
-        AsGiven(),
+        inputs.AsGiven(),
         num_classes=job.num_classes,
         steps_per_epoch=1,
         axis_name=engine.axis_name,

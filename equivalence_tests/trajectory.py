@@ -201,10 +201,11 @@ def _confusion(model, split: TensorDataset) -> np.ndarray:
 
 def distance(got: dict, expected: dict) -> float:
     """The largest relative difference of a tensor (norms)."""
-    return max(
-        float(np.linalg.norm(got[n] - e) / np.linalg.norm(e)) if e.any() else float(got[n].any())
+    differences = [
+        np.linalg.norm(got[n] - e) / np.linalg.norm(e) if e.any() else got[n].any()
         for n, e in expected.items()
-    )
+    ]
+    return float(np.max(differences))  # max() would pass over what is no number
 
 
 def error_growth() -> list[dict]:

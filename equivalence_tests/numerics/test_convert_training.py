@@ -75,7 +75,7 @@ class Jax:
             steps.make_train_step(
                 self.network,
                 self.config,
-                jax_side.AsGiven(),
+                inputs.AsGiven(),
                 num_classes=case.num_classes,
                 steps_per_epoch=STEPS,
             )

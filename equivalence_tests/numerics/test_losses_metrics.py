@@ -157,17 +157,9 @@ class Logits:
         return images[:, 0, 0], None
 
 
-class AsGiven:
-    def to_unit(self, images, dtype):
-        return images.astype(dtype)
-
-    def normalize(self, images):
-        return images
-
-
 def evaluated(logits, labels, split) -> dict:
     """Sums of `eval_step` over batches of these sizes, padded to the largest."""
-    step = steps.make_eval_step(Logits(), AsGiven(), num_classes=NUM_CLASSES)
+    step = steps.make_eval_step(Logits(), inputs.AsGiven(), num_classes=NUM_CLASSES)
     variables = steps.Variables({"w": jnp.zeros((), jnp.float64)}, {}, {})
     total, start = None, 0
     for size in split:
@@ -232,7 +224,7 @@ def test_top_5_with_few_classes(k, x64):
     """With five classes or fewer everything is among the first five."""
     logits, labels = random_logits()
     logits, labels = logits[:, :k], labels % k
-    step = steps.make_eval_step(Logits(), AsGiven(), num_classes=k)
+    step = steps.make_eval_step(Logits(), inputs.AsGiven(), num_classes=k)
     batch = {"image": jnp.asarray(logits)[:, None, None], "label": jnp.asarray(labels)}
     batch["mask"] = jnp.ones(len(labels), bool)
     sums = step(steps.Variables({"w": jnp.zeros((), jnp.float64)}, {}, {}), batch)

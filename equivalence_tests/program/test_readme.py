@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from equivalence_tests import criteria, results
+from equivalence_tests import criteria, mutants, results
 from equivalence_tests.program.command import ROOT
 from flax_resnet import reproduction
 from flax_resnet.run_directory import read_rows
@@ -90,7 +90,7 @@ def fewer_pixels_first(rows) -> Iterator[str]:
     }
     minutes = found["48px-start"]["minutes"] + found["48-to-80px"]["minutes"]
     yield f"test at {accuracy['48-to-80px']} after {minutes:.0f} minutes"
-    yield f"at {accuracy['64px']} after {found['64px']['minutes']:.0f};"
+    yield f"at {accuracy['64px']} after {found['64px']['minutes']:.0f} (and 3"
 
 
 def one_seed(folder) -> Iterator[str]:
@@ -125,6 +125,7 @@ def test_sentences_hold_the_figures():
 def test_the_table_of_mutants_counts_those_of_the_matrix():
     """Our tests first, then the criteria in their order."""
     rows = results.read("kill-matrix")["rows"]
+    assert {row["mutant"] for row in rows} == mutants.MUTANTS.keys()
     killed = sum(bool(row["killed_by"]) for row in rows)
     seen = [sum(name in row["seen_by"] for row in rows) for name in criteria.CRITERIA]
     assert f"{killed} of {len(rows)} are killed" in README
