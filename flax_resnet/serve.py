@@ -40,6 +40,9 @@ class LoadedRun:
     variables: steps.Variables
     """The best weights, or the last where there is no best or the run was not to restore it."""
 
+    contents: dict = dataclasses.field(default_factory=dict)
+    """Of the data that it was trained on (`data.prepare.contents`); empty: not known."""
+
     @property
     def preprocess(self) -> steps.Preprocess:
         """Channel statistics of the training split."""
@@ -72,7 +75,8 @@ def load_run(run_dir: Path | str) -> LoadedRun:
     document, config, network, state = restore(run_dir, choose)
     variables = jax.tree.map(jnp.asarray, steps.evaluation_variables(state))
     class_names, channels = tuple(document["class_names"]), document["channels"]
-    return LoadedRun(config, class_names, channels, network, variables)
+    contents = document.get("contents", {})
+    return LoadedRun(config, class_names, channels, network, variables, contents)
 
 
 def restore(

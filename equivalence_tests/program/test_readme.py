@@ -84,13 +84,17 @@ def fine_tuning(rows) -> Iterator[str]:
 
 
 def fewer_pixels_first(rows) -> Iterator[str]:
-    found = {name.removeprefix("cifar10-resnet18-"): row for name, row in rows.items()}
     accuracy = {
-        name: f"{row['figures']['test_accuracy']['mean']:.4f}" for name, row in found.items()
+        name: f"{row['figures']['test_accuracy']['mean']:.4f}" for name, row in rows.items()
     }
-    minutes = found["48px-start"]["minutes"] + found["48-to-80px"]["minutes"]
-    yield f"test at {accuracy['48-to-80px']} after {minutes:.0f} minutes"
-    yield f"at {accuracy['64px']} after {found['64px']['minutes']:.0f} (and 3"
+    for net, first, both, straight, last in (
+        ("cifar10-resnet18", "48px-start", "48-to-80px", "64px", " (and 3"),
+        ("cifar10-resnet20", "24px-start", "24-to-32px", "short", " of one."),
+    ):
+        names = [f"{net}-{way}" for way in (first, both, straight)]
+        minutes = [rows[name]["minutes"] for name in names]
+        yield f"at {accuracy[names[1]]} after {sum(minutes[:2]):.0f} minutes"
+        yield f"at {accuracy[names[2]]} after {minutes[2]:.0f}{last}"
 
 
 def one_seed(folder) -> Iterator[str]:

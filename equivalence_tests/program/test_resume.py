@@ -5,6 +5,7 @@ import shutil
 import jax
 import pytest
 
+from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.image_folder import fill
 from equivalence_tests.program.test_train import cut_at, digest, quiet, small
 from flax_resnet import early_stopping, serve
@@ -75,6 +76,7 @@ def test_other_data_is_refused(begun, tmp_path, monkeypatch, change, words):
     with pytest.raises(InputError, match=words):
         fit(begun[1], run_dir, resume=True, display=quiet())
     assert steps_in(run_dir / "checkpoints") == kept
+    refused(run_script("evaluate.py", run_dir), words)
 
 
 def test_a_fine_tuned_run_needs_its_source_no_more(tmp_path, monkeypatch):
