@@ -274,12 +274,14 @@ def test_every_other_setting_is_a_flag_of_the_twin():
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"freeze_backbone": True}, {"skip_nonfinite": 3}, {"data": {"on_bad_image": "skip"}}],
-    ids=str,
+    "name, changes",
+    [
+        ("freeze_backbone", {"freeze_backbone": True, "init_from": "run"}),
+        ("skip_nonfinite", {"skip_nonfinite": 3}),
+        ("on_bad_image", {"data": {"on_bad_image": "skip"}}),
+    ],
 )
-def test_a_setting_that_the_twin_lacks_is_named(changes):
-    [name] = changes.get("data", changes)
+def test_a_setting_that_the_twin_lacks_is_named(name, changes):
     with pytest.raises(config.InputError, match=f"{name}: .*torch_ref"):
         reproduction.twin_flags(cli.merge(config.TrainConfig(), changes))
 
