@@ -91,7 +91,7 @@ def throughput(path: Path, rows: list[dict]):
         axis.bar_label(axis.containers[-1], [f"{speed:,.1f}" for speed in speeds], padding=6)
         axis.set(xlabel="images/s", title=mode)
         axis.invert_yaxis()
-        axis.margins(x=0.15)
+        axis.margins(x=0.25)  # for the labels beside the bars
     _save(figure, path)
 
 

@@ -137,6 +137,9 @@ def test_the_table_of_mutants_counts_those_of_the_matrix():
     assert [int(line.split("|")[2]) for line in table.splitlines()[2:]] == [killed, *seen]
 
 
+PROGRAMS = ("jit", "eager", "eager-kept-memory", "compile", "compile-kept-memory")
+
+
 @pytest.mark.parametrize("words, file", [
     ("training, ResNet-18, 7x7 stem", "resnet18-imagenet-stem-32"),
     ("inference, ResNet-18, 7x7 stem", "resnet18-imagenet-stem-32-inference"),
@@ -149,7 +152,7 @@ def test_the_table_of_speeds_is_the_benchmark(words, file):
     measured = results.read(f"benchmark-cpu-{file}")
     rows = [row for row in measured["rows"] if words.startswith(row["mode"])]
     speeds = {row["variant"]: row["images_per_second"] for row in rows}
-    jit, *others = (speeds.get(name) for name in ("jit", "eager", "eager-kept-memory", "compile"))
+    jit, *others = (speeds.get(name) for name in PROGRAMS)
     torchvision = measured["torchvision"][rows[0]["mode"]]["images_per_second"]
     others.insert(1, torchvision)
     [line] = [text for text in README.splitlines() if text.startswith(f"| {words}, ")]
