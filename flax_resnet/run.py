@@ -114,7 +114,7 @@ class Run:
 
     def _restored(self, step, state):
         document = self.checkpoints.document(step)
-        check_contents(self.dataset, document.get("contents", {}))
+        check_contents(self.contents, document.get("contents", {}))
         self.progress = Progress(**document["progress"])
         self.display.say(f"resumed at step {step}, epoch {self.progress.epoch + 1}")
         before, now = document["num_devices"], len(self.engine.devices)
@@ -165,7 +165,7 @@ class Run:
     def _train_epoch(self):
         """One pass over the training split, or the rest of one that was cut off."""
         progress = self.progress
-        self.epoch_start = time.monotonic() - progress.seconds
+        start = time.monotonic() - progress.seconds
         while progress.step_in_epoch < self.steps_per_epoch:
             left = self.steps_per_epoch - progress.step_in_epoch
             several = self.engine.steps_per_dispatch
@@ -183,13 +183,13 @@ class Run:
             pause = self._at_log_step(count) or count == left
             if pause or (self.signum and not self.engine.several):
                 self._drain()
+                progress.seconds = time.monotonic() - start
                 self._stop_if_asked()
 
     def _stop_if_asked(self):
         """Asked in any process, all of them stop here, with everything done so far saved."""
         signum = distributed.agreed_signal(self.signum)
         if signum:
-            self.progress.seconds = time.monotonic() - self.epoch_start
             self._save(improvement=False)
             self.checkpoints.wait()
             raise Interrupted(signum)
@@ -252,7 +252,6 @@ class Run:
     def _finish_epoch(self):
         """Validate, decide whether to stop, log, checkpoint."""
         config, progress = self.config, self.progress
-        seconds = time.monotonic() - self.epoch_start
         progress.epoch += 1
         counted = max(progress.counted_steps, 1)
         row = {
@@ -265,8 +264,8 @@ class Run:
         timing = {
             "epoch": progress.epoch,
             "steps": self.steps_per_epoch,
-            "seconds": seconds,
-            "images_per_second": self.steps_per_epoch * config.batch_size / seconds,
+            "seconds": progress.seconds,
+            "images_per_second": self.steps_per_epoch * config.batch_size / progress.seconds,
             "data_wait_seconds": progress.data_wait,
             "checkpoint_seconds": self.save_wait,  # since the row before
         }

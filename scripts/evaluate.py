@@ -14,7 +14,7 @@ import _memory  # noqa: F401
 from flax_resnet import cli, steps
 from flax_resnet.config import InputError
 from flax_resnet.data import pipeline
-from flax_resnet.data.prepare import check_contents, evaluation_decoder
+from flax_resnet.data.prepare import check_contents, contents, evaluation_decoder
 from flax_resnet.data.sources import open_dataset
 from flax_resnet.display import Display
 from flax_resnet.evaluate import evaluate
@@ -47,7 +47,7 @@ def open_data(run: LoadedRun, name: str | None, split: str):
         data = replace(data, test_fraction=0.0, validation_fraction=0.0)
     dataset = open_dataset(data)
     if not name:
-        check_contents(dataset, run.contents)
+        check_contents(contents(dataset), run.contents)
     if tuple(dataset.class_names) != run.class_names:
         raise InputError(
             f"{data.dataset} has the classes {', '.join(dataset.class_names)}; the run was"

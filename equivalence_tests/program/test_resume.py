@@ -1,6 +1,7 @@
 """What a run goes on from: its own data, its own checkpoints, and nothing else that may be gone."""
 
 import shutil
+import signal
 
 import jax
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.image_folder import fill
 from equivalence_tests.program.test_train import cut_at, digest, quiet, small
-from flax_resnet import early_stopping, serve
+from flax_resnet import distributed, early_stopping, serve
 from flax_resnet.checkpoint import Checkpoints, steps_in
 from flax_resnet.config import InputError
 from flax_resnet.progress import Interrupted
@@ -32,6 +33,15 @@ def test_the_time_before_a_cut_counts(tmp_path, monkeypatch):
     fit(config, tmp_path, resume=True, display=quiet())
     first, last = read_rows(tmp_path / "timings.csv")
     assert first["seconds"] > before and first["steps"] == last["steps"] == 20
+
+
+def test_a_finished_run_can_be_stopped_at_its_evaluation(tmp_path, monkeypatch):
+    """It has no epoch of its own whose time could be taken."""
+    fit(small(epochs="1"), tmp_path, display=quiet())
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(distributed, "agreed_signal", lambda _: signal.SIGTERM)
+        fit(small(epochs="1"), tmp_path, resume=True, display=quiet())
+    assert fit(small(epochs="1"), tmp_path, resume=True, display=quiet())["epochs"] == 1
 
 
 @pytest.fixture

@@ -125,12 +125,12 @@ def contents(dataset: DataSet) -> dict:
     return facts
 
 
-def check_contents(dataset: DataSet, before: dict):
-    """Raises InputError where `before`, the contents of a run's data, are others now."""
-    for what, now in contents(dataset).items():
-        if before.get(what, now) != now:  # a checkpoint of an earlier version has none of them
+def check_contents(now: dict, before: dict):
+    """Raises InputError where the contents of a run's data are no longer what they were."""
+    for what, value in now.items():
+        if before.get(what, value) != value:  # checkpoints of earlier versions have none of them
             raise InputError(
-                f"the data is not what the run began with: {what}: {before[what]}, now {now}"
+                f"the data is not what the run began with: {what}: {before[what]}, now {value}"
             )
 
 
