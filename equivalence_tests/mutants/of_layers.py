@@ -157,7 +157,11 @@ def _unscaled_dropout(self, x, keys=None):
     return out if self.deterministic else out * (1 - self.rate)
 
 
-_DROPOUT = layers.Dropout.__call__
+def _mask_of_dropped(keys, probability, shape):
+    return _KEEP_MASK(keys, 1 - probability, shape)
+
+
+_DROPOUT, _KEEP_MASK = layers.Dropout.__call__, layers.keep_mask
 _BOTH = (resnet, cnn)
 
 MUTANTS = [
@@ -330,9 +334,15 @@ MUTANTS = [
     ),
     Mutant(
         name="dropout not rescaled",
-        difference="27",
+        difference="27a",
         what="dropout does not divide by the share it keeps",
         patches=[(layers.Dropout, "__call__", _unscaled_dropout)],
+    ),
+    Mutant(
+        name="dropout keeps its rate",
+        difference="27b",
+        what="dropout keeps with the probability to drop",
+        patches=[(layers, "keep_mask", _mask_of_dropped)],
     ),
     Mutant(
         name="BatchNorm in float32 under bfloat16",

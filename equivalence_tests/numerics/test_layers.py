@@ -180,3 +180,15 @@ def test_targets_of_mixup_are_wide_in_mixed_precision():
         )
     got = losses.cross_entropy(jnp.asarray(logits, jnp.bfloat16), targets)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_dropout_drops_its_rate_and_keeps_the_mean():
+    """With the same mask networks cannot tell; with 0.5 what is kept is as much as what is not."""
+    shape, rate = (64, 256), 0.3
+    torch.manual_seed(0)
+    dropout = layers.Dropout(rate, rngs=nnx.Rngs(0))
+    got = np.asarray(dropout(jnp.ones(shape), jax.random.split(jax.random.key(0), shape[0])))
+    expected = nn.Dropout(rate)(torch.ones(shape)).numpy()
+    five_deviations = 5 * np.sqrt(2 * rate * (1 - rate) / got.size)
+    assert abs((got == 0).mean() - (expected == 0).mean()) < five_deviations
+    np.testing.assert_allclose(got.max(), expected.max(), rtol=1e-6)
