@@ -57,6 +57,11 @@ def _fast_variance(self, x):
     return mean, square - jnp.square(mean), count
 
 
+def _narrow_statistics(self, x):
+    mean, var, count = _STATISTICS(self, x.astype(self.dtype or x.dtype))
+    return mean.astype(x.dtype), var.astype(x.dtype), count
+
+
 def _uncounted(self, mean, var, count):
     before = self.num_batches_tracked[...]
     _UPDATE(self, mean, var, count)
@@ -349,6 +354,12 @@ MUTANTS = [
         difference="29a",
         what="BatchNorm gives float32 in mixed precision",
         layer=_norm(_sets("dtype", jnp.float32), eligible=lambda m: m.dtype == jnp.bfloat16),
+    ),
+    Mutant(
+        name="BatchNorm statistics in bfloat16",
+        difference="29c",
+        what="BatchNorm computes mean and variance in bfloat16 in mixed precision",
+        layer=_norm(_becomes(_batch_statistics=_narrow_statistics)),
     ),
     Mutant(
         name="n of the shard",

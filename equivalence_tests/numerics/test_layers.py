@@ -159,6 +159,16 @@ def test_types_in_mixed_precision(arch):
     assert got == {name: expected[name] for name in got}
 
 
+def test_statistics_are_wide_in_mixed_precision():
+    """Behind several layers the ulp of bfloat16 hides it."""
+    images, tensor = (x + 1 for x in random_images(8, 6, 6, 4))
+    ours, theirs = layers.BatchNorm(4, dtype=jnp.bfloat16), nn.BatchNorm2d(4)
+    got, expected = ours(images.astype(jnp.bfloat16)), theirs(tensor.bfloat16())
+    assert got.dtype == "bfloat16" and expected.dtype == torch.bfloat16
+    np.testing.assert_allclose(ours.mean[...], theirs.running_mean, rtol=1e-6)
+    np.testing.assert_allclose(ours.var[...], theirs.running_var, rtol=1e-6)
+
+
 def test_the_loss_is_wide_in_mixed_precision():
     logits = jnp.asarray([[1.0, 2.0, 3.001]], jnp.bfloat16)
     targets = losses.soft_targets(jnp.array([2]), 3, 0.1)
