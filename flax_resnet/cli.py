@@ -109,6 +109,7 @@ def check_writable(flag: str, path: Path | None):
 
 def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
     """Call a script's main and leave with the status that its outcome stands for."""
+    sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes, UTF-8 or not
     try:
         sys.exit(main() or DONE)
     except InputError as error:

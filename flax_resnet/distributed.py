@@ -221,7 +221,7 @@ def _last_words(error: Exception) -> tuple[str, int]:
 def _leave(text, status):
     """Without the end of `jax.distributed`, which would wait for those who cannot come."""
     sys.stdout.flush()
-    os.write(2, f"{text}\n".encode())
+    os.write(2, f"{text}\n".encode(errors="surrogateescape"))
     os._exit(status)
 
 

@@ -73,7 +73,7 @@ def show(rows: list[dict]):
 
 
 def write_csv(path: Path, rows: list[dict]):
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image", "rank", "class", "probability"])
         for row in rows:

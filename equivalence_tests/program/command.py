@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ class Outcome(NamedTuple):
 def run_script(name: str, *arguments) -> Outcome:
     """`python scripts/NAME ARGUMENTS...` -> exit status, standard output and error."""
     argv, path = sys.argv, list(sys.path)
-    out, err = io.StringIO(), io.StringIO()
+    out, err = _stream("strict"), _stream("backslashreplace")
     sys.argv = [f"scripts/{name}", *map(str, arguments)]
     sys.path.insert(0, str(ROOT / "scripts"))
     status = 0
@@ -30,7 +31,12 @@ def run_script(name: str, *arguments) -> Outcome:
         status = exit.code or 0
     finally:
         sys.argv, sys.path[:] = argv, path
-    return Outcome(status, out.getvalue(), err.getvalue())
+    return Outcome(status, *(os.fsdecode(stream.buffer.getvalue()) for stream in (out, err)))
+
+
+def _stream(errors: str) -> io.TextIOWrapper:
+    """As a terminal in UTF-8."""
+    return io.TextIOWrapper(io.BytesIO(), "utf-8", errors, write_through=True)
 
 
 def train(run_dir, *arguments) -> Outcome:

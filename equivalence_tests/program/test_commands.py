@@ -2,10 +2,12 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -331,6 +333,20 @@ def test_predict_passes_over_hidden_files(insects, folder, tmp_path):
 def test_predict_prints_a_table(insects, folder):
     outcome = run_script("predict.py", insects, folder / "test" / "bee")
     assert outcome.status == 0 and "bee" in outcome.out and "%" in outcome.out
+
+
+def test_predict_names_files_that_are_not_utf8(insects, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture = os.fsdecode(b"caf\xe9.png")
+    try:
+        shutil.copy(next((folder / "test" / "bee").iterdir()), picture)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    assert picture in run_script("predict.py", insects, picture).out
+    for kind in ("--csv", "--json"):
+        assert run_script("predict.py", insects, picture, kind, f"out{kind}").status == 0
+    assert picture in Path("out--csv").read_text(errors="surrogateescape")
+    assert json.loads(Path("out--json").read_text())[0]["image"] == picture
 
 
 def test_predict_refuses_what_is_no_image(insects, folder, tmp_path):
