@@ -15,7 +15,7 @@ from torch_ref import checkpoint
 
 def log(row: dict, epochs: int, run_dir: Path | None) -> None:
     """A line on the screen and, in a run directory, a row of metrics.csv."""
-    shown = ("lr", "train_loss", "validation_loss", "validation_accuracy")
+    shown = ("train_loss", "validation_loss", "validation_accuracy")
     figures = [f"{name} {row[name]:.4f}" for name in shown if name in row]
     print(f"epoch {row['epoch']:3d}/{epochs}", *figures, sep="  ", flush=True)
     if run_dir is None:

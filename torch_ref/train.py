@@ -58,11 +58,13 @@ def train_epoch(
     ema: nn.Module | None = None,
     mix: nn.Module | None = None,
     **options,
-) -> float:
-    """One pass over the training split with `options` for `train_step`; the mean loss."""
+) -> tuple[float, float]:
+    """One pass over the training split with `options` for `train_step`; the mean loss, and the
+    learning rate of the last step."""
     model.train()
     losses = []
     for step, (images, labels) in enumerate(batches, first_step):
+        learning_rate = optimizer.param_groups[0]["lr"]
         images, labels = to_device(images, device, options["dtype"]), labels.to(device)
         if mix:
             images, labels = mix(images, labels)
@@ -77,7 +79,7 @@ def train_epoch(
     if not losses.isfinite().all():
         step = first_step + losses.isfinite().logical_not().nonzero()[0].item()
         raise FloatingPointError(f"the loss of step {step} is {losses[step - first_step]}")
-    return losses.mean().item()
+    return losses.mean().item(), learning_rate
 
 
 def fit(
@@ -143,12 +145,12 @@ def fit(
 
     evaluated, best, seconds = ema.module if ema else model, None, []
     for epoch in range(1, epochs + 1):
-        row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
         epoch_started, first_step = time.perf_counter(), (epoch - 1) * len(batches)
-        row["train_loss"] = train_epoch(
+        loss, learning_rate = train_epoch(
             model, optimizer, scheduler, batches, first_step, device, **options
         )
         seconds.append(time.perf_counter() - epoch_started)
+        row = {"epoch": epoch, "learning_rate": learning_rate, "train_loss": loss}
         if "validation" in splits:
             scores = evaluate(evaluated, splits["validation"], device, dtype)
             row |= {f"validation_{name}": score for name, score in scores.items()}

@@ -51,6 +51,7 @@ def test_a_run_learns_and_writes_what_it_found(tmp_path, capsys):
     assert report["splits"]["test"]["accuracy"] > 0.5
     rows = list(csv.DictReader((run_dir / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[-1]["learning_rate"]) == pytest.approx(0.04 / 25 / 1e4)  # one-cycle's end
     best = rows[report["best_epoch"] - 1]
     assert float(best["validation_loss"]) == report["splits"]["validation"]["loss"]
 
