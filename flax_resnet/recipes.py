@@ -212,6 +212,26 @@ RECIPES = {
         minutes=78,
         source="the same, by epoch 12",
     ),
+    "cifar10-resnet18-48-to-64px": Recipe(
+        config=_enlarged(
+            10,
+            lr=0.1,
+            validation_fraction=0.04,
+            schedule=dict(schedule="constant"),
+            early_stopping=BEST_ACCURACY | dict(restore_best=False),
+        ),
+        starts_from="cifar10-resnet18-48px-start",
+        method="10 more at 64 px: what the next one starts from",
+    ),
+    "cifar10-resnet18-64-to-80px": Recipe(
+        config=_enlarged(
+            8, lr=0.1, pixels=80, validation_fraction=0.04, schedule=dict(schedule="cosine")
+        ),
+        starts_from="cifar10-resnet18-48-to-64px",
+        method="8 more at 80 px, 24 epochs in all",
+        published={"test_accuracy": 0.8766},
+        source="the same, by epoch 46",
+    ),
     "resnet18-regularized": Recipe(
         config=_regularized(dropout=0.5, weight_decay=1e-4, patience=5),
         method="Adam, weight decay, dropout 0.5, early stopping",

@@ -44,9 +44,13 @@ def chosen(args) -> list[str]:
     """The recipes to run, each after what it starts from."""
     for name in args.names:
         cli.check_choice("RECIPE", name, RECIPES)
-    names = args.names or RECIPES
-    with_sources = [step for name in names for step in (RECIPES[name].starts_from, name) if step]
-    return list(dict.fromkeys(with_sources))
+    return list(dict.fromkeys(step for name in args.names or RECIPES for step in lineage(name)))
+
+
+def lineage(name: str) -> list[str]:
+    """The recipe, after all that it goes back to."""
+    source = RECIPES[name].starts_from
+    return [*(lineage(source) if source else []), name]
 
 
 def subset(args, name: str) -> int | None:

@@ -223,7 +223,16 @@ def test_without_a_gpu_the_long_recipes_take_few_images(tmp_path, called):
     assert limits[0] not in called[-1]
 
 
-def test_what_a_recipe_starts_from_runs_first(tmp_path, monkeypatch):
+def test_what_a_recipe_goes_back_to_runs_first(tmp_path, called):
+    names = [f"cifar10-resnet18-{p}" for p in ("48px-start", "48-to-64px", "64-to-80px")]
+    flags = ["--runs", tmp_path / "runs", "--results", tmp_path]
+    assert run_script("reproduce.py", names[-1], *flags).status == 0
+    assert [command[command.index("--recipe") + 1] for command in called] == names
+    starts = [Path(c[c.index("--init-from") + 1]).parent.name for c in called[1:]]
+    assert starts == names[:-1]
+
+
+def test_a_run_that_fails_is_the_last(tmp_path, monkeypatch):
     called = []
 
     def fail(command):
