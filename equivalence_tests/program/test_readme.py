@@ -26,6 +26,7 @@ def quotes() -> Iterator[str]:
     whole = [row for row in results.read("recipes")["rows"] if not row["subset"]]
     in_jax = {row["recipe"]: row for row in whole if row["framework"] == "jax"}
     yield from fine_tuning(in_jax)
+    yield from own_settings(in_jax)
     yield from fewer_pixels_first(in_jax)
     yield from one_seed(RECIPES / "imagenette-resnet18")
     yield from lacking(reproduction.NOT_IN_THE_TWIN)
@@ -95,6 +96,13 @@ def fewer_pixels_first(rows) -> Iterator[str]:
         minutes = [rows[name]["minutes"] for name in names]
         yield f"at {accuracy[names[1]]} after {sum(minutes[:2]):.0f} minutes"
         yield f"at {accuracy[names[2]]} after {minutes[2]:.0f}{last}"
+
+
+def own_settings(rows) -> Iterator[str]:
+    own, larger = (rows[f"cifar10-resnet18{pixels}"]["figures"] for pixels in ("", "-64px"))
+    yield f"(training accuracy {own['train_accuracy']['mean']:.3f})"
+    yield f"test at {own['test_accuracy']['mean']:.4f} on the JPEG copy"
+    yield f"are worth {larger['test_accuracy']['mean']:.4f} after 12"
 
 
 def one_seed(folder) -> Iterator[str]:
