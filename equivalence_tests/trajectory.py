@@ -115,7 +115,10 @@ def in_jax(config: TrainConfig, folder: Path) -> Course:
 def in_torch(prepared: Prepared, initial: dict) -> Course:
     config, course = prepared.config, Course()
     model = torch_ref.create_model(
-        config.model.arch, config.model.num_classes, prepared.dataset.channels
+        config.model.arch,
+        config.model.num_classes,
+        prepared.dataset.channels,
+        stem=config.model.stem,
     )
     model.to(getattr(torch, config.model.dtype)).load_state_dict(checkpoint.to_tensors(initial))
     train_step = torch_ref.train.train_step

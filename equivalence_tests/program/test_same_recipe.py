@@ -1,0 +1,29 @@
+"""A recipe is the same in both frameworks, and the script that measures it sees where it is not."""
+
+import pytest
+
+from equivalence_tests import mutants, results, same_recipe
+from equivalence_tests.program.test_commands import write_folder
+
+
+@pytest.fixture
+def measure(tmp_path, monkeypatch):
+    """The exit status of `same_recipe` on a few images, and what it wrote."""
+    write_folder(tmp_path / "images", per_class=80, size=20)
+    words = ["imagenette-cnn", "--dataset", f"folder:{tmp_path}/images", "--epochs", "1"]
+    monkeypatch.setattr("sys.argv", ["same_recipe", *words])
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    return lambda: (same_recipe.main(), results.read("same-imagenette-cnn"))
+
+
+def test_a_recipe_is_the_same_but_for_rounding(measure):
+    status, row = measure()
+    assert status == 0 and row["steps"] == len(row["loss_differences"]) == 1
+    assert row["rate_difference"] <= 1e-12 and row["weights_difference"] <= 1e-9
+
+
+@pytest.mark.control
+def test_a_fault_of_the_optimizer_is_seen(measure):
+    with mutants.injected(mutants.MUTANTS["Adam's eps in the root"]):
+        status, row = measure()
+    assert status == 1 and row["weights_difference"] > same_recipe.BOUND
