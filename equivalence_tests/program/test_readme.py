@@ -135,7 +135,7 @@ def chosen_epochs(folder) -> Iterator[str]:
 def without_chance(measured) -> Iterator[str]:
     yield f"{measured['steps']} steps on 1,280 of its images end with"
     yield f"weights that differ by {measured['weights_difference']:.1e}"
-    yield f"losses by {max(measured['loss_differences']):.1e} at most, and the same confusion matrix"
+    yield f"losses by {max(measured['loss_differences']):.1e} at most, and the same confusion"
     assert measured["confusion_matrix_equal"]
 
 
