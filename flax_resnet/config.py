@@ -377,6 +377,8 @@ class TrainConfig:
             raise ValueError(f"on_bad_image skip leaves out files; {data.dataset} has none")
         if self.augment.random_resized_crop and data.cache == "device":
             raise ValueError("random_resized_crop decodes every file anew: cache device has no use")
+        if self.schedule.cycle_momentum and self.schedule.schedule != "onecycle":
+            raise ValueError(f"cycle_momentum is of onecycle, not of {self.schedule.schedule}")
         still = rule.optimizer in ("sgd", "rmsprop") and not rule.momentum
         if self.schedule.cycle_momentum and still:
             raise ValueError(f"cycle_momentum: {rule.optimizer} has momentum 0, none to move")

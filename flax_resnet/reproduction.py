@@ -240,7 +240,7 @@ def _compared(ours: dict, theirs: dict) -> dict:
         by_seed = dict(zip(row["seeds"], accuracies, strict=True))
         values[row["framework"]] = [by_seed[seed] for seed in seeds]
         compared[row["framework"]] = _spread(values[row["framework"]]) | {"minutes": row["minutes"]}
-    enough = len(seeds) > 1
+    enough = len(seeds) > 1 and any(np.ptp(each) > 0 for each in values.values())
     return compared | (equivalence(values["jax"], values["torch"]) if enough else {})
 
 

@@ -39,7 +39,9 @@ def create_model(
     if stem not in (None, "imagenet", "cifar"):
         raise ValueError(f"stem {stem!r} is neither 'imagenet' nor 'cifar'")
     options = {"num_classes": num_classes, "in_channels": in_channels, "dropout": dropout}
-    if name == "basic_cnn":  # which has no residual blocks
+    if name == "basic_cnn":
+        if zero_init_residual:
+            raise ValueError("zero_init_residual: basic_cnn has no residual blocks")
         return BasicCNN(**options)
     if name not in CIFAR:
         options["stem"] = stem or "imagenet"

@@ -128,7 +128,12 @@ def make_schedulers(
         run all the same.
       warmup_factor: share of the schedule's first learning rate at which the warm-up starts;
         with onecycle that rate is lr / div_factor.
+
+    Raises:
+      ValueError: `cycle_momentum` with another schedule than onecycle.
     """
+    if cycle_momentum and schedule != "onecycle":
+        raise ValueError(f"cycle_momentum is of onecycle, not of {schedule}")
 
     def in_steps(length: float) -> int:
         return max(1, round(length * steps_per_epoch))

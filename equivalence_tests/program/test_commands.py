@@ -86,6 +86,7 @@ WRONG_WORDS = [
     (["--freeze-backbone"], ["freeze_backbone", "init_from"]),
     (["--zero-init-residual"], ["zero_init_residual", "basic_cnn"]),
     (["--dataset", "tfds:mnist", "--on-bad-image", "skip"], ["on_bad_image", "tfds:mnist"]),
+    (["--cycle-momentum", "--schedule", "cosine"], ["cycle_momentum", "onecycle", "cosine"]),
     (["--cycle-momentum", "--momentum", "0"], ["cycle_momentum", "sgd", "momentum 0"]),
     (["--deterministic", "--parallel", "pmap"], ["--deterministic", "--parallel jit"]),
     (["--shard-parameters", "--parallel", "pmap"], ["--shard-parameters", "--parallel jit"]),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from equivalence_tests import results, tost
 from equivalence_tests.program.command import ROOT, refused, run_script
 from equivalence_tests.program.test_commands import write_folder
 from flax_resnet import cli, config, plots, reproduction, reproduction_page
@@ -91,6 +92,9 @@ def test_what_ran_in_both_frameworks_stands_side_by_side(tmp_path):
     write_run(tmp_path, "imagenette-cnn", "seed9", accuracy=0.1)
     write_run(tmp_path, "transfer-source")
     write_run(tmp_path, "transfer-source", "seed0-torch")
+    for seed in (0, 1):  # without a spread there is nothing to test
+        write_run(tmp_path, "transfer-scratch", f"seed{seed}")
+        write_run(tmp_path, "transfer-scratch", f"seed{seed}-torch")
     reproduction_page.rebuild(tmp_path)
     text, page = ((tmp_path / f"recipes.{end}").read_text() for end in ("md", "html"))
     seconds = "| 3 | 0.6010 ± 0.0010 |"
@@ -98,6 +102,7 @@ def test_what_ran_in_both_frameworks_stands_side_by_side(tmp_path):
     assert f"`imagenette-resnet18` {seconds} 0.5910 ± 0.0010 | 2 | 2 | +1.0" in text
     assert text.count("not shown, p = 1 |") == 1
     assert "| `transfer-source` | 1 | 0.5000 | 0.5000 | 2 | 2 | - | not tested |" in text
+    assert "| `transfer-scratch` | 2 |" in text and text.count("not tested") == 2
     assert "<td>-0.1 (-0.3 to +0.1)<td>yes" in page
 
 
@@ -105,14 +110,23 @@ def test_what_ran_in_both_frameworks_stands_side_by_side(tmp_path):
     ("difference", "least", "most"),
     [(0.0, 0.95, 1.0), (reproduction.MARGIN, 0.02, 0.08), (-reproduction.MARGIN, 0.02, 0.08)],
 )
-def test_two_one_sided_tests_err_as_often_as_they_say(difference, least, most):
+@pytest.mark.parametrize("equivalence", [reproduction.equivalence, tost.equivalence])
+def test_two_one_sided_tests_err_as_often_as_they_say(equivalence, difference, least, most):
     """At the margin itself a test at 5% says "equivalent" in 5% of all cases: of 1,000 draws with a
     standard deviation of 0.7%, so the bounds lie four of them away."""
     rng = np.random.default_rng(0)
     ours = rng.normal(0.9, 0.002, (1000, 10))
     theirs = rng.normal(0.9 - difference, 0.003, (1000, 10))
-    found = [reproduction.equivalence(*pair) for pair in zip(ours, theirs, strict=True)]
+    found = [equivalence(*pair) for pair in zip(ours, theirs, strict=True)]
     assert least <= np.mean([each["equivalent"] for each in found]) <= most
+
+
+def test_the_paired_trainings_would_not_pass_half_a_point_apart():
+    measured = results.read("tost")
+    ours, theirs = np.array(measured["jax"]), np.array(measured["torch"])
+    assert tost.equivalence(ours, theirs)["equivalent"]
+    for shift in (-reproduction.MARGIN, reproduction.MARGIN):
+        assert not tost.equivalence(ours + shift, theirs)["equivalent"]
 
 
 def test_the_page_compares_and_needs_nothing_else(tmp_path):

@@ -372,6 +372,8 @@ def config_takes(group, name, text):
         (["--epoch", "3"], "--epoch"),
         (["--dropout", "1.5"], "1.5"),
         (["--arch", "resnet20", "--stem", "cifar"], "stem"),
+        (["--arch", "basic_cnn", "--zero-init-residual"], "no residual blocks"),
+        (["--cycle-momentum", "--schedule", "cosine"], "cosine"),
         (["--new-head"], "--init-from"),
         (["--init-from", "nowhere.pth"], "nowhere.pth"),
     ],
