@@ -175,7 +175,7 @@ class AugmentConfig:
     """Probability of blanking a random rectangle (2% to 33% of the area), after normalising."""
 
     mixup: NonNegative = 0.0
-    """Alpha of the Beta distribution of mixup's share; 0 is off."""
+    """Alpha of the Beta distribution of mixup's lambda; 0 is off."""
 
 
 @_dataclass
@@ -183,7 +183,7 @@ class OptimizerConfig:
     """PyTorch's definitions (`optim.py`)."""
 
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
-    """Which rule."""
+    """Which optimizer."""
 
     lr: Positive = 0.04
     """Learning rate at its highest."""
@@ -369,7 +369,7 @@ class TrainConfig:
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
 
     def __post_init__(self):
-        data, rule = self.data, self.optimizer
+        data, optimizer = self.data, self.optimizer
         for name in ("new_head", "freeze_backbone"):
             if getattr(self, name) and not self.init_from:
                 raise ValueError(f"{name} is of a fine-tuning: it needs init_from")
@@ -379,9 +379,9 @@ class TrainConfig:
             raise ValueError("random_resized_crop decodes every file anew: cache device has no use")
         if self.schedule.cycle_momentum and self.schedule.schedule != "onecycle":
             raise ValueError(f"cycle_momentum is of onecycle, not of {self.schedule.schedule}")
-        still = rule.optimizer in ("sgd", "rmsprop") and not rule.momentum
+        still = optimizer.optimizer in ("sgd", "rmsprop") and not optimizer.momentum
         if self.schedule.cycle_momentum and still:
-            raise ValueError(f"cycle_momentum: {rule.optimizer} has momentum 0, none to move")
+            raise ValueError(f"cycle_momentum: {optimizer.optimizer} has momentum 0, none to move")
 
 
 def to_dict(config: TrainConfig) -> dict:

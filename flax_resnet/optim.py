@@ -14,7 +14,7 @@ from flax_resnet.config import OptimizerConfig, ScheduleConfig
 def make_optimizer(
     config: OptimizerConfig, *, learning_rate=0.0, momentum=None
 ) -> optax.GradientTransformation:
-    """The whole rule: clip, decay, direction, learning rate.
+    """The whole update: clip, decay, direction, learning rate.
 
     Args:
       learning_rate: scalar; may be traced, so that a schedule's value goes in at every step. The
@@ -23,15 +23,15 @@ def make_optimizer(
     """
     decay = optax.add_decayed_weights(config.weight_decay, mask=_decay_mask(config))
     decoupled = config.optimizer == "adamw" or config.decoupled_weight_decay
-    rule = _direction(config, momentum)
-    parts = [rule, decay] if decoupled else [decay, rule]
+    direction = _direction(config, momentum)
+    parts = [direction, decay] if decoupled else [decay, direction]
     clip = [clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(*clip, *parts, optax.scale_by_learning_rate(learning_rate))
 
 
-def accumulate(rule: optax.GradientTransformation, steps: int, dtype) -> optax.MultiSteps:
-    """Apply `rule` to the mean of `steps` gradients, every `steps` calls."""
-    return optax.MultiSteps(rule, steps, accumulator_dtype=dtype)
+def accumulate(optimizer: optax.GradientTransformation, steps: int, dtype) -> optax.MultiSteps:
+    """Apply `optimizer` to the mean of `steps` gradients, every `steps` calls."""
+    return optax.MultiSteps(optimizer, steps, accumulator_dtype=dtype)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -55,8 +55,8 @@ def _direction(config: OptimizerConfig, momentum) -> optax.GradientTransformatio
         # eps outside the root, and momentum before the learning rate: optax.rmsprop has both
         # the other way round, which shows once the learning rate changes.
         scale = optax.scale_by_stddev if config.centered else optax.scale_by_rms
-        rule = scale(config.alpha, config.eps, eps_in_sqrt=False)
-        return optax.chain(rule, optax.trace(momentum)) if config.momentum else rule
+        scaled = scale(config.alpha, config.eps, eps_in_sqrt=False)
+        return optax.chain(scaled, optax.trace(momentum)) if config.momentum else scaled
     return optax.trace(momentum, config.nesterov) if config.momentum else optax.identity()
 
 
@@ -122,8 +122,8 @@ def _one_cycle(start, middle, end, pct_start, total):
     one step later, so that Optax never reaches the end."""
     peak, last = pct_start * total - 1, total - 1
 
-    def anneal(low, high, share):
-        return high + (low - high) / 2 * (1 + jnp.cos(jnp.pi * share))
+    def anneal(low, high, fraction):
+        return high + (low - high) / 2 * (1 + jnp.cos(jnp.pi * fraction))
 
     def cycle(step):
         step = jnp.minimum(_float(step), total)  # torch allows one step past the end

@@ -249,16 +249,16 @@ def _augmented(key, keys, batch, config, preprocess, num_classes, dtype, axis_na
     smoothing = config.optimizer.label_smoothing
     targets = losses.soft_targets(batch["label"], num_classes, smoothing, dtype)
     if config.augment.mixup:
-        share = augment.draw_mixup(jax.random.fold_in(key, _MIXUP), config.augment.mixup)
-        images = augment.mixup(images, share, axis_name=axis_name)
-        targets = augment.mixup(targets, share, axis_name=axis_name)
+        lam = augment.draw_mixup(jax.random.fold_in(key, _MIXUP), config.augment.mixup)
+        images = augment.mixup(images, lam, axis_name=axis_name)
+        targets = augment.mixup(targets, lam, axis_name=axis_name)
     return images, targets
 
 
 def _update(state, gradients, stats, config, learning_rate, momentum):
     """One call of the optimizer, and of the moving average where it changed the weights."""
-    rule = _optimizer(config, learning_rate, momentum, _dtype(state.params))
-    updates, opt_state = rule.update(gradients, state.opt_state, state.params)
+    optimizer = _optimizer(config, learning_rate, momentum, _dtype(state.params))
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new = state._replace(
         step=state.step + 1,
@@ -300,9 +300,11 @@ def _unless_finite(finite, new, old):
 
 
 def _optimizer(config, learning_rate, momentum, dtype):
-    rule = optim.make_optimizer(config.optimizer, learning_rate=learning_rate, momentum=momentum)
+    optimizer = optim.make_optimizer(
+        config.optimizer, learning_rate=learning_rate, momentum=momentum
+    )
     steps = config.optimizer.accumulate_steps
-    return optim.accumulate(rule, steps, dtype) if steps > 1 else rule
+    return optim.accumulate(optimizer, steps, dtype) if steps > 1 else optimizer
 
 
 def _purpose(keys, purpose):

@@ -40,39 +40,39 @@ def _rounded_side(self, image, rng=None):
     return pipeline._centre_crop(pipeline._resize(image, scaled), self.size)
 
 
-def _additive_brightness(images, numbers, factors, active):
-    factor = augment._per_image(jnp.take_along_axis(factors, numbers[:, None], axis=1))
+def _additive_brightness(images, indices, factors, active):
+    factor = augment._per_image(jnp.take_along_axis(factors, indices[:, None], axis=1))
     brighter = jnp.clip(images + factor - 1, 0, 1)
-    is_brightness = augment._per_image(numbers) == augment.BRIGHTNESS
-    return jnp.where(is_brightness, brighter, _ADJUST(images, numbers, factors, active))
+    is_brightness = augment._per_image(indices) == augment.BRIGHTNESS
+    return jnp.where(is_brightness, brighter, _ADJUST(images, indices, factors, active))
 
 
-def _contrast_around_channels(images, numbers, factors, active):
-    factor = augment._per_image(jnp.take_along_axis(factors, numbers[:, None], axis=1))
+def _contrast_around_channels(images, indices, factors, active):
+    factor = augment._per_image(jnp.take_along_axis(factors, indices[:, None], axis=1))
     mean = images.mean((1, 2), keepdims=True)
     blended = jnp.clip(factor * images + (1 - factor) * mean, 0, 1)
-    is_contrast = augment._per_image(numbers) == augment.CONTRAST
-    return jnp.where(is_contrast, blended, _ADJUST(images, numbers, factors, active))
+    is_contrast = augment._per_image(indices) == augment.CONTRAST
+    return jnp.where(is_contrast, blended, _ADJUST(images, indices, factors, active))
 
 
-def _saturation_in_hsv(images, numbers, factors, active):
-    factor = augment._per_image(jnp.take_along_axis(factors, numbers[:, None], axis=1))
+def _saturation_in_hsv(images, indices, factors, active):
+    factor = augment._per_image(jnp.take_along_axis(factors, indices[:, None], axis=1))
     value = images.max(-1, keepdims=True)
     blended = jnp.clip(value - factor * (value - images), 0, 1)
-    is_saturation = augment._per_image(numbers) == augment.SATURATION
-    return jnp.where(is_saturation, blended, _ADJUST(images, numbers, factors, active))
+    is_saturation = augment._per_image(indices) == augment.SATURATION
+    return jnp.where(is_saturation, blended, _ADJUST(images, indices, factors, active))
 
 
 def _sorted_order(images, order, factors, **options):
     return _COLOR_JITTER(images, jnp.sort(order, axis=1), factors, **options)
 
 
-def _unclamped(images, numbers, factors, active):
-    factor = augment._per_image(jnp.take_along_axis(factors, numbers[:, None], axis=1))
-    partner = _ADJUST(images, numbers, jnp.zeros_like(factors), active)
+def _unclamped(images, indices, factors, active):
+    factor = augment._per_image(jnp.take_along_axis(factors, indices[:, None], axis=1))
+    partner = _ADJUST(images, indices, jnp.zeros_like(factors), active)
     blended = factor * images + (1 - factor) * partner
-    is_hue = augment._per_image(numbers) == augment.HUE
-    return jnp.where(is_hue, _ADJUST(images, numbers, factors, active), blended)
+    is_hue = augment._per_image(indices) == augment.HUE
+    return jnp.where(is_hue, _ADJUST(images, indices, factors, active), blended)
 
 
 def _padded_with_the_edge(images, offsets, padding):
@@ -99,9 +99,9 @@ def _erased_before_normalising(key, keys, batch, config, preprocess, *rest):
     return preprocess.normalize(images), targets  # mixing images up does not mind
 
 
-def _mixed_with_the_reversed_batch(batch, share, **options):
-    share = share.astype(batch.dtype)
-    return share * batch + (1 - share) * batch[::-1]
+def _mixed_with_the_reversed_batch(batch, lam, **options):
+    lam = lam.astype(batch.dtype)
+    return lam * batch + (1 - lam) * batch[::-1]
 
 
 def _areas_of_a_quarter(image, rng):

@@ -19,7 +19,7 @@ from flax_resnet.config import AugmentConfig
 # One stream per transform: folded into the example's key, so that no two draws are related.
 _CROP, _FLIP, _ROTATION, _JITTER, _ERASING = range(5)
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers in ColorJitter
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's indices in ColorJitter
 
 _ERASING_AREA = (0.02, 0.33)  # share of the image
 _ERASING_RATIO = (0.3, 3.3)  # height / width
@@ -128,20 +128,20 @@ def draw_color_jitter(
       strengths: static; of brightness, contrast, saturation, hue (`AugmentConfig`).
 
     Returns:
-      order [B, n] int32, each row a permutation of the n adjustments that are on, by number;
-      factors [B, 4] by number: uniform in [max(0, 1 - x), 1 + x], for hue in [-x, x].
+      order [B, n] int32, each row a permutation of the n adjustments that are on, by index;
+      factors [B, 4] by index: uniform in [max(0, 1 - x), 1 + x], for hue in [-x, x].
     """
     active = _active(strengths)
-    numbers = _draw(keys, _JITTER, len(active) + 4)
-    order = jnp.argsort(numbers[:, : len(active)], axis=1)
+    draws = _draw(keys, _JITTER, len(active) + 4)
+    order = jnp.argsort(draws[:, : len(active)], axis=1)
     low = [max(0.0, 1 - strength) for strength in strengths[:HUE]] + [-strengths[HUE]]
     high = [1 + strength for strength in strengths[:HUE]] + [strengths[HUE]]
-    factors = _between(low, high, numbers[:, len(active) :])
+    factors = _between(low, high, draws[:, len(active) :])
     return jnp.array(active, jnp.int32)[order], factors
 
 
 def _active(strengths: tuple[float, ...]) -> tuple[int, ...]:
-    return tuple(number for number, strength in enumerate(strengths) if strength)
+    return tuple(index for index, strength in enumerate(strengths) if strength)
 
 
 def color_jitter(
@@ -155,9 +155,9 @@ def color_jitter(
     saturation and no hue to change).
 
     Args:
-      order: [B, n], numbers of the adjustments in the order in which they are applied.
-      factors: [B, 4], by number.
-      active: static; all numbers in `order`. The others leave nothing in the program.
+      order: [B, n], indices of the adjustments in the order in which they are applied.
+      factors: [B, 4], by index.
+      active: static; all indices in `order`. The others leave nothing in the program.
     """
     factors = factors.astype(images.dtype)
     for step in range(order.shape[1]):
@@ -166,23 +166,23 @@ def color_jitter(
 
 
 def _adjust(
-    images: jax.Array, numbers: jax.Array, factors: jax.Array, active: tuple[int, ...]
+    images: jax.Array, indices: jax.Array, factors: jax.Array, active: tuple[int, ...]
 ) -> jax.Array:
-    """Adjustment number `numbers` [B] of each image. The images of a batch take theirs in
+    """Adjustment `indices` [B] of each image. The images of a batch take theirs in
     different orders: the three blends are one with a partner each, and all compute the hue."""
-    factor = _per_image(jnp.take_along_axis(factors, numbers[:, None], axis=1))
-    number = _per_image(numbers)
+    factor = _per_image(jnp.take_along_axis(factors, indices[:, None], axis=1))
+    index = _per_image(indices)
     gray = _gray(images)
     partner = jnp.zeros_like(gray)
     if CONTRAST in active:
-        partner = jnp.where(number == CONTRAST, gray.mean((1, 2, 3), keepdims=True), partner)
+        partner = jnp.where(index == CONTRAST, gray.mean((1, 2, 3), keepdims=True), partner)
     if SATURATION in active:
-        partner = jnp.where(number == SATURATION, gray, partner)
+        partner = jnp.where(index == SATURATION, gray, partner)
     blended = jnp.clip(factor * images + (1 - factor) * partner, 0, 1)
     if images.shape[-1] == 1:
-        return jnp.where(number <= CONTRAST, blended, images)
+        return jnp.where(index <= CONTRAST, blended, images)
     if HUE in active:
-        return jnp.where(number == HUE, _turn_hue(images, factor), blended)
+        return jnp.where(index == HUE, _turn_hue(images, factor), blended)
     return blended
 
 
@@ -218,17 +218,17 @@ def draw_erasing(keys: jax.Array, probability: float, height: int, width: int) -
 
     Ten tries at area (2% to 33%) and ratio (0.3 to 3.3, log-uniform), the first that fits.
     """
-    numbers = _draw(keys, _ERASING, 3 + 2 * _ERASING_TRIES)
-    area, log_ratio = jnp.split(numbers[:, 3:], 2, axis=1)  # [B, tries]
+    draws = _draw(keys, _ERASING, 3 + 2 * _ERASING_TRIES)
+    area, log_ratio = jnp.split(draws[:, 3:], 2, axis=1)  # [B, tries]
     area = height * width * _between(*_ERASING_AREA, area)
     ratio = jnp.exp(_between(*map(math.log, _ERASING_RATIO), log_ratio))
     sides = jnp.round(jnp.sqrt(jnp.stack([area * ratio, area / ratio], -1))).astype(jnp.int32)
     room = jnp.array([[height, width]], jnp.int32)
     fits = (sides < room[:, None]).all(-1)
     first = jnp.take_along_axis(sides, fits.argmax(1)[:, None, None], axis=1)[:, 0]  # [B, 2]
-    erased = fits.any(1) & (numbers[:, 0] < probability)
+    erased = fits.any(1) & (draws[:, 0] < probability)
     sides = jnp.where(erased[:, None], first, 0)
-    place = (numbers[:, 1:3] * (room - sides + 1).astype(jnp.float32)).astype(jnp.int32)
+    place = (draws[:, 1:3] * (room - sides + 1).astype(jnp.float32)).astype(jnp.int32)
     return jnp.concatenate([place, sides], axis=1)
 
 
@@ -246,7 +246,7 @@ def erase(images: jax.Array, rectangles: jax.Array) -> jax.Array:
 
 
 def draw_mixup(key: jax.Array, alpha: float) -> jax.Array:
-    """The share of the batch itself, scalar float32, from Beta(alpha, alpha).
+    """Lambda, the weight of the batch itself, scalar float32, from Beta(alpha, alpha).
 
     Args:
       key: one for the whole batch, unlike every other draw here.
@@ -254,20 +254,20 @@ def draw_mixup(key: jax.Array, alpha: float) -> jax.Array:
     return jax.random.beta(key, alpha, alpha, (), jnp.float32)
 
 
-def mixup(batch: jax.Array, share: jax.Array, *, axis_name: str | None = None) -> jax.Array:
-    """torchvision's MixUp: share * x + (1 - share) * (x moved one example on).
+def mixup(batch: jax.Array, lam: jax.Array, *, axis_name: str | None = None) -> jax.Array:
+    """torchvision's MixUp: lam * x + (1 - lam) * (x moved one example on).
 
     Args:
-      batch: [B, ...], images or targets (one-hot or smoothed); give both the same share.
+      batch: [B, ...], images or targets (one-hot or smoothed); give both the same `lam`.
       axis_name: of a pmap over which the batch is split; devices then pass one example on.
     """
-    share = share.astype(batch.dtype)
+    lam = lam.astype(batch.dtype)
     partners = jnp.roll(batch, 1, axis=0)
     if axis_name is not None:
         count = lax.axis_size(axis_name)
         ring = [(device, (device + 1) % count) for device in range(count)]
         partners = partners.at[0].set(lax.ppermute(batch[-1], axis_name, ring))
-    return share * batch + (1 - share) * partners
+    return lam * batch + (1 - lam) * partners
 
 
 def _draw(keys: jax.Array, stream: int, count: int) -> jax.Array:
@@ -279,10 +279,10 @@ def _draw(keys: jax.Array, stream: int, count: int) -> jax.Array:
     return jax.vmap(draw)(keys)
 
 
-def _between(low, high, numbers: jax.Array) -> jax.Array:
+def _between(low, high, draws: jax.Array) -> jax.Array:
     """From [0, 1) to [low, high); bounds are numbers, or one for each column."""
     low, high = (jnp.array(bound, jnp.float32).reshape(1, -1) for bound in (low, high))
-    return low + (high - low) * numbers
+    return low + (high - low) * draws
 
 
 def _per_image(values: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Grain pipelines: order, decode and resize, batch, and a position that can be saved.
 
-Images that fit are decoded once and stay on the device as uint8; an epoch then only sends numbers
-of images. Others are decoded again every epoch, in threads or worker processes, ahead of the step.
+Images that fit are decoded once and stay on the device as uint8; an epoch then only sends
+indices. Others are decoded again every epoch, in threads or worker processes, ahead of the step.
 """
 
 import dataclasses
@@ -76,11 +76,11 @@ def _random_area(image, rng):
     return image[top : top + h, left : left + w]
 
 
-def decode_all(source, decoder: Decoder, numbers: Sequence[int] | None = None) -> np.ndarray:
-    """The images of a source at `numbers`, by default all -> uint8 `[N, size, size, C]`."""
-    numbers = range(len(source)) if numbers is None else numbers
+def decode_all(source, decoder: Decoder, indices: Sequence[int] | None = None) -> np.ndarray:
+    """The images of a source at `indices`, by default all -> uint8 `[N, size, size, C]`."""
+    indices = range(len(source)) if indices is None else indices
     with ThreadPoolExecutor(_THREADS) as pool:
-        images = list(pool.map(lambda i: decoder(source[i]), numbers))
+        images = list(pool.map(lambda i: decoder(source[i]), indices))
     return np.stack(images) if images else decoder(source[0])[None][:0]
 
 
@@ -106,7 +106,7 @@ def channel_statistics(counts: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 
 
 def evenly_spaced(length: int, count: int) -> np.ndarray:
-    """At most `count` numbers of images of a source too large to look at whole."""
+    """At most `count` indices of a source too large to look at whole."""
     return np.linspace(0, length - 1, min(length, count)).astype(int)
 
 
@@ -117,7 +117,7 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchOrder:
-    """Random access to the numbers of images of every step of a run.
+    """Random access to the indices of every step of a run.
 
     Each epoch is a new permutation without its remainder, drawn at once: Grain's own shuffle
     takes tens of microseconds an image, which shows beside a fast step.
@@ -216,14 +216,14 @@ def evaluation_batches(
       {"image", "label", "mask"} with leading axis `batch_size`, or this process's part of it.
     """
     for start in range(0, len(source), batch_size):
-        numbers = range(start, start + batch_size)[rows]
-        mask = np.array([number < len(source) for number in numbers])
-        present = numbers[: mask.sum()]
+        indices = range(start, start + batch_size)[rows]
+        mask = np.array([index < len(source) for index in indices])
+        present = indices[: mask.sum()]
         if images is not None:
             part = images[present.start : present.stop]
         else:
             part = decode_all(source, decoder, present)
-        fill = len(numbers) - len(present)
+        fill = len(indices) - len(present)
         labels = np.asarray(source.labels[present.start : present.stop], np.int32)
         yield {
             "image": np.pad(part, ((0, fill), (0, 0), (0, 0), (0, 0))),

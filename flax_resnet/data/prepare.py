@@ -93,20 +93,20 @@ def prepare(config: TrainConfig) -> Prepared:
 
 def _statistics(source, decoder, images: np.ndarray | None):
     """Mean and standard deviation of the training split; `images` are all of it, decoded."""
-    numbers = pipeline.evenly_spaced(len(source), _MEASURED)
+    indices = pipeline.evenly_spaced(len(source), _MEASURED)
     if images is not None:
-        images = images if len(numbers) == len(images) else images[numbers]
+        images = images if len(indices) == len(images) else images[indices]
         return pipeline.channel_statistics(pipeline.count_levels(images))
-    parts = np.array_split(numbers, -(-len(numbers) // _AT_ONCE))
+    parts = np.array_split(indices, -(-len(indices) // _AT_ONCE))
     counts = [pipeline.count_levels(_decode(source, decoder, part)) for part in parts]
     return pipeline.channel_statistics(sum(counts))
 
 
-def _decode(source, decoder, numbers) -> np.ndarray:
+def _decode(source, decoder, indices) -> np.ndarray:
     """Of several processes each decodes its share, and all get all."""
-    own = numbers[distributed.share(len(numbers))]
+    own = indices[distributed.share(len(indices))]
     part = distributed.together(lambda: pipeline.decode_all(source, decoder, own))
-    return distributed.gather_rows(part, len(numbers))
+    return distributed.gather_rows(part, len(indices))
 
 
 SPLITS = ("train", "validation", "test")
