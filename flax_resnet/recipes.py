@@ -224,6 +224,8 @@ RECIPES = {
         ),
         starts_from="cifar10-resnet18-48px-start",
         method="10 more at 64 px: what the next one starts from",
+        reached={"test_accuracy": 0.7511},
+        minutes=60,
     ),
     "cifar10-resnet18-64-to-80px": Recipe(
         config=_enlarged(
@@ -232,6 +234,8 @@ RECIPES = {
         starts_from="cifar10-resnet18-48-to-64px",
         method="8 more at 80 px, 24 epochs in all",
         published={"test_accuracy": 0.8766},
+        reached={"test_accuracy": 0.8877},
+        minutes=73,
         source="the same, by epoch 46",
     ),
     "resnet18-regularized": Recipe(

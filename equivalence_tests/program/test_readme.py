@@ -97,6 +97,10 @@ def fewer_pixels_first(rows) -> Iterator[str]:
         minutes = [rows[name]["minutes"] for name in names]
         yield f"at {accuracy[names[1]]} after {sum(minutes[:2]):.0f} minutes"
         yield f"at {accuracy[names[2]]} after {minutes[2]:.0f}{last}"
+    longest = [f"cifar10-resnet18-{way}" for way in ("48px-start", "48-to-64px", "64-to-80px")]
+    epochs = sum(rows[name]["epochs"][0] for name in longest)
+    minutes = sum(rows[name]["minutes"] for name in longest)
+    yield f"{epochs} epochs in all, test at {accuracy[longest[-1]]} after {minutes:.0f} minutes"
 
 
 def own_settings(rows) -> Iterator[str]:
