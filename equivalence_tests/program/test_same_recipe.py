@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from equivalence_tests import mutants, results, same_recipe
+from equivalence_tests import mutants, results, same_recipe, tolerances
 from equivalence_tests.program.test_commands import write_folder
 from flax_resnet import cli
 from flax_resnet.recipes import RECIPES
@@ -26,7 +26,7 @@ def measure(tmp_path, monkeypatch):
 def test_a_recipe_is_the_same_but_for_rounding(measure):
     status, row = measure()
     assert status == 0 and row["steps"] == len(row["loss_differences"]) == 2
-    assert row["rate_difference"] <= 1e-12 and row["weights_difference"] <= 1e-9
+    assert row["rate_difference"] <= tolerances.RULES
 
 
 @pytest.mark.control
