@@ -10,7 +10,7 @@ from flax_resnet import distributed, early_stopping, environment, optim, steps
 from flax_resnet.checkpoint import Checkpoints, steps_in
 from flax_resnet.config import InputError, to_dict
 from flax_resnet.data import pipeline
-from flax_resnet.data.prepare import Prepared, check_contents, contents
+from flax_resnet.data.prepare import SPLITS, Prepared, check_contents, contents
 from flax_resnet.display import Display
 from flax_resnet.early_stopping import EarlyStopping
 from flax_resnet.evaluate import evaluate
@@ -65,7 +65,7 @@ class Run:
 
     def _announce(self):
         model, data = self.config.model, self.config.data
-        sizes = [len(getattr(self.dataset, s)) for s in ("train", "validation", "test")]
+        sizes = [len(getattr(self.dataset, s)) for s in SPLITS]
         self.display.show(summary_table(model.arch, self.stages))
         self.display.say(
             f"{data.dataset}: {sizes[0]:,} training, {sizes[1]:,} validation, {sizes[2]:,} test"
@@ -350,7 +350,7 @@ class Run:
             like = self.engine.state_like(self._abstract_state())
             variables = steps.evaluation_variables(self.checkpoints.restore(best, like))
         splits, confusions = {}, {}
-        for split in ("train", "validation", "test"):
+        for split in SPLITS:
             self._stop_if_asked()
             if len(getattr(self.dataset, split)):
                 splits[split], confusions[split] = self._evaluate(split, variables)

@@ -14,14 +14,12 @@ import _memory  # noqa: F401
 from flax_resnet import cli, steps
 from flax_resnet.config import InputError
 from flax_resnet.data import pipeline
-from flax_resnet.data.prepare import check_contents, contents, evaluation_decoder
+from flax_resnet.data.prepare import SPLITS, check_contents, contents, evaluation_decoder
 from flax_resnet.data.sources import open_dataset
 from flax_resnet.display import Display
 from flax_resnet.evaluate import evaluate
 from flax_resnet.parallel import Engine
 from flax_resnet.serve import LoadedRun, load_run
-
-SPLITS = ("train", "validation", "test")
 
 
 def parse():

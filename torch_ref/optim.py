@@ -130,10 +130,12 @@ def make_schedulers(
         with onecycle that rate is lr / div_factor.
 
     Raises:
-      ValueError: `cycle_momentum` with another schedule than onecycle.
+      ValueError: `cycle_momentum` with another schedule than onecycle, or without momentum.
     """
     if cycle_momentum and schedule != "onecycle":
         raise ValueError(f"cycle_momentum is of onecycle, not of {schedule}")
+    if cycle_momentum and optimizer.defaults.get("momentum") == 0:
+        raise ValueError("cycle_momentum: the optimizer has momentum 0, none to move")
 
     def in_steps(length: float) -> int:
         return max(1, round(length * steps_per_epoch))

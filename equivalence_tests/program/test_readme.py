@@ -21,6 +21,7 @@ def quotes() -> Iterator[str]:
     yield from paired_trainings(results.read("tost"))
     yield from growth_of_rounding(results.read("error-growth")["rows"])
     yield from start(results.read("startup-cpu")["seconds_to_first_step"])
+    yield from spread([results.read(f"benchmark-cpu-{file}") for file in set(SPEEDS.values())])
     yield from from_files(results.read("benchmark-cpu-end-to-end")["rows"])
     yield from to_accuracy(results.read("benchmark-cpu-time-to-accuracy")["rows"])
     whole = [row for row in results.read("recipes")["rows"] if not row["subset"]]
@@ -60,6 +61,19 @@ def growth_of_rounding(rows) -> Iterator[str]:
 def start(seconds) -> Iterator[str]:
     yield f"{seconds['cold']:.1f} s with an empty compilation cache"
     yield f"{seconds['second']:.1f} and {seconds['third']:.1f} s with a full one"
+
+
+def spread(benchmarks) -> Iterator[str]:
+    rows = [row for measured in benchmarks for row in measured["rows"]]
+    shares = [row["images_per_second_iqr"] / row["images_per_second"] for row in rows]
+    yield f"quartiles are {100 * min(shares):.0f} to {100 * max(shares):.0f}% of these medians"
+    twin = [
+        row["images_per_second"] / measured["torchvision"][row["mode"]]["images_per_second"]
+        for measured in benchmarks
+        for row in measured["rows"]
+        if row["variant"] == "eager"
+    ]
+    yield f"network does, is at {min(twin):.2f} to {max(twin):.2f} of it"
 
 
 def from_files(rows) -> Iterator[str]:
@@ -172,17 +186,18 @@ def test_the_table_of_mutants_counts_those_of_the_matrix():
     assert [int(line.split("|")[2]) for line in table.splitlines()[2:]] == [killed, *seen]
 
 
+SPEEDS = {
+    "training, ResNet-18, 7x7 stem": "resnet18-imagenet-stem-32",
+    "inference, ResNet-18, 7x7 stem": "resnet18-imagenet-stem-32-inference",
+    "training, ResNet-18, 3x3 stem": "resnet18-cifar-stem-32",
+    "inference, ResNet-18, 3x3 stem": "resnet18-cifar-stem-32",
+    "training, ResNet-50": "resnet50-224",
+    "inference, ResNet-50": "resnet50-224",
+}
 PROGRAMS = ("jit", "eager", "eager-kept-memory", "compile", "compile-kept-memory")
 
 
-@pytest.mark.parametrize("words, file", [
-    ("training, ResNet-18, 7x7 stem", "resnet18-imagenet-stem-32"),
-    ("inference, ResNet-18, 7x7 stem", "resnet18-imagenet-stem-32-inference"),
-    ("training, ResNet-18, 3x3 stem", "resnet18-cifar-stem-32"),
-    ("inference, ResNet-18, 3x3 stem", "resnet18-cifar-stem-32"),
-    ("training, ResNet-50", "resnet50-224"),
-    ("inference, ResNet-50", "resnet50-224"),
-])  # fmt: skip
+@pytest.mark.parametrize("words, file", SPEEDS.items())
 def test_the_table_of_speeds_is_the_benchmark(words, file):
     measured = results.read(f"benchmark-cpu-{file}")
     rows = [row for row in measured["rows"] if words.startswith(row["mode"])]

@@ -374,6 +374,7 @@ def config_takes(group, name, text):
         (["--arch", "resnet20", "--stem", "cifar"], "stem"),
         (["--arch", "basic_cnn", "--zero-init-residual"], "no residual blocks"),
         (["--cycle-momentum", "--schedule", "cosine"], "cosine"),
+        (["--cycle-momentum", "--momentum", "0"], "momentum 0"),
         (["--new-head"], "--init-from"),
         (["--init-from", "nowhere.pth"], "nowhere.pth"),
     ],

@@ -14,6 +14,7 @@ from flax_resnet.data.pipeline import Decoder
 from flax_resnet.data.sources import DataSet, open_dataset
 from flax_resnet.models import has_stem_choice
 
+SPLITS = ("train", "validation", "test")
 SMALL = 64  # pixels a side up to which images keep their size, and below which the stem is small
 TINY = 16  # pixels a side to which smaller images are enlarged for the large stem
 _MEASURED = 50_000  # images at most that mean and standard deviation are taken from
@@ -109,9 +110,6 @@ def _decode(source, decoder, indices) -> np.ndarray:
     return distributed.gather_rows(part, len(indices))
 
 
-SPLITS = ("train", "validation", "test")
-
-
 def contents(dataset: DataSet) -> dict:
     """{what: value} of a data set, for a run that goes on to compare: classes, and of every split
     the number of images and a digest of labels and file names, wherever the folder lies."""
@@ -186,7 +184,7 @@ def _that_fit(config, dataset) -> dict:
     """{split: source} of those to keep decoded, the training images first."""
     data, sources = config.data, {}
     left = {"device": np.inf, "none": 0, "auto": data.cache_gib * 2**30}[data.cache]
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         if split == "train" and config.augment.random_resized_crop:
             continue  # every epoch cuts other areas out of the files
         source = getattr(dataset, split)
