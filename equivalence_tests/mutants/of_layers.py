@@ -157,6 +157,17 @@ def _flax_linear(fan_in):
     return init
 
 
+_UNIFORM_FAN_IN = layers.uniform_fan_in
+
+
+def _zero_bias(fan_in):
+    def init(key, shape, dtype=jnp.float32, **options):
+        drawn = _UNIFORM_FAN_IN(fan_in)(key, shape, dtype, **options)
+        return jnp.zeros_like(drawn) if len(shape) == 1 else drawn
+
+    return init
+
+
 def _unscaled_dropout(self, x, keys=None):
     out = _DROPOUT(self, x, keys)
     return out if self.deterministic else out * (1 - self.rate)
@@ -283,9 +294,15 @@ MUTANTS = [
     ),
     Mutant(
         name="Flax's linear initialisers",
-        difference="10",
+        difference="10a",
         what="linear layers start with a truncated normal, biases with 0",
         patches=[(layers, "uniform_fan_in", _flax_linear)],
+    ),
+    Mutant(
+        name="biases start at 0",
+        difference="10b",
+        what="linear layers start with biases of 0, their weights as torch's",
+        patches=[(layers, "uniform_fan_in", _zero_bias)],
     ),
     Mutant(
         name="transposed kernels",

@@ -114,14 +114,29 @@ def test_batch_norm_of_a_batch_on_two_devices(x64):
 MANY = 200_000
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "basic_cnn"])
-def test_fresh_weights_are_drawn_as_torchs(arch):
-    """The same distribution in every layer: constants equal, others by Kolmogorov and Smirnov."""
-    ours = flax_resnet.state_dict(flax_resnet.create_model(arch))
-    torch.manual_seed(0)
-    twin = torch_ref.create_model(arch).state_dict()
-    for name, tensor in twin.items():
-        got, expected = ours[name].ravel(), tensor.numpy().ravel()
+def fresh_weights(framework, arch, seed) -> dict:
+    if framework == "torch":
+        torch.manual_seed(seed)
+        model = torch_ref.create_model(arch, num_classes=1000)
+        return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    model = flax_resnet.create_model(arch, num_classes=1000, rngs=nnx.Rngs(seed))
+    return flax_resnet.state_dict(model)
+
+
+@pytest.mark.parametrize("arch, times", [("resnet18", 1), ("resnet50", 1), ("basic_cnn", 10)])
+def test_fresh_weights_are_drawn_as_torchs(arch, times):
+    """The same distribution in every layer: constants equal, others by Kolmogorov and Smirnov.
+
+    Each has a few hundred values at least, so that a bias of zeros would be seen.
+    """
+    ours, twins = (
+        [fresh_weights(framework, arch, seed) for seed in range(times)]
+        for framework in ("jax", "torch")
+    )
+    for name in twins[0]:
+        got, expected = (
+            np.concatenate([weights[name].ravel() for weights in draws]) for draws in (ours, twins)
+        )
         if np.ptp(expected) == 0:
             np.testing.assert_array_equal(got, expected, err_msg=name)
         else:
