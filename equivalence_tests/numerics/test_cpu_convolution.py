@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from jax import lax
+from torch.nn import functional as F
 
-from flax_resnet.models import cpu_convolution
+from equivalence_tests import tolerances
+from flax_resnet.models import cpu_convolution, winograd
 
 PLAIN_LABELS = {"b01f_01io->b01f"}
 
@@ -82,6 +85,131 @@ def test_a_matrix_product_is_the_convolution(x64, size, kernel, stride, padding)
     for got, expected in zip(*results, strict=True):
         assert got.shape == expected.shape
         assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
+
+
+def tiled(images, kernel, stride, padding):
+    assert (stride, padding) == (1, 1)
+    return winograd.convolution(images, kernel)
+
+
+def value_and_gradients(convolution, *arrays):
+    return convolution(*arrays, 1, 1), *gradients(convolution, *arrays, 1, 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 8])  # a pixel more in the other direction
+def test_winograds_algorithm_is_the_convolution(x64, size):
+    """And so are its gradients."""
+    arrays = example(size, 3, np.float64)
+    results = [value_and_gradients(convolution, *arrays) for convolution in (tiled, library)]
+    for got, expected in zip(*results, strict=True):
+        assert got.shape == expected.shape
+        assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
+
+
+@pytest.mark.control
+@pytest.mark.parametrize("name", ["_PIXELS", "_KERNEL", "_OUTPUT"])
+def test_with_a_number_wrong_it_is_not(x64, monkeypatch, name):
+    matrix = getattr(winograd, name).copy()
+    matrix[-1, -1] += 1
+    monkeypatch.setattr(winograd, name, matrix)
+    arrays = example(4, 3, np.float64)
+    for got, expected in zip(
+        value_and_gradients(tiled, *arrays), value_and_gradients(library, *arrays), strict=True
+    ):
+        assert np.linalg.norm(got - expected) > 1e-2 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("channels, size", [(256, 8), (512, 4), (512, 7)])
+def test_winograds_rounding_is_within_twice_torchs(channels, size):
+    """Images as behind a ReLU, weights as before training; each to be told from float64."""
+    rng = np.random.default_rng(0)
+    images = np.maximum(rng.standard_normal((16, size, size, channels)), 0)
+    kernel = rng.standard_normal((3, 3, channels, channels)) / np.sqrt(9 * channels)
+    gradient = rng.standard_normal(images.shape)
+    arrays = [array.astype(np.float32) for array in (images, kernel, gradient)]
+    exact = in_torch(*(array.astype(np.float64) for array in arrays))
+    for got, theirs, expected in zip(in_jax(*arrays), in_torch(*arrays), exact, strict=True):
+        ours, torchs = (
+            np.linalg.norm(result - expected) / np.linalg.norm(expected) for result in (got, theirs)
+        )
+        ulps = tolerances.BUDGET_ULPS * np.finfo(np.float32).eps
+        assert ours <= tolerances.BUDGET_FACTOR * torchs + ulps
+
+
+def in_jax(images, kernel, gradient):
+    result, pullback = jax.vjp(winograd.convolution, images, kernel)
+    return result, *pullback(gradient)
+
+
+def in_torch(images, kernel, gradient):
+    images = torch.tensor(images.transpose(0, 3, 1, 2), requires_grad=True)
+    weight = torch.tensor(kernel.transpose(3, 2, 0, 1), requires_grad=True)
+    result = F.conv2d(images, weight, padding=1)
+    result.backward(torch.tensor(gradient.transpose(0, 3, 1, 2)))
+    results = [t.detach().numpy() for t in (result, images.grad, weight.grad)]
+    return [t.transpose(order) for t, order in zip(results, ORDERS, strict=True)]
+
+
+ORDERS = (0, 2, 3, 1), (0, 2, 3, 1), (2, 3, 1, 0)
+
+
+def compiled(images, kernel, stride=1, dtype=jnp.float32):
+    """The program of a convolution and its gradients, padded with a pixel."""
+
+    def value(images, kernel):
+        return jnp.sin(
+            cpu_convolution.conv_general_dilated(images, kernel, (stride,) * 2, ((1, 1),) * 2)
+        ).sum()
+
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in (images, kernel)]
+    options = cpu_convolution.COMPILER_OPTIONS
+    with_gradients = jax.jit(jax.value_and_grad(value, (0, 1)), compiler_options=options)
+    return with_gradients.lower(*arrays).compile()
+
+
+MANY = (8, 8, 8, 256), (3, 3, 256, 256)
+
+
+def test_many_channels_take_half_of_the_products():
+    """16 for 36, and the transforms."""
+    ours = compiled(*MANY)
+    assert "convolution(" not in ours.as_text()
+    images, kernel = MANY
+    products = 3 * 2 * np.prod(images) * np.prod(kernel) / kernel[2]
+    assert ours.cost_analysis()["flops"] < 0.55 * products
+
+
+@pytest.mark.control
+def test_the_librarys_takes_all_of_them(monkeypatch):
+    monkeypatch.setattr(cpu_convolution, "MANY_CHANNELS", 1_000)
+    images, kernel = MANY
+    pixels_within = (3 * images[1] - 2) ** 2 / (3 * images[1]) ** 2  # the others are zeros
+    products = 3 * 2 * np.prod(images) * np.prod(kernel) / kernel[2] * pixels_within
+    assert compiled(*MANY).cost_analysis()["flops"] > 0.99 * products
+
+
+@pytest.mark.parametrize(
+    "images, kernel, options",
+    [
+        ((7, 8, 8, 256), (3, 3, 256, 256), {}),  # too few tiles
+        ((64, 3, 3, 256), (3, 3, 256, 256), {}),  # half of a tile would be padding
+        ((8, 8, 8, 128), (3, 3, 128, 256), {}),
+        ((8, 8, 8, 256), (3, 3, 256, 128), {}),
+        ((8, 8, 8, 256), (1, 1, 256, 256), {}),
+        ((32, 8, 8, 256), (3, 3, 256, 256), dict(stride=2)),
+        (*MANY, dict(dtype=jnp.bfloat16)),
+    ],
+)
+def test_others_are_left_to_the_library(images, kernel, options):
+    assert "convolution(" in compiled(images, kernel, **options).as_text()
+
+
+def test_an_export_for_any_batch_keeps_the_convolution():
+    (batch,) = jax.export.symbolic_shape("batch")
+    images, kernel = MANY
+    arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((batch, *images[1:]), kernel)]
+    convolve = jax.jit(lambda *a: cpu_convolution.conv_general_dilated(*a, (1, 1), ((1, 1),) * 2))
+    assert "stablehlo.convolution" in jax.export.export(convolve)(*arrays).mlir_module()
 
 
 @pytest.mark.parametrize(

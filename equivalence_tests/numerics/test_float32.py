@@ -80,6 +80,14 @@ def test_steps_of_training(arch):
     assert over_budget_of_steps(teacher_forced(case)) == []
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("arch", FAST)
+def test_steps_of_training_by_winograd(arch, winograd_everywhere):
+    case = inputs.make_case(arch, batch=4, steps=BATCHES, lr=STILL, momentum=0.9, weight_decay=5e-4)
+    assert over_budget_of_steps(teacher_forced(case)) == []
+    assert winograd_everywhere.called
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_evaluation(arch):
     """Activations, where every framework decides for itself."""

@@ -52,6 +52,13 @@ def test_one_step_of_training(arch, stem):
     assert too_large(make_case(arch, stem=stem)) == []
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("arch", QUICK)
+def test_one_step_of_training_by_winograd(arch, winograd_everywhere):
+    assert too_large(make_case(arch)) == []
+    assert winograd_everywhere.called
+
+
 @pytest.mark.parametrize("arch, stem", CASES)
 def test_evaluation(arch, stem):
     assert too_large(make_case(arch, stem=stem), train=False) == []

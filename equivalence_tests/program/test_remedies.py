@@ -45,7 +45,7 @@ def test_what_the_statistics_lose(way, exact_at, lost_at):
 def test_every_way_is_another_program(monkeypatch):
     monkeypatch.setattr(remedies.Step, "__new__", lambda _, compiled, *rest: compiled)
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: lowered.as_text())
-    words = "--arch resnet18 --image-size 8 --batch-size 2".split()
+    words = "--arch resnet18 --image-size 64 --batch-size 32".split()  # enough tiles for Winograd
     monkeypatch.setattr(sys, "argv", ["remedies", *words])
     job = remedies.make_job(remedies.parse())
     variables = nnx.state(remedies.make_model(job))
