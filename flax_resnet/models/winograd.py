@@ -61,9 +61,7 @@ def _tiles(images):
     """`[B, H, W, C]` -> `[16, tiles, C]`, transformed."""
     blocks = _blocks(images, around=1)
     h, w = blocks.shape[3] - 1, blocks.shape[4] - 1
-    tiles = jnp.stack(
-        [blocks[:, :, :, i : h + i, j : w + j] for i in (0, 1) for j in (0, 1)],
-    )
+    tiles = jnp.stack([blocks[:, :, :, i : h + i, j : w + j] for i in (0, 1) for j in (0, 1)])
     return _transform(_PIXELS, tiles).reshape(16, -1, images.shape[-1])
 
 
