@@ -78,13 +78,71 @@ def product(images, kernel, stride, padding):
 def test_a_matrix_product_is_the_convolution(x64, size, kernel, stride, padding):
     """And so are its gradients."""
     arrays = example(size, kernel, np.float64)
-    results = [
-        (convolution(*arrays, stride, padding), *gradients(convolution, *arrays, stride, padding))
-        for convolution in (product, library)
-    ]
+    results = [value_and_gradients(way, *arrays, stride, padding) for way in (product, library)]
     for got, expected in zip(*results, strict=True):
         assert got.shape == expected.shape
         assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
+
+
+def pointwise(images, kernel, stride, padding):
+    strides, paddings = (stride,) * 2, ((padding,) * 2,) * 2
+    return cpu_convolution.conv_general_dilated(images, kernel, strides, paddings)
+
+
+@pytest.mark.parametrize("channels", [(3, 5), (5, 3), (4, 4)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_a_pointwise_convolution_is_one(x64, channels, stride):
+    """And so are its gradients."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape) for shape in ((2, 8, 9, channels[0]), (1, 1, *channels))]
+    results = [value_and_gradients(way, *arrays, stride, 0) for way in (pointwise, library)]
+    for got, expected in zip(*results, strict=True):
+        assert got.shape == expected.shape
+        assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
+
+
+def pointwise_gradient(convolution, channels) -> str:
+    """The compiled program of the gradient of a pointwise kernel."""
+
+    def value(kernel, images):
+        return jnp.sin(convolution(images, kernel, 1, 0)).sum()
+
+    images = jax.ShapeDtypeStruct((8, 16, 16, channels[0]), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((1, 1, *channels), jnp.float32)
+    return jax.jit(jax.grad(value)).lower(kernel, images).compile().as_text()
+
+
+def most_channels_transposed(program) -> int:
+    """Of arrays as large as the images."""
+    shapes = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", program)
+    sizes = [np.prod([int(length) for length in shape.split(",")]) for shape in shapes]
+    return max(sizes) // (8 * 16 * 16)
+
+
+def contracted(program) -> set[tuple[str, str]]:
+    """Which dimensions of left and right: Eigen is fast with rows by columns."""
+    return set(re.findall(r"lhs_contracting_dims=({\d}), rhs_contracting_dims=({\d})", program))
+
+
+ROWS_BY_COLUMNS = {("{1}", "{0}")}
+
+
+@pytest.mark.parametrize("channels", [(64, 256), (256, 64)])
+def test_a_pointwise_gradient_transposes_the_fewer_channels_alone(channels):
+    program = pointwise_gradient(pointwise, channels)
+    assert most_channels_transposed(program) == min(channels)
+    assert contracted(program) == ROWS_BY_COLUMNS
+
+
+@pytest.mark.control
+def test_the_library_transposes_both():
+    assert most_channels_transposed(pointwise_gradient(library, (64, 256))) == 256
+
+
+@pytest.mark.control
+def test_without_a_barrier_the_product_is_turned_round(monkeypatch):
+    monkeypatch.setattr(lax, "optimization_barrier", lambda x: x)
+    assert contracted(pointwise_gradient(pointwise, (256, 64))) != ROWS_BY_COLUMNS
 
 
 def tiled(images, kernel, stride, padding):
@@ -92,15 +150,16 @@ def tiled(images, kernel, stride, padding):
     return winograd.convolution(images, kernel)
 
 
-def value_and_gradients(convolution, *arrays):
-    return convolution(*arrays, 1, 1), *gradients(convolution, *arrays, 1, 1)
+def value_and_gradients(convolution, images, kernel, stride=1, padding=1):
+    arguments = images, kernel, stride, padding
+    return convolution(*arguments), *gradients(convolution, *arguments)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 8])  # a pixel more in the other direction
 def test_winograds_algorithm_is_the_convolution(x64, size):
     """And so are its gradients."""
     arrays = example(size, 3, np.float64)
-    results = [value_and_gradients(convolution, *arrays) for convolution in (tiled, library)]
+    results = [value_and_gradients(way, *arrays) for way in (tiled, library)]
     for got, expected in zip(*results, strict=True):
         assert got.shape == expected.shape
         assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
@@ -225,11 +284,11 @@ def test_an_export_for_any_batch_keeps_the_convolution():
         (8, 3, 2, 1, False),
         (8, 1, 2, 1, True),  # a shortcut
         (9, 1, 2, 1, True),
-        (8, 1, 1, 1, False),
+        (8, 1, 1, 1, True),  # pointwise
         (2, 3, 1, 2, False),  # groups are left to XLA
     ],
 )
-def test_small_maps_are_multiplied_and_others_convolved(size, kernel, stride, groups, multiplied):
+def test_what_is_multiplied_and_what_is_convolved(size, kernel, stride, groups, multiplied):
     images = np.ones((2, size, size, 4), np.float32)
     weights = np.ones((kernel, kernel, 4 // groups, 6), np.float32)
     padding = ((kernel // 2,) * 2,) * 2
