@@ -211,7 +211,7 @@ def _standardize(x, mean, rstd, scale, bias, axis_name):
     """`_normalize` with the statistics of x itself, its mean and 1 / standard deviation.
 
     The gradient (Ioffe and Szegedy 2015, section 3) in two sums; differentiating the statistics
-    operation by operation takes 1.1 to 1.6 times as long on a CPU (`results/README.md`).
+    operation by operation takes 1.2 to 2.3 times as long on a CPU (`results/README.md`).
     """
     return _normalize(x, mean, rstd, scale, bias)
 
@@ -268,7 +268,7 @@ def relu(x):
     """Gradient 0 at 0, as torch; `jnp.maximum(x, 0)` would give 1/2.
 
     Not `nnx.relu`: of a maximum with a constant XLA's CPU backend takes it for free to compute it
-    again, and all behind it back to the last convolution, for every use: 3 to 5% of a step.
+    again, and all behind it back to the last convolution, for every use: 5 to 8% of a step.
     """
     return jnp.where(x <= 0, jnp.zeros_like(x), x)
 
