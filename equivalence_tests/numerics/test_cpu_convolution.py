@@ -44,7 +44,7 @@ def example(size, kernel, dtype):
 
 @pytest.mark.parametrize(
     "size,kernel,stride,padding",
-    [(12, 3, 1, 1), (13, 3, 2, 1), (14, 7, 2, 3), (8, 1, 1, 0), (11, 5, 3, 0), (9, 3, 2, 2)],
+    [(12, 3, 1, 1), (13, 3, 2, 1), (14, 7, 2, 3), (11, 5, 3, 0), (9, 3, 2, 2)],
 )
 def test_both_gradients_are_the_librarys(x64, size, kernel, stride, padding):
     arrays = example(size, kernel, np.float64)
@@ -53,6 +53,18 @@ def test_both_gradients_are_the_librarys(x64, size, kernel, stride, padding):
         gradients(library, *arrays, stride, padding),
         strict=True,
     ):
+        assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
+
+
+def value_and_gradients(convolution, images, kernel, stride=1, padding=1):
+    arguments = images, kernel, stride, padding
+    return convolution(*arguments), *gradients(convolution, *arguments)
+
+
+def assert_the_librarys(convolution, *arguments):
+    results = [value_and_gradients(way, *arguments) for way in (convolution, library)]
+    for got, expected in zip(*results, strict=True):
+        assert got.shape == expected.shape
         assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
 
 
@@ -70,18 +82,12 @@ def product(images, kernel, stride, padding):
         (4, 3, 2, 1),
         (4, 3, 1, 1),
         (4, 7, 2, 3),
-        (8, 1, 2, 0),
-        (9, 1, 3, 0),
         (5, 5, 2, 2),
     ],
 )
 def test_a_matrix_product_is_the_convolution(x64, size, kernel, stride, padding):
     """And so are its gradients."""
-    arrays = example(size, kernel, np.float64)
-    results = [value_and_gradients(way, *arrays, stride, padding) for way in (product, library)]
-    for got, expected in zip(*results, strict=True):
-        assert got.shape == expected.shape
-        assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
+    assert_the_librarys(product, *example(size, kernel, np.float64), stride, padding)
 
 
 def pointwise(images, kernel, stride, padding):
@@ -95,10 +101,7 @@ def test_a_pointwise_convolution_is_one(x64, channels, stride):
     """And so are its gradients."""
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(shape) for shape in ((2, 8, 9, channels[0]), (1, 1, *channels))]
-    results = [value_and_gradients(way, *arrays, stride, 0) for way in (pointwise, library)]
-    for got, expected in zip(*results, strict=True):
-        assert got.shape == expected.shape
-        assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
+    assert_the_librarys(pointwise, *arrays, stride, 0)
 
 
 def pointwise_gradient(convolution, channels) -> str:
@@ -150,19 +153,10 @@ def tiled(images, kernel, stride, padding):
     return winograd.convolution(images, kernel)
 
 
-def value_and_gradients(convolution, images, kernel, stride=1, padding=1):
-    arguments = images, kernel, stride, padding
-    return convolution(*arguments), *gradients(convolution, *arguments)
-
-
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 8])  # a pixel more in the other direction
 def test_winograds_algorithm_is_the_convolution(x64, size):
     """And so are its gradients."""
-    arrays = example(size, 3, np.float64)
-    results = [value_and_gradients(way, *arrays) for way in (tiled, library)]
-    for got, expected in zip(*results, strict=True):
-        assert got.shape == expected.shape
-        assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
+    assert_the_librarys(tiled, *example(size, 3, np.float64))
 
 
 @pytest.mark.control

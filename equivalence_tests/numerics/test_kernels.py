@@ -93,12 +93,6 @@ def test_sums_of_pixels_are_additions():
     assert loops_over_pixels(sum_of_pixels) == 0
 
 
-def test_sums_of_pixels_write_a_third_of_what_they_read():
-    x = np.ones((4, 64, 64, 32), np.float32)
-    moved = jax.jit(sum_of_pixels).lower(x).compile().cost_analysis()["bytes accessed"]
-    assert moved < (1 + 2 / 3 + 0.01) * x.nbytes  # in halves it would be 3
-
-
 @pytest.mark.control
 def test_the_library_s_sums_are_loops():
     assert loops_over_pixels(remedies.loop_sum) > 0

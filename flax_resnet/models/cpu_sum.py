@@ -34,8 +34,8 @@ def sum_of_pixels(x):
 def _in_pairs(x):
     """`[B, N, C]` -> `[B, C]`: the first half onto the second, and again.
 
-    Two halvings at once, which read and write half as much. A jit for its cache: Python traces a
-    shape once, not at every layer.
+    Two halvings at once: one at a time XLA writes the first of them to memory inside a network. A
+    jit for its cache: Python traces a shape once, not at every layer.
     """
     quarter = x.shape[1] // 4
     sums = [x[:, i] for i in range(4 * quarter, x.shape[1])]
