@@ -1,17 +1,20 @@
 """Whether trainings in float32, which rounding drives apart, end equally good: test accuracies of
 20 paired trainings in JAX and PyTorch, by two one-sided t-tests (Schuirmann 1987).
 
-    python -m equivalence_tests.tost          # half an hour on two cores
+    python -m equivalence_tests.tost                     # half an hour on two cores
+    python -m equivalence_tests.tost --mutant "NAME"     # the same with a known fault in JAX
 
-Writes results/tost.json. Exit status 1 if they are not equivalent.
+Writes results/tost.json, with a fault tost-its-name.json. Exit status 1 if they are not equivalent.
 """
 
-import sys
+import argparse
+import contextlib
 
 import numpy as np
 from scipy import stats
 
-from equivalence_tests import results, trajectory
+from equivalence_tests import mutants, results, trajectory
+from flax_resnet import cli
 from flax_resnet.reproduction import LEVEL, MARGIN
 
 SEEDS = range(100, 120)
@@ -29,7 +32,9 @@ def accuracies(seed: int) -> tuple[float, float]:
         optimizer={"lr": 0.05},
     )
     courses = trajectory.both(config)
-    return tuple(course.report["splits"]["test"]["accuracy"] for course in courses)
+    ours, theirs = (course.report["splits"]["test"]["accuracy"] for course in courses)
+    print(f"seed {seed}: JAX {ours:.4f}, torch {theirs:.4f}", flush=True)
+    return ours, theirs
 
 
 def equivalence(ours, theirs) -> dict:
@@ -49,18 +54,27 @@ def equivalence(ours, theirs) -> dict:
     }
 
 
+def parse() -> argparse.Namespace:
+    parser = cli.Parser(prog="tost", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--mutant", default="", metavar="NAME", help="put this fault into JAX")
+    args = parser.parse_args()
+    if args.mutant:
+        cli.check_choice("--mutant", args.mutant, mutants.MUTANTS)
+    return args
+
+
 def main() -> int:
-    pairs = []
-    for seed in SEEDS:
-        pairs.append(accuracies(seed))
-        print(f"seed {seed}: JAX {pairs[-1][0]:.4f}, torch {pairs[-1][1]:.4f}", flush=True)
+    name = parse().mutant
+    fault = mutants.injected(mutants.MUTANTS[name]) if name else contextlib.nullcontext()
+    with fault:
+        pairs = [accuracies(seed) for seed in SEEDS]
     ours, theirs = zip(*pairs, strict=True)
     outcome = equivalence(ours, theirs)
     measured = {"margin": MARGIN, "seeds": list(SEEDS), "jax": ours, "torch": theirs}
-    results.write("tost", measured | outcome)
+    results.write("-".join(["tost", *name.split()]), {"mutant": name, **measured, **outcome})
     print(outcome)
     return int(not outcome["equivalent"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run_command(main)

@@ -173,15 +173,18 @@ def _copy(command: str) -> str:
 
 
 def comparisons(runs: list[Run]) -> dict[str, list[Run]]:
-    """title -> its recipes' first runs, where at least two of them have run alike."""
+    """title -> its recipes' first runs, where at least two of them have run on the same images: on
+    all, or, as the title then says, on a subset."""
     found = {}
     for title, names in COMPARISONS.items():
-        first = {}
+        alike = {}
         for run in runs:
-            if run.recipe in names and run.framework == "jax" and not run.subset:
-                first.setdefault(run.recipe, run)
-        if len(first) > 1:
-            found[title] = [first[name] for name in names if name in first]
+            if run.recipe in names and run.framework == "jax":
+                alike.setdefault(run.subset, {}).setdefault(run.recipe, run)
+        for subset, first in alike.items():
+            if len(first) > 1:
+                marked = f"{title} ({subset:,} images)" if subset else title
+                found[marked] = [first[name] for name in names if name in first]
     return found
 
 

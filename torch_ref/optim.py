@@ -130,7 +130,8 @@ def make_schedulers(
         with onecycle that rate is lr / div_factor.
 
     Raises:
-      ValueError: `cycle_momentum` with another schedule than onecycle, or without momentum.
+      ValueError: `cycle_momentum` with another schedule than onecycle, or without momentum; a
+        onecycle that rises for exactly one step.
     """
     if cycle_momentum and schedule != "onecycle":
         raise ValueError(f"cycle_momentum is of onecycle, not of {schedule}")
@@ -155,6 +156,8 @@ def make_schedulers(
         case "cosine":
             main = lr_scheduler.CosineAnnealingLR(optimizer, total_steps, eta_min=min_lr)
         case "onecycle":
+            if pct_start * total_steps == 1:
+                raise ValueError("pct_start: one step of rising, where OneCycleLR divides by zero")
             main = lr_scheduler.OneCycleLR(
                 optimizer,
                 max_lr,

@@ -286,6 +286,12 @@ def test_onecycle_rises_and_falls_within_the_run():
     assert warm[14:16].max() == warm.max() == pytest.approx(0.4, rel=2e-3)  # peak between two steps
 
 
+def test_a_onecycle_that_torch_cannot_divide_is_refused():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
+    with pytest.raises(ValueError, match="pct_start"):
+        optim.make_schedulers(optimizer, 1, 10, schedule="onecycle", pct_start=0.1)
+
+
 def test_plateau_cuts_after_more_bad_epochs_than_its_patience():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
     _, plateau = optim.make_schedulers(

@@ -144,6 +144,20 @@ def test_the_page_compares_and_needs_nothing_else(tmp_path):
     assert (tmp_path / "recipes-fine-tuned-from-imagenette-and-from-scratch.png").exists()
 
 
+def test_runs_are_compared_on_the_same_images_alone(tmp_path):
+    write_run(tmp_path, "cifar10-resnet50-224", accuracy=0.9)
+    for recipe, accuracy in (("resnet50", 0.2), ("resnet101", 0.3)):
+        write_run(tmp_path, f"cifar10-{recipe}-224", "seed0-subset512", accuracy=accuracy)
+    reproduction_page.rebuild(tmp_path)
+    page = (tmp_path / "recipes.html").read_text()
+    assert "<h2>ResNet-50 and ResNet-101 (512 images)</h2>" in page
+    assert "+10.0 points against cifar10-resnet50-224" in page
+    assert page.count("points against") == 1
+    assert [path.name for path in tmp_path.glob("*.png")] == [
+        "recipes-resnet-50-and-resnet-101-512-images.png"
+    ]
+
+
 def test_a_run_of_an_unknown_recipe_is_named(tmp_path):
     write_run(tmp_path, "imagenette-dnn")
     with pytest.raises(config.InputError, match="imagenette-dnn"):
