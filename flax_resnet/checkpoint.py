@@ -40,11 +40,13 @@ class Checkpoints:
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(2),
-                preservation_policy.BestN(n=1, get_metric_fn=lambda m: m["improvement"]),
+                preservation_policy.BestN(n=1, get_metric_fn=_rank),
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, enable_async_checkpointing=False
+            preservation_policy=policy,
+            best_fn=_rank,  # without it no rank is written, and a resumed run keeps all steps
+            enable_async_checkpointing=False,
         )
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
@@ -190,6 +192,10 @@ def check_space(directory: Path, state):
             f"{directory}: no space left: checkpoints need {needed / 1e6:,.0f} MB,"
             f" {free / 1e6:,.0f} MB are free"
         )
+
+
+def _rank(metrics) -> int:
+    return metrics["improvement"]
 
 
 def _described(leaf) -> jax.ShapeDtypeStruct:

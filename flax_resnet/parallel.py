@@ -10,10 +10,9 @@ forward and backward pass, and each device updates its part.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_resnet.config import InputError, ParallelConfig
 from flax_resnet.models import cpu_convolution
@@ -66,9 +65,12 @@ class Engine:
     def replicate(self, tree):
         """The same arrays on every device; under pmap with a leading axis of devices."""
         if self.pmap:
-            tree = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * len(self.devices)), tree)
-            return jax.device_put(tree, self._by_row)
+            return jax.device_put(jax.tree.map(self._repeated, tree), self._by_row)
         return self._place(tree, jax.tree.map(lambda _: self._whole, tree))
+
+    def _repeated(self, x):
+        """`[...]` -> `[D, ...]` on the host, without a copy: on a device it would be D of them."""
+        return np.broadcast_to(np.asarray(x), (len(self.devices), *np.shape(x)))
 
     def place_state(self, state):
         """`TrainState` -> the same where the compiled step takes and leaves it."""
@@ -96,11 +98,9 @@ class Engine:
 
     def state_like(self, state):
         """Shapes, types and places of a `TrainState`, for a checkpoint to restore into."""
-        alone = SingleDeviceSharding(self.devices[0])
 
         def like(x):
-            place = alone if self.pmap else self._sharding(x.shape)
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding(x.shape))
 
         return jax.tree.map(like, state)
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from flax_resnet import cli, list_models
-from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.checkpoint import Checkpoints, steps_in
 from flax_resnet.config import InputError, TrainConfig, from_dict, to_dict
 from flax_resnet.data.image_files import decode_image
 
@@ -87,6 +87,18 @@ def test_nothing_sound_is_nothing(two_steps, tmp_path):
             DAMAGES["one bit flipped"](path)
     step, _, said = reopened(tmp_path / "all")
     assert step is None and len(said) == 2
+
+
+def test_the_latest_two_and_the_best_are_kept_however_often_a_run_goes_on(tmp_path):
+    kept = []
+    for first in (1, 4, 7):
+        checkpoints = Checkpoints(tmp_path)
+        for step in range(first, first + 3):
+            best = step == 2
+            checkpoints.save(step, state(step), {"improvement": best}, improvement=best)
+        checkpoints.close()
+        kept.append(steps_in(tmp_path))
+    assert kept == [[2, 3], [2, 5, 6], [2, 8, 9]]
 
 
 def test_a_damaged_step_is_written_again(two_steps, tmp_path):

@@ -245,6 +245,21 @@ def test_several_steps_a_dispatch_are_the_same_steps(tmp_path):
         np.testing.assert_allclose(one[name], two[name], rtol=2e-3, atol=2e-4)
 
 
+def test_a_run_under_pmap_is_that_on_a_mesh(tmp_path, monkeypatch):
+    """Cut off, resumed, and evaluated with the weights of its best checkpoint."""
+    for kind in ("jit", "pmap"):
+        config = small(epochs="2", parallel={"devices": "2", "parallel": kind})
+        if kind == "pmap":
+            with monkeypatch.context() as patch, pytest.raises(Interrupted):
+                cut_at(25, patch)
+                fit(config, tmp_path / kind, display=quiet())
+        report = fit(config, tmp_path / kind, resume=True, display=quiet())
+        assert report["evaluated_epoch"] == report["best_epoch"]
+    mesh, pmap = weights(tmp_path / "jit"), weights(tmp_path / "pmap")
+    for name in mesh:
+        np.testing.assert_allclose(mesh[name], pmap[name], rtol=2e-3, atol=2e-4)
+
+
 def test_early_stopping_ends_the_run_and_restores_the_best(tmp_path):
     config = small(
         epochs="40",  # rounding decides when it stops: four seeds did after 3 to 14
