@@ -21,7 +21,8 @@ from flax_resnet.config import TrainConfig
 from flax_resnet.data import augment
 
 TOP_K = 5
-_DROPOUT, _AUGMENT, _MIXUP, _ERASE = range(4)
+_DROPOUT, _AUGMENT, _ERASE = range(3)  # purposes of an example's key
+_MIXUP = 2**31  # in a step's key, where no example has this number
 
 
 class TrainState(NamedTuple):
@@ -273,8 +274,7 @@ def _update(state, gradients, stats, config, learning_rate, momentum):
 
 
 def _batches_taken(state, config):
-    """Batches that went into updates: where several make one, the optimizer has not counted those
-    that were skipped."""
+    """Batches that went into updates: `MultiSteps` has not counted those that were skipped."""
     if not isinstance(state.opt_state, optax.MultiStepsState):
         return state.step
     return state.opt_state.gradient_step * config.accumulate_steps + state.opt_state.mini_step
@@ -304,7 +304,9 @@ def _optimizer(config, learning_rate, momentum, dtype):
         config.optimizer, learning_rate=learning_rate, momentum=momentum
     )
     steps = config.optimizer.accumulate_steps
-    return optim.accumulate(optimizer, steps, dtype) if steps > 1 else optimizer
+    # Where batches are skipped the average needs a count of those that were not.
+    counted = steps > 1 or (config.skip_nonfinite and config.optimizer.ema_decay)
+    return optim.accumulate(optimizer, steps, dtype) if counted else optimizer
 
 
 def _purpose(keys, purpose):

@@ -68,6 +68,7 @@ class Data:
 def load_data(
     augment: dict | None = None,
     smallest: int = 1,
+    dtype: torch.dtype = torch.float32,
     *,
     dataset: str = "digits",
     image_size: Size | None = None,
@@ -86,6 +87,7 @@ def load_data(
     Args:
       augment: arguments of `augmented_transform`.
       smallest: pixels to which smaller images are enlarged where image_size is left out.
+      dtype: of the images; a narrower type is the business of autocast.
       dataset: digits | folder:DIR.
       image_size: left out: that of the first image if square and at most 64 pixels, else 224.
       resize_size: of the shorter side before the centre crop; left out: image_size.
@@ -115,7 +117,7 @@ def load_data(
     for name, values in (("mean", mean), ("std", std)):  # torch would repeat a single one
         if len(values) != num_channels:
             raise ValueError(f"{name} has {len(values)} values, the images {num_channels} channels")
-    finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    finish = [v2.ToDtype(dtype, scale=True), v2.Normalize(mean, std)]
     for split in splits.values():
         split.transform = v2.Compose(crop + finish)
     transform = augmented_transform(crop, finish, image_size, **(augment or {}))

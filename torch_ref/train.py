@@ -79,6 +79,8 @@ def train_epoch(
     if not losses.isfinite().all():
         step = first_step + losses.isfinite().logical_not().nonzero()[0].item()
         raise FloatingPointError(f"the loss of step {step} is {losses[step - first_step]}")
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise FloatingPointError(f"the weights after step {step} are not finite")
     return losses.mean().item(), learning_rate
 
 
@@ -117,7 +119,7 @@ def fit(
 
     Raises:
       ValueError: an option is out of its range.
-      FloatingPointError: the loss of a step was not finite.
+      FloatingPointError: the loss of a step was not finite, or the weights after an epoch.
     """
     device, dtype = torch.device(device), getattr(torch, dtype)
     check(data, epochs, batch_size, accumulate_steps)
@@ -221,6 +223,8 @@ def run(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: there is none")
+    if args.deterministic and (device, args.arch) == ("cuda", "basic_cnn"):
+        raise ValueError("deterministic: AdaptiveAvgPool2d of basic_cnn is not, on CUDA")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic cuBLAS needs
     torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cudnn.benchmark = not args.deterministic
@@ -228,7 +232,8 @@ def run(args: argparse.Namespace) -> None:
     stem = args.stem
     open_stem = stem is None and args.arch not in OWN_STEM
     smallest = TINY if open_stem else 1
-    data = load_data(chosen(args, augmented_transform), smallest, **chosen(args, load_data))
+    dtype = parameter_dtype(getattr(torch, args.dtype))
+    data = load_data(chosen(args, augmented_transform), smallest, dtype, **chosen(args, load_data))
     if open_stem and TINY < data.image_size < SMALL:
         stem = "cifar"
     torch.manual_seed(args.seed)

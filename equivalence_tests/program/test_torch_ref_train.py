@@ -115,6 +115,38 @@ def test_early_stopping_restores_the_best_weights():
     assert scores["loss"] == report["splits"]["validation"]["loss"]
 
 
+def test_of_equal_logits_the_first_counts():
+    """topk would take any of them."""
+    logits = torch.randint(3, (500, 10), generator=torch.Generator().manual_seed(0)).float()
+    labels = logits.argmax(1)
+    split = [(logits[..., None, None], labels)]
+    scores = evaluate.evaluate(torch.nn.Flatten(), split, torch.device("cpu"), torch.float32)
+    assert scores["accuracy"] == 1
+
+
+def test_images_are_as_wide_as_the_run():
+    types = torch.float32, torch.float64
+    narrow, wide = (data.load_data(dtype=dtype).splits["test"][0][0] for dtype in types)
+    assert (narrow.dtype, wide.dtype) == (torch.float32, torch.float64)
+    assert 0 < (narrow - wide).abs().max() < 1e-6
+
+
+def test_weights_that_overflow_in_the_last_step_are_noticed():
+    with pytest.raises(FloatingPointError, match="weights after step 0"):
+        fit(
+            epochs=1,
+            batch_size=128,
+            optimizer_options={"lr": 1e38, "weight_decay": 1e3},
+            schedule_options={"schedule": "constant"},
+        )
+
+
+def test_what_cuda_cannot_do_the_same_twice_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert torch_train.main(["--arch", "basic_cnn", "--deterministic"]) == 2
+    assert "AdaptiveAvgPool2d" in capsys.readouterr().err
+
+
 def test_the_same_seed_gives_the_same_run():
     first, _, _ = fit(epochs=1, seed=4)
     again, _, _ = fit(epochs=1, seed=4)

@@ -342,6 +342,17 @@ def test_weights_and_average_move_together_after_a_batch_is_skipped():
     assert moved == [[False] * 2, [False] * 2, [True] * 2, [False] * 2, [True] * 2]
 
 
+def test_the_average_begins_with_the_first_update_that_is_not_skipped():
+    config = small(optimizer={"ema_decay": ".9"}, skip_nonfinite="1")
+    state = steps.make_state(steps.Variables({"fc": {"bias": jnp.zeros(3)}}, {}, {}), config)
+    for finite in (False, True):
+        gradient = {"fc": {"bias": jnp.where(finite, jnp.ones(3), jnp.nan)}}
+        new = steps._update(state, gradient, {}, config, 0.1, None)
+        state = steps._unless_finite(finite, new, state)
+    assert (state.params["fc"]["bias"] < 0).all()
+    np.testing.assert_array_equal(state.ema["fc"]["bias"], state.params["fc"]["bias"])
+
+
 def test_float64_is_float64(tmp_path):
     config = small(model={"arch": "basic_cnn", "dtype": "float64"}, epochs="1")
     try:
