@@ -22,7 +22,7 @@ def verdicts(chosen: list[mutants.Mutant]) -> dict[str, list[str]]:
 
 def _seen(mutant) -> list[str]:
     arch = _network_for(mutant)
-    reference = {name: case for name, case in _references(arch).items()}
+    reference = _references(arch)
     with mutants.injected(mutant):
         return [name for name, see in CRITERIA.items() if _fails(see, arch, reference)]
 

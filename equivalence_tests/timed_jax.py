@@ -99,7 +99,7 @@ def place(job: Job, engine: Engine, step, state):
     if job.variant == "jit":
         compiled = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(job))
         return compiled, state, (jax.device_put(data | {"index": index}),)
-    several = engine.steps_per_dispatch
+    several = engine.steps_per_dispatch(resident=True)
     compiled = engine.compile_train(step, several)
     if several == 1:
         return compiled, engine.replicate(state), ({}, engine.shard([data | {"index": index}]))

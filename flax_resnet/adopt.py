@@ -1,5 +1,6 @@
 """Weights from elsewhere -> a run: what has to be known beside them, from flags or from data."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,14 +74,14 @@ def class_names(text: str, num_classes: int) -> tuple[str, ...]:
     Raises:
       InputError: no readable text, or not as many names as classes.
     """
-    path = Path(text)
+    is_file = os.path.isfile(text)  # False, too, of a list that is too long to name a file
     try:
-        names = path.read_text().splitlines() if path.is_file() else text.split(",")
+        names = Path(text).read_text().splitlines() if is_file else text.split(",")
     except (OSError, UnicodeDecodeError):
         raise InputError(f"--class-names: {text} is no readable text") from None
     names = tuple(name.strip() for name in names if name.strip())
     if len(names) != num_classes:
-        where = text if path.is_file() else f"{text} (a list: there is no such file)"
+        where = text if is_file else f"{text} (a list: there is no such file)"
         raise InputError(
             f"--class-names: {len(names)} names in {where}, the weights have {num_classes}"
         )

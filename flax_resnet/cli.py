@@ -113,25 +113,36 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
     try:
         sys.exit(main() or DONE)
     except InputError as error:
-        _fail(f"error: {_one_line(error)}", BAD_INPUT)
+        leave(BAD_INPUT, f"error: {_one_line(error)}")
     except pydantic.ValidationError as error:  # a field of a config, replaced by a flag
-        _fail(f"error: {_one_line(_faults(error))}", BAD_INPUT)
+        leave(BAD_INPUT, f"error: {_one_line(_faults(error))}")
     except (CheckFailed, NonFiniteLoss) as error:
-        _fail(f"failed: {_one_line(error)}", FAILED)
+        leave(FAILED, f"failed: {_one_line(error)}")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        _fail(f"failed: {_OUT_OF_MEMORY}", FAILED)
+        leave(FAILED, f"failed: {_OUT_OF_MEMORY}")
     except Interrupted as error:
-        _fail(f"{error}; the work is saved, go on with --resume", 128 + error.signum)
+        leave(128 + error.signum, f"{error}; the work is saved, go on with --resume")
     except KeyboardInterrupt:
-        _fail("stopped", 130)
+        leave(130, "stopped")
     except BrokenPipeError:
         sys.exit(DONE)
     except OSError as error:
         if error.errno not in _FAULTS_OF_PLACE:
             raise
-        _fail(f"error: {error.filename or 'disk'}: {error.strerror}", BAD_INPUT)
+        leave(BAD_INPUT, f"error: {error.filename or 'disk'}: {error.strerror}")
+
+
+def leave(status: int, line: str) -> typing.NoReturn:
+    """End the process with a line on stderr."""
+    print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+def extra_needed(what: str, error: ModuleNotFoundError, extra: str) -> str:
+    """What to do about a package that is not installed by default."""
+    return f"{what} needs {error.name}: uv run --extra {extra} {command_line()}"
 
 
 def command_line() -> str:
@@ -143,11 +154,6 @@ def command_line() -> str:
     script = Path(sys.argv[0])
     name = f"scripts/{script.name}" if script.parent.name == "scripts" else sys.argv[0]
     return shlex.join(["python", name, *sys.argv[1:]])
-
-
-def _fail(line: str, status: int) -> typing.NoReturn:
-    print(line, file=sys.stderr)
-    sys.exit(status)
 
 
 def _one_line(error: Exception | str) -> str:

@@ -245,7 +245,8 @@ class ScheduleConfig:
     """Linear warm-up before the schedule starts."""
 
     warmup_factor: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Share of the learning rate at which the warm-up starts."""
+    """Share of the schedule's first learning rate at which the warm-up starts; with onecycle that
+    rate is lr / div_factor."""
 
     step_epochs: PositiveCount = 30
     """step: epochs between two cuts."""
@@ -316,7 +317,8 @@ class ParallelConfig:
     (FSDP): less memory, the same numbers. Not under pmap."""
 
     steps_per_dispatch: PositiveCount | None = None
-    """Training steps sent to the device at once. Left out: 1 on the CPU, 20 elsewhere."""
+    """Training steps sent to the device at once. Left out: 20 where the images lie on a GPU, else
+    1."""
 
 
 @_dataclass
@@ -336,8 +338,8 @@ class TrainConfig:
     """Of weights, order, augmentation and dropout."""
 
     init_from: str | None = None
-    """Fine-tune: a run directory or weights file to start from; the head is new where the
-    number of classes differs."""
+    """Fine-tune: a run directory or weights file to start from; the head is new where the number
+    of classes differs. Only weights are taken: network and normalisation are those of the flags."""
 
     new_head: bool = False
     """Fine-tune: start from a new head even where the old one would fit."""
@@ -349,7 +351,7 @@ class TrainConfig:
     """Steps between two looks at the loss."""
 
     checkpoint_epochs: PositiveCount = 1
-    """Epochs between two checkpoints."""
+    """Epochs between two checkpoints; every improvement is kept as well."""
 
     skip_nonfinite: Count = 0
     """How many updates in a row with a non-finite gradient are skipped before the run stops."""

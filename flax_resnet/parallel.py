@@ -39,10 +39,15 @@ class Engine:
         self._whole = NamedSharding(self.mesh, PartitionSpec())
         self._by_row = NamedSharding(self.mesh, PartitionSpec(AXIS))
         on_cpu = self.devices[0].platform == "cpu"
-        self.steps_per_dispatch = config.steps_per_dispatch or (1 if on_cpu else 20)
+        self._steps_per_dispatch = config.steps_per_dispatch
         self._options = cpu_convolution.COMPILER_OPTIONS if on_cpu else {}
         if deterministic and not on_cpu:
             self._options = {"xla_gpu_deterministic_ops": True}
+
+    def steps_per_dispatch(self, *, resident: bool) -> int:
+        """How many steps are sent at once: many only where that sends no images."""
+        on_cpu = self.devices[0].platform == "cpu"
+        return self._steps_per_dispatch or (20 if resident and not on_cpu else 1)
 
     @property
     def axis_name(self) -> str | None:

@@ -26,6 +26,7 @@ from flax_resnet.run_directory import read_rows
 
 def rebuild(folder: Path) -> list[dict]:
     """FOLDER/recipes.{json,md,html} and a picture for each comparison, from FOLDER/recipes/."""
+    folder.mkdir(parents=True, exist_ok=True)
     runs = finished(folder / "recipes")
     rows = table_rows(runs)
     figures = {"rows": rows, "side_by_side": side_by_side(rows)}

@@ -105,8 +105,8 @@ class Run:
             axis_name=self.engine.axis_name,
             gather=self.engine.gather,
         )
-        sizes = {1, self.engine.steps_per_dispatch}
-        self.train_fns = {k: self.engine.compile_train(train_step, k) for k in sizes}
+        self.at_once = self.engine.steps_per_dispatch(resident=bool(self.resident))
+        self.train_fns = {k: self.engine.compile_train(train_step, k) for k in {1, self.at_once}}
         eval_step = steps.make_eval_step(
             self.network, self.preprocess, num_classes=config.model.num_classes
         )
@@ -168,8 +168,7 @@ class Run:
         start = time.monotonic() - progress.seconds
         while progress.step_in_epoch < self.steps_per_epoch:
             left = self.steps_per_epoch - progress.step_in_epoch
-            several = self.engine.steps_per_dispatch
-            count = several if left >= several else 1
+            count = self.at_once if left >= self.at_once else 1
             before = time.monotonic()
             batches = [next(self.iterator) for _ in range(count)]
             progress.data_wait += time.monotonic() - before

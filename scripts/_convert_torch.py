@@ -17,7 +17,7 @@ def torch_ref():
         import torch_ref.optim
         import torch_ref.training_state
     except ModuleNotFoundError as error:
-        raise InputError(_needs("PyTorch's files", error, "torch")) from None
+        raise InputError(cli.extra_needed("PyTorch's files", error, "torch")) from None
     return torch_ref
 
 
@@ -26,12 +26,8 @@ def onnx_file():
     try:
         from torch_ref import onnx_file
     except ModuleNotFoundError as error:
-        raise InputError(_needs("ONNX", error, "export")) from None
+        raise InputError(cli.extra_needed("ONNX", error, "export")) from None
     return onnx_file
-
-
-def _needs(what: str, error: ModuleNotFoundError, extra: str) -> str:
-    return f"{what} needs {error.name}: uv run --extra {extra} {cli.command_line()}"
 
 
 def reading(path: Path, read, *arguments):

@@ -118,6 +118,8 @@ def check(args):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')}: at least 1, got {value}")
     cli.check_writable("--json", args.json)
+    if args.keep and args.keep.exists() and not args.keep.is_dir():
+        raise InputError(f"--keep: {args.keep} is no directory")
 
 
 def make_settings(args) -> throughput.Settings:

@@ -77,10 +77,13 @@ def main():
     dataset = open_data(run, args.dataset, args.split)
     figures, num_images = measure(run, dataset, args.split)
     display, name = Display(), args.dataset or run.config.data.dataset
+    for path, reason in dataset.bad_images:
+        display.say(f"left out: {path} ({reason})")
     display.say(f"{args.split}: {num_images:,} images of {name}")
     display.results({args.split: figures})
     if args.json:
         figures |= {"split": args.split, "images": num_images, "command": cli.command_line()}
+        figures["left_out_images"] = len(dataset.bad_images)
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -18,15 +18,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from rich import box
 from rich.table import Table
 
-from equivalence_tests import causes, localise, own_model, parity, predictions, report
-from equivalence_tests.inputs import case_of_weights, make_case
 from flax_resnet import cli, convert, environment, list_models, serve
 from flax_resnet.config import DataConfig, InputError
 from flax_resnet.convert import TORCH_SUFFIXES
 from flax_resnet.display import Display
 from flax_resnet.models import STEMS, check_stem
 from flax_resnet.run_directory import read_config
-from torch_ref import checkpoint
+
+try:
+    from equivalence_tests import causes, localise, own_model, parity, predictions, report
+    from equivalence_tests.inputs import case_of_weights, make_case
+    from torch_ref import checkpoint
+except ModuleNotFoundError as error:
+    cli.leave(cli.BAD_INPUT, f"error: {cli.extra_needed('a comparison', error, 'torch')}")
 
 VERDICTS = ("equal", "rounding", "semantic")
 COLUMNS = {
@@ -45,7 +49,7 @@ def parse():
     parser.add_argument("--stem", metavar="|".join(STEMS), help="with --arch")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights file or run directory")
     parser.add_argument("--torch-model", metavar="MODULE:CALLABLE", help="your own network")
-    parser.add_argument("--image-size", type=int, nargs="+", metavar="N", help="height and width")
+    parser.add_argument("--image-size", type=int, nargs="+", metavar="N", help="height [width]")
     parser.add_argument("--dataset", metavar="TEXT", help="compare predictions on its test split")
     parser.add_argument("--mean", type=float, nargs="+", metavar="X", help="of its channels")
     parser.add_argument("--std", type=float, nargs="+", metavar="X", help="of its channels")
@@ -58,6 +62,10 @@ def parse():
     for flag, needed in (("stem", "arch"), ("mean", "dataset"), ("std", "dataset")):
         if getattr(args, flag) and not getattr(args, needed):
             raise InputError(f"--{flag}: only with --{needed}")
+    if args.image_size and (len(args.image_size) > 2 or min(args.image_size) < 1):
+        raise InputError("--image-size: a height and a width of 1 or more, or one for both")
+    if args.report and args.report.exists() and not args.report.is_dir():
+        raise InputError(f"--report: {args.report} is no directory")
     if args.arch:
         cli.check_choice("--arch", args.arch, list_models())
         check_stem(args.arch, args.stem)
@@ -68,7 +76,10 @@ def build_case(args, model):
     """What both sides run on."""
     size = tuple(args.image_size * 2)[:2] if args.image_size else None
     if not (args.checkpoint or model):
-        return make_case(args.arch, stem=args.stem, size=size, batch=4)
+        try:
+            return make_case(args.arch, stem=args.stem, size=size, batch=4)
+        except ValueError as error:
+            raise InputError(f"--image-size: {error}") from None
     arrays = own_model.weights(model) if model else read_weights(args.checkpoint)
     kind = (
         convert.describe(arrays, args.arch, args.stem)
@@ -120,7 +131,7 @@ def data_config(args) -> DataConfig:
     base = DataConfig()
     if args.checkpoint and Path(args.checkpoint).is_dir():
         base = read_config(args.checkpoint).data
-    return replace(base, dataset=args.dataset, **options)
+    return replace(base, dataset=args.dataset, train_images=None, eval_images=None, **options)
 
 
 def layer_table(rows: dict) -> Table:

@@ -37,7 +37,10 @@ def parse():
     parser.add_argument("--runs", default="runs/recipes", metavar="DIR", help="(%(default)s)")
     parser.add_argument("--results", default=str(ROOT / "results"), metavar="DIR")
     parser.add_argument("--table", action="store_true", help="run nothing")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.subset is not None and args.subset < 1:
+        raise InputError(f"--subset: at least 1, got {args.subset}")
+    return args
 
 
 def chosen(args) -> list[str]:

@@ -5,6 +5,8 @@ python scripts/train.py --arch resnet20 --dataset folder:DIR --epochs 20 --horiz
 python scripts/train.py --resume --run-dir runs/resnet18-digits
 """
 
+import os
+import re
 from pathlib import Path
 
 import _memory  # noqa: F401
@@ -38,7 +40,10 @@ def parse():
         "--connect-timeout", metavar="N", type=int, default=300, help="seconds (default: 300)"
     )
     cli.add_config_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.connect_timeout < 1:
+        raise InputError(f"--connect-timeout: at least 1, got {args.connect_timeout}")
+    return args
 
 
 def starting_point(args, otherwise: TrainConfig) -> TrainConfig:
@@ -58,8 +63,9 @@ def build_config(args, otherwise: TrainConfig) -> TrainConfig:
 
 def free_directory(config: TrainConfig) -> Path:
     """runs/ARCH-DATASET, with a number where that is taken."""
-    words = "".join(c if c.isalnum() else "-" for c in config.data.dataset.rstrip("/"))
-    name = f"{config.model.arch}-{words.rsplit('-', 1)[-1]}"
+    scheme, _, place = config.data.dataset.partition(":")
+    own = {"folder": Path(os.path.expanduser(place)).resolve().name, "tfds": place}
+    name = re.sub(r"\W+", "-", f"{config.model.arch}-{own.get(scheme, scheme)}")
     candidates = (Path("runs") / (name + (f"-{n}" if n > 1 else "")) for n in range(1, 10_000))
     return next(path for path in candidates if not path.exists())
 

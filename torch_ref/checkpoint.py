@@ -23,9 +23,9 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
       ValueError: the file is damaged, carries code, or holds anything but named tensors.
     """
     state = unwrap(load_content(path))
-    wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    wrong = [k for k, v in state.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
     if wrong or not state:
-        what = f"{wrong[0]!r} is no tensor" if wrong else "no names with tensors in it"
+        what = f"{wrong[0]!r} names no tensor" if wrong else "no names with tensors in it"
         raise ValueError(f"{path}: not a state_dict, {what}")
     needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if needed > LARGEST_GROWTH * os.path.getsize(path):

@@ -23,7 +23,7 @@ def list_folder(root: Path) -> tuple[dict[str, list[list[str]]], list[str]]:
       ValueError: another layout, one class only, a class without images, splits of different
         classes, a link out of DIR.
     """
-    root = root.expanduser()
+    root = Path(os.path.expanduser(root))  # which leaves the home of nobody as it is
     folders = {split: subfolders(path, root) for split, path in split_folders(root).items()}
     class_names = list(folders["train"])
     if len(class_names) < 2:

@@ -362,7 +362,8 @@ def test_bad_weights_files_are_refused_by_name(tmp_path, capsys):
     torch.save({"a": Code()}, tmp_path / "code.pth")
     torch.save({"a": 3}, tmp_path / "number.pth")
     torch.save(torch.rand(3), tmp_path / "tensor.pth")
-    for name in ("short", "empty", "text", "code", "number", "tensor"):
+    torch.save({0: torch.rand(3)}, tmp_path / "nameless.pth")
+    for name in ("short", "empty", "text", "code", "number", "tensor", "nameless"):
         with pytest.raises(ValueError, match=f"{name}.pth") as caught:
             checkpoint.load(tmp_path / f"{name}.pth")
         assert "\n" not in str(caught.value)

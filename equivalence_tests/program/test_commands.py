@@ -97,6 +97,9 @@ WRONG_WORDS = [
     (["--recipe", "cifar10-resnet19"], ["recipe"]),
     (["--config", "no-such-file.json"], ["no-such-file.json"]),
     (["--dataset", "folder:no-such-folder"], ["no-such-folder"]),
+    (["--dataset", "folder:~no-such-user/a"], ["no-such-user"]),
+    (["--dataset", "cifar10:~no-such-user/a"], ["no-such-user"]),
+    (["--connect-timeout", "0"], ["--connect-timeout", "at least 1"]),
     (["--dataset", "tfds:no_such_set"], ["no_such_set"]),
     (["--init-from", "no-such-run"], ["no-such-run"]),
     (["--resume", "--overwrite", "extra"], ["extra"]),
@@ -282,6 +285,18 @@ def test_evaluate_takes_another_set_with_the_same_classes(insects, tmp_path):
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
     assert json.loads((tmp_path / "out.json").read_text())["images"] == 30
+
+
+def test_evaluate_names_what_it_leaves_out(tmp_path):
+    root = write_folder(tmp_path / "data")
+    assert train_on(root, tmp_path / "run", "--on-bad-image", "skip", "--epochs", 1).status == 0
+    other = write_folder(tmp_path / "other", splits=("train", "val", "test"), per_class=5)
+    (other / "test" / "bee" / "00.png").write_bytes(b"")
+    flags = ["--dataset", f"folder:{other}", "--json", tmp_path / "out.json"]
+    outcome = run_script("evaluate.py", tmp_path / "run", *flags)
+    assert outcome.status == 0 and "left out: " in outcome.out and "00.png" in outcome.out
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert (figures["images"], figures["left_out_images"]) == (9, 1)
 
 
 def test_evaluate_takes_all_of_a_set_too_small_to_split(insects, tmp_path):

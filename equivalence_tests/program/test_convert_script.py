@@ -212,6 +212,7 @@ WRONG_WORDS = [
     (["out", "--class-names", "a,b"], ["--image-size", "--mean", "--std"]),
     (["out", *LOOKS, "--class-names", "a,b"], ["2 names", "7"]),
     (["out", *LOOKS, "--class-names", "gone.txt"], ["gone.txt", "no such file"]),
+    (["out", *LOOKS, "--class-names", ",".join("n" * 300)], ["300 names", "7"]),
     (["out", *LOOKS, "--mean", 0.5, "--std", 0.5], ["--mean", "3 values"]),
     (["out.pth", "--stem", "imagenet"], ["own stem"]),
     (["out", "--dataset", "digits"], ["num_classes 7", "10 classes"]),

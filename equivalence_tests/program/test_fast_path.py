@@ -115,6 +115,17 @@ def test_several_steps_are_one_program():
     assert int(state.step) == 4 and metrics["loss"].shape == (4,)
 
 
+def test_several_steps_are_sent_at_once_where_that_sends_no_images():
+    """To a GPU: 20 batches of images would take its memory, and the time to stop."""
+    engine = Engine(ParallelConfig(devices=1))
+    assert engine.steps_per_dispatch(resident=True) == 1
+    engine.devices = [mock.Mock(platform="gpu")]
+    assert engine.steps_per_dispatch(resident=True) == 20
+    assert engine.steps_per_dispatch(resident=False) == 1
+    asked = Engine(ParallelConfig(devices=1, steps_per_dispatch=3))
+    assert asked.steps_per_dispatch(resident=False) == 3
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_compiled_programs_are_kept_unless_asked_not_to(tmp_path, monkeypatch, wanted):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

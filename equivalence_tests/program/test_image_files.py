@@ -92,6 +92,14 @@ def test_read_image_no_file(tmp_path):
             read_image(tmp_path / name, 3)
 
 
+@pytest.mark.parametrize("size", [(1, 201), (402, 2)])
+def test_a_line_is_no_picture(tmp_path, size):
+    """Scaled until its shorter side is 224 pixels it would fill the memory."""
+    picture(size=size).save(tmp_path / "line.png")
+    with pytest.raises(InputError, match="line.png: not a readable image .*a line"):
+        read_image(tmp_path / "line.png", 3)
+
+
 @pytest.mark.parametrize("limit", [100, 60, 20])  # PIL: fine, a warning, an error
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_read_image_decompression_bomb(tmp_path, monkeypatch, limit):

@@ -92,6 +92,8 @@ def test_bad_names_are_answered_with_the_nearest():
         flax_resnet.create_model("resnet19")
     with pytest.raises(InputError, match="did you mean 'imagenet'"):
         flax_resnet.create_model("resnet18", stem="imagnet")
+    with pytest.raises(InputError, match="zero_init_residual"):
+        flax_resnet.create_model("basic_cnn", zero_init_residual=True)
     with pytest.raises(InputError, match="dropout"):
         flax_resnet.create_model("resnet18", dropout=1.0)
 

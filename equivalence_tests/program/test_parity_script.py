@@ -1,13 +1,19 @@
 """scripts/parity.py: says what is equal, and where and why something is not."""
 
 import json
+import runpy
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 import torch_ref
-from equivalence_tests.program.command import refused, run_script
+from equivalence_tests.program.command import ROOT, refused, run_script
+from flax_resnet import cli
+from flax_resnet.config import TrainConfig
+from flax_resnet.data.sources import open_dataset
+from flax_resnet.run_directory import RunDirectory
 from torch_ref import checkpoint
 
 HERE = __name__
@@ -118,6 +124,23 @@ def test_weights_of_ones_own_and_their_predictions(tmp_path):
     assert document["predictions"]["agree"] == document["predictions"]["images"] == 360
 
 
+def test_predictions_are_of_the_whole_test_split(tmp_path, monkeypatch):
+    """However few of its images the run looked at."""
+    few = cli.merge(TrainConfig(), {"data": {"dataset": "digits", "eval_images": 5}})
+    RunDirectory(tmp_path).write_config(few)
+    names = runpy.run_path(ROOT / "scripts" / "parity.py")
+    words = ["parity.py", "--checkpoint", str(tmp_path), "--dataset", "digits"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert len(open_dataset(names["data_config"](names["parse"]())).test) == 360
+
+
+def test_without_torch_the_extra_is_named(monkeypatch):
+    for name in [n for n in sys.modules if n.startswith(("torch_ref", "equivalence_tests.own"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    refused(run_script("parity.py", "--arch", "resnet20"), "--extra torch")
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     "arguments, words",
@@ -135,6 +158,10 @@ def test_weights_of_ones_own_and_their_predictions(tmp_path):
         (["--arch", "resnet20", "--dataset", "digts"], ["digts", "'digits'"]),
         (["--arch", "resnet20", "--dataset", "digits", "--mean", "1"], ["mean and std"]),
         (["--arch", "resnet18", "--stem", "cfar"], ["did you mean 'cifar'"]),
+        (["--arch", "resnet20", "--image-size", "32"], ["--image-size", "H and W are equal"]),
+        (["--arch", "resnet20", "--image-size", "0"], ["--image-size", "1 or more"]),
+        (["--arch", "resnet20", "--image-size", "8", "9", "3"], ["--image-size", "one for both"]),
+        (["--arch", "resnet20", "--report", __file__], ["--report", "no directory"]),
     ],
 )
 def test_bad_input(arguments, words):

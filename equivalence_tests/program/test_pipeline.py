@@ -1,6 +1,7 @@
 """Decoding, order, batches and statistics of the input pipeline."""
 
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -127,6 +128,21 @@ def decoded_at_once(source):
 def test_images_are_decoded_in_parallel(decode):
     """Batches ahead of the step that takes them, and the images of a set that is kept."""
     np.testing.assert_array_equal(decode(Meeting(IMAGES, 8)), IMAGES)
+
+
+def test_images_lie_in_memory_once():
+    """While they are decoded, and while their statistics are taken."""
+    source = ArraySource(np.stack([picture(70, 70)] * 1500), np.zeros(1500, np.int32))
+    decoder = Decoder(size=64, resize=64)
+    tracemalloc.start()
+    try:
+        images = pipeline.decode_all(source, decoder)
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * images.nbytes  # a list of all: 2
+        tracemalloc.reset_peak()
+        prepare._statistics(source, decoder, images)
+        assert tracemalloc.get_traced_memory()[1] < 3 * images.nbytes  # all at once: 4
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("most", [10**6, 300])

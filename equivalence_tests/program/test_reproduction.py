@@ -251,6 +251,12 @@ def test_without_a_gpu_the_long_recipes_take_few_images(tmp_path, called):
     assert limits[0] not in called[-1]
 
 
+def test_a_table_of_no_runs_is_a_table(tmp_path):
+    outcome = run_script("reproduce.py", "--table", "--results", tmp_path / "new")
+    assert outcome.status == 0 and "not run" in outcome.out
+    refused(run_script("reproduce.py", "--subset", 0), "--subset", "at least 1")
+
+
 def test_what_a_recipe_goes_back_to_runs_first(tmp_path, called):
     names = [f"cifar10-resnet18-{p}" for p in ("48px-start", "48-to-64px", "64-to-80px")]
     flags = ["--runs", tmp_path / "runs", "--results", tmp_path]

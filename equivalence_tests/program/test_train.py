@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from flax import nnx
 from PIL import Image
 from rich.console import Console
 
-from equivalence_tests.program.command import run_script, train
+from equivalence_tests.program.command import ROOT, run_script, train
 from flax_resnet import cli, convert, convert_training, export, plots, steps
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import InputError, TrainConfig, from_dict
@@ -243,6 +244,16 @@ def test_several_steps_a_dispatch_are_the_same_steps(tmp_path):
     one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
     for name in one:
         np.testing.assert_allclose(one[name], two[name], rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("dataset, name", [
+    ("digits", "digits"), ("folder:/data/birds_v2/", "birds_v2"), ("tfds:a/b-v2", "a-b-v2"),
+    ("cifar10:/x/cifar-10-python.tar.gz", "cifar10"), ("folder:~nobody/a b", "a-b"),
+])  # fmt: skip
+def test_a_run_is_named_after_its_data(dataset, name):
+    script = runpy.run_path(ROOT / "scripts" / "train.py")
+    config = cli.merge(TrainConfig(), {"data": {"dataset": dataset}})
+    assert script["free_directory"](config).name == f"resnet18-{name}"
 
 
 def test_a_run_under_pmap_is_that_on_a_mesh(tmp_path, monkeypatch):

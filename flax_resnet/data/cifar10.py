@@ -6,6 +6,7 @@ names and sizes, and pickles go through an unpickler that knows NumPy arrays onl
 
 import hashlib
 import io
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -59,7 +60,7 @@ def read(path: str | Path) -> tuple[Split, Split, tuple[str, ...]]:
       InputError: nothing of the kind there, another MD5 than the official one, a file that is
         missing, too large or no CIFAR-10 batch, a pickle that asks for anything but arrays.
     """
-    files = _read_files(Path(path).expanduser())
+    files = _read_files(Path(os.path.expanduser(path)))
     suffix = ".bin" if "data_batch_1.bin" in files else ""
     missing = [name + suffix for name in (*_TRAIN, _TEST) if name + suffix not in files]
     if missing:

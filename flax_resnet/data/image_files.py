@@ -14,6 +14,9 @@ from flax_resnet.config import InputError
 
 SUFFIXES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 
+_LONGEST = 200
+"""Times the shorter side that the longer may be: at 224 pixels a line would take gigabytes."""
+
 # Only these decoders look at a file: some of PIL's others start programs, such as Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -23,7 +26,8 @@ def read_image(path: str | os.PathLike, channels: int) -> np.ndarray:
     dropped, EXIF orientation is not applied, one channel is PIL's "L". 16-bit gray is scaled.
 
     Raises:
-      InputError: no file, no image, a broken one, or more pixels than PIL.Image.MAX_IMAGE_PIXELS.
+      InputError: no file, no image, a broken one, more pixels than PIL.Image.MAX_IMAGE_PIXELS, or
+        one side more than 200 times the other.
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: not a readable image (no such file)")
@@ -37,6 +41,8 @@ def decode_image(file: str | os.PathLike | BinaryIO, channels: int, *, name: str
             limit = Image.MAX_IMAGE_PIXELS or math.inf
             if image.width * image.height > limit:  # where PIL would only warn
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {limit}")
+            if max(image.size) > _LONGEST * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels, no picture but a line")
             pixels = np.asarray(_convert(image, channels))
     except UnidentifiedImageError:
         raise InputError(f"{name}: not a readable image (no known format)") from None

@@ -19,6 +19,7 @@ from PIL import Image
 from flax_resnet.config import InputError
 
 _THREADS = 16  # for decoding; Pillow lets go of the GIL
+_AT_ONCE = 256  # images in a list
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,9 +80,14 @@ def _random_area(image, rng):
 def decode_all(source, decoder: Decoder, indices: Sequence[int] | None = None) -> np.ndarray:
     """The images of a source at `indices`, by default all -> uint8 `[N, size, size, C]`."""
     indices = range(len(source)) if indices is None else indices
+    images = None
     with ThreadPoolExecutor(_THREADS) as pool:
-        images = list(pool.map(lambda i: decoder(source[i]), indices))
-    return np.stack(images) if images else decoder(source[0])[None][:0]
+        for start in range(0, len(indices), _AT_ONCE):  # a list of all would be as large again
+            part = list(pool.map(lambda i: decoder(source[i]), indices[start : start + _AT_ONCE]))
+            if images is None:
+                images = np.empty((len(indices), *part[0].shape), np.uint8)
+            images[start : start + len(part)] = part
+    return decoder(source[0])[None][:0] if images is None else images
 
 
 def count_levels(images: np.ndarray) -> np.ndarray:

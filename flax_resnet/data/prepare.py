@@ -1,6 +1,7 @@
 """A config and its data set brought together: what was left open is chosen here."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 from dataclasses import replace
@@ -95,12 +96,9 @@ def prepare(config: TrainConfig) -> Prepared:
 def _statistics(source, decoder, images: np.ndarray | None):
     """Mean and standard deviation of the training split; `images` are all of it, decoded."""
     indices = pipeline.evenly_spaced(len(source), _MEASURED)
-    if images is not None:
-        images = images if len(indices) == len(images) else images[indices]
-        return pipeline.channel_statistics(pipeline.count_levels(images))
     parts = np.array_split(indices, -(-len(indices) // _AT_ONCE))
-    counts = [pipeline.count_levels(_decode(source, decoder, part)) for part in parts]
-    return pipeline.channel_statistics(sum(counts))
+    take = functools.partial(_decode, source, decoder) if images is None else images.__getitem__
+    return pipeline.channel_statistics(sum(pipeline.count_levels(take(part)) for part in parts))
 
 
 def _decode(source, decoder, indices) -> np.ndarray:

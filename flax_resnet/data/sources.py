@@ -216,7 +216,7 @@ def _gray(images: np.ndarray) -> np.ndarray:
 
 
 def _folder(place: str, config: DataConfig) -> tuple[dict, dict]:
-    root, channels = Path(place).expanduser(), 1 if config.grayscale else 3
+    root, channels = Path(os.path.expanduser(place)), 1 if config.grayscale else 3
     listings, ignored = list_splits(root)
     bad = {}
     if config.on_bad_image == "skip":

@@ -72,6 +72,8 @@ def create_model(
         rngs=nnx.Rngs(0) if rngs is None else rngs,
     )
     if arch == "basic_cnn":
+        if zero_init_residual:
+            raise InputError("zero_init_residual: basic_cnn has no residual blocks")
         return BasicCNN(num_classes, **options)
     options |= dict(zero_init_residual=zero_init_residual, bn_axis_name=bn_axis_name)
     if has_stem_choice(arch):
