@@ -81,10 +81,20 @@ def make_schedule(config: ScheduleConfig, lr: float, updates_per_epoch: float, e
     top = lr / config.div_factor if config.schedule == "onecycle" else lr
 
     def schedule(step):
-        ramp = config.warmup_factor + (1 - config.warmup_factor) * _float(step) / warmup
+        ramp = _ramp(config, _float(step) / warmup)
         return jnp.where(step < warmup, top * ramp, main(jnp.maximum(step - warmup, 0)))
 
     return schedule
+
+
+def _ramp(config, share):
+    return config.warmup_factor + (1 - config.warmup_factor) * share
+
+
+def warmth(config: ScheduleConfig, update: int, updates_per_epoch: float) -> float:
+    """Which share of the schedule's first learning rate an update has; 1 after the warm-up."""
+    warmup = round(config.warmup_epochs * updates_per_epoch)
+    return _ramp(config, update / warmup) if update < warmup else 1.0
 
 
 def make_momentum_schedule(config: ScheduleConfig, updates_per_epoch: float, epochs: int):
@@ -139,16 +149,18 @@ def _float(step):
 
 
 def plateau(
-    state: dict, value: float, config: ScheduleConfig, lr: float, mode: str
+    state: dict, value: float, config: ScheduleConfig, lr: float, mode: str, warmth: float = 1.0
 ) -> tuple[dict, float]:
     """torch's ReduceLROnPlateau, once an epoch.
 
-    Cuts when `bad > patience` (Optax's at `==`, one epoch earlier), and only by more than 1e-8.
+    Cuts when `bad > patience` (Optax's at `==`, one epoch earlier), and only by more than 1e-8;
+    this and min_lr are of the rate in force, which a warm-up has brought to its `warmth`.
 
     Args:
       state: {} at first; {"best", "bad_epochs", "cooldown", "lr"} afterwards.
       value: what is watched; `mode` says whether less ("min") or more ("max") is better.
       lr: learning rate at the start.
+      warmth: of the next update.
 
     Returns:
       The new state, and the factor by which the learning rate at the start is to be multiplied.
@@ -165,8 +177,8 @@ def plateau(
     if cooldown > 0:
         cooldown, bad = cooldown - 1, 0
     if bad > config.plateau_patience:
-        reduced = max(current * config.gamma, config.min_lr)
-        current = reduced if current - reduced > 1e-8 else current
+        reduced = max(current * config.gamma, config.min_lr / warmth)
+        current = reduced if (current - reduced) * warmth > 1e-8 else current
         cooldown, bad = config.plateau_cooldown, 0
     state = {"best": best, "bad_epochs": bad, "cooldown": cooldown, "lr": current}
     return state, current / lr

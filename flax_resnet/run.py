@@ -301,12 +301,15 @@ class Run:
 
     def _cut_on_plateau(self, watched):
         config = self.config
+        accumulate = config.optimizer.accumulate_steps
+        update, an_epoch = self._global_step() // accumulate, self.steps_per_epoch / accumulate
         self.progress.plateau, scale = optim.plateau(
             self.progress.plateau,
             watched,
             config.schedule,
             config.optimizer.lr,
             config.early_stopping.mode,
+            optim.warmth(config.schedule, update, an_epoch),
         )
         dtype = self.state.lr_scale.dtype
         self.state = self.state._replace(lr_scale=self.engine.replicate(jnp.asarray(scale, dtype)))

@@ -38,9 +38,9 @@ def _late_peak(start, middle, end, pct_start, total):
 
 
 def _plateau(**changes):
-    def plateau(state, value, config, lr, mode):
+    def plateau(state, value, config, lr, mode, warmth=1.0):
         faulty = {name: change(config, lr) for name, change in changes.items()}
-        return _PLATEAU(state, value, dataclasses.replace(config, **faulty), lr, mode)
+        return _PLATEAU(state, value, dataclasses.replace(config, **faulty), lr, mode, warmth)
 
     return [(optim, "plateau", plateau)]
 

@@ -110,16 +110,24 @@ COURSES = {
 PLATEAUS = [
     dict(plateau_patience=p, plateau_cooldown=c, min_lr=m, plateau_threshold=t)
     for p, c, m, t in itertools.product((0, 1, 3), (0, 2), (0.0, 0.05), (1e-4, 0.1))
-] + [dict(gamma=0.01, plateau_patience=0)]
+] + [
+    dict(gamma=0.01, plateau_patience=0),
+    dict(plateau_patience=0, warmup_epochs=3.5),
+    dict(plateau_patience=0, warmup_epochs=6.0, warmup_factor=0.1, min_lr=0.03, gamma=0.5),
+]
 
 
 def torch_cuts(options: dict, mode: str, values: list) -> list[float]:
+    """The learning rate after each epoch of `UPDATES` updates."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
-    _, plateau = torch_ref.optim.make_schedulers(
-        optimizer, 1, 1, mode, schedule="plateau", **options
+    warmup, plateau = torch_ref.optim.make_schedulers(
+        optimizer, len(values), UPDATES, mode, schedule="plateau", **options
     )
     seen = []
     for value in values:
+        for _ in range(UPDATES):
+            optimizer.step()
+            warmup.step()
         plateau.step(value)
         seen.append(optimizer.param_groups[0]["lr"])
     return seen
@@ -128,9 +136,10 @@ def torch_cuts(options: dict, mode: str, values: list) -> list[float]:
 def jax_cuts(options: dict, mode: str, values: list) -> list[float]:
     config = ScheduleConfig(schedule="plateau", **options)
     state, seen = {}, []
-    for value in values:
-        state, factor = optim.plateau(state, value, config, 0.4, mode)
-        seen.append(0.4 * factor)
+    for epoch, value in enumerate(values, 1):
+        warmth = optim.warmth(config, epoch * UPDATES, UPDATES)
+        state, factor = optim.plateau(state, value, config, 0.4, mode, warmth)
+        seen.append(0.4 * warmth * factor)
     return seen
 
 
