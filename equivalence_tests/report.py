@@ -89,7 +89,7 @@ def _explanation(document) -> str:
     if finding is None:
         return (
             "Every tensor agrees to rounding. The largest relative difference is"
-            f" {document['largest']:.1e}; a difference of definition would be 1e-7 or more."
+            f" {document['largest']:.1e}."
         )
     causes = " or ".join(finding["causes"]) or "no known cause predicts these numbers"
     where = f"{finding['phase']} of {finding['module'] or 'the whole network'}, {finding['mode']}"

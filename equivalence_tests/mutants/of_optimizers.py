@@ -46,6 +46,10 @@ def _adamw_decay_without_rate(config, *, learning_rate=0.0, momentum=None):
     )
 
 
+def _momentum_unused(config, *, learning_rate=0.0, momentum=None):
+    return _MAKE_OPTIMIZER(config, learning_rate=learning_rate)
+
+
 def _rms_eps_in_root(decay, eps, eps_in_sqrt):
     return _RMS(decay, eps, eps_in_sqrt=True)
 
@@ -187,6 +191,12 @@ MUTANTS = [
         difference="21",
         what="gradients are clipped by max / norm",
         patches=[(optim, "clip_by_global_norm", optax.clip_by_global_norm)],
+    ),
+    Mutant(
+        name="cycled momentum unused",
+        difference="24d",
+        what="the momentum of one-cycle does not reach the optimizer",
+        patches=[(optim, "make_optimizer", _momentum_unused)],
     ),
     Mutant(
         name="average starts at zero",

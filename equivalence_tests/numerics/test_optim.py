@@ -25,6 +25,7 @@ from flax_resnet.config import OptimizerConfig, TrainConfig
 pytestmark = pytest.mark.quick
 
 STEPS = 24
+CYCLED = "cycle_momentum"
 SHAPES = {"conv.weight": (3, 2, 3, 3), "bn.weight": (5,), "fc.weight": (4, 5), "fc.bias": (4,)}
 
 
@@ -57,6 +58,19 @@ def rates() -> np.ndarray:
     return 0.01 * 0.3 ** (np.arange(STEPS) // 7)
 
 
+def momenta() -> np.ndarray:
+    """A momentum for every step, for the rules that are asked to cycle it."""
+    return 0.9 + 0.05 * np.cos(np.arange(STEPS))
+
+
+def set_momentum(group: dict, momentum: float):
+    """As OneCycleLR does."""
+    if "betas" in group:
+        group["betas"] = (momentum, group["betas"][1])
+    else:
+        group["momentum"] = momentum
+
+
 def run_torch(rule: dict) -> list[dict]:
     """After every step: parameters, state and moving average."""
     params, gradients = numbers()
@@ -64,7 +78,7 @@ def run_torch(rule: dict) -> list[dict]:
     for name, value in params.items():
         model.register_parameter(name.replace(".", "_"), nn.Parameter(torch.tensor(value)))
     parameters = dict(zip(params, model.parameters(), strict=True))
-    options = {k: v for k, v in rule.items() if k not in ("clip_norm", "ema_decay")}
+    options = {k: v for k, v in rule.items() if k not in ("clip_norm", "ema_decay", CYCLED)}
     accumulate = options.pop("accumulate_steps", 1)
     optimizer = torch_ref.optim.make_optimizer(model, **options)
     ema = torch_ref.optim.make_ema(model, rule["ema_decay"]) if "ema_decay" in rule else None
@@ -77,6 +91,8 @@ def run_torch(rule: dict) -> list[dict]:
             parameter.grad = share if parameter.grad is None else parameter.grad + share
         for group in optimizer.param_groups:
             group["lr"] = lr
+            if CYCLED in rule:
+                set_momentum(group, momenta()[step])
         if (step + 1) % accumulate == 0:
             if "clip_norm" in rule:
                 nn.utils.clip_grad_norm_(model.parameters(), rule["clip_norm"])
@@ -95,12 +111,14 @@ def run_torch(rule: dict) -> list[dict]:
 def run_jax(rule: dict) -> list[dict]:
     """The same by `flax_resnet.steps._update`, which is what a training step calls."""
     params, gradients = numbers()
-    config = TrainConfig(optimizer=OptimizerConfig(**rule))
+    options = {name: value for name, value in rule.items() if name != CYCLED}
+    config = TrainConfig(optimizer=OptimizerConfig(**options))
     state = steps.make_state(steps.Variables(tree(params), {}, {}), config)
-    update = jax.jit(lambda state, g, lr: steps._update(state, g, {}, config, lr, None))
+    update = jax.jit(lambda state, g, *rates: steps._update(state, g, {}, config, *rates))
     seen = []
-    for gradient, lr in zip(gradients, rates(), strict=True):
-        state = update(state, tree(gradient), lr)
+    cycle = momenta() if CYCLED in rule else [None] * STEPS
+    for gradient, lr, momentum in zip(gradients, rates(), cycle, strict=True):
+        state = update(state, tree(gradient), lr, momentum)
         optimizer = optimizer_state(state.opt_state, config.optimizer.optimizer)
         seen.append(named(state.params) | optimizer)
         if state.ema and state.step >= config.optimizer.accumulate_steps:
@@ -164,6 +182,7 @@ MORE = [
     dict(accumulate_steps=3, clip_norm=1.0),
     dict(ema_decay=0.9),
     dict(ema_decay=0.9, accumulate_steps=2),
+    {CYCLED: True},
 ]
 RULES = SGD + ADAM + RMSPROP + [a | b for a, b in itertools.product(EVERY, MORE)]
 RULES += [

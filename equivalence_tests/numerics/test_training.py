@@ -7,7 +7,10 @@ import pytest
 from equivalence_tests import tolerances, trajectory
 
 COURSES = {
-    "one-cycle, moving average, smoothing": {"optimizer": {"ema_decay": 0.9}},
+    "one-cycle of rate and momentum, moving average, smoothing": {
+        "optimizer": {"ema_decay": 0.9},
+        "schedule": {"cycle_momentum": True},
+    },
     "plateau that cuts within a warm-up, early stopping": {
         "epochs": 12,
         "schedule": {
