@@ -1,7 +1,7 @@
 """Whether trainings in float32, which rounding drives apart, end equally good: test accuracies of
 20 paired trainings in JAX and PyTorch, by two one-sided t-tests (Schuirmann 1987).
 
-    python -m equivalence_tests.tost                     # half an hour on two cores
+    python -m equivalence_tests.tost                     # a quarter of an hour on one core
     python -m equivalence_tests.tost --mutant "NAME"     # the same with a known fault in JAX
 
 Writes results/tost.json, with a fault tost-its-name.json. Exit status 1 if they are not equivalent.

@@ -19,6 +19,8 @@ def quotes() -> Iterator[str]:
     yield from localiser(results.read("localiser")["trials"])
     yield from false_alarms(results.read("false-alarms")["seeds"].values())
     yield from paired_trainings(results.read("tost"))
+    yield from with_a_fault(results.read("tost-dampened-momentum"), seen=True)
+    yield from with_a_fault(results.read("tost-BatchNorm-momentum-0.99"), seen=False)
     yield from growth_of_rounding(results.read("error-growth")["rows"])
     yield from start(results.read("startup-cpu")["seconds_to_first_step"])
     yield from spread([results.read(f"benchmark-cpu-{file}") for file in set(SPEEDS.values())])
@@ -50,6 +52,14 @@ def paired_trainings(measured) -> Iterator[str]:
     yield f"{100 * measured['mean_difference']:.2f} points above PyTorch's"
     yield f"90% interval {low:.3f} to {high:.3f}"
     yield f"p = {measured['p_value']:.3f}"
+
+
+def with_a_fault(measured, *, seen) -> Iterator[str]:
+    assert measured["mutant"] in mutants.MUTANTS
+    assert measured["equivalent"] is not seen
+    yield f"{100 * abs(measured['mean_difference']):.2f} points apart"
+    if not seen:
+        yield f"equivalent, p = {measured['p_value']:.3f}"
 
 
 def growth_of_rounding(rows) -> Iterator[str]:

@@ -129,6 +129,13 @@ def test_the_paired_trainings_would_not_pass_half_a_point_apart():
         assert not tost.equivalence(ours + shift, theirs)["equivalent"]
 
 
+@pytest.mark.control
+def test_a_large_fault_shows_in_the_paired_trainings():
+    measured = results.read("tost-dampened-momentum")
+    assert measured["seeds"] == list(tost.SEEDS)
+    assert not tost.equivalence(measured["jax"], measured["torch"])["equivalent"]
+
+
 def test_the_page_compares_and_needs_nothing_else(tmp_path):
     write_run(tmp_path, "transfer-scratch", accuracy=0.5)
     write_run(tmp_path, "transfer", accuracy=0.75)
