@@ -49,9 +49,9 @@ def false_alarms(seeds) -> Iterator[str]:
 
 def paired_trainings(measured) -> Iterator[str]:
     low, high = (100 * bound for bound in measured["interval_90"])
-    yield f"{100 * measured['mean_difference']:.2f} points above PyTorch's"
+    yield f"{-100 * measured['mean_difference']:.2f} points below PyTorch's"
     yield f"90% interval {low:.3f} to {high:.3f}"
-    yield f"p = {measured['p_value']:.3f}"
+    yield f"p = {measured['p_value']:.1g}"
 
 
 def with_a_fault(measured, *, seen) -> Iterator[str]:
@@ -59,7 +59,7 @@ def with_a_fault(measured, *, seen) -> Iterator[str]:
     assert measured["equivalent"] is not seen
     yield f"{100 * abs(measured['mean_difference']):.2f} points apart"
     if not seen:
-        yield f"equivalent, p = {measured['p_value']:.3f}"
+        yield f"equivalent, p = {measured['p_value']:.1g}"
 
 
 def growth_of_rounding(rows) -> Iterator[str]:
