@@ -141,16 +141,16 @@ def own_settings(rows) -> Iterator[str]:
 
 
 def chosen_epochs(folder) -> Iterator[str]:
-    """Of a recipe without a schedule, over three seeds in both frameworks."""
+    """Of a recipe without a schedule, over five seeds in both frameworks."""
     courses = {
-        name: [read_rows(folder / f"seed{i}{name}" / "metrics.csv") for i in range(3)]
+        name: [read_rows(folder / f"seed{i}{name}" / "metrics.csv") for i in range(5)]
         for name in ("", "-torch")
     }
 
     def over_seeds(metric):
         """[framework, seed, epoch], over the epochs from the third on that all have."""
         return np.array(
-            [[[r[metric] for r in run[2:8]] for run in runs] for runs in courses.values()]
+            [[[r[metric] for r in run[2:7]] for run in runs] for runs in courses.values()]
         )
 
     losses = over_seeds("train_loss").mean(axis=1)
@@ -162,8 +162,8 @@ def chosen_epochs(folder) -> Iterator[str]:
         [1 + np.argmin([r["validation_loss"] for r in run]) for run in runs]
         for runs in courses.values()
     ]
-    assert best == [[3, 4, 5], [3, 3, 3]]
-    yield "the third, fourth and fifth in JAX, the third in all of PyTorch's"
+    assert [sorted(set(epochs)) for epochs in best] == [[2, 3, 4, 5], [3, 4]]
+    yield "one from the second to the fifth in JAX, the third or fourth in PyTorch"
 
 
 def without_chance(measured) -> Iterator[str]:
