@@ -23,12 +23,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from flax_resnet import distributed
 from flax_resnet.config import InputError
 
 _MANIFEST = "manifest.json"
+_UNKNOWN = -1  # step
 
 
 class Checkpoints:
@@ -37,17 +37,9 @@ class Checkpoints:
     def __init__(self, directory: Path | str, *, say: Callable[[str], None] = print):
         self.directory = Path(directory).absolute()
         self._say = say
-        policy = preservation_policy.AnyPreservationPolicy(
-            [
-                preservation_policy.LatestN(2),
-                preservation_policy.BestN(n=1, get_metric_fn=_rank),
-            ]
-        )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            best_fn=_rank,  # without it no rank is written, and a resumed run keeps all steps
-            enable_async_checkpointing=False,
-        )
+        # Which steps to keep is decided here: Orbax forgets which is the best when a run goes on,
+        # or has it in a file of its own, and opens no run where that is damaged.
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
             "document": ocp.JsonCheckpointHandler(),
@@ -57,6 +49,7 @@ class Checkpoints:
         )
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
+        self._best: int | None = _UNKNOWN
 
     def save(self, step: int, state, document: dict, *, improvement: bool):
         """Begin to write one step; `improvement` marks it as the best so far.
@@ -71,10 +64,14 @@ class Checkpoints:
             if not improvement:
                 return  # the state of a step is what it is
             self._manager.delete(step)  # saved before anybody knew that it is the best
+        if improvement:
+            self._best = step
+        elif self._best == _UNKNOWN:
+            self._best = self._newest_sound(_improved)
         if not _is_all_here(state):  # every process writes its part, and they have to meet
-            return self._write(step, state, document, improvement)
+            return self._write(step, state, document)
         state = jax.tree.map(lambda x: np.array(x, copy=True), state)
-        self._writing = self._writer.submit(self._write, step, state, document, improvement)
+        self._writing = self._writer.submit(self._write, step, state, document)
 
     def check(self):
         """Raises the error of a save that has failed since it began; does not wait."""
@@ -87,14 +84,12 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
-    def _write(self, step, state, document, improvement):
+    def _write(self, step, state, document):
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_flatten(state)), document=ocp.args.JsonSave(document)
         )
         try:
-            self._manager.save(
-                step, args=args, metrics={"improvement": step if improvement else -1}
-            )
+            self._manager.save(step, args=args)
             self._manager.wait_until_finished()
         except ValueError as error:  # what TensorStore makes of a full disk
             if "No space left on device" not in str(error):
@@ -103,6 +98,9 @@ class Checkpoints:
         if distributed.is_first():
             _write_manifest(self.directory / str(step))
         distributed.meet(f"checkpoint {step}")
+        for old in sorted(self._manager.all_steps())[:-2]:
+            if old != self._best:
+                self._manager.delete(old)
 
     def delete_after(self, step: int | None):
         """Delete the steps later than the one that a run goes on from (None: all of them): they
@@ -118,7 +116,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step of the best weights, or the latest where none was marked."""
-        best = self._newest_sound(lambda document: document.get("improvement"))
+        best = self._newest_sound(_improved)
         return self.latest() if best is None else best
 
     def document(self, step: int) -> dict:
@@ -194,8 +192,8 @@ def check_space(directory: Path, state):
         )
 
 
-def _rank(metrics) -> int:
-    return metrics["improvement"]
+def _improved(document: dict) -> bool:
+    return document.get("improvement", False)
 
 
 def _described(leaf) -> jax.ShapeDtypeStruct:
