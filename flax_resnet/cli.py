@@ -107,6 +107,18 @@ def check_writable(flag: str, path: Path | None):
         raise InputError(f"{flag}: {path} is a directory")
 
 
+def check_folder(flag: str, path: Path | None):
+    """Raises InputError for what is there and no folder; None is none."""
+    if path and path.exists() and not path.is_dir():
+        raise InputError(f"{flag}: {path} is no directory")
+
+
+def check_positive(flag: str, value: int | None):
+    """Raises InputError below 1; None is left out."""
+    if value is not None and value < 1:
+        raise InputError(f"{flag}: at least 1, got {value}")
+
+
 def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
     """Call a script's main and leave with the status that its outcome stands for."""
     sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes, UTF-8 or not

@@ -115,11 +115,9 @@ def check(args):
         if value is not None:
             cli.check_choice(flag, value, valid)
     for name in ("image_size", "num_classes", "batch_size", "rounds", "epochs", *REPEATS["cpu"]):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')}: at least 1, got {value}")
+        cli.check_positive(f"--{name.replace('_', '-')}", getattr(args, name))
     cli.check_writable("--json", args.json)
-    if args.keep and args.keep.exists() and not args.keep.is_dir():
-        raise InputError(f"--keep: {args.keep} is no directory")
+    cli.check_folder("--keep", args.keep)
 
 
 def make_settings(args) -> throughput.Settings:

@@ -64,8 +64,7 @@ def parse():
             raise InputError(f"--{flag}: only with --{needed}")
     if args.image_size and (len(args.image_size) > 2 or min(args.image_size) < 1):
         raise InputError("--image-size: a height and a width of 1 or more, or one for both")
-    if args.report and args.report.exists() and not args.report.is_dir():
-        raise InputError(f"--report: {args.report} is no directory")
+    cli.check_folder("--report", args.report)
     if args.arch:
         cli.check_choice("--arch", args.arch, list_models())
         check_stem(args.arch, args.stem)

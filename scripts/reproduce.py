@@ -38,8 +38,7 @@ def parse():
     parser.add_argument("--results", default=str(ROOT / "results"), metavar="DIR")
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args()
-    if args.subset is not None and args.subset < 1:
-        raise InputError(f"--subset: at least 1, got {args.subset}")
+    cli.check_positive("--subset", args.subset)
     return args
 
 

@@ -41,8 +41,7 @@ def parse():
     )
     cli.add_config_flags(parser)
     args = parser.parse_args()
-    if args.connect_timeout < 1:
-        raise InputError(f"--connect-timeout: at least 1, got {args.connect_timeout}")
+    cli.check_positive("--connect-timeout", args.connect_timeout)
     return args
 
 

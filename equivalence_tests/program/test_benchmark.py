@@ -161,6 +161,7 @@ def test_the_second_start_finds_the_compiled_programs():
     (["--dtype", "float8"], "float8"),
     (["--variants", "jitt"], "jitt"),
     (["--batch-size", "0"], "batch-size"),
+    (["--keep", __file__], "no directory"),
     (["--modes", "end_to_ned"], "end_to_end"),
     (["--recipe", "cifar10-fats"], "cifar10-fast"),
 ])  # fmt: skip

@@ -237,13 +237,19 @@ def test_images_decoded_every_epoch_train_the_same_weights(tmp_path):
     assert digest(tmp_path / "device") == digest(tmp_path / "none")
 
 
+def assert_alike(one, two):
+    """The weights of two runs, up to rounding in float32, of which Adam makes steps of its own
+    size where a gradient is nearly 0."""
+    one, two = weights(one), weights(two)
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], rtol=2e-3, atol=2e-4)
+
+
 def test_several_steps_a_dispatch_are_the_same_steps(tmp_path):
     for count in ("1", "2"):
         config = small(parallel={"devices": "1", "steps_per_dispatch": count})
         fit(config, tmp_path / count, display=quiet())
-    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
-    for name in one:
-        np.testing.assert_allclose(one[name], two[name], rtol=2e-3, atol=2e-4)
+    assert_alike(tmp_path / "1", tmp_path / "2")
 
 
 @pytest.mark.parametrize("dataset, name", [
@@ -266,9 +272,7 @@ def test_a_run_under_pmap_is_that_on_a_mesh(tmp_path, monkeypatch):
                 fit(config, tmp_path / kind, display=quiet())
         report = fit(config, tmp_path / kind, resume=True, display=quiet())
         assert report["evaluated_epoch"] == report["best_epoch"]
-    mesh, pmap = weights(tmp_path / "jit"), weights(tmp_path / "pmap")
-    for name in mesh:
-        np.testing.assert_allclose(mesh[name], pmap[name], rtol=2e-3, atol=2e-4)
+    assert_alike(tmp_path / "jit", tmp_path / "pmap")
 
 
 def test_early_stopping_ends_the_run_and_restores_the_best(tmp_path):
