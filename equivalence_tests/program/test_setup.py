@@ -25,6 +25,7 @@ LAYERS = [
         "models.cpu_convolution",
         "models.cpu_sum",
         "metrics",
+        "sanity",
         "early_stopping",
         "plots",
         "display",
