@@ -16,13 +16,14 @@ import jax
 import pydantic
 
 from flax_resnet.config import InputError, TrainConfig, nearest, to_dict
+from flax_resnet.distributed import RunLost
 from flax_resnet.progress import Interrupted, NonFiniteLoss
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 _FAULTS_OF_PLACE = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS,
-    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO,
 )  # fmt: skip
 """What the place that the user named is to blame for, rather than the program."""
 
@@ -128,7 +129,7 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
         leave(BAD_INPUT, f"error: {_one_line(error)}")
     except pydantic.ValidationError as error:  # a field of a config, replaced by a flag
         leave(BAD_INPUT, f"error: {_one_line(_faults(error))}")
-    except (CheckFailed, NonFiniteLoss) as error:
+    except (CheckFailed, NonFiniteLoss, RunLost) as error:
         leave(FAILED, f"failed: {_one_line(error)}")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

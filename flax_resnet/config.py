@@ -391,6 +391,20 @@ def to_dict(config: TrainConfig) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def flat(config: TrainConfig) -> dict:
+    """{"seed": 0, "model.arch": "resnet18", ...}"""
+    facts = {}
+    for name, value in to_dict(config).items():
+        group = {f"{name}.{key}": v for key, v in value.items()} if type(value) is dict else {}
+        facts |= group or {name: value}
+    return facts
+
+
+def finite(value):
+    """A JSON value with None for every number that is not finite, which JSON does not have."""
+    return json.loads(json.dumps(value), parse_constant=lambda constant: None)
+
+
 def from_dict(values: dict) -> TrainConfig:
     """The inverse of `to_dict`; missing fields take their defaults.
 

@@ -23,7 +23,7 @@ def curves(path: Path, rows: list[dict], best_epoch: int | None = None):
     epochs = [row["epoch"] for row in rows]
     for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
         for split, colour in (("train", _TRAIN), ("validation", _VALIDATION)):
-            if f"{split}_{name}" in rows[0]:
+            if rows and f"{split}_{name}" in rows[0]:
                 values = [row[f"{split}_{name}"] for row in rows]
                 axis.plot(epochs, values, colour_marker(len(rows)), color=colour, label=split)
         if best_epoch:

@@ -1,6 +1,7 @@
 """A run in the making: set up or taken up, trained epoch by epoch, reported."""
 
 import dataclasses
+import math
 import time
 
 import jax
@@ -98,7 +99,8 @@ class Run:
             )
         self.checkpoints.delete_after(step)
         self.iterator = self._iterator(start=step or 0)
-        self.directory.start_logs(self.progress.epoch, step or 0)
+        document = None if step is None else self.checkpoints.document(step)
+        self.directory.start_logs(document, step or 0)
         self.state = self.engine.place_state(state)
         self.resident = self._resident()
         train_step = steps.make_train_step(
@@ -331,6 +333,7 @@ class Run:
         return evaluate(self.engine, self.eval_fn, variables, batches)
 
     def _save(self, *, improvement: bool):
+        self.directory.check()
         document = {
             "progress": dataclasses.asdict(self.progress),
             "num_devices": len(self.engine.devices),
@@ -338,6 +341,7 @@ class Run:
             "class_names": list(self.dataset.class_names),
             "contents": self.contents,
             "channels": self.dataset.channels,
+            "tables": self.directory.marks(),
             "improvement": improvement,
         }
         before = time.monotonic()
@@ -390,7 +394,7 @@ class Run:
         """Seconds of training over all epochs; speed without the first, which compiles."""
         timings = self.directory.timings()
         steady = timings[1:] or timings
-        seconds = sum(t["seconds"] for t in steady)
+        seconds = sum(t["seconds"] for t in steady) or math.nan  # of a run whose rows are lost
         images = sum(t["steps"] for t in steady) * self.config.batch_size
         return {
             "seconds": sum(t["seconds"] for t in timings),

@@ -11,14 +11,14 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from flax_resnet import convert, environment, steps
-from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.checkpoint import Checkpoints, steps_in
 from flax_resnet.config import InputError, TrainConfig, from_dict
 from flax_resnet.data.image_files import read_image
 from flax_resnet.data.prepare import evaluation_decoder
 from flax_resnet.evaluate import make_predict
 from flax_resnet.models import create_from_config
 from flax_resnet.models.folding import fold_batchnorm
-from flax_resnet.run_directory import read_config
+from flax_resnet.views import config_faults, own_config, warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +70,19 @@ def load_run(run_dir: Path | str) -> LoadedRun:
     Raises:
       InputError: there is no run, or none of its checkpoints is sound.
     """
-    best = read_config(run_dir).early_stopping.restore_best
-    choose = Checkpoints.best if best else Checkpoints.latest
-    document, config, network, state = restore(run_dir, choose)
+    document, config, network, state = restore(run_dir, _of_the_weights_that_count)
     variables = jax.tree.map(jnp.asarray, steps.evaluation_variables(state))
     class_names, channels = tuple(document["class_names"]), document["channels"]
     contents = document.get("contents", {})
     return LoadedRun(config, class_names, channels, network, variables, contents)
+
+
+def _of_the_weights_that_count(checkpoints: Checkpoints) -> int | None:
+    latest = checkpoints.latest()
+    if latest is None:
+        return None
+    config = from_dict(checkpoints.document(latest)["config"])
+    return checkpoints.best() if config.early_stopping.restore_best else latest
 
 
 def restore(
@@ -88,12 +94,16 @@ def restore(
       InputError: as `load_run`.
     """
     run_dir = Path(run_dir)
-    read_config(run_dir)  # says what is missing where this is no run directory
-    checkpoints = Checkpoints(run_dir / "checkpoints")
+    if not steps_in(run_dir / "checkpoints"):
+        own_config(run_dir / "config.json")  # says what is missing where this is no run directory
+        raise InputError(f"{run_dir} has no checkpoint yet")
+    checkpoints = Checkpoints(run_dir / "checkpoints", say=warn)
     try:
         step = choose(checkpoints)
         if step is None:
-            raise InputError(f"{run_dir} has no checkpoint yet")
+            raise InputError(f"{run_dir}: none of its checkpoints is sound")
+        for fault in config_faults(run_dir, checkpoints.document(checkpoints.latest())):
+            warn(fault)
         document = checkpoints.document(step)
         config = from_dict(document["config"])
         environment.configure_jax(config)

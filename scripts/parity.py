@@ -23,7 +23,7 @@ from flax_resnet.config import DataConfig, InputError
 from flax_resnet.convert import TORCH_SUFFIXES
 from flax_resnet.display import Display
 from flax_resnet.models import STEMS, check_stem
-from flax_resnet.run_directory import read_config
+from flax_resnet.views import read_config
 
 try:
     from equivalence_tests import causes, localise, own_model, parity, predictions, report

@@ -20,7 +20,7 @@ PINS = (ROOT / "constraints.txt").read_text().split("\n")[:-1]
 
 # Lower layers first; a module may import only from layers before its own.
 LAYERS = [
-    {"config", "models.winograd"},
+    {"config", "text", "models.winograd"},
     {
         "models.cpu_convolution",
         "models.cpu_sum",
@@ -30,6 +30,8 @@ LAYERS = [
         "plots",
         "display",
         "distributed",
+        "owned",
+        "tables",
     },
     {"models.layers"},
     {"models.resnet", "models.cnn", "models.summary"},
@@ -40,7 +42,9 @@ LAYERS = [
     {"convert", "data.pipeline", "optim", "losses", "environment"},
     {"data.prepare", "steps", "progress"},
     {"parallel", "convert_training"},
-    {"evaluate", "checkpoint", "run_directory"},
+    {"evaluate", "checkpoint"},
+    {"views"},
+    {"run_directory"},
     {"serve"},
     {"adopt"},
     {"export"},
