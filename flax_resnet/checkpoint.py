@@ -1,7 +1,7 @@
 """Checkpoints: Orbax, with what it does not do by itself.
 
 One step directory holds the whole state and a JSON document (data position, early stopping,
-config, class names), committed atomically. Around it:
+config, class names, digests of the tables), committed atomically. Around it:
 
 - a SHA-256 of every file, checked before anything is read (a flipped byte restores silently);
 - written in the background from a copy on the host, so that a step never waits for the disk; an

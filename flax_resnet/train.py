@@ -11,7 +11,7 @@ from flax import nnx
 
 from flax_resnet import convert, distributed, environment, steps
 from flax_resnet.checkpoint import check_space, steps_in
-from flax_resnet.config import DataConfig, InputError, TrainConfig, flat
+from flax_resnet.config import InputError, TrainConfig, flat
 from flax_resnet.data.prepare import Prepared, fingerprint, prepare
 from flax_resnet.display import Display
 from flax_resnet.models import create_from_config
@@ -83,11 +83,15 @@ def fit(
 
 def as_begun(config: TrainConfig, own: TrainConfig) -> TrainConfig:
     """The config of a run to resume: where it runs may change, what it computes may not. Data may
-    have moved: what they are is compared with the checkpoint."""
+    have moved within their kind: what they are is compared with the checkpoint."""
     data = dataclasses.replace(own.data, num_workers=config.data.num_workers)
-    if config.data.dataset != DataConfig().dataset:
+    if _kind(config) == _kind(own):
         data = dataclasses.replace(data, dataset=config.data.dataset)
     return dataclasses.replace(own, data=data, parallel=config.parallel)
+
+
+def _kind(config: TrainConfig) -> str:
+    return config.data.dataset.partition(":")[0]
 
 
 def _begin(

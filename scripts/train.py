@@ -75,7 +75,8 @@ def resumed_config(args) -> TrainConfig:
     if other := [line for name, line in differences(asked, own).items() if name not in left_open]:
         raise InputError(
             f"{args.run_dir} was begun with other flags: {listed(other)}; --resume takes only"
-            " those of devices, --num-workers and --dataset where the same data have moved"
+            " those of devices, --num-workers and --dataset where the same data have moved; to"
+            f" train otherwise or longer, begin a new run with --init-from {args.run_dir}"
         )
     return cli.merge(own, cli.requested_values(args))
 

@@ -163,8 +163,10 @@ def test_other_directories_are_left_alone(folder, tmp_path, flag):
 
 
 def test_resume_refuses_other_flags(insects):
-    outcome = run_script("train.py", "--resume", "--run-dir", insects, "--epochs", 9)
-    refused(outcome, "other flags")
+    for flag, value, own in (("--epochs", 9, "epochs 9 (the run has 4)"),
+                             ("--dataset", "digits", "data.dataset 'digits'")):  # fmt: skip
+        outcome = run_script("train.py", "--resume", "--run-dir", insects, flag, value)
+        refused(outcome, "other flags", own, "--init-from")
 
 
 def test_resume_refuses_another_recipe_and_config(insects, tmp_path):
