@@ -27,7 +27,12 @@ from flax_resnet.run_directory import read_config
 
 try:
     from equivalence_tests import causes, localise, own_model, parity, predictions, report
-    from equivalence_tests.inputs import case_of_weights, make_case
+    from equivalence_tests.inputs import (
+        case_of_weights,
+        make_case,
+        random_numbers,
+        random_state,
+    )
     from torch_ref import checkpoint
 except ModuleNotFoundError as error:
     cli.leave(cli.BAD_INPUT, f"error: {cli.extra_needed('a comparison', error, 'torch')}")
@@ -74,11 +79,19 @@ def parse():
 def build_case(args, model):
     """What both sides run on."""
     size = tuple(args.image_size * 2)[:2] if args.image_size else None
-    if not (args.checkpoint or model):
-        try:
+    try:
+        if not (args.checkpoint or model):
             return make_case(args.arch, stem=args.stem, size=size, batch=4)
-        except ValueError as error:
-            raise InputError(f"--image-size: {error}") from None
+        return own_case(args, model, size)
+    except InputError:
+        raise
+    except ValueError as error:
+        word = "--image-size" if size else args.checkpoint
+        raise InputError(f"{word}: {error}") from None
+
+
+def own_case(args, model, size):
+    """Of the user's weights, or of drawn ones in the user's network."""
     arrays = own_model.weights(model) if model else read_weights(args.checkpoint)
     kind = (
         convert.describe(arrays, args.arch, args.stem)
@@ -86,6 +99,9 @@ def build_case(args, model):
         else convert.nearest_architecture(convert.translate_names(arrays))
     )
     arrays = convert.conform(arrays, kind.shapes())
+    if model:  # fresh weights hide differences that drawn ones show
+        arrays = random_state(kind.shapes(), random_numbers(1))
+        own_model.fill(model, arrays)
     return case_of_weights(arrays, kind.arch, kind.stem, size=size)
 
 
@@ -131,6 +147,15 @@ def data_config(args) -> DataConfig:
     if args.checkpoint and Path(args.checkpoint).is_dir():
         base = read_config(args.checkpoint).data
     return replace(base, dataset=args.dataset, train_images=None, eval_images=None, **options)
+
+
+def predicted(case, data: DataConfig, place: str | None) -> dict:
+    """Predictions of both sides; a network of the user's has its own weights again."""
+    own = own_model.load(place) if place else None
+    if own:
+        shapes = {name: array.shape for name, array in case.arrays.items()}
+        case = replace(case, arrays=convert.conform(own_model.weights(own), shapes))
+    return predictions.agreement(case, data, own)
 
 
 def layer_table(rows: dict) -> Table:
@@ -180,8 +205,7 @@ def main():
         "rows": rows,
     }
     if data:
-        own = own_model.load(args.torch_model) if model else None  # training has moved the first
-        document["predictions"] = predictions.agreement(case, data, own)
+        document["predictions"] = predicted(case, data, args.torch_model)
     document |= {"command": cli.command_line(), "environment": environment.describe(1)}
     show(document)
     if args.report:
