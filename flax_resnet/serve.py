@@ -176,7 +176,7 @@ def predict_files(
     size = min(run.config.eval_batch_size, max(len(paths), 1))
     parts = [range(len(paths))[start : start + size] for start in range(0, len(paths), size)]
     decode = functools.partial(decoded, source, evaluation_decoder(data))
-    images = ahead(decode, parts) if skip_bad else whole(ahead(decode, parts), files=True)
+    images = ahead(decode, parts) if skip_bad else whole(ahead(decode, parts), source)
     predict = make_predict(run.network, run.preprocess)
     for indices, part in zip(parts, images, strict=True):
         batch = np.zeros((size, *run.image_shape), np.uint8)

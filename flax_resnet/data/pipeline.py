@@ -105,11 +105,8 @@ def ahead(decode: Callable, parts: Iterable[Iterable]) -> Iterator[list]:
         pool.shutdown(cancel_futures=True)
 
 
-def whole(parts: Iterable[list], *, files: bool) -> Iterator[list[np.ndarray]]:
-    """The parts as they are, as long as every image is one.
-
-    Args:
-      files: whether images are files, which the user may have left out.
+def whole(parts: Iterable[list], source) -> Iterator[list[np.ndarray]]:
+    """The parts of a source as they are, as long as every image is one.
 
     Raises:
       InputError: not at the first bad image but when all are known, and named.
@@ -120,11 +117,8 @@ def whole(parts: Iterable[list], *, files: bool) -> Iterator[list[np.ndarray]]:
         if not bad:
             yield part
     if bad:
-        raise refusal(bad, "; --on-bad-image skip leaves such files out" if files else "")
-
-
-def _of_files(source) -> bool:
-    return source.names is not None
+        hint = "" if source.names is None else "; --on-bad-image skip leaves such files out"
+        raise refusal(bad, hint)
 
 
 def decode_all(source, decoder: Decoder, indices: Sequence[int] | None = None) -> np.ndarray:
@@ -135,7 +129,7 @@ def decode_all(source, decoder: Decoder, indices: Sequence[int] | None = None) -
         functools.partial(decoded, source, decoder), (indices[s : s + _AT_ONCE] for s in starts)
     )
     images = None
-    for start, part in zip(starts, whole(parts, files=_of_files(source)), strict=True):
+    for start, part in zip(starts, whole(parts, source), strict=True):
         if images is None:
             images = np.empty((len(indices), *part[0].shape), np.uint8)
         images[start : start + len(part)] = part
@@ -249,7 +243,7 @@ class _DecodedBatches:
     def __getitem__(self, step):
         indices = self.order[step]
         images = [self._decode(int(step), int(index)) for index in indices]
-        [images] = whole([images], files=_of_files(self.source))
+        [images] = whole([images], self.source)
         labels = self.source.labels[indices]
         return {"image": np.stack(images), "label": labels.astype(np.int32), "index": indices}
 
@@ -286,7 +280,7 @@ def evaluation_batches(
         parts = (images[indices.start : indices.stop] for indices in present)
     else:
         parts = ahead(functools.partial(decoded, source, decoder), present)
-        parts = whole(parts, files=_of_files(source)) if left_out is None else parts
+        parts = whole(parts, source) if left_out is None else parts
     for indices, own, part in zip(every, present, parts, strict=True):
         mask = np.array([isinstance(image, np.ndarray) for image in part], bool)
         if left_out is not None:
