@@ -95,7 +95,7 @@ class DataConfig:
     test_fraction: Fraction = 0.2
     """Stratified share held out for the test, where the set has one split only."""
 
-    split_seed: Count = 0
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of these two splits."""
 
     train_images: PositiveCount | None = None
@@ -116,6 +116,9 @@ class DataConfig:
     """"error": a file that is no image ends the run, named. "skip": such files are counted,
     listed and left out."""
 
+    exif_transpose: bool = False
+    """Turn images upright by their EXIF orientation, as viewers do; torchvision does not."""
+
     cache: Literal["auto", "device", "none"] = "auto"
     """Where decoded images live: those of the training on the device as uint8 and the others in
     memory, or nowhere (every epoch decodes them again). "auto": so many splits as take at most
@@ -131,6 +134,13 @@ class DataConfig:
     def __post_init__(self):
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std are given together or not at all")
+        for name in ("mean", "std"):
+            for value in getattr(self, name) or ():
+                if not 0 <= value <= 1:
+                    raise ValueError(
+                        f"{name} {value:g} is not of images in [0, 1]: pixels are divided by 255"
+                        f" first, so divide {name} by 255 too"
+                    )
         if self.resize_size and self.image_size and self.resize_size < self.image_size:
             raise ValueError("resize_size is smaller than image_size")
         scheme, colon, place = self.dataset.partition(":")

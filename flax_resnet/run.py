@@ -73,8 +73,6 @@ class Run:
             + (f", stem {model.stem}" if model.stem else "")
             + f", images {data.image_size}x{data.image_size}x{self.dataset.channels}"
         )
-        for path, reason in self.dataset.bad_images:
-            self.display.say(f"left out: {path} ({reason})")
         self._warn(sanity.of_training(self.num_train, self.config.batch_size))
         kind = jax.devices()[0].device_kind
         self.display.say(f"on {len(self.engine.devices)} x {kind}, run {self.directory.path}")
@@ -378,7 +376,7 @@ class Run:
         }
         last = list(splits)[-1]
         self.directory.write_results(report, confusions[last], self.dataset.class_names)
-        self.display.results(splits)
+        self.display.results(splits, config.model.num_classes)
         self._warn(warnings)
         self.display.say(
             f"{report['seconds']:.0f} s of training, {report['images_per_second']:,.0f} images/s,"

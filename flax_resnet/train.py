@@ -60,8 +60,8 @@ def fit(
         distributed.check_agreement(fingerprint(prepared) | _weights_digest(network))
     directory = _open_directory(run_dir, resume=resume, overwrite=overwrite)
     try:
-        if count := prepared.dataset.ignored_files:
-            display.say(f"passed over: {count:,} file(s) not named as images")
+        for line in prepared.dataset.remarks():
+            display.say(line)
         run = Run(prepared, engine, network, directory, display, command)
         return run.execute()
     finally:

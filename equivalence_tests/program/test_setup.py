@@ -20,7 +20,7 @@ PINS = (ROOT / "constraints.txt").read_text().split("\n")[:-1]
 
 # Lower layers first; a module may import only from layers before its own.
 LAYERS = [
-    {"config", "models.winograd"},
+    {"config", "models.winograd", "text"},
     {
         "models.cpu_convolution",
         "models.cpu_sum",
@@ -36,6 +36,7 @@ LAYERS = [
     {"models.folding"},
     {"models"},
     {"data", "data.cifar10", "data.image_files", "data.augment"},
+    {"data.folders", "data.shared"},
     {"data.sources"},
     {"convert", "data.pipeline", "optim", "losses", "environment"},
     {"data.prepare", "steps", "progress"},
