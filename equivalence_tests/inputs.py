@@ -53,6 +53,8 @@ class Case:
 
     stem: str | None = None
 
+    shortcut: str | None = None
+
     num_classes: int = NUM_CLASSES
 
     dropout: float = 0.0
@@ -65,7 +67,17 @@ class Case:
 
 
 def make_case(
-    arch, *, stem=None, size=None, batch=2, steps=1, dropout=0.0, zero_init=False, seed=0, **rule
+    arch,
+    *,
+    stem=None,
+    shortcut=None,
+    size=None,
+    batch=2,
+    steps=1,
+    dropout=0.0,
+    zero_init=False,
+    seed=0,
+    **rule,
 ) -> Case:
     """A random case, refused if it could not fail.
 
@@ -76,12 +88,13 @@ def make_case(
       rule: options of the optimizer and the loss; left out, SGD with all of its own in use.
     """
     rng = random_numbers(seed)
-    shapes = state_shapes(arch, stem)
+    shapes = state_shapes(arch, stem, shortcut)
     images = rng.standard_normal((steps, batch, *(size or image_size(arch, stem)), 3), np.float32)
     features = shapes["fc.weight"][1]
     case = Case(
         arch=arch,
         stem=stem,
+        shortcut=shortcut,
         arrays=random_state(shapes, rng, zero_init=zero_init),
         images=images,
         labels=rng.integers(0, NUM_CLASSES, (steps, batch)),
@@ -97,7 +110,9 @@ def make_case(
 RULE = dict(lr=1e-3, momentum=0.9, weight_decay=5e-4, label_smoothing=0.1)
 
 
-def case_of_weights(arrays: dict, arch: str, stem: str | None, *, size=None, batch=4) -> Case:
+def case_of_weights(
+    arrays: dict, arch: str, stem: str | None, shortcut: str | None = None, *, size=None, batch=4
+) -> Case:
     """Random images for weights that somebody trained."""
     rng = random_numbers()
     shape = (1, batch, *(size or image_size(arch, stem)), arrays["conv1.weight"].shape[1])
@@ -105,6 +120,7 @@ def case_of_weights(arrays: dict, arch: str, stem: str | None, *, size=None, bat
     return Case(
         arch=arch,
         stem=stem,
+        shortcut=shortcut,
         arrays=arrays,
         num_classes=classes,
         images=rng.standard_normal(shape, np.float32),
@@ -122,14 +138,17 @@ def image_size(arch: str, stem: str | None) -> tuple[int, int]:
     return (45, 56) if torchvision and stem != "cifar" else (12, 14)
 
 
-def state_shapes(arch: str, stem: str | None = None) -> dict[str, tuple[int, ...]]:
+def state_shapes(
+    arch: str, stem: str | None = None, shortcut: str | None = None
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the twin's state, in torch's order."""
     import torch  # an extra, which the benchmark draws weights without
 
     import torch_ref
 
     with torch.device("meta"):
-        state = torch_ref.create_model(arch, NUM_CLASSES, stem=stem).state_dict()
+        net = torch_ref.create_model(arch, NUM_CLASSES, stem=stem, shortcut=shortcut)
+        state = net.state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 

@@ -30,6 +30,8 @@ _OUT_OF_MEMORY = (
     "out of memory; take a smaller --batch-size, or --accumulate-steps N with the same total"
 )
 FOLD_BATCHNORM = "compute BatchNorm as part of the convolutions: faster, equal up to rounding"
+WEIGHTS_KEY = "which of the networks in a file: the key or prefix that it lies under"
+EMA = "the averaged weights of a file, where raw ones lie beside them"
 
 
 class CheckFailed(Exception):
