@@ -57,6 +57,8 @@ class Case:
 
     stem: str | None = None
 
+    shortcut: str | None = None
+
     num_classes: int = NUM_CLASSES
 
     dropout: float = 0.0
@@ -69,7 +71,17 @@ class Case:
 
 
 def make_case(
-    arch, *, stem=None, size=None, batch=2, steps=1, dropout=0.0, zero_init=False, seed=0, **rule
+    arch,
+    *,
+    stem=None,
+    shortcut=None,
+    size=None,
+    batch=2,
+    steps=1,
+    dropout=0.0,
+    zero_init=False,
+    seed=0,
+    **rule,
 ) -> Case:
     """A random case, refused if it could not fail.
 
@@ -80,12 +92,13 @@ def make_case(
       rule: options of the optimizer and the loss; left out, SGD with all of its own in use.
     """
     rng = random_numbers(seed)
-    shapes = state_shapes(arch, stem)
+    shapes = state_shapes(arch, stem, shortcut)
     images = rng.standard_normal((steps, batch, *(size or image_size(arch, stem)), 3), np.float32)
     features = shapes["fc.weight"][1]
     case = Case(
         arch=arch,
         stem=stem,
+        shortcut=shortcut,
         arrays=random_state(shapes, rng, zero_init=zero_init),
         images=images,
         labels=rng.integers(0, NUM_CLASSES, (steps, batch)),
@@ -105,7 +118,9 @@ def _able_to_fail(case: Case, *, zero_init=False) -> Case:
 RULE = dict(lr=1e-3, momentum=0.9, weight_decay=5e-4, label_smoothing=0.1)
 
 
-def case_of_weights(arrays: dict, arch: str, stem: str | None, *, size=None, batch=4) -> Case:
+def case_of_weights(
+    arrays: dict, arch: str, stem: str | None, shortcut: str | None = None, *, size=None, batch=4
+) -> Case:
     """Random images for weights that somebody trained.
 
     Raises:
@@ -117,6 +132,7 @@ def case_of_weights(arrays: dict, arch: str, stem: str | None, *, size=None, bat
     case = Case(
         arch=arch,
         stem=stem,
+        shortcut=shortcut,
         arrays=arrays,
         num_classes=classes,
         images=rng.standard_normal(shape, np.float32),
@@ -136,20 +152,22 @@ def image_size(arch: str, stem: str | None) -> tuple[int, int]:
     return (47, 50) if torchvision and stem != "cifar" else (12, 13)
 
 
-def state_shapes(arch: str, stem: str | None = None) -> dict[str, tuple[int, ...]]:
+def state_shapes(
+    arch: str, stem: str | None = None, shortcut: str | None = None
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the twin's state, in torch's order."""
-    state = _without_weights(arch, stem).state_dict()
+    state = _without_weights(arch, stem, shortcut).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 @functools.cache
-def _without_weights(arch: str, stem: str | None, in_channels=3):
+def _without_weights(arch: str, stem: str | None, shortcut: str | None, in_channels=3):
     import torch  # an extra, which the benchmark draws weights without
 
     import torch_ref
 
     with torch.device("meta"):
-        return torch_ref.create_model(arch, NUM_CLASSES, in_channels, stem=stem)
+        return torch_ref.create_model(arch, NUM_CLASSES, in_channels, stem=stem, shortcut=shortcut)
 
 
 def random_state(shapes: dict, rng: np.random.Generator, *, zero_init=False) -> dict:
@@ -194,7 +212,7 @@ def _size_faults(case: Case) -> list[str]:
     from equivalence_tests import sizes  # with torch, as above
 
     *_, height, width, channels = case.images.shape
-    net = _without_weights(case.arch, case.stem, channels)
+    net = _without_weights(case.arch, case.stem, case.shortcut, channels)
     return sizes.faults(sizes.strided_calls(net, (height, width), channels))
 
 

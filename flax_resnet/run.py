@@ -71,6 +71,7 @@ class Run:
             f"{data.dataset}: {sizes[0]:,} training, {sizes[1]:,} validation, {sizes[2]:,} test"
             f" images, {model.num_classes} classes; {model.arch}"
             + (f", stem {model.stem}" if model.stem else "")
+            + (f", shortcut {model.shortcut}" if model.shortcut else "")
             + f", images {data.image_size}x{data.image_size}x{self.dataset.channels}"
         )
         self._warn(sanity.of_training(self.num_train, self.config.batch_size))

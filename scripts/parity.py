@@ -20,9 +20,8 @@ from rich.table import Table
 
 from flax_resnet import cli, convert, environment, list_models, serve
 from flax_resnet.config import DataConfig, InputError
-from flax_resnet.convert import TORCH_SUFFIXES
 from flax_resnet.display import Display
-from flax_resnet.models import STEMS, check_stem
+from flax_resnet.models import SHORTCUTS, STEMS, check_shortcut, check_stem
 from flax_resnet.run_directory import read_config
 
 try:
@@ -33,7 +32,6 @@ try:
         random_numbers,
         random_state,
     )
-    from torch_ref import checkpoint
 except ModuleNotFoundError as error:
     cli.leave(cli.BAD_INPUT, f"error: {cli.extra_needed('a comparison', error, 'torch')}")
 
@@ -45,6 +43,10 @@ COLUMNS = {
     "optimizer": "optim",
     "parameters": "params",
 }
+NEEDED = (
+    ("stem", "arch"), ("shortcut", "arch"), ("mean", "dataset"), ("std", "dataset"),
+    ("weights_key", "checkpoint"), ("ema", "checkpoint"),
+)  # fmt: skip
 MODES = {"evaluation": False, "training": True}
 
 
@@ -52,7 +54,10 @@ def parse():
     parser = cli.Parser(prog="parity.py", description=__doc__)
     parser.add_argument("--arch", metavar="NAME", help="left out: told from the weights")
     parser.add_argument("--stem", metavar="|".join(STEMS), help="with --arch")
+    parser.add_argument("--shortcut", metavar="|".join(SHORTCUTS), help="with --arch")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights file or run directory")
+    parser.add_argument("--weights-key", metavar="KEY", help=cli.WEIGHTS_KEY)
+    parser.add_argument("--ema", action="store_true", help=cli.EMA)
     parser.add_argument("--torch-model", metavar="MODULE:CALLABLE", help="your own network")
     parser.add_argument("--image-size", type=int, nargs="+", metavar="N", help="height [width]")
     parser.add_argument("--dataset", metavar="TEXT", help="compare predictions on its test split")
@@ -64,15 +69,16 @@ def parse():
         raise InputError("--checkpoint and --torch-model exclude each other")
     if not (args.arch or args.checkpoint or args.torch_model):
         raise InputError("give --arch, --checkpoint or --torch-model")
-    for flag, needed in (("stem", "arch"), ("mean", "dataset"), ("std", "dataset")):
+    for flag, needed in NEEDED:
         if getattr(args, flag) and not getattr(args, needed):
-            raise InputError(f"--{flag}: only with --{needed}")
+            raise InputError(f"--{flag.replace('_', '-')}: only with --{needed}")
     if args.image_size and (len(args.image_size) > 2 or min(args.image_size) < 1):
         raise InputError("--image-size: a height and a width of 1 or more, or one for both")
     cli.check_folder("--report", args.report)
     if args.arch:
         cli.check_choice("--arch", args.arch, list_models())
         check_stem(args.arch, args.stem)
+        check_shortcut(args.arch, args.shortcut)
     return args
 
 
@@ -80,9 +86,10 @@ def build_case(args, model):
     """What both sides run on."""
     size = tuple(args.image_size * 2)[:2] if args.image_size else None
     try:
-        if not (args.checkpoint or model):
-            return make_case(args.arch, stem=args.stem, size=size, batch=4)
-        return own_case(args, model, size)
+        if args.checkpoint or model:
+            return own_case(args, model, size)
+        kind = {"stem": args.stem, "shortcut": args.shortcut}
+        return make_case(args.arch, **kind, size=size, batch=4)
     except InputError:
         raise
     except ValueError as error:
@@ -92,17 +99,17 @@ def build_case(args, model):
 
 def own_case(args, model, size):
     """Of the user's weights, or of drawn ones in the user's network."""
-    arrays = own_model.weights(model) if model else read_weights(args.checkpoint)
-    kind = (
-        convert.describe(arrays, args.arch, args.stem)
-        if args.arch
-        else convert.nearest_architecture(convert.translate_names(arrays))
-    )
+    if model:
+        arrays = own_model.weights(model)
+    else:
+        arrays = serve.load_weights(args.checkpoint, args.weights_key, ema=args.ema, say=print)
+    arch = args.arch or convert.nearest_architecture(arrays).arch
+    kind = convert.describe(arrays, arch, args.stem, args.shortcut)
     arrays = convert.conform(arrays, kind.shapes())
     if model:  # fresh weights hide differences that drawn ones show
         arrays = random_state(kind.shapes(), random_numbers(1))
         own_model.fill(model, arrays)
-    return case_of_weights(arrays, kind.arch, kind.stem, size=size)
+    return case_of_weights(arrays, kind.arch, kind.stem, kind.shortcut, size=size)
 
 
 def compare(case, model) -> tuple[dict, dict | None]:
@@ -125,18 +132,6 @@ def compare(case, model) -> tuple[dict, dict | None]:
             first = {**finding.row._asdict(), "mode": mode}
             first |= {"module": finding.module, "causes": finding.causes}
     return rows, first
-
-
-def read_weights(path: str) -> dict:
-    """Of a run directory or any weights file, under the names that are in it."""
-    if Path(path).suffix not in TORCH_SUFFIXES:
-        return serve.load_weights(path)
-    try:
-        return checkpoint.load(path)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 def data_config(args) -> DataConfig:
