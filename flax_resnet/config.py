@@ -7,6 +7,7 @@ Every field has one default, written here, and a docstring with its unit. The co
 import dataclasses
 import difflib
 import json
+import os
 from typing import Annotated, Literal
 
 import pydantic
@@ -150,6 +151,9 @@ class DataConfig:
         scheme, colon, place = self.dataset.partition(":")
         if self.dataset != "digits" and not (scheme in ("folder", "cifar10", "tfds") and place):
             hint = nearest(scheme + colon, ("digits", "folder:", "cifar10:", "tfds:"))
+            if os.path.exists(os.path.expanduser(self.dataset)) or "/" in scheme:
+                kind = "cifar10" if self.dataset.endswith(".gz") else "folder"
+                hint = f"; did you mean {f'{kind}:{self.dataset}'!r}?"
             raise ValueError(
                 f"unknown data set {self.dataset!r}{hint} (digits, folder:DIR, cifar10:PATH or"
                 " tfds:NAME)"

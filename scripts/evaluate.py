@@ -6,6 +6,7 @@ python scripts/evaluate.py runs/resnet18-birds --dataset folder:/data/new-birds 
 
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +84,8 @@ def main():
     dataset = open_data(run, args.dataset, args.split)
     left_out = [] if args.on_bad_image == "skip" else None
     figures, num_images = measure(run, dataset, args.split, left_out)
+    if not math.isfinite(figures["loss"]):
+        raise cli.CheckFailed(f"the loss on the {args.split} split is not finite")
     display = Display(stderr=str(args.json) == "-")
     for line in dataset.remarks(AS_TRAINED):
         display.say(line)

@@ -69,6 +69,8 @@ def as_row(path: Path, outcome: np.ndarray | BadImage, class_names, top_k: int) 
     """The likeliest classes of an image, likeliest first, or its fault."""
     if isinstance(outcome, BadImage):
         return {"image": str(path), "error": reason(outcome)}
+    if not np.isfinite(outcome).all():
+        raise cli.CheckFailed(f"{printable(path)}: what the network says of it is not finite")
     order = np.argsort(-outcome, kind="stable")[:top_k]
     likely = [{"class": class_names[i], "probability": float(outcome[i])} for i in order]
     return {"image": str(path), "predictions": likely}

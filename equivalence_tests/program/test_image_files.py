@@ -220,6 +220,7 @@ def test_read_image_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
     for name in ("pipe.png", "gone.png", "missing.png"):
+        assert not is_turned(tmp_path / name)
         with pytest.raises(InputError, match=f"{name}: not a readable image"):
             read_image(tmp_path / name, 3)
 

@@ -159,6 +159,10 @@ def _check_classes(folder: Path, classes: list[str], expected: list[str]):
         )
 
 
+def _path(path: str | Path) -> str:
+    return printable(path, 1000)
+
+
 def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
@@ -178,7 +182,7 @@ def _files(
 ) -> Iterator[str]:
     here = Path(folder).resolve()
     if here in above:
-        raise InputError(f"{folder}: symbolic link to a folder that contains it")
+        raise InputError(f"{_path(folder)}: symbolic link to a folder that contains it")
     for entry in _entries(folder, root, passed_over):
         if entry.is_dir():
             yield from _files(entry.path, root, passed_over, (*above, here))
@@ -198,5 +202,5 @@ def _entries(
                 passed_over[entry.path] = HIDDEN_FOLDER
     for entry in entries:
         if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root.resolve()):
-            raise InputError(f"{entry.path}: symbolic link that leads out of {root}")
+            raise InputError(f"{_path(entry.path)}: symbolic link that leads out of {root}")
     return sorted(entries, key=lambda entry: entry.name)

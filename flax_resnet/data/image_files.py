@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from flax_resnet.config import InputError
-from flax_resnet.text import listed, printable
+from flax_resnet.text import printable
 
 SUFFIXES = tuple(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm".split()
@@ -21,6 +21,10 @@ SUFFIXES = tuple(
 
 _LONGEST = 200
 """Times the shorter side that the longer may be: at 224 pixels a line would take gigabytes."""
+
+_AT_ONCE = 4096  # images that are checked
+_NAMED = 5  # of those that cannot be read
+_LONGEST_NAME = 1000  # characters of a path in a message
 
 # Only these decoders look at a file: some of PIL's others start programs, such as Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -92,7 +96,7 @@ def read_image(
         pixels than PIL.Image.MAX_IMAGE_PIXELS, or one side more than 200 times the other.
     """
     if not os.path.isfile(path):
-        raise BadImage(f"{printable(path)}: not a readable image (no such file)")
+        raise BadImage(f"{printable(path, _LONGEST_NAME)}: not a readable image (no such file)")
     return decode_image(path, channels, name=str(path), exif_transpose=exif_transpose)
 
 
@@ -111,7 +115,7 @@ def decode_image(
         reason = printable(" ".join(str(error).split()) or type(error).__name__, 400)
     else:
         return pixels.reshape(*pixels.shape[:2], channels)
-    raise BadImage(f"{printable(name)}: not a readable image ({reason})")
+    raise BadImage(f"{printable(name, _LONGEST_NAME)}: not a readable image ({reason})")
 
 
 def _check_size(width: int, height: int):
@@ -209,6 +213,8 @@ def _orientation(image: Image.Image) -> int:
 def is_turned(file: str | os.PathLike | BinaryIO) -> bool:
     """Whether an image has an EXIF orientation that `exif_transpose` would apply, from its header
     alone; False of what is no image."""
+    if isinstance(file, str | os.PathLike) and not os.path.isfile(file):
+        return False  # opening a pipe would wait for ever
     with contextlib.suppress(Exception), Image.open(file, formats=_FORMATS) as image:
         said = image.format in ("JPEG", "MPO") or any("exif" in str(key) for key in image.info)
         return said and image.format != "TIFF" and 2 <= _orientation(image) <= 8
@@ -224,9 +230,12 @@ def bad_images(paths: list[str], channels: int) -> dict[str, str]:
         except BadImage as error:
             return reason(error)
 
+    bad = {}
     with ThreadPoolExecutor() as pool:
-        checked = zip(paths, pool.map(check, paths), strict=True)
-        return {path: reason for path, reason in checked if reason}
+        for start in range(0, len(paths), _AT_ONCE):  # a million tasks would fill the memory
+            part = paths[start : start + _AT_ONCE]
+            bad |= {p: why for p, why in zip(part, pool.map(check, part), strict=True) if why}
+    return bad
 
 
 def reason(error: BadImage) -> str:
@@ -238,4 +247,6 @@ def refusal(errors: list[BadImage], more: str) -> InputError:
     """One error for all of them, which ends with what can be done."""
     if len(errors) == 1:
         return InputError(f"{errors[0]}{more}")
-    return InputError(f"{len(errors):,} images cannot be read: {listed(errors)}{more}")
+    named = ", ".join(map(str, errors[:_NAMED]))
+    others = f" and {len(errors) - _NAMED:,} more" if len(errors) > _NAMED else ""
+    return InputError(f"{len(errors):,} images cannot be read: {named}{others}{more}")

@@ -1,6 +1,5 @@
 """Random-access sources of images and labels: a data set before order, size and batches."""
 
-import functools
 import io
 import math
 import os
@@ -115,9 +114,10 @@ class Subset(SharedArrays):
     source: Source
     indices: np.ndarray
 
-    @functools.cached_property
-    def labels(self) -> np.ndarray:
-        return self.source.labels[self.indices]
+    labels: np.ndarray = field(init=False)
+
+    def __post_init__(self):  # once: a batch would wait for those of all images
+        object.__setattr__(self, "labels", self.source.labels[self.indices])
 
     @property
     def names(self) -> tuple[str, ...] | None:
