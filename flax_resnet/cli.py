@@ -1,15 +1,17 @@
 """Flags from the config's fields, one-line errors, exit statuses."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import functools
+import os
 import re
 import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -30,7 +32,10 @@ _FAULTS_OF_PLACE = (
 _OUT_OF_MEMORY = (
     "out of memory; take a smaller --batch-size, or --accumulate-steps N with the same total"
 )
+BAD_IMAGE = "skip: images that cannot be read are listed and left out, and end nothing"
 FOLD_BATCHNORM = "compute BatchNorm as part of the convolutions: faster, equal up to rounding"
+WEIGHTS_KEY = "which of the networks in a file: the key or prefix that it lies under"
+EMA = "the averaged weights of a file, where raw ones lie beside them"
 
 
 class CheckFailed(Exception):
@@ -106,6 +111,28 @@ def check_writable(flag: str, path: Path | None):
         raise InputError(f"{flag}: the folder {path.absolute().parent} does not exist")
     if path and path.is_dir():
         raise InputError(f"{flag}: {path} is a directory")
+
+
+@contextlib.contextmanager
+def output(path: Path) -> Iterator[typing.TextIO]:
+    """A text file in UTF-8 that gets its name when it is whole; "-" is standard output."""
+    if str(path) == "-":
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+        yield sys.stdout
+        return
+    path = Path(os.path.realpath(path))
+    how = {"mode": "w", "encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    if path.exists() and not path.is_file():  # a device or a pipe is not replaced
+        with path.open(**how) as file:
+            yield file
+        return
+    temporary = path.with_name(f".{path.name[-100:]}.{os.getpid()}.tmp")
+    try:
+        with temporary.open(**how) as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_folder(flag: str, path: Path | None):

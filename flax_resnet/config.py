@@ -7,6 +7,7 @@ Every field has one default, written here, and a docstring with its unit. The co
 import dataclasses
 import difflib
 import json
+import os
 from typing import Annotated, Literal
 
 import pydantic
@@ -55,6 +56,10 @@ class ModelConfig:
     """First layers of torchvision's ten: "imagenet" (7x7 stride 2, max-pool) or "cifar" (3x3
     stride 1, no pool). Left out: "cifar" for images of 17 to 63 pixels, else "imagenet"."""
 
+    shortcut: Literal["pad", "projection"] | None = None
+    """Of He's five for CIFAR, where the width changes: "pad" (option A: channels of zero) or
+    "projection" (option B: 1x1 convolution and BatchNorm). Left out: "pad"."""
+
     num_classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     """Left out: as many as the data has; another number than that is an error."""
 
@@ -95,7 +100,7 @@ class DataConfig:
     test_fraction: Fraction = 0.2
     """Stratified share held out for the test, where the set has one split only."""
 
-    split_seed: Count = 0
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of these two splits."""
 
     train_images: PositiveCount | None = None
@@ -116,6 +121,9 @@ class DataConfig:
     """"error": a file that is no image ends the run, named. "skip": such files are counted,
     listed and left out."""
 
+    exif_transpose: bool = False
+    """Turn images upright by their EXIF orientation, as viewers do; torchvision does not."""
+
     cache: Literal["auto", "device", "none"] = "auto"
     """Where decoded images live: those of the training on the device as uint8 and the others in
     memory, or nowhere (every epoch decodes them again). "auto": so many splits as take at most
@@ -131,11 +139,21 @@ class DataConfig:
     def __post_init__(self):
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std are given together or not at all")
+        for name in ("mean", "std"):
+            for value in getattr(self, name) or ():
+                if not 0 <= value <= 1:
+                    raise ValueError(
+                        f"{name} {value:g} is not of images in [0, 1]: pixels are divided by 255"
+                        f" first, so divide {name} by 255 too"
+                    )
         if self.resize_size and self.image_size and self.resize_size < self.image_size:
             raise ValueError("resize_size is smaller than image_size")
         scheme, colon, place = self.dataset.partition(":")
         if self.dataset != "digits" and not (scheme in ("folder", "cifar10", "tfds") and place):
             hint = nearest(scheme + colon, ("digits", "folder:", "cifar10:", "tfds:"))
+            if os.path.exists(os.path.expanduser(self.dataset)) or "/" in scheme:
+                kind = "cifar10" if self.dataset.endswith(".gz") else "folder"
+                hint = f"; did you mean {f'{kind}:{self.dataset}'!r}?"
             raise ValueError(
                 f"unknown data set {self.dataset!r}{hint} (digits, folder:DIR, cifar10:PATH or"
                 " tfds:NAME)"
@@ -341,6 +359,14 @@ class TrainConfig:
     """Fine-tune: a run directory or weights file to start from; the head is new where the number
     of classes differs. Only weights are taken: network and normalisation are those of the flags."""
 
+    weights_key: str | None = None
+    """Fine-tune: which of the networks in the file of init_from, by the key or prefix that it lies
+    under, as "state_dict" or "encoder_k". Left out: the only one, or the one that is no average."""
+
+    ema: bool = False
+    """Fine-tune: take the averaged weights in the file of init_from, where raw ones lie beside
+    them."""
+
     new_head: bool = False
     """Fine-tune: start from a new head even where the old one would fit."""
 
@@ -372,7 +398,7 @@ class TrainConfig:
 
     def __post_init__(self):
         data, optimizer = self.data, self.optimizer
-        for name in ("new_head", "freeze_backbone"):
+        for name in ("weights_key", "ema", "new_head", "freeze_backbone"):
             if getattr(self, name) and not self.init_from:
                 raise ValueError(f"{name} is of a fine-tuning: it needs init_from")
         if data.on_bad_image == "skip" and data.dataset.startswith("tfds:"):

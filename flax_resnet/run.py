@@ -72,10 +72,9 @@ class Run:
             f"{data.dataset}: {sizes[0]:,} training, {sizes[1]:,} validation, {sizes[2]:,} test"
             f" images, {model.num_classes} classes; {model.arch}"
             + (f", stem {model.stem}" if model.stem else "")
+            + (f", shortcut {model.shortcut}" if model.shortcut else "")
             + f", images {data.image_size}x{data.image_size}x{self.dataset.channels}"
         )
-        for path, reason in self.dataset.bad_images:
-            self.display.say(f"left out: {path} ({reason})")
         self._warn(sanity.of_training(self.num_train, self.config.batch_size))
         kind = jax.devices()[0].device_kind
         self.display.say(f"on {len(self.engine.devices)} x {kind}, run {self.directory.path}")
@@ -382,7 +381,7 @@ class Run:
         }
         last = list(splits)[-1]
         self.directory.write_results(report, confusions[last], self.dataset.class_names)
-        self.display.results(splits)
+        self.display.results(splits, config.model.num_classes)
         self._warn(warnings)
         self.display.say(
             f"{report['seconds']:.0f} s of training, {report['images_per_second']:,.0f} images/s,"

@@ -2,22 +2,27 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
 
-from flax_resnet import convert, environment, steps
+from flax_resnet import convert, environment, steps, weights
 from flax_resnet.checkpoint import Checkpoints, steps_in
 from flax_resnet.config import InputError, TrainConfig, from_dict
-from flax_resnet.data.image_files import read_image
+from flax_resnet.data.image_files import BadImage
+from flax_resnet.data.pipeline import ahead, decoded, whole
 from flax_resnet.data.prepare import evaluation_decoder
+from flax_resnet.data.shared import Names
+from flax_resnet.data.sources import FolderSource
 from flax_resnet.evaluate import make_predict
 from flax_resnet.models import create_from_config
 from flax_resnet.models.folding import fold_batchnorm
+from flax_resnet.text import printable
 from flax_resnet.views import config_faults, own_config, warn
 
 
@@ -55,7 +60,18 @@ class LoadedRun:
         return size, size, self.channels
 
     def logits(self, images) -> jax.Array:
-        """uint8 `[B, H, W, C]` -> `[B, K]`, float32 or wider."""
+        """uint8 `[B, H, W, C]`, of the run's size and channels -> `[B, K]`, float32 or wider.
+
+        Raises:
+          InputError: images of another type or shape: the network would take them for others.
+        """
+        shape, dtype = getattr(images, "shape", ()), getattr(images, "dtype", type(images))
+        if dtype != np.uint8 or len(shape) != 4 or tuple(shape[1:]) != self.image_shape:
+            expected = ", ".join(map(str, ("B", *self.image_shape)))
+            found = ", ".join(map(str, shape))
+            raise InputError(
+                f"images are uint8 [{expected}], with pixels from 0 to 255: got {dtype} [{found}]"
+            )
         return steps.predict_logits(self.network, self.preprocess, self.variables, images)
 
     def without_batchnorm(self) -> "LoadedRun":
@@ -117,24 +133,33 @@ def restore(
         checkpoints.close()
 
 
-def load_weights(path: Path | str) -> dict[str, np.ndarray]:
-    """Weights of a run directory or a .safetensors file, under torch names and in its layouts."""
+def load_weights(
+    path: Path | str,
+    key: str | None = None,
+    *,
+    ema: bool = False,
+    say: Callable[[str], object] = lambda line: None,
+) -> dict[str, np.ndarray]:
+    """Weights of a run directory or a file, under torchvision's names and in torch's layouts.
+
+    Args:
+      key, ema: which of the networks in a file, as `names.choose` takes them.
+      say: is told in a line what was taken, where there is anything to tell.
+
+    Raises:
+      InputError: there are none, or they are damaged.
+    """
     path = Path(path)
     if path.is_dir():
+        if key is not None or ema:
+            raise InputError(f"{path} is a run, which has one network: no --weights-key, no --ema")
         with _kept_settings():
             run = load_run(path)
             return convert.state_dict(run.network.to_model(run.variables))
-    if path.suffix != ".safetensors":
-        raise InputError(
-            f"{path} is neither a run directory nor a .safetensors file"
-            " (scripts/convert.py makes one of .pth, .pt and .th)"
-        )
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except Exception as error:  # safetensors raises its own, without a common base
-        raise InputError(f"{path} is not a readable .safetensors file: {error}") from None
+    arrays, said = weights.load(path, key, ema=ema)
+    if said:
+        say(said)
+    return arrays
 
 
 @contextlib.contextmanager
@@ -149,17 +174,32 @@ def _kept_settings():
             jax.config.update(name, value)
 
 
-def predict_files(run: LoadedRun, paths: Sequence[Path]) -> Iterator[tuple[Path, np.ndarray]]:
-    """Image files -> (path, probabilities `[K]`), in order.
+def predict_files(
+    run: LoadedRun, paths: Iterable[Path | str], *, skip_bad: bool = False
+) -> Iterator[tuple[Path | str, np.ndarray | BadImage]]:
+    """Image files -> (path, probabilities `[K]`), in order and as they come: decoded in threads
+    ahead of the network, a few batches of them in memory.
+
+    Args:
+      skip_bad: a file that is no readable image comes as (path, error) and ends nothing.
 
     Raises:
-      InputError: a file is no readable image; it is named.
+      InputError: `paths` is a single one, or files are no readable images; they are named.
     """
-    decoder = evaluation_decoder(run.config.data)
-    predict = make_predict(run.network, run.preprocess)
+    if isinstance(paths, str | os.PathLike):
+        raise InputError(f"predict_files takes a list of paths, got the path {printable(paths)}")
+    paths, data = list(paths), run.config.data
+    names = Names.of(map(str, paths))
+    source = FolderSource(names, np.zeros(len(paths)), run.channels, data.exif_transpose)
     size = min(run.config.eval_batch_size, max(len(paths), 1))
-    for start in range(0, len(paths), size):
-        part = paths[start : start + size]
-        images = np.stack([decoder(read_image(path, run.channels)) for path in part])
-        padded = np.pad(images, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
-        yield from zip(part, np.asarray(predict(run.variables, padded)), strict=False)
+    parts = [range(len(paths))[start : start + size] for start in range(0, len(paths), size)]
+    decode = functools.partial(decoded, source, evaluation_decoder(data))
+    images = ahead(decode, parts) if skip_bad else whole(ahead(decode, parts), source)
+    predict = make_predict(run.network, run.preprocess)
+    for indices, part in zip(parts, images, strict=True):
+        batch = np.zeros((size, *run.image_shape), np.uint8)
+        for row, image in enumerate(part):
+            batch[row] = 0 if isinstance(image, BadImage) else image
+        probabilities = np.asarray(predict(run.variables, batch))
+        for index, image, row in zip(indices, part, probabilities, strict=False):
+            yield paths[index], image if isinstance(image, BadImage) else row

@@ -1,6 +1,7 @@
 """A run as it is read. What counts is what its newest sound checkpoint says: the files beside the
 checkpoints are views of it, compared with it here and never believed instead."""
 
+import functools
 import hashlib
 import json
 import sys
@@ -16,8 +17,9 @@ from flax_resnet.text import listed
 Say = Callable[[str], None]
 
 
+@functools.cache
 def warn(line: str):
-    """A line on stderr, where results do not go."""
+    """A line on stderr, where results do not go; the same one once."""
     print(line, file=sys.stderr)
 
 

@@ -21,6 +21,7 @@ PINS = (ROOT / "constraints.txt").read_text().split("\n")[:-1]
 # Lower layers first; a module may import only from layers before its own.
 LAYERS = [
     {"config", "text", "models.winograd"},
+    {"names", "torch_file"},
     {
         "models.cpu_convolution",
         "models.cpu_sum",
@@ -38,8 +39,9 @@ LAYERS = [
     {"models.folding"},
     {"models"},
     {"data", "data.cifar10", "data.image_files", "data.augment"},
+    {"data.folders", "data.shared"},
     {"data.sources"},
-    {"convert", "data.pipeline", "optim", "losses", "environment"},
+    {"convert", "weights", "data.pipeline", "optim", "losses", "environment"},
     {"data.prepare", "steps", "progress"},
     {"parallel", "convert_training"},
     {"evaluate", "checkpoint"},
