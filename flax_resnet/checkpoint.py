@@ -68,6 +68,7 @@ class Checkpoints:
 
         Raises:
           OSError: the save before this one failed.
+          InputError: something that no run has written has the name of the step.
         """
         self.wait()
         self._damage.cache_clear()
@@ -75,6 +76,8 @@ class Checkpoints:
             if not improvement:
                 return  # the state of a step is what it is
             self._delete(step)  # saved before anybody knew that it is the best
+        elif os.path.lexists(place := self.directory / str(step)):
+            raise InputError(f"{place} is where a checkpoint has to be, and no run has written it")
         if improvement:
             self._best = step
         elif self._best == _UNKNOWN:
@@ -101,7 +104,8 @@ class Checkpoints:
             document=ocp.args.JsonSave(finite(document)),
         )
         try:
-            self._manager.save(step, args=args)
+            # Without `force` Orbax saves nothing below the highest number among the folders.
+            self._manager.save(step, args=args, force=True)
             self._manager.wait_until_finished()
         except ValueError as error:
             if fault := _fault_of_the_disk(str(error)):

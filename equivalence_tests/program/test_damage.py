@@ -144,6 +144,17 @@ def test_other_names_among_the_checkpoints_are_no_steps(two_steps, tmp_path, nam
     assert steps_in(tmp_path / "run") == [1, 3] and mine.read_text() == "mine"
 
 
+def test_a_foreign_folder_is_no_checkpoint_and_stays(tmp_path):
+    mine = tmp_path / "7" / "photo.jpg"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(InputError, match="7 is where a checkpoint has to be"):
+        checkpoints.save(7, state(7.0), {}, improvement=False)
+    checkpoints.close()
+    assert mine.exists()
+
+
 def test_what_is_not_of_a_checkpoint_is_not_deleted_with_it(two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path / "run")
     mine = [tmp_path / f"run/{step}/photo.jpg" for step in (1, 2)]
