@@ -139,10 +139,12 @@ class Checkpoints:
         return foreign(self.directory / str(step), f"checkpoints/{step}/")
 
     def _delete(self, step: int):
-        if step in self._manager.all_steps():
+        path = self.directory / str(step)
+        if step in self._manager.all_steps() and not path.is_symlink():
             self._manager.delete(step)
-        elif distributed.is_first():  # Orbax does not know what is left of it
-            shutil.rmtree(self.directory / str(step))
+        elif distributed.is_first():  # Orbax does not know what is left of it, or follows the link
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+            self._manager.reload()
 
     def latest(self) -> int | None:
         """The newest step whose files are as they were written."""

@@ -109,4 +109,4 @@ def as_csv(rows: list[dict]) -> bytes:
     writer = csv.DictWriter(lines, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return lines.getvalue().encode()
+    return lines.getvalue().encode(errors="surrogateescape")  # names of folders are bytes

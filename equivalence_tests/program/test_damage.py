@@ -144,6 +144,19 @@ def test_other_names_among_the_checkpoints_are_no_steps(two_steps, tmp_path, nam
     assert steps_in(tmp_path / "run") == [1, 3] and mine.read_text() == "mine"
 
 
+def test_a_link_to_a_checkpoint_is_deleted_and_the_checkpoint_is_not(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "other")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/2").symlink_to(tmp_path / "other/2")
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert checkpoints.latest() == 2
+    checkpoints.delete_after(None)
+    checkpoints.save(2, state(5.0), {}, improvement=False)
+    assert (checkpoints.restore(2, state(0.0))["a"] == 5).all()
+    checkpoints.close()
+    assert reopened(tmp_path / "other")[::2] == (2, [])
+
+
 def test_a_foreign_folder_is_no_checkpoint_and_stays(tmp_path):
     mine = tmp_path / "7" / "photo.jpg"
     mine.parent.mkdir()
