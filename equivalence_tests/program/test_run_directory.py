@@ -17,7 +17,7 @@ import pytest
 from equivalence_tests import flips
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.test_train import digest, quiet, small
-from flax_resnet import cli, convert, export, owned, tables, views
+from flax_resnet import cli, convert, distributed, export, owned, tables, train, views
 from flax_resnet.checkpoint import Checkpoints, steps_in
 from flax_resnet.config import InputError, TrainConfig, to_dict
 from flax_resnet.distributed import RunLost
@@ -195,6 +195,16 @@ def test_runs_that_begin_at_once_get_directories_of_their_own(tmp_path, monkeypa
     for thread in threads:
         thread.join()
     assert len(set(found)) == 8 and {path.parent.name for path in found} == {"runs"}
+
+
+def test_the_other_processes_of_a_run_go_where_the_first_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = train._open_directory(None, TrainConfig())
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    monkeypatch.setattr(distributed, "exchange", lambda value: [str(first.path), value])
+    assert train._open_directory(None, TrainConfig()).path == first.path
+    assert list(Path("runs").iterdir()) == [first.path]
+    first.close()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("elsewhere")])
