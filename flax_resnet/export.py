@@ -21,6 +21,7 @@ from flax_resnet.config import TrainConfig, to_dict
 from flax_resnet.run_directory import RunDirectory
 from flax_resnet.serve import LoadedRun
 from flax_resnet.steps import TrainState
+from flax_resnet.text import listed
 
 Arrays = dict[str, np.ndarray]
 Program = Callable[[np.ndarray], np.ndarray]
@@ -163,7 +164,9 @@ def write_run(
         directory.write_config(config)
         _save_checkpoint(directory.checkpoints, step, state, document)
         if report:
-            (temporary / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+            (temporary / "report.json").write_text(
+                json.dumps(report, indent=2, allow_nan=False) + "\n"
+            )
         directory.close()
         if run_dir.exists():
             RunDirectory(run_dir, overwrite=True).close()  # refuses a run that is going on
@@ -195,7 +198,7 @@ def _compare(got: Arrays, expected: Arrays, path: Path):
         or got[name].tobytes() != array.tobytes()
     ]
     if wrong:
-        raise DamagedExport(f"{path}: read back, {', '.join(wrong)} came out different")
+        raise DamagedExport(f"{path}: read back, {listed(wrong)} came out different")
 
 
 @contextlib.contextmanager

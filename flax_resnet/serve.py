@@ -17,6 +17,7 @@ from flax_resnet.data.prepare import evaluation_decoder
 from flax_resnet.evaluate import make_predict
 from flax_resnet.models import create_from_config
 from flax_resnet.models.folding import fold_batchnorm
+from flax_resnet.progress import NonFiniteLoss
 from flax_resnet.run_directory import read_config
 
 
@@ -152,6 +153,7 @@ def predict_files(run: LoadedRun, paths: Sequence[Path]) -> Iterator[tuple[Path,
 
     Raises:
       InputError: a file is no readable image; it is named.
+      NonFiniteLoss: the run's numbers overflow, or are none.
     """
     decoder = evaluation_decoder(run.config.data)
     predict = make_predict(run.network, run.preprocess)
@@ -160,4 +162,8 @@ def predict_files(run: LoadedRun, paths: Sequence[Path]) -> Iterator[tuple[Path,
         part = paths[start : start + size]
         images = np.stack([decoder(read_image(path, run.channels)) for path in part])
         padded = np.pad(images, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
-        yield from zip(part, np.asarray(predict(run.variables, padded)), strict=False)
+        probabilities = np.asarray(predict(run.variables, padded))[: len(part)]
+        if not np.isfinite(probabilities).all():
+            wrong = np.flatnonzero(~np.isfinite(probabilities).all(1))[0]
+            raise NonFiniteLoss(f"the run gives no finite probabilities for {part[wrong]}")
+        yield from zip(part, probabilities, strict=True)

@@ -6,10 +6,12 @@ python scripts/evaluate.py runs/resnet18-birds --dataset folder:/data/new-birds 
 
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import _memory  # noqa: F401
+import numpy as np
 
 from flax_resnet import cli, steps
 from flax_resnet.config import InputError
@@ -20,6 +22,7 @@ from flax_resnet.display import Display
 from flax_resnet.evaluate import evaluate
 from flax_resnet.parallel import Engine
 from flax_resnet.serve import LoadedRun, load_run
+from flax_resnet.text import listed
 
 
 def parse():
@@ -36,8 +39,9 @@ def parse():
 
 
 def open_data(run: LoadedRun, name: str | None, split: str):
-    """The data set, opened as the run did; its classes must be the run's, and of the run's own
-    set everything: one that has changed is split anew, with training images in the test."""
+    """The data set, opened as the run did; its classes must be the run's, in whatever order, and of
+    the run's own set everything: one that has changed is split anew, with training images in the
+    test."""
     data = run.config.data
     if name:
         data = replace(data, dataset=name, train_images=None, eval_images=None)
@@ -46,10 +50,10 @@ def open_data(run: LoadedRun, name: str | None, split: str):
     dataset = open_dataset(data)
     if not name:
         check_contents(contents(dataset), run.contents)
-    if tuple(dataset.class_names) != run.class_names:
+    if sorted(dataset.class_names) != sorted(run.class_names):
         raise InputError(
-            f"{data.dataset} has the classes {', '.join(dataset.class_names)}; the run was"
-            f" trained on {', '.join(run.class_names)}"
+            f"{data.dataset} has the classes {listed(dataset.class_names)}; the run was"
+            f" trained on {listed(run.class_names)}"
         )
     if dataset.channels != run.channels:
         raise InputError(f"{data.dataset} has {dataset.channels} channels, the run {run.channels}")
@@ -65,7 +69,8 @@ def measure(run: LoadedRun, dataset, split: str) -> tuple[dict, int]:
     eval_step = steps.make_eval_step(run.network, run.preprocess, num_classes=len(run.class_names))
     decoder, size = evaluation_decoder(run.config.data), run.config.eval_batch_size
     batches = (pipeline.evaluation_batches(source, decoder, size) for source in sources)
-    batches = itertools.chain.from_iterable(batches)
+    order = np.array([run.class_names.index(name) for name in dataset.class_names])
+    batches = (b | {"label": order[b["label"]]} for b in itertools.chain.from_iterable(batches))
     figures, _ = evaluate(engine, engine.compile_eval(eval_step), run.variables, batches)
     return figures, num_images
 
@@ -76,6 +81,8 @@ def main():
     run = run.without_batchnorm() if args.fold_batchnorm else run
     dataset = open_data(run, args.dataset, args.split)
     figures, num_images = measure(run, dataset, args.split)
+    if not math.isfinite(figures["loss"]):
+        raise cli.CheckFailed(f"{args.run_dir}: the loss is {figures['loss']}, not a number")
     display, name = Display(), args.dataset or run.config.data.dataset
     for path, reason in dataset.bad_images:
         display.say(f"left out: {path} ({reason})")
@@ -84,7 +91,7 @@ def main():
     if args.json:
         figures |= {"split": args.split, "images": num_images, "command": cli.command_line()}
         figures["left_out_images"] = len(dataset.bad_images)
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        args.json.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def main():
         for path, p in predictions
     ]
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        args.json.write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
     if args.csv:
         write_csv(args.csv, rows)
     if not (args.json or args.csv):
