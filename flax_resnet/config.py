@@ -22,6 +22,10 @@ Architecture = Literal[
 ]  # fmt: skip
 
 
+WITH_SHORTCUTS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+"""Of He et al. 2015, who tried padded channels and projections."""
+
+
 class InputError(ValueError):
     """Bad input from the user: a file, a flag, a data set. The commands print its one line and
     leave with status 2."""
@@ -75,6 +79,8 @@ class ModelConfig:
     def __post_init__(self):
         if self.zero_init_residual and self.arch == "basic_cnn":
             raise ValueError("zero_init_residual: basic_cnn has no residual blocks")
+        if self.shortcut and self.arch not in WITH_SHORTCUTS:
+            raise ValueError(f"shortcut is of {', '.join(WITH_SHORTCUTS)}, not of {self.arch}")
 
 
 @_dataclass

@@ -21,6 +21,7 @@ from flax_resnet.owned import LOCK
 from flax_resnet.run_directory import RunDirectory
 from flax_resnet.serve import LoadedRun
 from flax_resnet.steps import TrainState
+from flax_resnet.text import listed
 
 Arrays = dict[str, np.ndarray]
 Program = Callable[[np.ndarray], np.ndarray]
@@ -206,7 +207,7 @@ def _compare(got: Arrays, expected: Arrays, path: Path):
         or got[name].tobytes() != array.tobytes()
     ]
     if wrong:
-        raise DamagedExport(f"{path}: read back, {', '.join(wrong)} came out different")
+        raise DamagedExport(f"{path}: read back, {listed(wrong)} came out different")
 
 
 @contextlib.contextmanager

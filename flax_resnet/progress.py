@@ -8,7 +8,7 @@ from flax_resnet.early_stopping import EarlyStopping
 
 
 class NonFiniteLoss(distributed.Everywhere):
-    """The loss or the gradient is no longer a number."""
+    """The loss, the gradient or what a network gives is no longer a number."""
 
 
 class Interrupted(distributed.Everywhere):

@@ -22,6 +22,7 @@ from flax_resnet.data.sources import FolderSource
 from flax_resnet.evaluate import make_predict
 from flax_resnet.models import create_from_config
 from flax_resnet.models.folding import fold_batchnorm
+from flax_resnet.progress import NonFiniteLoss
 from flax_resnet.text import printable
 from flax_resnet.views import config_faults, own_config, warn
 
@@ -185,6 +186,7 @@ def predict_files(
 
     Raises:
       InputError: `paths` is a single one, or files are no readable images; they are named.
+      NonFiniteLoss: the run's numbers overflow, or are none.
     """
     if isinstance(paths, str | os.PathLike):
         raise InputError(f"predict_files takes a list of paths, got the path {printable(paths)}")
@@ -202,4 +204,6 @@ def predict_files(
             batch[row] = 0 if isinstance(image, BadImage) else image
         probabilities = np.asarray(predict(run.variables, batch))
         for index, image, row in zip(indices, part, probabilities, strict=False):
+            if not np.isfinite(row).all():
+                raise NonFiniteLoss(f"the run gives no finite probabilities for {paths[index]}")
             yield paths[index], image if isinstance(image, BadImage) else row

@@ -245,13 +245,32 @@ _KNOWN = {
 }
 
 
+class _Whole:
+    """A file that gives what is asked for or ends."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def read(self, count):
+        content = self._file.read(count)
+        if len(content) < count:
+            raise EOFError
+        return content
+
+    def readline(self):
+        line = self._file.readline()
+        if not line.endswith(b"\n"):
+            raise EOFError
+        return line
+
+
 class _Unpickler(pickle._Unpickler):
     """That of Python: the one in C makes room for whatever a file promises."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, file):
-        super().__init__(file)
+        super().__init__(_Whole(file))
         self.storages: dict[str, _Storage] = {}
         self._tensors = 0
 

@@ -68,7 +68,9 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file:
             length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
-            header = json.loads(file.read(min(length, size)))
+            header = json.loads(file.read(length)) if length <= size - 8 else None
+        if header is None:
+            raise InputError(f"{path}: truncated, its table of contents is not whole")
         entries = [value for name, value in header.items() if name != "__metadata__"]
         if len(entries) > torch_file.MOST_TENSORS:
             raise InputError(f"{path}: more than {torch_file.MOST_TENSORS:,} tensors")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import _memory  # noqa: F401
+import numpy as np
 
 from flax_resnet import cli, steps
 from flax_resnet.config import InputError
@@ -21,6 +22,7 @@ from flax_resnet.display import Display
 from flax_resnet.evaluate import evaluate
 from flax_resnet.parallel import Engine
 from flax_resnet.serve import LoadedRun, load_run
+from flax_resnet.text import listed
 
 
 def parse():
@@ -41,8 +43,9 @@ def parse():
 
 
 def open_data(run: LoadedRun, name: str | None, split: str):
-    """The data set, opened as the run did; its classes must be the run's, and of the run's own
-    set everything: one that has changed is split anew, with training images in the test."""
+    """The data set, opened as the run did; its classes must be the run's, in whatever order, and of
+    the run's own set everything: one that has changed is split anew, with training images in the
+    test."""
     data = run.config.data
     if name:
         data = replace(data, dataset=name, train_images=None, eval_images=None)
@@ -51,10 +54,10 @@ def open_data(run: LoadedRun, name: str | None, split: str):
     dataset = open_dataset(data)
     if not name:
         check_contents(contents(dataset), run.contents)
-    if tuple(dataset.class_names) != run.class_names:
+    if sorted(dataset.class_names) != sorted(run.class_names):
         raise InputError(
-            f"{data.dataset} has the classes {', '.join(dataset.class_names)}; the run was"
-            f" trained on {', '.join(run.class_names)}"
+            f"{data.dataset} has the classes {listed(dataset.class_names)}; the run was"
+            f" trained on {listed(run.class_names)}"
         )
     if dataset.channels != run.channels:
         raise InputError(f"{data.dataset} has {dataset.channels} channels, the run {run.channels}")
@@ -73,6 +76,8 @@ def measure(run: LoadedRun, dataset, split: str, left_out: list | None) -> tuple
     batches = itertools.chain.from_iterable(
         pipeline.evaluation_batches(source, decoder, size, left_out=left_out) for source in sources
     )
+    order = np.array([run.class_names.index(name) for name in dataset.class_names])
+    batches = (batch | {"label": order[batch["label"]]} for batch in batches)
     figures, _ = evaluate(engine, engine.compile_eval(eval_step), run.variables, batches)
     return figures, num_images - len(left_out or ())
 
@@ -85,7 +90,7 @@ def main():
     left_out = [] if args.on_bad_image == "skip" else None
     figures, num_images = measure(run, dataset, args.split, left_out)
     if not math.isfinite(figures["loss"]):
-        raise cli.CheckFailed(f"the loss on the {args.split} split is not finite")
+        raise cli.CheckFailed(f"{args.run_dir}: the loss is {figures['loss']}, not a number")
     display = Display(stderr=str(args.json) == "-")
     for line in dataset.remarks(AS_TRAINED):
         display.say(line)
@@ -99,7 +104,7 @@ def main():
         bad = [*map(": ".join, dataset.bad_images), *map(str, left_out or ())]
         figures |= {"left_out_images": len(bad), "left_out": bad}
         with cli.output(args.json) as file:
-            file.write(json.dumps(figures, indent=2) + "\n")
+            file.write(json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,9 @@ def json_rows(path: Path) -> Iterator[Callable[[dict], None]]:
 
         def write(row: dict):
             nonlocal before
-            file.write(f"{before}\n{textwrap.indent(json.dumps(row, indent=2), '  ')}")
+            file.write(
+                f"{before}\n{textwrap.indent(json.dumps(row, indent=2, allow_nan=False), '  ')}"
+            )
             before = ","
 
         yield write

@@ -1,6 +1,7 @@
 """Weights files (.pth, .pt, .th) <-> plain arrays. No file is ever allowed to run code."""
 
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WRAPPERS = ("state_dict", "model_state_dict", "model")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "model_state", "weights")
 LARGEST_GROWTH = 100
 """A file whose tensors take more than this many times its own size is refused: an archive or a
 tensor of stride 0 may promise terabytes."""
@@ -43,19 +44,32 @@ def load_content(path: str | os.PathLike):
       ValueError: the file is damaged, compressed or carries code.
     """
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:  # torch never compresses; a bomb does
-            packed = [e.filename for e in archive.infolist() if e.file_size > e.compress_size]
-        if packed:
-            raise ValueError(f"{path}: {packed[0]} is compressed, which torch.save never does")
+        _check_zip(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:  # not there, not readable: says so itself
         raise
     except Exception as error:  # torch.load on a damaged file raises nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{path}: damaged, or refused because it carries code ({reason})"
-        ) from error
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{path}: holds {found[1]}, and no code of a file is run; save the weights alone:"
+                " torch.save(model.state_dict(), FILE)"
+            ) from error
+        raise ValueError(f"{path}: damaged, truncated or no file of torch.save") from error
+
+
+def _check_zip(path: str | os.PathLike) -> None:
+    """Sizes and checksums, at which torch.load does not look."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch never compresses; a bomb does
+            packed = [e.filename for e in archive.infolist() if e.file_size > e.compress_size]
+            if packed:
+                raise ValueError(f"{path}: {packed[0]} is compressed, which torch.save never does")
+            wrong = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged") from error
+    if wrong:
+        raise ValueError(f"{path}: damaged: {wrong} does not have its checksum")
 
 
 def save(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:

@@ -64,6 +64,36 @@ def test_evaluation(arch, stem):
     assert too_large(make_case(arch, stem=stem), train=False) == []
 
 
+@pytest.mark.quick
+def test_projection_shortcuts_of_the_cifar_nets():
+    case = make_case("resnet20", shortcut="projection")
+    assert "layer2.0.downsample.1.running_var" in case.arrays
+    assert too_large(case) == [] and too_large(case, train=False) == []
+
+
+def without_norm(self, x):
+    convolution, norm = self.layers
+    out = convolution(x)
+    norm(out)  # seen, and left out
+    return out
+
+
+def one_pixel_off(self, x):
+    return PROJECTION(self, jnp.roll(x, 1, axis=2))
+
+
+PROJECTION = resnet.Projection.__call__
+
+
+@pytest.mark.control
+@pytest.mark.quick
+@pytest.mark.parametrize("fault, where", [(without_norm, ""), (one_pixel_off, ".0")])
+def test_a_fault_of_a_projection_shows_there(fault, where):
+    with mock.patch.object(resnet.Projection, "__call__", fault):
+        row = too_large(make_case("resnet20", shortcut="projection"), train=False)[0]
+    assert (row.phase, row.name) == ("forward", f"layer2.0.downsample{where}")
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet110"])
 def test_twenty_steps(arch):
     # Eight images: with two, BatchNorm of eight values multiplies rounding by 1e4 in 20 steps.

@@ -36,6 +36,24 @@ def test_every_network_is_told_from_every_other(arch, stem):
     assert convert.differing(found.shapes(), arrays) == set()
 
 
+@pytest.mark.parametrize("arch", ["resnet20", "resnet110"])
+def test_option_b_is_told_from_option_a_and_crosses_both_ways(arch):
+    """akamaster's names: shortcut.0 and shortcut.1."""
+    case = inputs.make_case(arch, shortcut="projection")
+    names = {n: n.replace("downsample", "shortcut").replace("fc.", "linear.") for n in case.arrays}
+    foreign = {f"module.{names[name]}": array for name, array in case.arrays.items()}
+    arrays = convert.translate_names(foreign)
+    found = convert.nearest_architecture(arrays)
+    assert found == (arch, inputs.NUM_CLASSES, 3, None, "projection")
+    assert found.shapes() == inputs.state_shapes(arch, shortcut="projection")
+    model = flax_resnet.create_model(arch, inputs.NUM_CLASSES, shortcut="projection")
+    back = flax_resnet.state_dict(flax_resnet.load_state_dict(model, foreign))
+    assert list(back) == list(case.arrays)
+    assert all(np.array_equal(back[name], array) for name, array in case.arrays.items())
+    with pytest.raises(ValueError, match="unexpected layer2.0.downsample.*shortcut projection"):
+        flax_resnet.load_state_dict(flax_resnet.create_model(arch, inputs.NUM_CLASSES), foreign)
+
+
 def test_broken_weights_are_still_recognised():
     arrays = blank("resnext50_32x4d", "cifar")
     odd = {"layer2.0.conv1.weight", "fc.bias", "bn1.bias"}

@@ -363,7 +363,9 @@ def test_bad_weights_files_are_refused_by_name(tmp_path, capsys):
     torch.save({"a": 3}, tmp_path / "number.pth")
     torch.save(torch.rand(3), tmp_path / "tensor.pth")
     torch.save({0: torch.rand(3)}, tmp_path / "nameless.pth")
-    for name in ("short", "empty", "text", "code", "number", "tensor", "nameless"):
+    flipped = good.read_bytes().replace(torch.load(good)["a"].numpy().tobytes()[:8], bytes(8))
+    (tmp_path / "flipped.pth").write_bytes(flipped)
+    for name in ("short", "flipped", "empty", "text", "code", "number", "tensor", "nameless"):
         with pytest.raises(ValueError, match=f"{name}.pth") as caught:
             checkpoint.load(tmp_path / f"{name}.pth")
         assert "\n" not in str(caught.value)

@@ -11,7 +11,8 @@ import torchvision
 from flax import nnx
 
 import flax_resnet
-from flax_resnet.config import InputError
+import torch_ref
+from flax_resnet.config import InputError, ModelConfig
 from flax_resnet.models import has_stem_choice, layers, summary
 
 TORCHVISION = [name for name in flax_resnet.list_models() if has_stem_choice(name)]
@@ -87,11 +88,44 @@ def test_networks_with_their_own_stem_refuse_another(arch):
         flax_resnet.create_model(arch, stem="cifar")
 
 
+@pytest.mark.parametrize("arch", [*TORCHVISION, "basic_cnn"])
+def test_networks_with_their_own_shortcut_refuse_another(arch):
+    with pytest.raises(InputError, match="own shortcut"):
+        flax_resnet.create_model(arch, shortcut="projection")
+    with pytest.raises(ValueError, match="shortcut of its own"):
+        torch_ref.create_model(arch, shortcut="projection")
+    with pytest.raises(ValueError, match="shortcut"):
+        ModelConfig(arch=arch, shortcut="pad")
+
+
+QUICK = ("resnet18", "resnet50", "resnext50_32x4d", "resnet20", "basic_cnn")
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(arch, marks=() if arch in QUICK else pytest.mark.slow)
+        for arch in flax_resnet.list_models()
+    ],
+)
+def test_flax_can_tabulate_every_network(arch):
+    tables = []
+
+    def tabulate():  # traced, which takes a tenth of the time of a call
+        images = jnp.zeros((2, 32, 32, 3))
+        tables.append(nnx.tabulate(flax_resnet.create_model(arch), images))
+
+    jax.eval_shape(tabulate)
+    assert "Total Parameters" in tables[0]
+
+
 def test_bad_names_are_answered_with_the_nearest():
     with pytest.raises(InputError, match="resnet19.*did you mean 'resnet1"):
         flax_resnet.create_model("resnet19")
     with pytest.raises(InputError, match="did you mean 'imagenet'"):
         flax_resnet.create_model("resnet18", stem="imagnet")
+    with pytest.raises(InputError, match="did you mean 'projection'"):
+        flax_resnet.create_model("resnet20", shortcut="projections")
     with pytest.raises(InputError, match="zero_init_residual"):
         flax_resnet.create_model("basic_cnn", zero_init_residual=True)
     with pytest.raises(InputError, match="dropout"):

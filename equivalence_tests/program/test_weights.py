@@ -101,7 +101,7 @@ def test_a_file_of_training_is_read_as_torch_reads_it(tmp_path):
     for legacy in (False, True):
         path = saved(tmp_path, content, _use_new_zipfile_serialization=not legacy)
         got = torch_file.read(path)
-        assert len([name for name in got if name.startswith("optimizer/state/")]) == 3 * 65
+        assert len([name for name in got if name.startswith("optimizer/state/")]) == 3 * 59
         assert same(weights.load(path)[0], net.state_dict())
         for name in ("random", "parameter", "transposed", "part"):
             assert np.array_equal(got[name], content[name].detach().numpy())
@@ -116,7 +116,7 @@ NO_WEIGHTS = {
     "a pickle": (pickle.dumps({"fc.bias": 1}), "a pickle, but not of torch.save"),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "Keras"),
     "a header of safetensors alone": (b"\x08\0\0\0\0\0\0\0{}", "truncated"),
-    "a header that promises": (b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", ".safetensors"),
+    "a header that promises": (b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", "truncated"),
     "a nested header": (b"\xa0\x86\x01\0\0\0\0\0" + b'{"a":' * 20_000, ".safetensors"),
 }
 
@@ -185,7 +185,7 @@ FOREIGN = {
     "a number of NumPy": (lambda w: {"state_dict": w, "best": np.float64(1)}, "numpy.float64"),
     "an array": (lambda w: {"fc.bias": np.ones(3)}, "numpy.ndarray"),
     "a module": (lambda w: Net(2, 3), "test_weights.Net"),
-    "code": (lambda w: {"fc.bias": Code()}, "builtins.print"),
+    "code": (lambda w: {"fc.bias": Code()}, ".print"),
     "eight bits": (lambda w: {"fc.bias": torch.ones(3).to(torch.float8_e5m2)}, "torch."),
     "sparse": (lambda w: {"fc.weight": torch.eye(3).to_sparse()}, "torch."),
 }
@@ -257,7 +257,7 @@ def tensor_of_one_number(offset: int, size: int, stride: int) -> bytes:
     offset, size, stride = (
         b"J" + n.to_bytes(4, "little", signed=True) for n in (offset, size, stride)
     )
-    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\00X\3\0\0\0cpuK\1tQ"
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\1tQ"
     rest = storage + offset + size + b"\x85" + stride + b"\x85" + b"\x89NtRs."
     return b"\x80\2}X\7\0\0\0fc.biasctorch._utils\n_rebuild_tensor_v2\n(" + rest
 
@@ -281,10 +281,10 @@ STRANGE = {
 
 @pytest.mark.parametrize("kind", STRANGE)
 def test_strange_names_are_answered_at_once_in_a_short_line(kind):
-    started = time.monotonic()
     strange = {name: np.ones(1, np.float32) for name in STRANGE[kind]}
+    shapes, started = inputs.state_shapes("basic_cnn"), time.monotonic()
     with pytest.raises(InputError) as error:
-        flax_resnet.load_state_dict(flax_resnet.create_model("basic_cnn"), strange)
+        convert.conform(strange, shapes)
     message = str(error.value)
     assert len(message) < 2_000 and message.isprintable() and "nearest architecture" in message
     assert time.monotonic() - started < 10
@@ -299,7 +299,7 @@ def test_more_entries_than_any_network_has_are_refused():
 def test_huge_shapes_are_only_compared(shape):
     strange = {name: np.ones(shape) for name in ("fc.weight", "conv1.weight")}
     with pytest.raises(InputError, match="nearest architecture"):
-        flax_resnet.load_state_dict(flax_resnet.create_model("basic_cnn"), strange)
+        convert.conform(strange, inputs.state_shapes("basic_cnn"))
 
 
 # Which of a file's tensors are taken.

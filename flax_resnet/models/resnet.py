@@ -148,13 +148,18 @@ class ResNet(nnx.Module):
         x = relu(self.bn1(self.conv1(x)))
         if self.pools:
             x = max_pool(x, 3, 2, padding=1)
-        for block in self.blocks():
+        for block in self._blocks():
             x = block(x)
         x = global_average_pool(x)
         return self.fc(self.dropout(x, dropout_keys))
 
     def blocks(self):
         """All blocks in order."""
+        return self._blocks()
+
+    def _blocks(self):
+        # Not public where a call goes through it: nnx.tabulate makes a row of every public method,
+        # and cannot show modules in it.
         return [b for i in range(self.num_stages) for b in getattr(self, f"layer{i + 1}")]
 
     def _zero_init_residual(self):
