@@ -28,7 +28,7 @@ from flax_resnet.serve import LoadedRun
 PROGRAM_SUFFIXES = (".stablehlo", ".onnx")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *PROGRAM_SUFFIXES)
 MODEL_FLAGS = ("arch", "stem")
-DATA_FLAGS = ("dataset", "image_size", "resize_size", "grayscale", "mean", "std")
+DATA_FLAGS = ("dataset", "image_size", "resize_size", "grayscale", "exif_transpose", "mean", "std")
 
 
 def parse():
