@@ -66,6 +66,7 @@ def make_model(case: Case, dtype=np.float64, compute_dtype=None) -> nnx.Module:
             case.num_classes,
             in_channels=case.images.shape[-1],
             stem=case.stem,
+            shortcut=case.shortcut,
             dropout=case.dropout,
             dtype=compute_dtype,
             param_dtype=dtype,

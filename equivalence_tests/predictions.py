@@ -29,7 +29,9 @@ def agreement(case: Case, data: DataConfig, model: nn.Module | None) -> dict:
     Raises:
       InputError: the set has other classes or channels than the weights.
     """
-    network = ModelConfig(arch=case.arch, stem=case.stem, num_classes=case.num_classes)
+    network = ModelConfig(
+        arch=case.arch, stem=case.stem, shortcut=case.shortcut, num_classes=case.num_classes
+    )
     data = dataclasses.replace(data, cache="none")
     prepared = prepare(TrainConfig(model=network, data=data, batch_size=1))
     channels = case.arrays["conv1.weight"].shape[1]
@@ -59,7 +61,11 @@ def _summary(dataset, labels, got, expected) -> dict:
 
 def _jax_logits(case, data):
     model = flax_resnet.create_model(
-        case.arch, case.num_classes, stem=case.stem, in_channels=len(data.mean)
+        case.arch,
+        case.num_classes,
+        stem=case.stem,
+        shortcut=case.shortcut,
+        in_channels=len(data.mean),
     )
     network = steps.Network(flax_resnet.load_state_dict(model, case.arrays))
     preprocess = steps.Preprocess(data.mean, data.std)

@@ -33,7 +33,12 @@ def make_model(case: Case, dtype=np.float64) -> nn.Module:
     """The twin with the weights of the case."""
     with torch.device("meta"):
         model = torch_ref.create_model(
-            case.arch, case.num_classes, case.images.shape[-1], stem=case.stem, dropout=case.dropout
+            case.arch,
+            case.num_classes,
+            case.images.shape[-1],
+            stem=case.stem,
+            dropout=case.dropout,
+            shortcut=case.shortcut,
         )
     model.load_state_dict(checkpoint.to_tensors(case.arrays), assign=True)
     for parameter in model.parameters():

@@ -119,6 +119,7 @@ def in_torch(prepared: Prepared, initial: dict) -> Course:
         config.model.num_classes,
         prepared.dataset.channels,
         stem=config.model.stem,
+        shortcut=config.model.shortcut,
     )
     model.to(getattr(torch, config.model.dtype)).load_state_dict(checkpoint.to_tensors(initial))
     train_step = torch_ref.train.train_step

@@ -16,16 +16,21 @@ from flax_resnet.serve import LoadedRun
 NO_DATA = "folder:left-out"  # of a run made from sizes and statistics alone
 
 
+class OtherClasses(InputError):
+    """The weights have another number of classes than the data."""
+
+
 def with_model_of(
     config: TrainConfig, architecture: convert.Architecture, arrays: dict[str, np.ndarray]
 ) -> TrainConfig:
-    """The config with what the weights say of the model."""
+    """The config with what the weights say of the model; without a head they say no classes."""
     model = replace(
         config.model,
         arch=architecture.arch,
         stem=architecture.stem,
-        num_classes=architecture.num_classes,
-        dtype="float64" if arrays["fc.weight"].dtype == np.float64 else config.model.dtype,
+        shortcut=architecture.shortcut,
+        num_classes=architecture.num_classes if convert.has_head(arrays) else None,
+        dtype="float64" if arrays["conv1.weight"].dtype == np.float64 else config.model.dtype,
     )
     return replace(config, model=model)
 
@@ -41,8 +46,13 @@ def with_data(config: TrainConfig, channels: int | None) -> tuple[TrainConfig, o
     """
     # Nothing is trained: no batch has to fit, no image has to be kept.
     loose = replace(config, batch_size=1, data=replace(config.data, cache="none"))
-    prepared = prepare(loose)
-    dataset = prepared.dataset
+    prepared = prepare(replace(loose, model=replace(config.model, num_classes=None)))
+    dataset, classes = prepared.dataset, config.model.num_classes
+    if classes not in (None, len(dataset.class_names)):
+        raise OtherClasses(
+            f"the weights are of {classes} classes, {config.data.dataset} has"
+            f" {len(dataset.class_names)}"
+        )
     if channels not in (None, dataset.channels):
         raise InputError(
             f"the weights are for {channels} channels, {config.data.dataset} has {dataset.channels}"
@@ -69,8 +79,8 @@ def without_data(config: TrainConfig, dataset: str | None, channels: int) -> Tra
     return replace(config, data=replace(data, dataset=dataset or NO_DATA, resize_size=resize))
 
 
-def class_names(text: str, num_classes: int) -> tuple[str, ...]:
-    """A file's lines, or the words between commas.
+def class_names(text: str, num_classes: int | None) -> tuple[str, ...]:
+    """A file's lines, or the words between commas; as many as there are where that is left open.
 
     Raises:
       InputError: no readable text, or not as many names as classes.
@@ -82,7 +92,7 @@ def class_names(text: str, num_classes: int) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError):
         raise InputError(f"--class-names: {text} is no readable text") from None
     names = tuple(normalize("NFC", line.strip()) for line in lines if line.strip())
-    if len(names) != num_classes:
+    if len(names) != (num_classes or len(names)):
         where = text if is_file else f"{text} (a list: there is no such file)"
         raise InputError(
             f"--class-names: {len(names)} names in {where}, the weights have {num_classes}"
@@ -93,8 +103,14 @@ def class_names(text: str, num_classes: int) -> tuple[str, ...]:
 def as_run(
     arrays: dict[str, np.ndarray], config: TrainConfig, names: tuple[str, ...], channels: int
 ) -> LoadedRun:
-    """A run of these weights; its config is complete, as `with_data` leaves it."""
+    """A run of these weights, with a new head where they have none; its config is complete, as
+    `with_data` leaves it."""
+    if not convert.has_head(arrays):
+        config = replace(config, model=replace(config.model, num_classes=len(names)))
     model = create_from_config(config.model, in_channels=channels)
+    if not convert.has_head(arrays):
+        own = convert.state_dict(model)
+        arrays = arrays | {name: own[name] for name in own if name.startswith("fc.")}
     network = steps.Network(
         convert.load_state_dict(model, arrays), freeze_backbone=config.freeze_backbone
     )

@@ -33,6 +33,8 @@ _OUT_OF_MEMORY = (
 )
 BAD_IMAGE = "skip: images that cannot be read are listed and left out, and end nothing"
 FOLD_BATCHNORM = "compute BatchNorm as part of the convolutions: faster, equal up to rounding"
+WEIGHTS_KEY = "which of the networks in a file: the key or prefix that it lies under"
+EMA = "the averaged weights of a file, where raw ones lie beside them"
 
 
 class CheckFailed(Exception):

@@ -56,6 +56,10 @@ class ModelConfig:
     """First layers of torchvision's ten: "imagenet" (7x7 stride 2, max-pool) or "cifar" (3x3
     stride 1, no pool). Left out: "cifar" for images of 17 to 63 pixels, else "imagenet"."""
 
+    shortcut: Literal["pad", "projection"] | None = None
+    """Of He's five for CIFAR, where the width changes: "pad" (option A: channels of zero) or
+    "projection" (option B: 1x1 convolution and BatchNorm). Left out: "pad"."""
+
     num_classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     """Left out: as many as the data has; another number than that is an error."""
 
@@ -355,6 +359,14 @@ class TrainConfig:
     """Fine-tune: a run directory or weights file to start from; the head is new where the number
     of classes differs. Only weights are taken: network and normalisation are those of the flags."""
 
+    weights_key: str | None = None
+    """Fine-tune: which of the networks in the file of init_from, by the key or prefix that it lies
+    under, as "state_dict" or "encoder_k". Left out: the only one, or the one that is no average."""
+
+    ema: bool = False
+    """Fine-tune: take the averaged weights in the file of init_from, where raw ones lie beside
+    them."""
+
     new_head: bool = False
     """Fine-tune: start from a new head even where the old one would fit."""
 
@@ -386,7 +398,7 @@ class TrainConfig:
 
     def __post_init__(self):
         data, optimizer = self.data, self.optimizer
-        for name in ("new_head", "freeze_backbone"):
+        for name in ("weights_key", "ema", "new_head", "freeze_backbone"):
             if getattr(self, name) and not self.init_from:
                 raise ValueError(f"{name} is of a fine-tuning: it needs init_from")
         if data.on_bad_image == "skip" and data.dataset.startswith("tfds:"):

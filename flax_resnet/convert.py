@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flax_resnet import names
 from flax_resnet.config import InputError
-from flax_resnet.models import create_model, has_stem_choice, list_models
+from flax_resnet.models import create_model, has_shortcut_choice, has_stem_choice, list_models
 from flax_resnet.models.resnet import CONSTRUCTORS
+from flax_resnet.text import listed, printable
 
 # NNX leaf and rank -> torch leaf, axes that bring a torch array to NNX (and their inverse back).
 _LEAVES = {
@@ -28,30 +30,14 @@ _LEAVES = {
     ("num_batches_tracked", 0): ("num_batches_tracked", ()),
 }
 
-TORCH_SUFFIXES = (".pth", ".pt", ".th")
+TORCH_SUFFIXES = (".pth", ".pt", ".th", ".pth.tar", ".ckpt", ".bin")
+
+MOST_CLASSES, MOST_CHANNELS = 1_000_000, 1_000
+MOST_FAULTS = 5
 
 # The order of torch's definitions; nnx.merge brings attributes into that of the alphabet.
 _ORDER = """conv1 bn1 conv2 bn2 conv3 bn3 downsample layers layer1 layer2 layer3 layer4 fc1 fc
 kernel scale bias mean var num_batches_tracked""".split()
-
-_WRAPPERS = re.compile(r"^(?:module|_orig_mod|model|net|network|backbone)\.")
-
-# Names of other projects -> torchvision's. timm's are torchvision's already.
-_DIALECTS = [
-    # pytorch-cifar and its descendants
-    (r"\bshortcut\.(\d)\.", r"downsample.\1."),
-    (r"^linear\.", "fc."),
-    # Hugging Face ResNetForImageClassification
-    (r"^resnet\.", ""),
-    (r"^embedder\.embedder\.convolution\.", "conv1."),
-    (r"^embedder\.embedder\.normalization\.", "bn1."),
-    (r"^encoder\.stages\.(\d+)\.layers\.", lambda m: f"layer{int(m[1]) + 1}."),
-    (r"\bshortcut\.convolution\.", "downsample.0."),
-    (r"\bshortcut\.normalization\.", "downsample.1."),
-    (r"\blayer\.(\d)\.convolution\.", lambda m: f"conv{int(m[1]) + 1}."),
-    (r"\blayer\.(\d)\.normalization\.", lambda m: f"bn{int(m[1]) + 1}."),
-    (r"^classifier\.1\.", "fc."),
-]
 
 
 def torch_name(path: tuple, rank: int) -> str:
@@ -89,7 +75,9 @@ def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
       `num_batches_tracked` is int64 as in torch.
     """
     return {
-        torch_name(path, variable[...].ndim): _widen(to_torch_layout(path, variable[...]))
+        (name := torch_name(path, variable[...].ndim)): _widen(
+            to_torch_layout(path, variable[...]), name
+        )
         for path, variable in sorted(_variables(model), key=_position)
     }
 
@@ -120,9 +108,13 @@ def load_state_dict(model: nnx.Module, arrays: dict[str, np.ndarray]) -> nnx.Mod
         the nearest architecture; nothing is loaded then.
     """
     arrays = conform(arrays, state_shapes(model))
-    for path, variable in _variables(model):
-        value = to_nnx_layout(path, arrays[torch_name(path, variable[...].ndim)])
-        variable[...] = jnp.array(value, dtype=variable[...].dtype)  # jnp.array always copies
+    variables = [(torch_name(path, v[...].ndim), path, v) for path, v in _variables(model)]
+    types = {name: variable[...].dtype for name, _, variable in variables}
+    if beyond := [name for name in types if not _fits(arrays[name], types[name])]:
+        raise InputError(f"too large for {types[beyond[0]]}: {listed(beyond)}")
+    for name, path, variable in variables:
+        value = to_nnx_layout(path, arrays[name])
+        variable[...] = jnp.array(value, dtype=types[name])  # jnp.array always copies
     return model
 
 
@@ -141,7 +133,7 @@ def conform(arrays: dict[str, np.ndarray], shapes: dict[str, tuple]) -> dict[str
     if found := faults(shapes, arrays):
         found.append(f"the nearest architecture is {_describe_nearest(arrays)}")
         raise InputError("weights do not fit the model: " + "; ".join(found))
-    return {name: _widen(np.array(arrays[name], order="C")) for name in shapes}
+    return {name: _widen(np.array(arrays[name], order="C"), name) for name in shapes}
 
 
 class Architecture(NamedTuple):
@@ -151,6 +143,7 @@ class Architecture(NamedTuple):
     num_classes: int
     in_channels: int
     stem: str | None
+    shortcut: str | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """`state_shapes` of the network, which is not made for it."""
@@ -158,16 +151,35 @@ class Architecture(NamedTuple):
 
     def __str__(self):
         stem = f", stem {self.stem}" if self.stem else ""
-        return f"{self.arch} ({self.num_classes} classes, {self.in_channels} channels{stem})"
+        shortcut = f", shortcut {self.shortcut}" if self.shortcut else ""
+        kind = f"{self.num_classes} classes, {self.in_channels} channels{stem}{shortcut}"
+        return f"{self.arch} ({kind})"
 
 
-def describe(arrays: dict[str, np.ndarray], arch: str, stem: str | None = None) -> Architecture:
-    """Classes, channels and, where it is left open, the stem that weights speak of."""
+def has_head(arrays: dict[str, np.ndarray]) -> bool:
+    """Whether the last linear layer is among these (torchvision's names)."""
+    return any(name.startswith("fc.") for name in arrays)
+
+
+def has_body(arrays: dict[str, np.ndarray], shapes: dict[str, tuple]) -> bool:
+    """Whether more than half of a network's entries are among these."""
+    return 2 * len(shapes.keys() & arrays.keys()) > len(shapes)
+
+
+def describe(
+    arrays: dict[str, np.ndarray], arch: str, stem: str | None = None, shortcut: str | None = None
+) -> Architecture:
+    """Classes, channels and, where they are left open, the stem and the shortcut that weights speak
+    of."""
     head, first = (np.shape(arrays.get(name)) for name in ("fc.weight", "conv1.weight"))
     if stem is None and has_stem_choice(arch):
         stem = "cifar" if first[2:] == (3, 3) else "imagenet"
-    in_channels = max(1, first[1]) if len(first) == 4 else 3
-    return Architecture(arch, max(1, head[0]) if len(head) == 2 else 10, in_channels, stem)
+    # Whatever a strange file says: this much can be made, and what differs from it is told.
+    in_channels = min(max(1, first[1]), MOST_CHANNELS) if len(first) == 4 else 3
+    num_classes = min(max(1, head[0]), MOST_CLASSES) if len(head) == 2 else 10
+    projects = has_shortcut_choice(arch) and any(".downsample." in name for name in arrays)
+    shortcut = shortcut or ("projection" if projects else None)
+    return Architecture(arch, num_classes, in_channels, stem, shortcut)
 
 
 def nearest_architecture(arrays: dict[str, np.ndarray]) -> Architecture:
@@ -187,40 +199,39 @@ def differing(shapes: dict[str, tuple], arrays: dict[str, np.ndarray]) -> set[st
 
 
 def translate_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same arrays under torchvision's names, whatever dialect they came in."""
-    while arrays and all(_WRAPPERS.match(name) for name in arrays):
-        prefix = _WRAPPERS.match(next(iter(arrays)))[0]
-        if not all(name.startswith(prefix) for name in arrays):
-            break
-        arrays = {name.removeprefix(prefix): value for name, value in arrays.items()}
-    names = {}
-    for name in arrays:
-        names.setdefault(_translate(name), []).append(name)
-    if twice := [" and ".join(same) for same in names.values() if len(same) > 1]:
-        raise InputError(f"weights given twice: {'; '.join(twice)}")
-    return {name: arrays[same[0]] for name, same in names.items()}
-
-
-def _translate(name: str) -> str:
-    for pattern, replacement in _DIALECTS:
-        name = re.sub(pattern, replacement, name)
-    return name
+    """The same arrays under torchvision's names, whatever dialect and prefix they came in."""
+    return names.translated(names.without_prefix(arrays))
 
 
 def faults(shapes: dict[str, tuple], arrays: dict[str, np.ndarray]) -> list[str]:
     """Everything in which arrays are not finite numbers of these names and shapes."""
     missing, extra = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
-    found = [f"missing {', '.join(missing)}"] if missing else []
-    found += [f"unexpected {', '.join(extra)}"] if extra else []
-    for name in sorted(shapes.keys() & arrays.keys()):
-        array = np.asarray(arrays[name])
-        if array.shape != shapes[name]:
-            found.append(f"{name} has shape {array.shape} instead of {shapes[name]}")
-        elif not (_is_count(name) or jnp.issubdtype(array.dtype, jnp.floating)):
-            found.append(f"{name} has type {array.dtype} instead of a floating one")
-        elif not np.isfinite(array).all():
-            found.append(f"{name} has non-finite values")
-    return found
+    found = [f"missing {listed(missing)}"] if missing else []
+    found += [f"unexpected {listed(extra)}"] if extra else []
+    both = sorted(shapes.keys() & arrays.keys())
+    wrong = [fault for name in both if (fault := _fault(name, arrays[name], shapes[name]))]
+    return found + wrong[:MOST_FAULTS] + _more(len(wrong) - MOST_FAULTS)
+
+
+def _fault(name: str, array, shape: tuple) -> str | None:
+    """What is wrong with one entry."""
+    array, name = np.asarray(array), printable(name)
+    whole, floating = (jnp.issubdtype(array.dtype, kind) for kind in (jnp.integer, jnp.floating))
+    if array.shape != shape:
+        return f"{name} has shape {array.shape} instead of {shape}"
+    if not (floating or (whole and _is_count(name))):
+        return f"{name} has type {array.dtype} instead of a floating one"
+    if not np.isfinite(array).all():
+        return f"{name} has non-finite values"
+    if _is_count(name) and ((array < 0) | (array != np.floor(array))).any():
+        return f"{name} is {array}, no count"
+    if name.endswith("running_var") and (array < 0).any():
+        return f"{name} has negative values"
+    return None
+
+
+def _more(count: int) -> list[str]:
+    return [f"{count:,} more"] if count > 0 else []
 
 
 def _is_count(name: str) -> bool:
@@ -241,11 +252,17 @@ def _architecture_shapes(architecture: Architecture) -> dict:
 _DEPTHS = {arch: CONSTRUCTORS[arch].args[-1] for arch in CONSTRUCTORS} | {"basic_cnn": ()}
 
 
-def _depths(names) -> tuple[int, ...]:
-    """Blocks a stage."""
+def _fits(array: np.ndarray, dtype) -> bool:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return True
+    return not array.size or np.abs(array).max() <= float(jnp.finfo(dtype).max)
+
+
+def _depths(arrays) -> tuple[int, ...]:
+    """Blocks a stage. Numbers of more digits than any network has are not blocks."""
     found = {}
-    for name in names:
-        if m := re.match(r"layer(\d+)\.(\d+)\.", name):
+    for name in arrays:
+        if m := re.match(r"layer(\d)\.(\d{1,2})\.", name):
             found[int(m[1])] = max(found.get(int(m[1]), 0), int(m[2]) + 1)
     return tuple(found.get(stage, 0) for stage in range(1, max(found, default=0) + 1))
 
@@ -260,8 +277,8 @@ def _position(item) -> list[int]:
     return [part if isinstance(part, int) else _ORDER.index(part) for part in item[0]]
 
 
-def _widen(value: np.ndarray) -> np.ndarray:
-    if jnp.issubdtype(value.dtype, jnp.integer):
+def _widen(value: np.ndarray, name: str) -> np.ndarray:
+    if _is_count(name):
         return value.astype(np.int64)
     return value.astype(np.float32) if value.dtype.itemsize < 4 else value
 

@@ -54,7 +54,7 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 """Fields that `torch_ref.train` lacks and that change the figures of a run by rounding at most."""
 
-NOT_IN_THE_TWIN = {"freeze_backbone", "skip_nonfinite", "on_bad_image"}
+NOT_IN_THE_TWIN = {"freeze_backbone", "skip_nonfinite", "on_bad_image", "weights_key", "ema"}
 """Fields that it lacks and that do."""
 
 

@@ -6,7 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from flax_resnet import distributed, early_stopping, environment, optim, steps
+from flax_resnet import distributed, early_stopping, environment, optim, sanity, steps
 from flax_resnet.checkpoint import Checkpoints, steps_in
 from flax_resnet.config import InputError, to_dict
 from flax_resnet.data import pipeline
@@ -71,10 +71,16 @@ class Run:
             f"{data.dataset}: {sizes[0]:,} training, {sizes[1]:,} validation, {sizes[2]:,} test"
             f" images, {model.num_classes} classes; {model.arch}"
             + (f", stem {model.stem}" if model.stem else "")
+            + (f", shortcut {model.shortcut}" if model.shortcut else "")
             + f", images {data.image_size}x{data.image_size}x{self.dataset.channels}"
         )
+        self._warn(sanity.of_training(self.num_train, self.config.batch_size))
         kind = jax.devices()[0].device_kind
         self.display.say(f"on {len(self.engine.devices)} x {kind}, run {self.directory.path}")
+
+    def _warn(self, warnings: list[str]):
+        for warning in warnings:
+            self.display.say(f"warning: {warning}")
 
     def _set_up(self):
         """Fresh state, or that of the newest sound checkpoint; compiled functions."""
@@ -356,8 +362,10 @@ class Run:
                 splits[split], confusions[split] = self._evaluate(split, variables)
         if not distributed.is_first():
             return {"splits": splits}
+        warnings = sanity.of_results(splits, confusions, self.dataset.class_names)
         report = {
             "splits": splits,
+            "warnings": warnings,
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch or progress.epoch,
             "evaluated_epoch": evaluated_epoch,
@@ -370,6 +378,7 @@ class Run:
         last = list(splits)[-1]
         self.directory.write_results(report, confusions[last], self.dataset.class_names)
         self.display.results(splits, config.model.num_classes)
+        self._warn(warnings)
         self.display.say(
             f"{report['seconds']:.0f} s of training, {report['images_per_second']:,.0f} images/s,"
             f" {report['data_wait_share']:.1%} of it waiting for data; {self.directory.path}"

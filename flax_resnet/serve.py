@@ -10,9 +10,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
 
-from flax_resnet import convert, environment, steps
+from flax_resnet import convert, environment, steps, weights
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import InputError, TrainConfig, from_dict
 from flax_resnet.data.image_files import BadImage
@@ -124,24 +123,33 @@ def restore(
         checkpoints.close()
 
 
-def load_weights(path: Path | str) -> dict[str, np.ndarray]:
-    """Weights of a run directory or a .safetensors file, under torch names and in its layouts."""
+def load_weights(
+    path: Path | str,
+    key: str | None = None,
+    *,
+    ema: bool = False,
+    say: Callable[[str], object] = lambda line: None,
+) -> dict[str, np.ndarray]:
+    """Weights of a run directory or a file, under torchvision's names and in torch's layouts.
+
+    Args:
+      key, ema: which of the networks in a file, as `names.choose` takes them.
+      say: is told in a line what was taken, where there is anything to tell.
+
+    Raises:
+      InputError: there are none, or they are damaged.
+    """
     path = Path(path)
     if path.is_dir():
+        if key is not None or ema:
+            raise InputError(f"{path} is a run, which has one network: no --weights-key, no --ema")
         with _kept_settings():
             run = load_run(path)
             return convert.state_dict(run.network.to_model(run.variables))
-    if path.suffix != ".safetensors":
-        raise InputError(
-            f"{path} is neither a run directory nor a .safetensors file"
-            " (scripts/convert.py makes one of .pth, .pt and .th)"
-        )
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except Exception as error:  # safetensors raises its own, without a common base
-        raise InputError(f"{path} is not a readable .safetensors file: {error}") from None
+    arrays, said = weights.load(path, key, ema=ema)
+    if said:
+        say(said)
+    return arrays
 
 
 @contextlib.contextmanager

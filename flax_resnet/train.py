@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from flax_resnet import convert, distributed, environment, steps
@@ -55,7 +57,9 @@ def fit(
     if several:
         asked = {"run_dir": str(run_dir), "resume": resume, "overwrite": overwrite}
         distributed.check_agreement(asked | environment.code() | _flat(config))
-    engine, prepared, network = distributed.together(lambda: _begin(config, run_dir, resume))
+    engine, prepared, network = distributed.together(
+        lambda: _begin(config, run_dir, resume, display)
+    )
     if several:
         distributed.check_agreement(fingerprint(prepared) | _weights_digest(network))
     directory = _open_directory(run_dir, resume=resume, overwrite=overwrite)
@@ -85,7 +89,7 @@ def _flat(config: TrainConfig) -> dict:
 
 
 def _begin(
-    config: TrainConfig, run_dir: Path, resume: bool
+    config: TrainConfig, run_dir: Path, resume: bool, display: Display
 ) -> tuple[Engine, Prepared, steps.Network]:
     """Devices, data and network; nothing is written."""
     environment.configure_jax(config)
@@ -95,7 +99,7 @@ def _begin(
     model = _initial_model(prepared, engine)
     begun = resume and steps_in(run_dir / "checkpoints")
     if config.init_from and not begun:
-        _fine_tune(model, config)
+        _fine_tune(model, prepared.config, display.say)
     network = steps.Network(model, freeze_backbone=config.freeze_backbone)
     _check_images(network, prepared, engine.axis_name)
     state = jax.eval_shape(lambda: steps.make_state(network.initial, config))
@@ -141,12 +145,15 @@ def _initial_model(prepared: Prepared, engine: Engine) -> nnx.Module:
     )
 
 
-def _fine_tune(model, config: TrainConfig):
+def _fine_tune(model, config: TrainConfig, say: Callable[[str], object]):
     """Weights of another run or file, but for the head where it has to be new."""
-    arrays = convert.translate_names(load_weights(config.init_from))
+    arrays = load_weights(config.init_from, config.weights_key, ema=config.ema, say=say)
     own = convert.state_dict(model)
-    heads = [name for name in own if name.startswith("fc.")]
-    fits = all(n in arrays and arrays[n].shape == own[n].shape for n in heads)
+    head = {name: array for name, array in own.items() if name.startswith("fc.")}
+    fits = all(n in arrays and np.shape(arrays[n]) == array.shape for n, array in head.items())
     if config.new_head or not fits:
-        arrays = arrays | {name: own[name] for name in heads}
-    convert.load_state_dict(model, arrays)
+        body = {name: array for name, array in arrays.items() if not name.startswith("fc.")}
+        convert.load_state_dict(model, body | head)
+        say(f"the head is new: {config.model.num_classes} classes")
+    else:
+        convert.load_state_dict(model, arrays)

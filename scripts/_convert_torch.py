@@ -40,10 +40,6 @@ def reading(path: Path, read, *arguments):
         raise InputError(str(error)) from None
 
 
-def read_weights(path: Path) -> dict[str, np.ndarray]:
-    return reading(path, torch_ref().checkpoint.load)
-
-
 def write_weights(path: Path, arrays: dict[str, np.ndarray]):
     files = torch_ref().checkpoint
     export.write_verified(path, arrays, files.save, files.load)
@@ -78,7 +74,12 @@ def normalized(images: np.ndarray, run: LoadedRun) -> np.ndarray:
 def make_net(config: TrainConfig, channels: int):
     model = config.model
     net = torch_ref().create_model(
-        model.arch, model.num_classes, channels, stem=model.stem, dropout=model.dropout
+        model.arch,
+        model.num_classes,
+        channels,
+        stem=model.stem,
+        dropout=model.dropout,
+        shortcut=model.shortcut,
     )
     return net.double() if model.dtype == "float64" else net
 

@@ -13,6 +13,7 @@ python scripts/convert.py birds.pt runs/birds --training --config runs/resnet20-
 """
 
 import hashlib
+import shlex
 from pathlib import Path
 
 import _convert_torch
@@ -27,14 +28,22 @@ from flax_resnet.serve import LoadedRun
 
 PROGRAM_SUFFIXES = (".stablehlo", ".onnx")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *PROGRAM_SUFFIXES)
-MODEL_FLAGS = ("arch", "stem")
+MODEL_FLAGS = ("arch", "stem", "shortcut")
 DATA_FLAGS = ("dataset", "image_size", "resize_size", "grayscale", "exif_transpose", "mean", "std")
 
 
 def parse():
     parser = cli.Parser(prog="convert.py", description=__doc__)
     parser.add_argument("input", type=Path, metavar="IN", help="run directory or weights file")
-    parser.add_argument("output", type=Path, metavar="OUT", help=", ".join(SUFFIXES) + ", or none")
+    parser.add_argument(
+        "output",
+        type=Path,
+        metavar="OUT",
+        help=f"a file named *{', *'.join(SUFFIXES)}; a name without such an end becomes a run"
+        " directory",
+    )
+    parser.add_argument("--weights-key", metavar="KEY", help=cli.WEIGHTS_KEY)
+    parser.add_argument("--ema", action="store_true", help=cli.EMA)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument("--fold-batchnorm", action="store_true", help=cli.FOLD_BATCHNORM)
     parser.add_argument(
@@ -51,44 +60,45 @@ def parse():
     )
     cli.add_config_flags(parser, MODEL_FLAGS + DATA_FLAGS)
     args = parser.parse_args()
-    check_output(args.output, args.overwrite)
+    args.suffix = suffix_of(args.output)
+    check_output(args.output, args.suffix, args.overwrite)
     check_flags(args)
-    if args.fold_batchnorm and args.output.suffix not in PROGRAM_SUFFIXES:
+    if args.fold_batchnorm and args.suffix not in PROGRAM_SUFFIXES:
         raise InputError(f"--fold-batchnorm: only into {' and '.join(PROGRAM_SUFFIXES)}")
     return args
 
 
-def check_output(path: Path, overwrite: bool):
+def suffix_of(path: Path) -> str:
+    """The one of ours that a name ends with, in any case, or what it ends with instead."""
+    name = path.name.lower()
+    return max((s for s in SUFFIXES if name.endswith(s)), key=len, default=path.suffix)
+
+
+def check_output(path: Path, suffix: str, overwrite: bool):
     """Before any work is done."""
-    if path.suffix and path.suffix not in SUFFIXES:
+    if suffix and suffix not in SUFFIXES:
         raise InputError(
-            f"{path}: unknown suffix {path.suffix!r}; supported: {', '.join(SUFFIXES)}, and a name"
+            f"{path}: unknown suffix {suffix!r}; supported: {', '.join(SUFFIXES)}, and a name"
             " without one for a run directory"
         )
-    if path.suffix and not path.absolute().parent.is_dir():
+    if suffix and not path.absolute().parent.is_dir():
         raise InputError(f"{path}: the folder {path.absolute().parent} does not exist")
     if not path.exists():
         return
     if not overwrite:
         raise InputError(f"{path} exists; replace it with --overwrite")
-    if path.is_dir() and (path.suffix or not (path / "config.json").exists()):
+    if path.is_dir() and (suffix or not (path / "config.json").exists()):
         raise InputError(f"{path} is a directory and no run: it is not replaced")
 
 
 def check_flags(args):
     """Files of weights have no place for what these flags say."""
-    if not args.output.suffix or args.output.suffix in PROGRAM_SUFFIXES:
+    if not args.suffix or args.suffix in PROGRAM_SUFFIXES:
         return
     for name in ("config", "class_names", *DATA_FLAGS, *(MODEL_FLAGS if args.training else ())):
         if getattr(args, name) is not None:
             flag = name.replace("_", "-")
-            raise InputError(f"--{flag}: not into {args.output.suffix}, which does not hold it")
-
-
-def read_weights(path: Path) -> dict[str, np.ndarray]:
-    if path.suffix in TORCH_SUFFIXES and not path.is_dir():
-        return convert.translate_names(_convert_torch.read_weights(path))
-    return convert.translate_names(serve.load_weights(path))
+            raise InputError(f"--{flag}: not into {args.suffix}, which does not hold it")
 
 
 def requested_config(args) -> TrainConfig:
@@ -106,19 +116,34 @@ def make_run(args, arrays, architecture: convert.Architecture) -> LoadedRun:
     described = args.dataset or args.class_names or args.config
     if args.input.is_dir() and not described:
         names = serve.load_run(args.input).class_names
-    elif args.class_names or (args.output.suffix and not described):
+    elif args.class_names or (args.suffix and not described):
         config = adopt.without_data(config, args.dataset, channels)
         if args.class_names:
             names = adopt.class_names(args.class_names, config.model.num_classes)
     else:
-        config, dataset = adopt.with_data(config, channels)
+        config, dataset = with_data(args, config, channels)
         names = dataset.class_names
     environment.configure_jax(config)
     return adopt.as_run(arrays, config, names, channels)
 
 
-def write_run(path: Path, run: LoadedRun, arrays: dict[str, np.ndarray], source: str):
+def with_data(args, config: TrainConfig, channels: int):
+    """`adopt.with_data`, which names the command for data of other classes than the weights."""
+    try:
+        return adopt.with_data(config, channels)
+    except adopt.OtherClasses as error:
+        model = config.model
+        flags = {"arch": model.arch, "stem": model.stem, "shortcut": model.shortcut}
+        flags |= {"dataset": config.data.dataset}
+        flags |= {"init-from": args.input, "weights-key": args.weights_key}
+        words = [w for k, v in flags.items() if v is not None for w in (f"--{k}", str(v))]
+        command = shlex.join(["python", "scripts/train.py", *words, *["--ema"] * args.ema])
+        raise InputError(f"{error}; to train them with a new head: {command}") from None
+
+
+def write_run(path: Path, run: LoadedRun, source: str):
     """A finished run."""
+    arrays = convert.state_dict(run.network.to_model(run.variables))
     report = {
         "splits": {},
         "converted_from": source,
@@ -146,23 +171,34 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
 
 
 def convert_weights(args):
-    arrays, out = read_weights(args.input), args.output
+    out, suffix = args.output, args.suffix
+    arrays = serve.load_weights(args.input, args.weights_key, ema=args.ema, say=print)
     arch = args.arch or convert.nearest_architecture(arrays).arch
-    architecture = convert.describe(arrays, arch, args.stem)
-    arrays = convert.conform(arrays, architecture.shapes())
-    if out.suffix == ".safetensors":
+    architecture = convert.describe(arrays, arch, args.stem, args.shortcut)
+    shapes = architecture.shapes()
+    if not convert.has_head(arrays) and convert.has_body(arrays, shapes):
+        if suffix:
+            raise InputError(
+                f"{args.input}: no head (fc) in it; a run directory gets a new one, with"
+                " --dataset or --class-names"
+            )
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("fc.")}
+    arrays = convert.conform(arrays, shapes)
+    if suffix == ".safetensors":
         export.write_safetensors(out, arrays)
-    elif out.suffix in TORCH_SUFFIXES:
+    elif suffix in TORCH_SUFFIXES:
         _convert_torch.write_weights(out, arrays)
-    elif out.suffix:
+    elif suffix:
         write_program(args, make_run(args, arrays, architecture))
     else:
-        write_run(out, make_run(args, arrays, architecture), arrays, args.input.name)
-    print(f"{architecture}: {out}")
+        run = make_run(args, arrays, architecture)
+        write_run(out, run, args.input.name)
+        architecture = architecture._replace(num_classes=len(run.class_names))
+    print(f"{architecture}{'' if 'fc.bias' in arrays else ', its head new and untrained'}: {out}")
 
 
 def write_program(args, run: LoadedRun):
-    if args.output.suffix == ".onnx":
+    if args.suffix == ".onnx":
         _convert_torch.write_onnx(args.output, run, fold_batchnorm=args.fold_batchnorm)
     else:
         served = run.without_batchnorm() if args.fold_batchnorm else run
@@ -203,9 +239,9 @@ def training_to_run(args) -> int:
 
 
 def convert_a_training(args):
-    if args.input.is_dir() and args.output.suffix in TORCH_SUFFIXES:
+    if args.input.is_dir() and args.suffix in TORCH_SUFFIXES:
         step = _convert_torch.write_training(args.output, args.input)
-    elif args.input.suffix in TORCH_SUFFIXES and not args.output.suffix:
+    elif not args.input.is_dir() and not args.suffix:
         step = training_to_run(args)
     else:
         raise InputError("--training goes from a run directory to .pt, or from .pt to one")

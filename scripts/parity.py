@@ -20,15 +20,18 @@ from rich.table import Table
 
 from flax_resnet import cli, convert, environment, list_models, serve
 from flax_resnet.config import DataConfig, InputError
-from flax_resnet.convert import TORCH_SUFFIXES
 from flax_resnet.display import Display
-from flax_resnet.models import STEMS, check_stem
+from flax_resnet.models import SHORTCUTS, STEMS, check_shortcut, check_stem
 from flax_resnet.run_directory import read_config
 
 try:
     from equivalence_tests import causes, localise, own_model, parity, predictions, report
-    from equivalence_tests.inputs import case_of_weights, make_case
-    from torch_ref import checkpoint
+    from equivalence_tests.inputs import (
+        case_of_weights,
+        make_case,
+        random_numbers,
+        random_state,
+    )
 except ModuleNotFoundError as error:
     cli.leave(cli.BAD_INPUT, f"error: {cli.extra_needed('a comparison', error, 'torch')}")
 
@@ -40,6 +43,10 @@ COLUMNS = {
     "optimizer": "optim",
     "parameters": "params",
 }
+NEEDED = (
+    ("stem", "arch"), ("shortcut", "arch"), ("mean", "dataset"), ("std", "dataset"),
+    ("weights_key", "checkpoint"), ("ema", "checkpoint"),
+)  # fmt: skip
 MODES = {"evaluation": False, "training": True}
 
 
@@ -47,7 +54,10 @@ def parse():
     parser = cli.Parser(prog="parity.py", description=__doc__)
     parser.add_argument("--arch", metavar="NAME", help="left out: told from the weights")
     parser.add_argument("--stem", metavar="|".join(STEMS), help="with --arch")
+    parser.add_argument("--shortcut", metavar="|".join(SHORTCUTS), help="with --arch")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights file or run directory")
+    parser.add_argument("--weights-key", metavar="KEY", help=cli.WEIGHTS_KEY)
+    parser.add_argument("--ema", action="store_true", help=cli.EMA)
     parser.add_argument("--torch-model", metavar="MODULE:CALLABLE", help="your own network")
     parser.add_argument("--image-size", type=int, nargs="+", metavar="N", help="height [width]")
     parser.add_argument("--dataset", metavar="TEXT", help="compare predictions on its test split")
@@ -59,34 +69,47 @@ def parse():
         raise InputError("--checkpoint and --torch-model exclude each other")
     if not (args.arch or args.checkpoint or args.torch_model):
         raise InputError("give --arch, --checkpoint or --torch-model")
-    for flag, needed in (("stem", "arch"), ("mean", "dataset"), ("std", "dataset")):
+    for flag, needed in NEEDED:
         if getattr(args, flag) and not getattr(args, needed):
-            raise InputError(f"--{flag}: only with --{needed}")
+            raise InputError(f"--{flag.replace('_', '-')}: only with --{needed}")
     if args.image_size and (len(args.image_size) > 2 or min(args.image_size) < 1):
         raise InputError("--image-size: a height and a width of 1 or more, or one for both")
     cli.check_folder("--report", args.report)
     if args.arch:
         cli.check_choice("--arch", args.arch, list_models())
         check_stem(args.arch, args.stem)
+        check_shortcut(args.arch, args.shortcut)
     return args
 
 
 def build_case(args, model):
     """What both sides run on."""
     size = tuple(args.image_size * 2)[:2] if args.image_size else None
-    if not (args.checkpoint or model):
-        try:
-            return make_case(args.arch, stem=args.stem, size=size, batch=4)
-        except ValueError as error:
-            raise InputError(f"--image-size: {error}") from None
-    arrays = own_model.weights(model) if model else read_weights(args.checkpoint)
-    kind = (
-        convert.describe(arrays, args.arch, args.stem)
-        if args.arch
-        else convert.nearest_architecture(convert.translate_names(arrays))
-    )
+    try:
+        if args.checkpoint or model:
+            return own_case(args, model, size)
+        kind = {"stem": args.stem, "shortcut": args.shortcut}
+        return make_case(args.arch, **kind, size=size, batch=4)
+    except InputError:
+        raise
+    except ValueError as error:
+        word = "--image-size" if size else args.checkpoint
+        raise InputError(f"{word}: {error}") from None
+
+
+def own_case(args, model, size):
+    """Of the user's weights, or of drawn ones in the user's network."""
+    if model:
+        arrays = own_model.weights(model)
+    else:
+        arrays = serve.load_weights(args.checkpoint, args.weights_key, ema=args.ema, say=print)
+    arch = args.arch or convert.nearest_architecture(arrays).arch
+    kind = convert.describe(arrays, arch, args.stem, args.shortcut)
     arrays = convert.conform(arrays, kind.shapes())
-    return case_of_weights(arrays, kind.arch, kind.stem, size=size)
+    if model:  # fresh weights hide differences that drawn ones show
+        arrays = random_state(kind.shapes(), random_numbers(1))
+        own_model.fill(model, arrays)
+    return case_of_weights(arrays, kind.arch, kind.stem, kind.shortcut, size=size)
 
 
 def compare(case, model) -> tuple[dict, dict | None]:
@@ -111,18 +134,6 @@ def compare(case, model) -> tuple[dict, dict | None]:
     return rows, first
 
 
-def read_weights(path: str) -> dict:
-    """Of a run directory or any weights file, under the names that are in it."""
-    if Path(path).suffix not in TORCH_SUFFIXES:
-        return serve.load_weights(path)
-    try:
-        return checkpoint.load(path)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
 def data_config(args) -> DataConfig:
     """The data set for predictions, preprocessed as the run was if there is one."""
     options = {k: v for k in ("mean", "std") if (v := getattr(args, k))}
@@ -131,6 +142,15 @@ def data_config(args) -> DataConfig:
     if args.checkpoint and Path(args.checkpoint).is_dir():
         base = read_config(args.checkpoint).data
     return replace(base, dataset=args.dataset, train_images=None, eval_images=None, **options)
+
+
+def predicted(case, data: DataConfig, place: str | None) -> dict:
+    """Predictions of both sides; a network of the user's has its own weights again."""
+    own = own_model.load(place) if place else None
+    if own:
+        shapes = {name: array.shape for name, array in case.arrays.items()}
+        case = replace(case, arrays=convert.conform(own_model.weights(own), shapes))
+    return predictions.agreement(case, data, own)
 
 
 def layer_table(rows: dict) -> Table:
@@ -180,8 +200,7 @@ def main():
         "rows": rows,
     }
     if data:
-        own = own_model.load(args.torch_model) if model else None  # training has moved the first
-        document["predictions"] = predictions.agreement(case, data, own)
+        document["predictions"] = predicted(case, data, args.torch_model)
     document |= {"command": cli.command_line(), "environment": environment.describe(1)}
     show(document)
     if args.report:

@@ -191,6 +191,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="torch_ref.train", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--arch", default="resnet18", help=", ".join(list_models()))
     parser.add_argument("--stem", choices=("imagenet", "cifar"), help="(by image size)")
+    parser.add_argument("--shortcut", choices=("pad", "projection"), help="of the CIFAR five (pad)")
     parser.add_argument("--dropout", default=0.0, **reader(Fraction))
     parser.add_argument(
         "--zero-init-residual", action=argparse.BooleanOptionalAction, default=False
@@ -211,7 +212,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Everything that the command line asks for."""
-    model_options = {"dropout": args.dropout, "zero_init_residual": args.zero_init_residual}
+    names = ("dropout", "zero_init_residual", "shortcut")
+    model_options = {name: getattr(args, name) for name in names}
     with torch.device("meta"):  # a wrong name is told before any data is read
         create_model(args.arch, stem=args.stem, **model_options)
     now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"

@@ -31,7 +31,7 @@ def blank(arch: str, stem: str | None) -> dict:
 def test_every_network_is_told_from_every_other(arch, stem):
     arrays = blank(arch, stem)
     found = convert.nearest_architecture(arrays)
-    assert found == (arch, inputs.NUM_CLASSES, 3, stem)
+    assert found == (arch, inputs.NUM_CLASSES, 3, stem, None)
     assert found.shapes() == inputs.state_shapes(arch, stem)
     assert convert.differing(found.shapes(), arrays) == set()
 

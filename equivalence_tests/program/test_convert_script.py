@@ -215,7 +215,10 @@ WRONG_WORDS = [
     (["out", *LOOKS, "--class-names", ",".join("n" * 300)], ["300 names", "7"]),
     (["out", *LOOKS, "--mean", 0.5, "--std", 0.5], ["--mean", "3 values"]),
     (["out.pth", "--stem", "imagenet"], ["own stem"]),
-    (["out", "--dataset", "digits"], ["num_classes 7", "10 classes"]),
+    (
+        ["out", "--dataset", "digits"],
+        ["7 classes", "digits has 10", "scripts/train.py --arch resnet20", "--init-from"],
+    ),
     (["out", "--dataset", "folder:gone"], ["gone"]),
     (["out.safetensors", "--mean", 1, 1, 1], ["--mean", ".safetensors"]),
     (["out.pth", "--class-names", NAMES], ["--class-names", ".pth"]),

@@ -256,7 +256,8 @@ def test_several_steps_a_dispatch_are_the_same_steps(tmp_path):
     ("digits", "digits"), ("folder:/data/birds_v2/", "birds_v2"), ("tfds:a/b-v2", "a-b-v2"),
     ("cifar10:/x/cifar-10-python.tar.gz", "cifar10"), ("folder:~nobody/a b", "a-b"),
 ])  # fmt: skip
-def test_a_run_is_named_after_its_data(dataset, name):
+def test_a_run_is_named_after_its_data(dataset, name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     script = runpy.run_path(ROOT / "scripts" / "train.py")
     config = cli.merge(TrainConfig(), {"data": {"dataset": dataset}})
     assert script["free_directory"](config).name == f"resnet18-{name}"

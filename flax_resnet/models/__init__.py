@@ -10,6 +10,7 @@ from flax_resnet.models.cnn import BasicCNN
 from flax_resnet.models.resnet import CONSTRUCTORS
 
 STEMS = ("imagenet", "cifar")
+SHORTCUTS = ("pad", "projection")
 
 
 def list_models() -> list[str]:
@@ -30,6 +31,19 @@ def check_stem(arch: str, stem: str | None):
         raise InputError(f"unknown stem {stem!r}{nearest(stem, STEMS)}")
 
 
+def has_shortcut_choice(arch: str) -> bool:
+    """Whether the network takes both shortcuts: He's five for CIFAR do."""
+    return arch in CONSTRUCTORS and "projection" in CONSTRUCTORS[arch].keywords
+
+
+def check_shortcut(arch: str, shortcut: str | None):
+    """Raises InputError unless the network can be built with this shortcut; None is its default."""
+    if shortcut is not None and not has_shortcut_choice(arch):
+        raise InputError(f"{arch} has its own shortcut; shortcut={shortcut!r} cannot be chosen")
+    if shortcut not in (None, *SHORTCUTS):
+        raise InputError(f"unknown shortcut {shortcut!r}{nearest(shortcut, SHORTCUTS)}")
+
+
 def create_model(
     arch: str,
     num_classes: int = 10,
@@ -42,6 +56,7 @@ def create_model(
     param_dtype=jnp.float32,
     bn_axis_name: str | None = None,
     rngs: nnx.Rngs | None = None,
+    shortcut: str | None = None,
 ) -> nnx.Module:
     """A freshly initialised network in training mode: `[B, H, W, C]` -> `[B, num_classes]`.
 
@@ -55,13 +70,16 @@ def create_model(
       param_dtype: of parameters and running statistics.
       bn_axis_name: pmap axis whose devices share BatchNorm's statistics.
       rngs: left out, `nnx.Rngs(0)`.
+      shortcut: of He's five, where the width changes: "pad" (the default: option A, channels of
+        zero) or "projection" (option B: 1x1 convolution and BatchNorm).
 
     Raises:
-      InputError: an unknown name (the nearest valid one is named), stem or option.
+      InputError: an unknown name (the nearest valid one is named), stem, shortcut or option.
     """
     if arch not in list_models():
         raise InputError(f"unknown architecture {arch!r}{nearest(arch, list_models())}")
     check_stem(arch, stem)
+    check_shortcut(arch, shortcut)
     if not 0 <= dropout < 1:
         raise InputError(f"dropout {dropout} is not in [0, 1)")
     options = dict(
@@ -78,6 +96,8 @@ def create_model(
     options |= dict(zero_init_residual=zero_init_residual, bn_axis_name=bn_axis_name)
     if has_stem_choice(arch):
         options |= dict(stem=stem or "imagenet")
+    if has_shortcut_choice(arch):
+        options |= dict(projection=shortcut == "projection")
     return CONSTRUCTORS[arch](num_classes=num_classes, **options)
 
 
@@ -99,4 +119,5 @@ def create_from_config(
         param_dtype=jnp.float64 if config.dtype == "float64" else jnp.float32,
         bn_axis_name=bn_axis_name,
         rngs=nnx.Rngs(seed),
+        shortcut=config.shortcut,
     )

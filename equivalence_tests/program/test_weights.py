@@ -1,0 +1,470 @@
+"""Files of weights: read whole or refused, whatever they are called and however they are nested."""
+
+import argparse
+import collections
+import hashlib
+import pickle
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from torch import nn
+
+import flax_resnet
+import torch_ref
+from equivalence_tests import inputs, weight_flips
+from equivalence_tests.program.command import refused, run_script
+from flax_resnet import convert, names, serve, torch_file, train, weights
+from flax_resnet.config import InputError, ModelConfig, TrainConfig
+from torch_ref import checkpoint
+
+LOOKS = ["--image-size", 32, "--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.2, 1]
+
+
+@pytest.fixture(autouse=True)
+def no_x64():
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(scope="module")
+def arrays() -> dict:
+    return inputs.make_case("resnet20").arrays
+
+
+@pytest.fixture(scope="module")
+def tensors(arrays) -> dict:
+    return checkpoint.to_tensors(arrays)
+
+
+def other(tensors: dict) -> dict:
+    """Weights of the same network, every number another."""
+    return {name: tensor + 1 for name, tensor in tensors.items()}
+
+
+def prefixed(tensors: dict, prefix: str) -> dict:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def headless(tensors: dict) -> dict:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
+
+
+def saved(folder: Path, content, name="weights.pth", **options) -> Path:
+    torch.save(content, folder / name, **options)
+    return folder / name
+
+
+def same(got: dict, expected: dict) -> bool:
+    return got.keys() == expected.keys() and all(
+        np.array_equal(got[name], np.asarray(expected[name])) for name in expected
+    )
+
+
+# What a file is.
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.PTH", "a.pth.tar", "a.ckpt", "a.bin", "a", "a.sft"])
+def test_the_content_of_a_file_says_what_it_is(arrays, tensors, tmp_path, name):
+    new, legacy, safe = (tmp_path / f"{kind}-{name}" for kind in ("new", "legacy", "safe"))
+    torch.save(tensors, new)
+    weight_flips.save_legacy(legacy, arrays)
+    save_file(arrays, safe)
+    for path in (new, legacy, safe):
+        assert same(weights.load(path)[0], arrays)
+
+
+def test_a_file_of_training_is_read_as_torch_reads_it(tmp_path):
+    net = torch_ref.create_model("resnet20", 7)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.randn(2, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    content = {
+        "epoch": 3,
+        "optimizer": optimizer.state_dict(),
+        "schedule": torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 4]).state_dict(),
+        "random": torch.get_rng_state(),
+        "parameter": net.conv1.weight,
+        "transposed": torch.randn(3, 5).T,
+        "part": torch.arange(20).view(4, 5)[1:, ::2],
+        "narrow": [torch.randn(3).bfloat16(), torch.randn(3).half(), torch.ones(0, 3)],
+        "plain": [torch.Size([3]), torch.device("cpu"), torch.float32, b"bytes", {1, 2}, None],
+        "net": net.state_dict(),
+    }
+    for legacy in (False, True):
+        path = saved(tmp_path, content, _use_new_zipfile_serialization=not legacy)
+        got = torch_file.read(path)
+        assert len([name for name in got if name.startswith("optimizer/state/")]) == 3 * 65
+        assert same(weights.load(path)[0], net.state_dict())
+        for name in ("random", "parameter", "transposed", "part"):
+            assert np.array_equal(got[name], content[name].detach().numpy())
+        for number, tensor in enumerate(content["narrow"]):
+            assert np.array_equal(got[f"narrow/{number}"].astype("f4"), tensor.float().numpy())
+
+
+NO_WEIGHTS = {
+    "empty": (b"", "empty"),
+    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+    "a page": (b"<!DOCTYPE html><title>Not found</title>", "neither a file of torch.save nor"),
+    "a pickle": (pickle.dumps({"fc.bias": 1}), "a pickle, but not of torch.save"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "Keras"),
+    "a header of safetensors alone": (b"\x08\0\0\0\0\0\0\0{}", "truncated"),
+    "a header that promises": (b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", ".safetensors"),
+    "a nested header": (b"\xa0\x86\x01\0\0\0\0\0" + b'{"a":' * 20_000, ".safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_files_of_another_kind_are_named(kind, tmp_path):
+    content, words = NO_WEIGHTS[kind]
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(InputError, match="weights.pth: ") as error:
+        weights.load(tmp_path / "weights.pth")
+    assert words in str(error.value)
+
+
+def test_what_is_no_file_is_not_read():
+    for place in ("/dev/zero", "/dev/null"):
+        with pytest.raises(InputError, match=f"{place} is no regular file"):
+            weights.load(Path(place))
+
+
+@pytest.mark.parametrize("kind", weight_flips.KINDS)
+def test_a_file_that_is_cut_off_is_called_truncated(kind, arrays, tmp_path):
+    weight_flips.KINDS[kind](tmp_path / "whole", arrays)
+    whole = (tmp_path / "whole").read_bytes()
+    for length in (200, len(whole) // 2, len(whole) - 1000, len(whole) - 1):
+        (tmp_path / "cut").write_bytes(whole[:length])
+        with pytest.raises(InputError, match="truncated"):
+            weights.load(tmp_path / "cut")
+
+
+def test_no_flipped_bit_of_a_pth_gives_other_weights():
+    """Few numbers, so that many of the bits are those of names, sizes and the zip itself."""
+    few = {"layer1.0.conv1.weight": np.ones((2, 1, 1, 1), "f4"), "fc.bias": np.arange(9.0)}
+    found = weight_flips.count(".pth", few, 400, lambda path: weights.load(path)[0])
+    assert found["other weights"] == 0 and found["refused"] > 200
+    network = weight_flips.count(".pth", weight_flips.network(), 30)
+    assert network["other weights"] == 0 and network["refused"] > 25
+
+
+def test_flipped_bits_in_formats_without_checksums_never_end_in_another_error():
+    few = {"layer1.0.conv1.weight": np.ones((2, 1, 1, 1), "f4"), "fc.bias": np.arange(9.0)}
+    for kind in (".pth before PyTorch 1.6", ".safetensors"):
+        found = weight_flips.count(kind, few, 300, lambda path: weights.load(path)[0])
+        assert found["refused"] > 50
+
+
+def test_a_checksum_in_the_name_is_held_against_the_file(arrays, tmp_path):
+    weight_flips.save_legacy(tmp_path / "a-0123abcd.th", arrays)
+    assert "DAMAGED OR RENAMED" in weights.load(tmp_path / "a-0123abcd.th")[1]
+    content = (tmp_path / "a-0123abcd.th").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    path = (tmp_path / "a-0123abcd.th").rename(tmp_path / f"a-{digest}.th")
+    assert weights.load(path)[1] == "a-" + digest + ".th: its SHA-256 is that of its name"
+    path = path.rename(tmp_path / "a-20240131.th")  # a date
+    assert weights.load(path)[1] == ""
+
+
+# What a file must not hold.
+
+
+class Net(nn.Linear):
+    pass
+
+
+FOREIGN = {
+    "a namespace": (lambda w: {"state_dict": w, "args": argparse.Namespace(lr=1)}, "Namespace"),
+    "a number of NumPy": (lambda w: {"state_dict": w, "best": np.float64(1)}, "numpy.float64"),
+    "an array": (lambda w: {"fc.bias": np.ones(3)}, "numpy.ndarray"),
+    "a module": (lambda w: Net(2, 3), "test_weights.Net"),
+    "code": (lambda w: {"fc.bias": Code()}, "builtins.print"),
+    "eight bits": (lambda w: {"fc.bias": torch.ones(3).to(torch.float8_e5m2)}, "torch."),
+    "sparse": (lambda w: {"fc.weight": torch.eye(3).to_sparse()}, "torch."),
+}
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_neither_tensor_nor_plain_is_named(kind, legacy, tensors, tmp_path, capsys):
+    content, name = FOREIGN[kind]
+    path = saved(tmp_path, content(tensors), _use_new_zipfile_serialization=not legacy)
+    capsys.readouterr()
+    with pytest.raises(InputError) as error:
+        weights.load(path)
+    message = str(error.value)
+    assert name in message and "torch.save(model.state_dict(), FILE)" in message
+    assert message.isprintable() and capsys.readouterr().out == ""
+
+
+def test_torchscript_is_named(tmp_path):
+    torch.jit.script(nn.Linear(2, 3)).save(tmp_path / "a.pt")
+    with pytest.raises(InputError, match=r"a TorchScript program.*torch.jit.load\(FILE\)"):
+        weights.load(tmp_path / "a.pt")
+
+
+def forged(path: Path, pickled: bytes) -> Path:
+    """A zip as torch.save makes them, around this pickle."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/data/0", bytes(4))
+    return path
+
+
+def deep(levels: int) -> bytes:
+    return b"\x80\x02" + b"}X\x01\0\0\0a" * levels + b"}" + b"s" * levels + b"."
+
+
+def shared(levels: int) -> bytes:
+    """Every list holds the one before it twice: 2^levels paths."""
+    content = []
+    for _ in range(levels):
+        content = [content, content]
+    return pickle.dumps(content, 2)
+
+
+TRAPS = {
+    "deep": deep(100_000),
+    "shared": shared(200),
+    "a memo of gigabytes": b"\x80\x02}r\xff\xff\xff\x7f.",
+    "a text of gigabytes": b"\x80\x04\x8d\0\0\0\0\xff\0\0\0.",
+    "bytes of gigabytes": b"\x80\x05\x96\0\0\0\0\xff\x7f\0\0.",
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_traps_are_refused_at_once(trap, tmp_path):
+    path, started = forged(tmp_path / "trap.pth", TRAPS[trap]), time.monotonic()
+    with pytest.raises(InputError, match="trap.pth: "):
+        weights.load(path)
+    assert time.monotonic() - started < 5
+
+
+def tensor_of_one_number(offset: int, size: int, stride: int) -> bytes:
+    """The pickle of {"fc.bias": such a view of a storage of one float}."""
+    offset, size, stride = (
+        b"J" + n.to_bytes(4, "little", signed=True) for n in (offset, size, stride)
+    )
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\00X\3\0\0\0cpuK\1tQ"
+    rest = storage + offset + size + b"\x85" + stride + b"\x85" + b"\x89NtRs."
+    return b"\x80\2}X\7\0\0\0fc.biasctorch._utils\n_rebuild_tensor_v2\n(" + rest
+
+
+def test_tensors_that_reach_out_of_their_storage_are_refused(tmp_path):
+    path = forged(tmp_path / "a.pth", tensor_of_one_number(0, 1, 1))
+    assert same(weights.load(path)[0], {"fc.bias": np.zeros(1)})
+    for numbers in ((0, 2, 1), (1, 1, 1), (-1, 1, 1), (0, 2, -1), (0, -1, 1)):
+        with pytest.raises(InputError, match="damaged: a tensor"):
+            weights.load(forged(path, tensor_of_one_number(*numbers)))
+
+
+STRANGE = {
+    "a stage of millions": ["layer999999999.99999999999999.conv1.weight"],
+    "a block of millions": ["layer1.99999999999999.conv1.weight"],
+    "a stage of Hugging Face": [f"encoder.stages.{'9' * 6000}.layers.0.layer.0.convolution.weight"],
+    "a name of megabytes": ["layer1." + "a." * 2_000_000 + "weight"],
+    "many names": [f"layer1.0.x\x1b[31m\u202e{i}" for i in range(9_000)],
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_strange_names_are_answered_at_once_in_a_short_line(kind):
+    started = time.monotonic()
+    strange = {name: np.ones(1, np.float32) for name in STRANGE[kind]}
+    with pytest.raises(InputError) as error:
+        flax_resnet.load_state_dict(flax_resnet.create_model("basic_cnn"), strange)
+    message = str(error.value)
+    assert len(message) < 2_000 and message.isprintable() and "nearest architecture" in message
+    assert time.monotonic() - started < 10
+
+
+def test_more_entries_than_any_network_has_are_refused():
+    with pytest.raises(InputError, match="1,000,000 entries"):
+        names.choose(dict.fromkeys(map(str, range(10**6))))
+
+
+@pytest.mark.parametrize("shape", [(10**12, 0), (0, 10**12), (10**9, 0, 3, 3)])
+def test_huge_shapes_are_only_compared(shape):
+    strange = {name: np.ones(shape) for name in ("fc.weight", "conv1.weight")}
+    with pytest.raises(InputError, match="nearest architecture"):
+        flax_resnet.load_state_dict(flax_resnet.create_model("basic_cnn"), strange)
+
+
+# Which of a file's tensors are taken.
+
+FORMS = {
+    "alone": (lambda w: w, ""),
+    "net": (lambda w: {"net": w, "acc": 93.1, "epoch": 3}, "under 'net'"),
+    "model_state": (lambda w: {"model_state": w}, "under 'model_state'"),
+    "deep": (lambda w: {"a": {"b": [{"weights": w}]}}, "under 'a/b/0/weights'"),
+    "a pair": (lambda w: (w, {"lr": 0.1}), "under '0'"),
+    "Lightning": (
+        lambda w: {"state_dict": prefixed(w, "model.") | {"criterion.weight": torch.ones(7)}},
+        "under 'state_dict'; prefix 'model.' dropped; left out: criterion.weight",
+    ),
+    "an average": (
+        lambda w: {"n_averaged": torch.tensor(3)} | prefixed(w, "module."),
+        "prefix 'module.' dropped; left out: n_averaged",
+    ),
+    "any prefix": (lambda w: prefixed(w, "my.own_net."), "prefix 'my.own_net.' dropped"),
+    "beside its average": (
+        lambda w: {"state_dict": w, "state_dict_ema": other(w)},
+        "under 'state_dict'; averaged weights are under state_dict_ema: --ema takes them",
+    ),
+    "beside its average in one mapping": (
+        lambda w: prefixed(w, "model.") | prefixed(other(w), "model_ema.module."),
+        "prefix 'model.' dropped; averaged weights are under model_ema.module: --ema takes them",
+    ),
+    "beside the optimizer": (
+        lambda w: {"state_dict": w, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}},
+        "under 'state_dict'; left out: optimizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_weights_are_found_and_what_was_taken_is_said(form, arrays, tensors, tmp_path):
+    wrap, said = FORMS[form]
+    path = saved(tmp_path, wrap(tensors))
+    got, line = weights.load(path)
+    assert same(got, arrays)
+    assert line == (f"weights.pth: {said}" if said else "")
+
+
+def test_the_average_is_taken_where_it_is_asked_for(tensors, tmp_path):
+    path = saved(tmp_path, {"model": tensors, "model_ema": other(tensors)})
+    assert same(weights.load(path, ema=True)[0], other(tensors))
+    assert same(weights.load(path, "model_ema")[0], other(tensors))
+    assert same(weights.load(path, "model")[0], tensors)
+    path = saved(tmp_path, {"model": tensors})
+    with pytest.raises(InputError, match="--ema: no averaged weights; there are model"):
+        weights.load(path, ema=True)
+
+
+def test_of_several_networks_none_is_guessed(tensors, tmp_path):
+    path = saved(tmp_path, {"student": {"net": tensors}, "critic": other(tensors)})
+    with pytest.raises(InputError, match="several networks: student.net, critic; .*--weights-key"):
+        weights.load(path)
+    for key in ("critic", "student", "student.net", "student/net", "net"):
+        expected = other(tensors) if key == "critic" else tensors
+        assert same(weights.load(path, key)[0], expected)
+    with pytest.raises(InputError, match="no network under 'x'; there are student.net, critic"):
+        weights.load(path, "x")
+
+
+def test_what_was_taken_is_printed_by_the_command(tensors, arrays, tmp_path):
+    path = saved(tmp_path, {"net": tensors, "net_ema": other(tensors)})
+    for flags, expected in (([], arrays), (["--ema"], {n: a + 1 for n, a in arrays.items()})):
+        out = tmp_path / "out.pth.tar"
+        outcome = run_script("convert.py", path, out, "--overwrite", *flags)
+        assert outcome.status == 0, outcome.err
+        assert outcome.out.startswith("weights.pth: under 'net")
+        assert same(weights.load(out)[0], expected)
+    refused(run_script("convert.py", path, tmp_path / "no.pth", "--weights-key", "x"), "'x'", "net")
+
+
+@pytest.mark.parametrize("kind", ["module.backbone.", "module.encoder_q."])
+def test_a_backbone_becomes_a_run_with_a_new_head(kind, tensors, arrays, tmp_path):
+    given = tensors if "encoder" in kind else headless(tensors)
+    content = prefixed(given, kind) | {"head.weight": torch.ones(3, 9), "head.bias": torch.ones(3)}
+    if "encoder" in kind:
+        content |= prefixed(other(tensors), "module.encoder_k.") | {"queue": torch.ones(3)}
+    path = saved(tmp_path, {"state_dict": content})
+    outcome = run_script("convert.py", path, tmp_path / "run", "--class-names", "a,b,c", *LOOKS)
+    assert outcome.status == 0, outcome.err
+    assert "its head new and untrained" in outcome.out and "left out: " in outcome.out
+    run = serve.load_run(tmp_path / "run")
+    got = convert.state_dict(run.network.to_model(run.variables))
+    assert got["fc.weight"].shape == (3, 64) and run.config.model.num_classes == 3
+    assert same(headless(got), headless(arrays))
+    refused(run_script("convert.py", path, tmp_path / "out.pth"), "no head (fc) in it")
+
+
+def fine_tuned(source: Path, num_classes=3, **options) -> tuple[dict, list]:
+    """The weights that a training begins with, and what it says of them."""
+    model, said = flax_resnet.create_model("resnet20", num_classes), []
+    config = TrainConfig(
+        init_from=str(source), model=ModelConfig(num_classes=num_classes), **options
+    )
+    train._fine_tune(model, config, said.append)
+    return flax_resnet.state_dict(model), said
+
+
+def test_fine_tuning_starts_from_any_file(tensors, arrays, tmp_path):
+    new_head = "the head is new: 3 classes"
+    path = saved(tmp_path, tensors)  # of 7 classes
+    got, said = fine_tuned(path)
+    assert same(headless(got), headless(arrays)) and said == [new_head]
+    got, said = fine_tuned(path, num_classes=7)
+    assert same(got, arrays) and said == []
+    got, said = fine_tuned(saved(tmp_path, {"net": headless(tensors)}))
+    assert same(headless(got), headless(arrays)) and said == ["weights.pth: under 'net'", new_head]
+    contrastive = prefixed(tensors, "encoder_q.") | prefixed(other(tensors), "encoder_k.")
+    path = saved(tmp_path, contrastive | {"encoder_q.fc.2.weight": torch.ones(3, 3)})
+    got, said = fine_tuned(path, num_classes=7)
+    assert same(headless(got), headless(arrays)) and said[1:] == ["the head is new: 7 classes"]
+    got, _ = fine_tuned(path, ema=True)
+    assert same(headless(got), headless(other(tensors)))
+    got, _ = fine_tuned(path, weights_key="encoder_k")
+    assert same(headless(got), headless(other(tensors)))
+
+
+def test_flags_of_weights_need_weights():
+    for flag in ({"ema": True}, {"weights_key": "net"}):
+        with pytest.raises(ValueError, match="needs init_from"):
+            TrainConfig(**flag)
+
+
+# What the numbers may be.
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.int32])
+def test_counts_are_int64_whatever_they_were(kind, tensors, arrays, tmp_path):
+    changed = {n: t.to(kind) if "num_batches" in n else t for n, t in tensors.items()}
+    path = saved(tmp_path, changed)
+    written = []
+    for source in (saved(tmp_path, tensors, "plain.pth"), path):
+        outcome = run_script("convert.py", source, tmp_path / "out.safetensors", "--overwrite")
+        assert outcome.status == 0, outcome.err
+        written.append((tmp_path / "out.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+IMPOSSIBLE = {
+    "a negative variance": ("bn1.running_var", lambda a: a * -1, "has negative values"),
+    "half a batch": ("bn1.num_batches_tracked", lambda a: np.float32(0.5), "no count"),
+    "a negative count": ("bn1.num_batches_tracked", lambda a: np.int64(-1), "no count"),
+    "an infinite count": ("bn1.num_batches_tracked", lambda a: np.float16(np.inf), "non-finite"),
+    "beyond float32": ("conv1.weight", lambda a: a.astype("f8") * 1e60, "too large for float32"),
+}
+
+
+@pytest.mark.parametrize("kind", IMPOSSIBLE)
+def test_impossible_numbers_are_refused_and_nothing_is_loaded(kind, arrays):
+    name, change, words = IMPOSSIBLE[kind]
+    model = flax_resnet.create_model("resnet20", 7)
+    before = flax_resnet.state_dict(model)
+    with pytest.raises(InputError, match=words) as error:
+        flax_resnet.load_state_dict(model, arrays | {name: change(arrays[name])})
+    assert name in str(error.value) and same(flax_resnet.state_dict(model), before)
+
+
+def test_reading_weights_does_not_bring_torch(tensors, tmp_path):
+    path = saved(tmp_path, collections.OrderedDict(tensors))
+    code = (
+        "import sys; from pathlib import Path; from flax_resnet import weights;"
+        f"weights.load(Path({str(path)!r})); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
