@@ -30,7 +30,7 @@ from flax_resnet.views import config_from_file, read_config
 PROGRAM_SUFFIXES = (".stablehlo", ".onnx")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *PROGRAM_SUFFIXES)
 MODEL_FLAGS = ("arch", "stem", "shortcut")
-DATA_FLAGS = ("dataset", "image_size", "resize_size", "grayscale", "mean", "std")
+DATA_FLAGS = ("dataset", "image_size", "resize_size", "grayscale", "exif_transpose", "mean", "std")
 
 
 def parse():

@@ -398,8 +398,8 @@ def test_predict_prints_each_row_when_it_comes(capsys):
 def test_predict_says_what_lies_on_its_side(insects, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    for name in ("one.jpg", "two.jpg"):
-        Image.new("RGB", (12, 16)).save(tmp_path / name, exif=exif if name == "one.jpg" else None)
+    for name, header in (("one.jpg", exif), ("two.jpg", Image.Exif())):
+        Image.new("RGB", (12, 16)).save(tmp_path / name, exif=header)
     outcome = run_script("predict.py", insects, tmp_path, "--json", "-")
     assert outcome.status == 0 and len(json.loads(outcome.out)) == 2
     assert "1 of 2 images carry an EXIF rotation that is not applied; the run was" in outcome.err

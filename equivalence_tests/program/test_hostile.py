@@ -127,15 +127,14 @@ def test_a_file_s_name_in_a_table_is_only_a_name(capsys):
     assert "photos/img[a].jpg :b: [red]" in capsys.readouterr().out
 
 
-def test_names_in_any_script_are_drawn_without_a_warning(tmp_path):
+def test_names_in_any_script_are_drawn_without_a_warning(tmp_path, monkeypatch):
     """In a font that has them, or as numbers where no font does."""
-    names = ["鳥", "птица", "ptak", "a\u202eb", "\U0010fffd"]
+    names = ["鳥", "птица", "ptak", "a\u202eb"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plots.confusion_matrix(tmp_path / "matrix.png", np.eye(5, dtype=int), names)
-    shown, families = plots._writable(names)
-    assert shown[1:] == ["птица", "ptak", "a\\u202eb", "4"] and shown[0] in ("0", "鳥")
-    assert "DejaVu Sans" in families
+        plots.confusion_matrix(tmp_path / "matrix.png", np.eye(4, dtype=int), names)
+    monkeypatch.setattr(plots.font_manager.fontManager, "ttflist", [])
+    assert plots._writable(names) == (["0", "птица", "ptak", "a\\u202eb"], ["DejaVu Sans"])
 
 
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):

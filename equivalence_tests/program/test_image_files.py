@@ -92,6 +92,8 @@ NOT_SAID = {
     "signed 16 bits": tiff(LEVELS.astype("<i2") * 128, tags={339: 2}),
     "signed 8 bits": tiff(LEVELS.astype("u1"), 8, {339: 2}),
     "negative": tiff(LEVELS.astype("<i4") - 9, 32, {339: 2}),
+    "half precision": tiff((LEVELS / 255).astype("<f2"), tags={339: 3}),
+    "white is zero, high byte first": tiff(LEVELS.astype(">u2") * 257, tags={262: 0}, order=">"),
     "12 bits of 16 in a PNG": encoded(Image.fromarray(LEVELS.astype("<u2") * 16), format="PNG"),
     "12 bits of 16 in a PGM": pgm(65535, LEVELS * 16),
     "12 bits of 16 in a PPM": pgm(65535, DEEP_COLOURS, magic="P6"),
@@ -101,7 +103,7 @@ NOT_SAID = {
 @pytest.mark.parametrize("kind", NOT_SAID)
 def test_gray_of_a_depth_that_is_not_known_is_refused(kind):
     """It would be nearly black, or another image."""
-    with pytest.raises(InputError, match="not a readable image .*(bits|signed)"):
+    with pytest.raises(InputError, match="not a readable image .*(bits|signed|TIFF)"):
         decode_image(io.BytesIO(NOT_SAID[kind]), 1, name=kind)
 
 

@@ -110,12 +110,20 @@ def decode_image(
             MEMORY.take(image.width * image.height * _BYTES_A_PIXEL)
             pixels = np.asarray(_convert(image, channels, exif_transpose))
     except UnidentifiedImageError:
-        reason = "no known format"
+        reason = _unidentified(file)
     except Exception as error:  # decoders raise anything on a broken file
         reason = printable(" ".join(str(error).split()) or type(error).__name__, 400)
     else:
         return pixels.reshape(*pixels.shape[:2], channels)
     raise BadImage(f"{printable(name, _LONGEST_NAME)}: not a readable image ({reason})")
+
+
+def _unidentified(file: str | os.PathLike | BinaryIO) -> str:
+    """Why PIL finds nothing to decode: it says the same of a TIFF with other samples."""
+    with contextlib.nullcontext(file) if hasattr(file, "read") else open(file, "rb") as stream:
+        stream.seek(0)
+        is_tiff = stream.read(4) in (b"II*\0", b"MM\0*")
+    return "a TIFF of samples that Pillow does not read" if is_tiff else "no known format"
 
 
 def _check_size(width: int, height: int):

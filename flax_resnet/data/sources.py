@@ -162,9 +162,12 @@ class DataSet:
             yield f"left out: {printable(path)} ({reason})"
         if more := self.bad_images[_NAMED:]:
             yield f"left out: {len(more):,} more"
-        if self.passed_over:
-            kinds = listed(f"{count:,} {kind}" for kind, count in self.passed_over.most_common())
-            yield f"passed over, as not named as images: {kinds}"
+        files = self.passed_over - Counter({HIDDEN_FOLDER: self.passed_over[HIDDEN_FOLDER]})
+        if files:
+            kinds = listed(f"{count:,} {suffix}" for suffix, count in files.most_common())
+            yield f"passed over: {self.ignored_files:,} file(s) not named as images: {kinds}"
+        if folders := self.passed_over[HIDDEN_FOLDER]:
+            yield f"passed over: {folders:,} {HIDDEN_FOLDER}(s)"
         if self.turned[0]:
             yield turned_remark(*self.turned, why_turned)
 
