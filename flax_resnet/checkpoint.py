@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -36,15 +37,13 @@ _MANIFEST = "manifest.json"
 _DOCUMENT = "document/metadata"
 _UNKNOWN = -1  # step
 
-# Orbax logs tracebacks of what is raised, and damage that is told here in a line.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-
 
 class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(self, directory: Path | str, *, say: Callable[[str], None] = print):
         self.directory = Path(directory).absolute()
+        _quieten()
         self._say, self._said = say, set()
         self._damage = functools.cache(damage)  # until the next save: a check reads every file
         # Which steps to keep is decided here: Orbax forgets which is the best when a run goes on,
@@ -109,7 +108,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except ValueError as error:
             if fault := _fault_of_the_disk(str(error)):
-                raise OSError(fault, os.strerror(fault), str(self.directory)) from None
+                raise OSError(fault, os.strerror(fault).lower(), str(self.directory)) from None
             raise
         if distributed.is_first():
             _write_manifest(self.directory / str(step))
@@ -204,6 +203,20 @@ class Checkpoints:
         ]
         if faults:
             raise InputError(f"checkpoint of step {step} does not fit: {'; '.join(faults)}")
+
+
+@functools.cache
+def _quieten():
+    """What is raised or told in a line here is not printed with a traceback as well: Orbax logs it,
+    and after the first of several failed writes the others find their event loop closed."""
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    print_traceback = sys.unraisablehook
+
+    def unless_closed(seen):
+        if "Event loop is closed" not in str(seen.exc_value):
+            print_traceback(seen)
+
+    sys.unraisablehook = unless_closed
 
 
 def steps_in(directory: Path) -> list[int]:

@@ -101,12 +101,13 @@ def test_a_save_that_fails_is_told_at_the_next_step(tmp_path, monkeypatch, code)
 def test_a_limit_of_file_size_ends_a_run_in_one_line(tmp_path):
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (99999, -1));"
     limited += " runpy.run_path(sys.argv[0], run_name='__main__')"
-    words = ["scripts/train.py", "--smoke", "--arch", "basic_cnn", "--run-dir", str(tmp_path / "r")]
+    words = ["scripts/train.py", "--smoke", "--arch", "basic_cnn", "--no-compilation-cache"]
+    words += ["--devices", "1", "--run-dir", str(tmp_path / "run")]
     code = f"import sys; sys.argv = {words!r}; sys.path.insert(0, 'scripts'); {limited}"
     command = [sys.executable, "-c", code]
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert outcome.returncode == 2, outcome.stderr
-    assert outcome.stderr.count("\n") == 1 and "File too large" in outcome.stderr
+    assert outcome.stderr.count("\n") == 1 and "file too large" in outcome.stderr
 
 
 def test_a_failed_save_ends_the_training(tmp_path, monkeypatch):
