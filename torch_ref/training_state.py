@@ -45,11 +45,11 @@ def load(
     if not isinstance(content, Mapping) or content.keys() != parts.keys() | {"step"}:
         raise ValueError(f"{path}: not a training with {', '.join(parts)} and step")
     try:
-        for name, part in parts.items():
+        for name, part in parts.items():  # noqa: B007, which is named below
             part.load_state_dict(content[name])
         return int(content["step"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: of another training: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: of another training, its {name} does not fit") from error
 
 
 def training_arrays(

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import hashlib
+import json
 import pickle
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import save_file
 from torch import nn
 
@@ -392,13 +394,13 @@ def test_a_backbone_becomes_a_run_with_a_new_head(kind, tensors, arrays, tmp_pat
     refused(run_script("convert.py", path, tmp_path / "out.pth"), "no head (fc) in it")
 
 
-def fine_tuned(source: Path, num_classes=3, **options) -> tuple[dict, list]:
+def fine_tuned(source: Path, num_classes=3, class_names=(), **options) -> tuple[dict, list]:
     """The weights that a training begins with, and what it says of them."""
     model, said = flax_resnet.create_model("resnet20", num_classes), []
     config = TrainConfig(
         init_from=str(source), model=ModelConfig(num_classes=num_classes), **options
     )
-    train._fine_tune(model, config, said.append)
+    train._fine_tune(model, config, class_names, said.append)
     return flax_resnet.state_dict(model), said
 
 
@@ -419,6 +421,52 @@ def test_fine_tuning_starts_from_any_file(tensors, arrays, tmp_path):
     assert same(headless(got), headless(other(tensors)))
     got, _ = fine_tuned(path, weights_key="encoder_k")
     assert same(headless(got), headless(other(tensors)))
+
+
+@pytest.fixture(scope="module")
+def runs(arrays, tmp_path_factory) -> dict[str, Path]:
+    """One network that knows its classes in two orders, and one whose numbers overflow."""
+    folder = tmp_path_factory.mktemp("runs")
+    turned = {name: arrays[name][::-1] for name in ("fc.weight", "fc.bias")}
+    huge = {"fc.weight": np.full_like(arrays["fc.weight"], 3e38)}
+    kinds = {"plain": ({}, "abcdefg"), "turned": (turned, "gfedcba"), "huge": (huge, "abcdefg")}
+    for kind, (changed, letters) in kinds.items():
+        checkpoint.save(folder / f"{kind}.pth", arrays | changed)
+        flags = ["--class-names", ",".join(letters), *LOOKS]
+        outcome = run_script("convert.py", folder / f"{kind}.pth", folder / kind, *flags)
+        assert outcome.status == 0, outcome.err
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), np.uint8)
+    for split in ("train", "val", "test"):
+        for letter, image in zip("abcdefg", pixels, strict=True):
+            (folder / "set" / split / letter).mkdir(parents=True)
+            Image.fromarray(image).save(folder / "set" / split / letter / "0.png")
+    return {kind: folder / kind for kind in (*kinds, "set")}
+
+
+def test_classes_are_matched_by_name(runs, arrays, tmp_path):
+    figures = []
+    for kind in ("plain", "turned"):
+        flags = ["--dataset", f"folder:{runs['set']}", "--json", tmp_path / f"{kind}.json"]
+        outcome = run_script("evaluate.py", runs[kind], *flags)
+        assert outcome.status == 0, outcome.err
+        figures.append(json.loads((tmp_path / f"{kind}.json").read_text()))
+    assert figures[0]["loss"] == pytest.approx(figures[1]["loss"])
+    assert figures[0]["accuracy"] == figures[1]["accuracy"]
+    got, said = fine_tuned(runs["turned"], 7, class_names="abcdefg")
+    assert same(got, arrays) and "another order, matched by name" in said[0]
+    got, said = fine_tuned(runs["turned"], 7, class_names="tuvwxyz")
+    assert np.array_equal(got["fc.bias"], arrays["fc.bias"][::-1]) and said == []
+
+
+def test_what_is_no_number_is_not_written(runs, tmp_path):
+    out = tmp_path / "out.json"
+    predicted = run_script("predict.py", runs["huge"], runs["set"] / "test", "--json", out)
+    evaluated = run_script(
+        "evaluate.py", runs["huge"], "--dataset", f"folder:{runs['set']}", "--json", out
+    )
+    for outcome, words in ((predicted, "no finite probabilities"), (evaluated, "the loss is")):
+        assert outcome.status == 1 and words in outcome.err and outcome.err.count("\n") == 1
+    assert not out.exists()
 
 
 def test_flags_of_weights_need_weights():
