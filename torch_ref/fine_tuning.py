@@ -25,7 +25,7 @@ def start_from(model: nn.Module, source: Path, *, new_head: bool = False) -> Non
         arrays |= checkpoint.to_arrays({name: own[name] for name in head})
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
     given = {name: array.shape for name, array in arrays.items()}
-    if wrong := sorted({name for name, _ in shapes.items() ^ given.items()}):
+    if wrong := [name for name in shapes | given if shapes.get(name) != given.get(name)]:
         count = f" and {len(wrong) - 5:,} more" if len(wrong) > 5 else ""
         names = ", ".join(f"{name[:80]!r}" for name in wrong[:5])
         raise ValueError(

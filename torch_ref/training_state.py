@@ -45,7 +45,7 @@ def load(
     if not isinstance(content, Mapping) or content.keys() != parts.keys() | {"step"}:
         raise ValueError(f"{path}: not a training with {', '.join(parts)} and step")
     try:
-        for name, part in parts.items():  # noqa: B007, which is named below
+        for name, part in parts.items():
             part.load_state_dict(content[name])
         return int(content["step"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:

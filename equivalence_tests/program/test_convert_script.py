@@ -225,6 +225,9 @@ WRONG_WORDS = [
     (["out.pth", "--config", "c.json"], ["--config", ".pth"]),
     (["out.pt", "--training", "--arch", "resnet20"], ["--arch", ".pt"]),
     (["out.pt", "--training"], ["--training", "run directory"]),
+    (["out.pt", "--training", "--ema"], ["--ema", "--training"]),
+    (["out.pth", "--shortcut", "projection"], ["missing layer2.0.downsample"]),
+    (["out.pth", "--weights-key", "net"], ["--weights-key", "'net'"]),
     (["out", "--clas-names", "a"], ["--class-names"]),
 ]
 

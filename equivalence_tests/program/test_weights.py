@@ -494,6 +494,8 @@ IMPOSSIBLE = {
     "a negative variance": ("bn1.running_var", lambda a: a * -1, "has negative values"),
     "half a batch": ("bn1.num_batches_tracked", lambda a: np.float32(0.5), "no count"),
     "a negative count": ("bn1.num_batches_tracked", lambda a: np.int64(-1), "no count"),
+    "a count beyond int32": ("bn1.num_batches_tracked", lambda a: np.int64(2**40), "too large for"),
+    "a count beyond int64": ("bn1.num_batches_tracked", lambda a: np.float32(1e30), "no count"),
     "an infinite count": ("bn1.num_batches_tracked", lambda a: np.float16(np.inf), "non-finite"),
     "beyond float32": ("conv1.weight", lambda a: a.astype("f8") * 1e60, "too large for float32"),
 }
