@@ -1,6 +1,7 @@
 """Whether two networks give the images of a data set the same classes, in float32."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -69,9 +70,9 @@ def _jax_logits(case, data):
     )
     network = steps.Network(flax_resnet.load_state_dict(model, case.arrays))
     preprocess = steps.Preprocess(data.mean, data.std)
-    return jax.jit(
-        lambda images: steps.predict_logits(network, preprocess, network.initial, images)
-    )
+    # Weights are an argument: as constants the compiler would compute with them beforehand.
+    logits = jax.jit(functools.partial(steps.predict_logits, network, preprocess))
+    return functools.partial(logits, network.initial)
 
 
 def _torch_logits(case, model):

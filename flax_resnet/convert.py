@@ -223,7 +223,7 @@ def _fault(name: str, array, shape: tuple) -> str | None:
         return f"{name} has type {array.dtype} instead of a floating one"
     if not np.isfinite(array).all():
         return f"{name} has non-finite values"
-    if _is_count(name) and ((array < 0) | (array != np.floor(array))).any():
+    if _is_count(name) and ((array < 0) | (array >= 2.0**63) | (array != np.floor(array))).any():
         return f"{name} is {array}, no count"
     if name.endswith("running_var") and (array < 0).any():
         return f"{name} has negative values"
@@ -253,9 +253,8 @@ _DEPTHS = {arch: CONSTRUCTORS[arch].args[-1] for arch in CONSTRUCTORS} | {"basic
 
 
 def _fits(array: np.ndarray, dtype) -> bool:
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return True
-    return not array.size or np.abs(array).max() <= float(jnp.finfo(dtype).max)
+    limits = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype)
+    return not array.size or np.abs(array).max() <= float(limits.max)
 
 
 def _depths(arrays) -> tuple[int, ...]:

@@ -28,6 +28,10 @@ Program = Callable[[np.ndarray], np.ndarray]
 """uint8 images `[B, H, W, C]` -> logits `[B, K]`."""
 
 PLATFORMS = ("cpu", "cuda")
+UNFOLDED = {"xla_disable_hlo_passes": "constant_folding"}
+"""For programs that are called a few times: to compute with their weights beforehand, which are
+constants here, takes the compiler minutes, and it says so in ten lines an instruction."""
+
 BATCH_SIZES = (1, 3)
 """With which an exported program is called before it has its name."""
 
@@ -85,7 +89,8 @@ def write_stablehlo(path: Path, served: LoadedRun, run: LoadedRun):
 
 
 def _load_stablehlo(path: Path) -> Program:
-    return jax.export.deserialize(bytearray(path.read_bytes())).call
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    return jax.jit(exported.call, compiler_options=UNFOLDED)
 
 
 def write_program(
@@ -106,7 +111,7 @@ def write_program(
 
 
 def _compare_logits(got, run: LoadedRun, images, path: Path):
-    own, exact = np.asarray(jax.jit(run.logits)(images)), _exact_logits(run, images)
+    own, exact = _logits(run, images), _exact_logits(run, images)
     if run.config.model.dtype == "float64":
         bound = ERROR_FLOAT64
     else:
@@ -125,7 +130,11 @@ def _exact_logits(run: LoadedRun, images) -> np.ndarray:
     wide = replace(run.config, model=replace(run.config.model, dtype="float64"))
     with jax.enable_x64(True):
         exact = adopt.as_run(arrays, wide, run.class_names, run.channels)
-        return np.asarray(jax.jit(exact.logits)(images))
+        return _logits(exact, images)
+
+
+def _logits(run: LoadedRun, images) -> np.ndarray:
+    return np.asarray(jax.jit(run.logits, compiler_options=UNFOLDED)(images))
 
 
 def _distance(got, reference) -> float:

@@ -139,12 +139,14 @@ def load_weights(
     key: str | None = None,
     *,
     ema: bool = False,
+    class_names: Sequence[str] = (),
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, np.ndarray]:
     """Weights of a run directory or a file, under torchvision's names and in torch's layouts.
 
     Args:
       key, ema: which of the networks in a file, as `names.choose` takes them.
+      class_names: in whose order the head is wanted, of a run with the same classes in another.
       say: is told in a line what was taken, where there is anything to tell.
 
     Raises:
@@ -156,7 +158,12 @@ def load_weights(
             raise InputError(f"{path} is a run, which has one network: no --weights-key, no --ema")
         with _kept_settings():
             run = load_run(path)
-            return convert.state_dict(run.network.to_model(run.variables))
+            arrays = convert.state_dict(run.network.to_model(run.variables))
+        if tuple(class_names) == run.class_names or sorted(class_names) != sorted(run.class_names):
+            return arrays
+        say(f"{path}: the same classes in another order, matched by name")
+        order = [run.class_names.index(name) for name in class_names]
+        return arrays | {name: arrays[name][order] for name in ("fc.weight", "fc.bias")}
     arrays, said = weights.load(path, key, ema=ema)
     if said:
         say(said)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -109,7 +109,7 @@ def _begin(
     model = _initial_model(prepared, engine)
     begun = resume and steps_in(run_dir / "checkpoints")
     if config.init_from and not begun:
-        _fine_tune(model, prepared.config, display.say)
+        _fine_tune(model, prepared.config, prepared.dataset.class_names, display.say)
     network = steps.Network(model, freeze_backbone=config.freeze_backbone)
     _check_images(network, prepared, engine.axis_name)
     state = jax.eval_shape(lambda: steps.make_state(network.initial, config))
@@ -160,9 +160,10 @@ def _initial_model(prepared: Prepared, engine: Engine) -> nnx.Module:
     )
 
 
-def _fine_tune(model, config: TrainConfig, say: Callable[[str], object]):
+def _fine_tune(model, config: TrainConfig, class_names: Sequence[str], say: Callable):
     """Weights of another run or file, but for the head where it has to be new."""
-    arrays = load_weights(config.init_from, config.weights_key, ema=config.ema, say=say)
+    options = {"ema": config.ema, "class_names": class_names, "say": say}
+    arrays = load_weights(config.init_from, config.weights_key, **options)
     own = convert.state_dict(model)
     head = {name: array for name, array in own.items() if name.startswith("fc.")}
     fits = all(n in arrays and np.shape(arrays[n]) == array.shape for n, array in head.items())

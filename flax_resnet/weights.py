@@ -80,7 +80,9 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     except (InputError, OSError):
         raise
     except Exception:  # safetensors raises its own, without a common base
-        raise InputError(f"{path}: a damaged .safetensors file") from None
+        raise InputError(
+            f"{path}: a damaged .safetensors file, or one of types that are not read"
+        ) from None
 
 
 def _checked_by_name(path: Path) -> str:

@@ -64,6 +64,8 @@ def parse():
     args.suffix = suffix_of(args.output)
     check_output(args.output, args.suffix, args.overwrite)
     check_flags(args)
+    if args.training and (args.weights_key or args.ema):
+        raise InputError("--weights-key and --ema choose weights; --training takes all of a file")
     if args.fold_batchnorm and args.suffix not in PROGRAM_SUFFIXES:
         raise InputError(f"--fold-batchnorm: only into {' and '.join(PROGRAM_SUFFIXES)}")
     return args

@@ -9,6 +9,7 @@ Exit status: 0 equal, 1 divergent, 2 bad input.
 """
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -233,9 +234,19 @@ def sentence(document: dict) -> str:
     )
 
 
+def finite(value):
+    """The same document with "inf" and "nan" as words: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write(folder: Path, document: dict):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "parity.json").write_text(json.dumps(document, indent=1) + "\n")
+    text = json.dumps(finite(document), indent=1, allow_nan=False)
+    (folder / "parity.json").write_text(text + "\n")
     (folder / "parity.html").write_text(report.page(document))
     report.picture(folder / "parity.png", document["rows"]["training"])
     print(folder / "parity.html")

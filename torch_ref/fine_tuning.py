@@ -23,7 +23,12 @@ def start_from(model: nn.Module, source: Path, *, new_head: bool = False) -> Non
     fits = all(name in arrays and arrays[name].shape == own[name].shape for name in head)
     if new_head or not fits:
         arrays |= checkpoint.to_arrays({name: own[name] for name in head})
-    try:
-        model.load_state_dict(checkpoint.to_tensors(arrays))
-    except RuntimeError as error:  # a line for each name, and there may be hundreds
-        raise ValueError(f"{source}: {' '.join(str(error).split())[:300]}") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    given = {name: array.shape for name, array in arrays.items()}
+    if wrong := [name for name in shapes | given if shapes.get(name) != given.get(name)]:
+        count = f" and {len(wrong) - 5:,} more" if len(wrong) > 5 else ""
+        names = ", ".join(f"{name[:80]!r}" for name in wrong[:5])
+        raise ValueError(
+            f"{source}: of another network: missing, unexpected or of another shape: {names}{count}"
+        )
+    model.load_state_dict(checkpoint.to_tensors(arrays))

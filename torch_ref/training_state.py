@@ -49,7 +49,7 @@ def load(
             part.load_state_dict(content[name])
         return int(content["step"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: of another training: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: of another training, its {name} does not fit") from error
 
 
 def training_arrays(

@@ -225,8 +225,17 @@ WRONG_WORDS = [
     (["out.pth", "--config", "c.json"], ["--config", ".pth"]),
     (["out.pt", "--training", "--arch", "resnet20"], ["--arch", ".pt"]),
     (["out.pt", "--training"], ["--training", "run directory"]),
+    (["out.pt", "--training", "--ema"], ["--ema", "--training"]),
+    (["out.pth", "--shortcut", "projection"], ["missing layer2.0.downsample"]),
+    (["out.pth", "--weights-key", "net"], ["--weights-key", "'net'"]),
     (["out", "--clas-names", "a"], ["--class-names"]),
 ]
+
+
+def test_the_help_names_no_output_that_is_none():
+    outcome = run_script("convert.py", "--help")
+    assert outcome.status == 0 and "or none" not in outcome.out
+    assert "a name without such an end becomes a run directory" in " ".join(outcome.out.split())
 
 
 @pytest.mark.parametrize("arguments,words", WRONG_WORDS, ids=lambda x: " ".join(map(str, x))[:30])

@@ -24,6 +24,8 @@ LOOKS = ["--class-names", "a,b,c,d,e,f,g", "--image-size", 32]
 LOOKS += ["--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.3, 0.4]
 MEAN, STD = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4])
 
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
 CLOSE = 1e-5
 """Relative difference of logits of two float32 programs; test_folding.py is exact."""
 
@@ -118,6 +120,41 @@ def test_onnx_says_what_it_takes_and_keeps_no_path(programs):
     assert notes["resize_size"] == notes["image_size"] == 32
     content = programs["plain.onnx"].read_bytes()
     assert b"site-packages" not in content and str(Path.cwd()).encode() not in content
+
+
+def test_the_snippet_of_the_readme_runs_as_it_is(programs, weights, tmp_path, monkeypatch):
+    for suffix in PROGRAMS:
+        (tmp_path / f"birds{suffix}").symlink_to(programs[f"plain{suffix}"])
+    monkeypatch.chdir(tmp_path)
+    (code,) = [c for c in README.split("```python\n") if "birds.stablehlo" in c.split("```")[0]][
+        -1:
+    ]
+    names = {}
+    exec(code.split("```")[0], names)
+    for logits in (names["logits"], names["onnx_logits"]):
+        assert distance(logits, expected(weights, names["images"])) < CLOSE
+
+
+class SlowToFold:
+    """What takes the compiler more than a second to compute beforehand, of which it complains."""
+
+    image_shape = (1,)
+
+    @staticmethod
+    def logits(images):
+        weights = jnp.asarray(np.random.default_rng(0).normal(size=(1, 500, 500, 1)), jnp.float32)
+        window = ((1, 21, 21, 1), (1, 1, 1, 1), "SAME")
+        return images + jax.lax.reduce_window(weights, 0.0, jax.lax.add, *window).mean()
+
+
+def test_an_export_is_compared_without_a_word_of_the_compiler(tmp_path, capfd):
+    images = np.zeros((2, 1), np.uint8)
+    own = export._logits(SlowToFold, images)
+    exported = jax.export.export(jax.jit(SlowToFold.logits))(images)
+    (tmp_path / "a.stablehlo").write_bytes(exported.serialize())
+    program = export._load_stablehlo(tmp_path / "a.stablehlo")
+    assert np.allclose(program(images), own)
+    assert capfd.readouterr().err == ""
 
 
 def test_evaluate_and_predict_fold_too(run_dir, tmp_path):
