@@ -90,7 +90,7 @@ def check_output(path: Path, suffix: str, overwrite: bool):
         return
     if not overwrite:
         raise InputError(f"{path} exists; replace it with --overwrite")
-    if path.is_dir() and suffix:
+    if path.is_dir() and (suffix or not any(path.iterdir())):
         raise InputError(f"{path} is a directory and no run: it is not replaced")
     if path.is_dir():
         check_usable(path, resume=False, overwrite=True)
