@@ -52,6 +52,13 @@ class Evidence:
         """Of the module, before the step."""
         return np.asarray(self.case.arrays[f"{self.module}.{leaf}"], np.float64)
 
+    def statistic(self, leaf: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A running statistic of the module: before the step, of the subject, of the standard."""
+        name = f"{self.module}.{leaf}"
+        sources = self.case.arrays, self.subject["batch_norm"], self.standard["batch_norm"]
+        before, got, expected = (np.asarray(source[name], np.float64) for source in sources)
+        return before, got, expected
+
     def has(self, prediction) -> bool:
         """Whether the subject has just that."""
         return same(prediction, self.got)
@@ -72,51 +79,64 @@ def same(a, b) -> bool:
     return a.shape == b.shape and np.linalg.norm(a - b) <= SAME * np.linalg.norm(b)
 
 
-def constant(values, spread=1e-6) -> float | None:
-    """The one value that an array has throughout, or None."""
+def constant(values, spread=1e-6, noise=0.0) -> float | None:
+    """The one value that an array has throughout, or None.
+
+    Args:
+      spread: relative differences that are rounding.
+      noise: absolute ones, for a value that may be 0.
+    """
     values = np.asarray(values, np.float64)
     middle = float(np.median(values))
-    return middle if np.abs(values - middle).max() <= spread * abs(middle) else None
+    return middle if np.abs(values - middle).max() <= spread * abs(middle) + noise else None
 
 
 # --- batch_norm ---
 
 
 def moved_by(evidence: Evidence) -> list[str]:
-    """Running statistics that went another share of the way."""
+    """Running statistics that went another share of the way, or towards the biased variance.
+
+    The mean tells the share. With it the variance tells by which factor it differs, so that two
+    faults at once are told apart.
+    """
     if not evidence.row.name.endswith(("running_mean", "running_var")):
         return []
-    old = np.asarray(evidence.case.arrays[evidence.row.name], np.float64)
-    share = constant((evidence.got - old) / (evidence.expected - old))
-    if share is None or evidence.row.name.endswith("running_var") and _is_biased(evidence, old):
+    share = _share_of_the_way(evidence)
+    found = [] if share is None else [*_other_share(evidence, share), *_biased(evidence, share)]
+    return [" and ".join(found)] if found else []
+
+
+def _share_of_the_way(evidence: Evidence) -> float | None:
+    """How far the mean of the module went, where PyTorch's goes 1."""
+    old, got, expected = evidence.statistic("running_mean")
+    return constant((got - old) / (expected - old))
+
+
+def _other_share(evidence: Evidence, share: float) -> list[str]:
+    if abs(share - 1) < 1e-6:
         return []
     if abs(share) < 1e-9:
         return ["momentum is 0: running statistics never move"]
-    if (
-        abs(share - 10 / (evidence.case.arrays[f"{evidence.module}.num_batches_tracked"] + 1))
-        < 1e-9
-    ):
+    batches = evidence.case.arrays[f"{evidence.module}.num_batches_tracked"] + 1
+    if abs(share - 10 / batches) < 1e-9:
         return ["running statistics are means over all batches (momentum=None)"]
     known = " (Flax's default, 0.99)" if abs(share - 0.1) < 1e-6 else ""
     return [f"momentum is {0.1 * share:.4g} instead of 0.1{known}"]
 
 
-def biased_variance(evidence: Evidence) -> list[str]:
-    if not evidence.row.name.endswith("running_var"):
+def _biased(evidence: Evidence, share: float) -> list[str]:
+    """Whether the variances of the batch differ by n / (n - 1)."""
+    old, got, expected = evidence.statistic("running_var")
+    if not share:
         return []
-    old = np.asarray(evidence.case.arrays[evidence.row.name], np.float64)
-    n = _is_biased(evidence, old)
-    return [f"running_var ratio is (n - 1) / n with n = {n}: biased variance"] if n else []
-
-
-def _is_biased(evidence, old) -> int:
-    """The n by whose n / (n - 1) the variances of the batch differ, or 0."""
-    ours, theirs = ((x - 0.9 * old) / 0.1 for x in (evidence.got, evidence.expected))
-    ratio = constant(ours / theirs)
+    ratio = constant((old + (got - old) / (0.1 * share)) / (old + (expected - old) / 0.1))
     if ratio is None or not 0.4 < ratio < 1:
-        return 0
+        return []
     n = 1 / (1 - ratio)
-    return round(n) if abs(n - round(n)) < 1e-3 * n else 0
+    if abs(n - round(n)) > 1e-3 * n:
+        return []
+    return [f"running_var ratio is (n - 1) / n with n = {round(n)}: biased variance"]
 
 
 def not_counted(evidence: Evidence) -> list[str]:
@@ -136,11 +156,18 @@ def other_epsilon(evidence: Evidence) -> list[str]:
     ratio = [np.median(((evidence.got - beta) / expected)[:, c][clear[:, c]])
              for c in range(beta.size)]  # fmt: skip
     variance = _variance(evidence)
-    epsilon = constant((variance + 1e-5) / np.square(ratio) - variance, spread=1e-3)
-    if epsilon is None or epsilon < 0:
+    found = (variance + 1e-5) / np.square(ratio) - variance
+    epsilon = constant(found, spread=1e-6, noise=_EPS_NOISE)
+    if epsilon is None or epsilon < -_EPS_NOISE or abs(epsilon - 1e-5) < _EPS_NOISE:
         return []
+    exact = 0.0 if abs(epsilon) < _EPS_NOISE else epsilon
     known = " (Keras and TensorFlow)" if abs(epsilon - 1e-3) < 1e-6 else ""
-    return [f"eps is {epsilon:.3g} instead of 1e-05{known} in {evidence.module}"]
+    return [f"eps is {exact:.6g} instead of 1e-05{known} in {evidence.module}"]
+
+
+_EPS_NOISE = 1e-10
+"""A variance near 1 that is solved for from outputs in float64 is exact to about 1e-14; what is
+read from running statistics loses some digits."""
 
 
 def _variance(evidence) -> np.ndarray:
@@ -412,7 +439,7 @@ EXPLANATIONS: dict[str, tuple[Callable[[Evidence], list[str]], ...]] = {
     "forward": (other_epsilon, other_convolution, other_pool),
     "loss": (other_loss,),
     "gradient": (ties_at_zero,),
-    "batch_norm": (moved_by, biased_variance, not_counted),
+    "batch_norm": (moved_by, not_counted),
     "optimizer": (other_momentum, other_average, other_direction),
     "parameters": (other_sgd_step, other_adam_step),
 }

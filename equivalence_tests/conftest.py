@@ -21,7 +21,7 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 import jax
 import pytest
 
-from equivalence_tests import inputs, results
+from equivalence_tests import inputs, results, surroundings
 from flax_resnet.models import cpu_convolution, winograd
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -34,6 +34,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    surroundings.move_home()
     inputs.SEED = config.getoption("--inputs-seed")
     if name := config.getoption("--mutant"):
         from equivalence_tests import mutants
@@ -41,8 +42,20 @@ def pytest_configure(config):
         fault = mutants.injected(mutants.MUTANTS[name])
         fault.__enter__()
         config.add_cleanup(lambda: fault.__exit__(None, None, None))
-    if (name := config.getoption("--record")) and not hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        return
+    if name := config.getoption("--record"):
         config.pluginmanager.register(results.Recorder(name))
+    else:
+        config.pluginmanager.register(surroundings.Checkout(config.rootpath))
+    config.add_cleanup(surroundings.remove_home)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _empty_working_directory(tmp_path_factory):
+    """A test that takes the user's files for its own would pass or fail by what lies there."""
+    with surroundings.empty_directory(tmp_path_factory.mktemp("working_directory")):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,7 +12,7 @@ import torch_ref
 from equivalence_tests import inputs, mutants, parity
 from torch_ref import checkpoint
 
-SIZE = (45, 56)
+SIZE = (47, 50)
 
 
 def verdicts(chosen: list[mutants.Mutant]) -> dict[str, list[str]]:

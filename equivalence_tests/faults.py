@@ -29,7 +29,7 @@ import numpy as np
 from equivalence_tests import results
 from flax_resnet import serve
 from flax_resnet.checkpoint import Checkpoints
-from flax_resnet.run_directory import read_rows
+from flax_resnet.tables import read_rows
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,7 +1,8 @@
 """Inputs on which a wrong port cannot look right.
 
 Freshly initialised BatchNorms (1, 0, 0, 1) hide swapped parameters, square images hide swapped
-axes, odd sizes hide "SAME" padding, constant images hide nearly everything. All values fit in
+axes, odd or even sizes alone hide a wrong padding (`sizes.py`), constant images hide nearly
+everything. All values fit in
 float32, so that the same arrays drive the float64 and the float32 tests.
 
 Names and layouts of arrays are torch's: `layer1.0.conv1.weight` [O, I, kh, kw]. B batch, H height,
@@ -9,10 +10,13 @@ W width, C channels, S steps.
 """
 
 import dataclasses
+import functools
 import os
 import re
 
 import numpy as np
+
+from flax_resnet.text import listed
 
 NUM_CLASSES = 7
 
@@ -102,8 +106,12 @@ def make_case(
         masks=rng.random((steps, batch, features)) >= dropout if dropout else None,
         rule=rule or RULE,
     )
+    return _able_to_fail(case, zero_init=zero_init)
+
+
+def _able_to_fail(case: Case, *, zero_init=False) -> Case:
     if found := faults(case, zero_init=zero_init):
-        raise ValueError("inputs that cannot fail: " + "; ".join(found))
+        raise ValueError(f"inputs that cannot fail: {listed(found)}")
     return case
 
 
@@ -113,11 +121,15 @@ RULE = dict(lr=1e-3, momentum=0.9, weight_decay=5e-4, label_smoothing=0.1)
 def case_of_weights(
     arrays: dict, arch: str, stem: str | None, shortcut: str | None = None, *, size=None, batch=4
 ) -> Case:
-    """Random images for weights that somebody trained."""
+    """Random images for weights that somebody trained.
+
+    Raises:
+      ValueError: names why the case could not fail.
+    """
     rng = random_numbers()
     shape = (1, batch, *(size or image_size(arch, stem)), arrays["conv1.weight"].shape[1])
     classes = len(arrays["fc.bias"])
-    return Case(
+    case = Case(
         arch=arch,
         stem=stem,
         shortcut=shortcut,
@@ -127,29 +139,35 @@ def case_of_weights(
         labels=rng.integers(0, classes, shape[:2]),
         rule=RULE,
     )
+    return _able_to_fail(case)
 
 
 def image_size(arch: str, stem: str | None) -> tuple[int, int]:
-    """(H, W), even and odd, such that torchvision's first stage sees 12 x 14 behind both stems."""
+    """(H, W), even and odd in every strided layer; torchvision's first stage sees 12 x 13 behind
+    both stems."""
     if arch == "basic_cnn":
-        return 33, 40
+        return 30, 41
     torchvision = not arch.startswith(("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"))
-    # 45 -> 23 -> 12 and 56 -> 28 -> 14: convolution and pool each see an even and an odd size.
-    return (45, 56) if torchvision and stem != "cifar" else (12, 14)
+    # 47, 24, 12, 6, 3 and 50, 25, 13, 7, 4: one of the two is even and the other odd.
+    return (47, 50) if torchvision and stem != "cifar" else (12, 13)
 
 
 def state_shapes(
     arch: str, stem: str | None = None, shortcut: str | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the twin's state, in torch's order."""
+    state = _without_weights(arch, stem, shortcut).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+@functools.cache
+def _without_weights(arch: str, stem: str | None, shortcut: str | None, in_channels=3):
     import torch  # an extra, which the benchmark draws weights without
 
     import torch_ref
 
     with torch.device("meta"):
-        net = torch_ref.create_model(arch, NUM_CLASSES, stem=stem, shortcut=shortcut)
-        state = net.state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return torch_ref.create_model(arch, NUM_CLASSES, in_channels, stem=stem, shortcut=shortcut)
 
 
 def random_state(shapes: dict, rng: np.random.Generator, *, zero_init=False) -> dict:
@@ -183,7 +201,19 @@ def _random_entry(name, shape, norms, rng) -> np.ndarray:
 
 def faults(case: Case, *, zero_init=False) -> list[str]:
     """Why a case could pass although the frameworks differ; [] if it cannot."""
-    return [*_image_faults(case.images), *_state_faults(case.arrays, zero_init)]
+    return [
+        *_image_faults(case.images),
+        *_size_faults(case),
+        *_state_faults(case.arrays, zero_init),
+    ]
+
+
+def _size_faults(case: Case) -> list[str]:
+    from equivalence_tests import sizes  # with torch, as above
+
+    *_, height, width, channels = case.images.shape
+    net = _without_weights(case.arch, case.stem, case.shortcut, channels)
+    return sizes.faults(sizes.strided_calls(net, (height, width), channels))
 
 
 def _image_faults(images) -> list[str]:

@@ -4,6 +4,7 @@ import importlib
 import sys
 
 import numpy as np
+import torch
 from torch import nn
 
 from equivalence_tests import parity
@@ -38,13 +39,27 @@ def weights(model: nn.Module) -> dict[str, np.ndarray]:
     return convert.translate_names(checkpoint.to_arrays(model.state_dict()))
 
 
+def fill(model: nn.Module, arrays: dict[str, np.ndarray]):
+    """Give it weights that stand under torchvision's names."""
+    model.load_state_dict(
+        {own: torch.from_numpy(np.array(arrays[ours])) for own, ours in _names(model).items()}
+    )
+
+
 def trace(model: nn.Module, case: Case, *, train: bool) -> parity.Trace:
-    """What it does with the images of a case; changes its weights in training."""
-    names = {
-        own: ours for ours, own in convert.translate_names({n: n for n in _names(model)}).items()
-    }
+    """What it does with the images of a case; changes its weights in training.
+
+    Raises:
+      InputError: its forward pass raises something.
+    """
+    names = _names(model)
     modules = {own.rpartition(".")[0]: ours.rpartition(".")[0] for own, ours in names.items()}
-    raw = parity.run_torch(case, train=train, model=model)
+    try:
+        raw = parity.run_torch(case, train=train, model=model)
+    except Exception as error:  # whatever the user's own code raises
+        size = "x".join(map(str, case.images.shape[1:]))
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"--torch-model: its forward pass of {size} raises {reason}") from error
     return {
         phase: {
             _renamed(name, modules if phase == "forward" else names): array
@@ -54,8 +69,10 @@ def trace(model: nn.Module, case: Case, *, train: bool) -> parity.Trace:
     }
 
 
-def _names(model) -> list[str]:
-    return list(model.state_dict())
+def _names(model) -> dict[str, str]:
+    """Its own names of parameters and statistics -> torchvision's."""
+    own = {name: name for name in model.state_dict()}
+    return {name: ours for ours, name in convert.translate_names(own).items()}
 
 
 def _renamed(name: str, names: dict) -> str:

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
@@ -86,10 +87,11 @@ def class_names(text: str, num_classes: int | None) -> tuple[str, ...]:
     """
     is_file = os.path.isfile(text)  # False, too, of a list that is too long to name a file
     try:
-        names = Path(text).read_text().splitlines() if is_file else text.split(",")
+        # A byte order mark, which Windows puts first, is no part of a name.
+        lines = Path(text).read_text("utf-8-sig").splitlines() if is_file else text.split(",")
     except (OSError, UnicodeDecodeError):
         raise InputError(f"--class-names: {text} is no readable text") from None
-    names = tuple(name.strip() for name in names if name.strip())
+    names = tuple(normalize("NFC", line.strip()) for line in lines if line.strip())
     if len(names) != (num_classes or len(names)):
         where = text if is_file else f"{text} (a list: there is no such file)"
         raise InputError(

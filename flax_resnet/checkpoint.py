@@ -1,7 +1,7 @@
 """Checkpoints: Orbax, with what it does not do by itself.
 
 One step directory holds the whole state and a JSON document (data position, early stopping,
-config, class names), committed atomically. Around it:
+config, class names, digests of the tables), committed atomically. Around it:
 
 - a SHA-256 of every file, checked before anything is read (a flipped byte restores silently);
 - written in the background from a copy on the host, so that a step never waits for the disk; an
@@ -12,10 +12,14 @@ config, class names), committed atomically. Around it:
 """
 
 import errno
+import functools
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,9 +29,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from flax_resnet import distributed
-from flax_resnet.config import InputError
+from flax_resnet.config import InputError, finite
+from flax_resnet.owned import foreign
+from flax_resnet.text import listed, printable
 
 _MANIFEST = "manifest.json"
+_DOCUMENT = "document/metadata"
 _UNKNOWN = -1  # step
 
 
@@ -36,7 +43,9 @@ class Checkpoints:
 
     def __init__(self, directory: Path | str, *, say: Callable[[str], None] = print):
         self.directory = Path(directory).absolute()
-        self._say = say
+        _quieten()
+        self._say, self._said = say, set()
+        self._damage = functools.cache(damage)  # until the next save: a check reads every file
         # Which steps to keep is decided here: Orbax forgets which is the best when a run goes on,
         # or has it in a file of its own, and opens no run where that is damaged.
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
@@ -58,12 +67,16 @@ class Checkpoints:
 
         Raises:
           OSError: the save before this one failed.
+          InputError: something that no run has written has the name of the step.
         """
         self.wait()
-        if step in self._manager.all_steps():
+        self._damage.cache_clear()
+        if step in steps_in(self.directory):
             if not improvement:
                 return  # the state of a step is what it is
-            self._manager.delete(step)  # saved before anybody knew that it is the best
+            self._delete(step)  # saved before anybody knew that it is the best
+        elif os.path.lexists(place := self.directory / str(step)):
+            raise InputError(f"{place} is where a checkpoint has to be, and no run has written it")
         if improvement:
             self._best = step
         elif self._best == _UNKNOWN:
@@ -86,29 +99,51 @@ class Checkpoints:
 
     def _write(self, step, state, document):
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_flatten(state)), document=ocp.args.JsonSave(document)
+            state=ocp.args.StandardSave(_flatten(state)),
+            document=ocp.args.JsonSave(finite(document)),
         )
         try:
-            self._manager.save(step, args=args)
+            # Without `force` Orbax saves nothing below the highest number among the folders.
+            self._manager.save(step, args=args, force=True)
             self._manager.wait_until_finished()
-        except ValueError as error:  # what TensorStore makes of a full disk
-            if "No space left on device" not in str(error):
-                raise
-            raise OSError(errno.ENOSPC, "no space left", str(self.directory)) from None
+        except ValueError as error:
+            if fault := _fault_of_the_disk(str(error)):
+                raise OSError(fault, os.strerror(fault).lower(), str(self.directory)) from None
+            raise
         if distributed.is_first():
             _write_manifest(self.directory / str(step))
         distributed.meet(f"checkpoint {step}")
-        for old in sorted(self._manager.all_steps())[:-2]:
-            if old != self._best:
-                self._manager.delete(old)
+        for old in steps_in(self.directory)[:-2]:
+            if old != self._best and not self._foreign(old):
+                self._delete(old)
 
     def delete_after(self, step: int | None):
         """Delete the steps later than the one that a run goes on from (None: all of them): they
-        are damaged, and the run will come to them again."""
+        are damaged, and the run will come to them again.
+
+        Raises:
+          InputError: there is something in them that no run has written.
+        """
         self.wait()
-        for later in self._manager.all_steps():
+        for later in steps_in(self.directory):
             if step is None or later > step:
-                self._manager.delete(later)
+                if strangers := self._foreign(later):
+                    raise InputError(
+                        f"{self.directory / str(later)} is to be written anew and holds what no"
+                        f" run has written: {listed(strangers)}"
+                    )
+                self._delete(later)
+
+    def _foreign(self, step: int) -> list[str]:
+        return foreign(self.directory / str(step), f"checkpoints/{step}/")
+
+    def _delete(self, step: int):
+        path = self.directory / str(step)
+        if step in self._manager.all_steps() and not path.is_symlink():
+            self._manager.delete(step)
+        elif distributed.is_first():  # Orbax does not know what is left of it, or follows the link
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+            self._manager.reload()
 
     def latest(self) -> int | None:
         """The newest step whose files are as they were written."""
@@ -122,8 +157,7 @@ class Checkpoints:
     def document(self, step: int) -> dict:
         """The JSON document of a step."""
         self.wait()
-        args = ocp.args.Composite(document=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["document"]
+        return _document(self.directory / str(step))
 
     def restore(self, step: int, like):
         """The state of a step, in the structure, shapes and types of `like`.
@@ -149,13 +183,12 @@ class Checkpoints:
 
     def _newest_sound(self, wanted) -> int | None:
         self.wait()
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            fault = _damage(self.directory / str(step))
-            if fault:
-                self._say(f"checkpoint of step {step} passed over: {fault}")
-            elif wanted(self.document(step)):
-                return step
-        return None
+        return _newest_sound(self.directory, wanted, self._say_once, self._damage)
+
+    def _say_once(self, line: str):
+        if line not in self._said:
+            self._said.add(line)
+            self._say(line)
 
     def _check(self, step, template):
         stored = self._manager.item_metadata(step)["state"]
@@ -172,9 +205,60 @@ class Checkpoints:
             raise InputError(f"checkpoint of step {step} does not fit: {'; '.join(faults)}")
 
 
+@functools.cache
+def _quieten():
+    """What is raised or told in a line here is not printed with a traceback as well: Orbax logs it,
+    and after the first of several failed writes the others find their event loop closed."""
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    print_traceback = sys.unraisablehook
+
+    def unless_closed(seen):
+        if "Event loop is closed" not in str(seen.exc_value):
+            print_traceback(seen)
+
+    sys.unraisablehook = unless_closed
+
+
 def steps_in(directory: Path) -> list[int]:
-    """The steps that lie in a directory of checkpoints, sound or not."""
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    """The steps that lie in a directory of checkpoints, sound or not; a folder that is called like
+    a step and has nothing of a checkpoint in it is none."""
+    named = [path for path in directory.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name)]
+    return sorted(int(path.name) for path in named if _is_step(path))
+
+
+def _is_step(directory: Path) -> bool:
+    try:
+        names = {path.name for path in directory.iterdir()}
+    except NotADirectoryError:
+        return False
+    except OSError:  # what it holds cannot be read, which `damage` says
+        return True
+    return not names.isdisjoint((_MANIFEST, "state", "document", "_CHECKPOINT_METADATA"))
+
+
+def newest_document(directory: Path, say: Callable[[str], None]) -> dict | None:
+    """The JSON document of the newest sound step, without opening the checkpoints for writing;
+    None where there is none. Damaged steps are said."""
+    step = _newest_sound(directory, lambda document: True, say, damage)
+    return None if step is None else _document(directory / str(step))
+
+
+def _newest_sound(directory: Path, wanted, say, damage_of) -> int | None:
+    for step in reversed(steps_in(directory)):
+        if fault := damage_of(directory / str(step)):
+            say(f"checkpoint of step {step} passed over: {fault}")
+        elif wanted(_document(directory / str(step))):
+            return step
+    return None
+
+
+def _document(directory: Path) -> dict:
+    return json.loads((directory / _DOCUMENT).read_bytes())
+
+
+def _fault_of_the_disk(text: str) -> int | None:
+    """The errno that TensorStore has made a text of: a full disk, a quota, a limit of file size."""
+    return next((code for code in errno.errorcode if os.strerror(code) in text), None)
 
 
 def check_space(directory: Path, state):
@@ -216,30 +300,43 @@ def _name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _files(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != _MANIFEST)
+def _files(directory: Path) -> dict[str, Path]:
+    """{name: file} below a step directory, but for its manifest and hidden ones (desktops and NFS
+    leave such behind, a checkpoint has none)."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    names = {path.relative_to(directory).as_posix(): path for path in sorted(files)}
+    return {n: p for n, p in names.items() if n != _MANIFEST and not p.name.startswith(".")}
 
 
 def _write_manifest(directory: Path):
-    digests = {str(p.relative_to(directory)): _sha256(p) for p in _files(directory)}
+    digests = {name: _sha256(path) for name, path in _files(directory).items()}
     temporary = directory / (_MANIFEST + ".tmp")
     temporary.write_text(json.dumps(digests, indent=1))
     os.replace(temporary, directory / _MANIFEST)
 
 
-def _damage(directory: Path) -> str | None:
+def damage(directory: Path) -> str | None:
     """What is wrong with a step directory, or None."""
     try:
-        digests = json.loads((directory / _MANIFEST).read_text())
-    except FileNotFoundError:
-        return "its manifest is missing (the save was cut off)"
-    except ValueError:
+        if not (directory / _MANIFEST).is_file():
+            return "its manifest is missing (the save was cut off)"
+        digests = json.loads((directory / _MANIFEST).read_bytes())
+        return _difference(digests, _files(directory))
+    except (ValueError, RecursionError):
         return "its manifest is damaged"
-    for name, digest in digests.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if _sha256(path) != digest:
+    except OSError as error:
+        return f"{Path(error.filename or directory).name} cannot be read: {error.strerror}"
+
+
+def _difference(digests: dict, files: dict[str, Path]) -> str | None:
+    if not isinstance(digests, dict):
+        raise ValueError
+    for name in sorted({*digests, _DOCUMENT} - files.keys()):
+        return f"{printable(name)} is missing"
+    for name in sorted(files.keys() - digests.keys()):
+        return f"{printable(name)} does not belong to it"
+    for name, path in files.items():
+        if _sha256(path) != digests[name]:
             return f"{name} is damaged"
     return None
 

@@ -1,34 +1,38 @@
 """Flags from the config's fields, one-line errors, exit statuses."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import functools
+import os
 import re
 import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import pydantic
 
 from flax_resnet.config import InputError, TrainConfig, nearest, to_dict
+from flax_resnet.distributed import RunLost
 from flax_resnet.progress import Interrupted, NonFiniteLoss
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 _FAULTS_OF_PLACE = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS,
-    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO,
 )  # fmt: skip
 """What the place that the user named is to blame for, rather than the program."""
 
 _OUT_OF_MEMORY = (
     "out of memory; take a smaller --batch-size, or --accumulate-steps N with the same total"
 )
+BAD_IMAGE = "skip: images that cannot be read are listed and left out, and end nothing"
 FOLD_BATCHNORM = "compute BatchNorm as part of the convolutions: faster, equal up to rounding"
 WEIGHTS_KEY = "which of the networks in a file: the key or prefix that it lies under"
 EMA = "the averaged weights of a file, where raw ones lie beside them"
@@ -109,6 +113,28 @@ def check_writable(flag: str, path: Path | None):
         raise InputError(f"{flag}: {path} is a directory")
 
 
+@contextlib.contextmanager
+def output(path: Path) -> Iterator[typing.TextIO]:
+    """A text file in UTF-8 that gets its name when it is whole; "-" is standard output."""
+    if str(path) == "-":
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+        yield sys.stdout
+        return
+    path = Path(os.path.realpath(path))
+    how = {"mode": "w", "encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    if path.exists() and not path.is_file():  # a device or a pipe is not replaced
+        with path.open(**how) as file:
+            yield file
+        return
+    temporary = path.with_name(f".{path.name[-100:]}.{os.getpid()}.tmp")
+    try:
+        with temporary.open(**how) as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def check_folder(flag: str, path: Path | None):
     """Raises InputError for what is there and no folder; None is none."""
     if path and path.exists() and not path.is_dir():
@@ -130,7 +156,7 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
         leave(BAD_INPUT, f"error: {_one_line(error)}")
     except pydantic.ValidationError as error:  # a field of a config, replaced by a flag
         leave(BAD_INPUT, f"error: {_one_line(_faults(error))}")
-    except (CheckFailed, NonFiniteLoss) as error:
+    except (CheckFailed, NonFiniteLoss, RunLost) as error:
         leave(FAILED, f"failed: {_one_line(error)}")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

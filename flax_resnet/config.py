@@ -7,6 +7,7 @@ Every field has one default, written here, and a docstring with its unit. The co
 import dataclasses
 import difflib
 import json
+import os
 from typing import Annotated, Literal
 
 import pydantic
@@ -105,7 +106,7 @@ class DataConfig:
     test_fraction: Fraction = 0.2
     """Stratified share held out for the test, where the set has one split only."""
 
-    split_seed: Count = 0
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of these two splits."""
 
     train_images: PositiveCount | None = None
@@ -126,6 +127,9 @@ class DataConfig:
     """"error": a file that is no image ends the run, named. "skip": such files are counted,
     listed and left out."""
 
+    exif_transpose: bool = False
+    """Turn images upright by their EXIF orientation, as viewers do; torchvision does not."""
+
     cache: Literal["auto", "device", "none"] = "auto"
     """Where decoded images live: those of the training on the device as uint8 and the others in
     memory, or nowhere (every epoch decodes them again). "auto": so many splits as take at most
@@ -141,11 +145,21 @@ class DataConfig:
     def __post_init__(self):
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std are given together or not at all")
+        for name in ("mean", "std"):
+            for value in getattr(self, name) or ():
+                if not 0 <= value <= 1:
+                    raise ValueError(
+                        f"{name} {value:g} is not of images in [0, 1]: pixels are divided by 255"
+                        f" first, so divide {name} by 255 too"
+                    )
         if self.resize_size and self.image_size and self.resize_size < self.image_size:
             raise ValueError("resize_size is smaller than image_size")
         scheme, colon, place = self.dataset.partition(":")
         if self.dataset != "digits" and not (scheme in ("folder", "cifar10", "tfds") and place):
             hint = nearest(scheme + colon, ("digits", "folder:", "cifar10:", "tfds:"))
+            if os.path.exists(os.path.expanduser(self.dataset)) or "/" in scheme:
+                kind = "cifar10" if self.dataset.endswith(".gz") else "folder"
+                hint = f"; did you mean {f'{kind}:{self.dataset}'!r}?"
             raise ValueError(
                 f"unknown data set {self.dataset!r}{hint} (digits, folder:DIR, cifar10:PATH or"
                 " tfds:NAME)"
@@ -407,6 +421,20 @@ class TrainConfig:
 def to_dict(config: TrainConfig) -> dict:
     """The config as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flat(config: TrainConfig) -> dict:
+    """{"seed": 0, "model.arch": "resnet18", ...}"""
+    facts = {}
+    for name, value in to_dict(config).items():
+        group = {f"{name}.{key}": v for key, v in value.items()} if type(value) is dict else {}
+        facts |= group or {name: value}
+    return facts
+
+
+def finite(value):
+    """A JSON value with None for every number that is not finite, which JSON does not have."""
+    return json.loads(json.dumps(value), parse_constant=lambda constant: None)
 
 
 def from_dict(values: dict) -> TrainConfig:

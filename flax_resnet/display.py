@@ -20,8 +20,9 @@ _SECONDS_BETWEEN_LINES = 60  # within an epoch, where there is no bar
 class Display:
     """Prints; where the console is no terminal, in plain lines."""
 
-    def __init__(self, console: Console | None = None, *, quiet: bool = False):
-        self.console = console or Console(soft_wrap=True, highlight=False, emoji=False, quiet=quiet)
+    def __init__(self, console: Console | None = None, *, quiet: bool = False, stderr=False):
+        plain = {"soft_wrap": True, "highlight": False, "emoji": False}
+        self.console = console or Console(**plain, quiet=quiet, stderr=stderr)
         self._bar = None
 
     def say(self, text: str):
@@ -84,16 +85,18 @@ class Display:
             self._bar.stop()
             self._bar = None
 
-    def results(self, splits: dict[str, dict]):
+    def results(self, splits: dict[str, dict], num_classes: int | None = None):
         """The final table: a row a split."""
-        self.show(results_table(splits))
+        self.show(results_table(splits, num_classes))
 
 
-def results_table(splits: dict[str, dict]) -> Table:
+def results_table(splits: dict[str, dict], num_classes: int | None = None) -> Table:
     """{"test": {"loss", "accuracy", ...}} -> a row a split, no wider than 80 characters."""
     table = Table(caption="precision, recall and F1: means over classes", caption_justify="left")
     table.add_column("split", no_wrap=True)
     for header in _COLUMNS.values():
+        if header == "top 5" and num_classes:
+            header = f"top {min(5, num_classes)}"
         table.add_column(header, justify="right", no_wrap=True)
     for split, values in splits.items():
         table.add_row(split, *(f"{values[name]:.4f}" for name in _COLUMNS))

@@ -42,6 +42,10 @@ class Everywhere(Exception):
     """Raised in all processes at the same point, so that they can end in the ordinary way."""
 
 
+class RunLost(Exception):
+    """The run directory is no longer the one that the run began in."""
+
+
 class Refusal(InputError, Everywhere):
     """Bad input of whichever process, known to all."""
 
@@ -213,6 +217,8 @@ def _last_words(error: Exception) -> tuple[str, int]:
     """What to say of an error of this process alone, and its exit status."""
     if isinstance(error, InputError):
         return f"error: {' '.join(str(error).split())}", 2
+    if isinstance(error, RunLost):
+        return f"failed: {' '.join(str(error).split())}", 1
     if "Gloo" in str(error):
         return _DEAD, 1
     return "".join(traceback.format_exception(error)), 1

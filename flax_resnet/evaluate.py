@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_resnet import metrics, steps
+from flax_resnet.config import InputError
 from flax_resnet.models.cpu_convolution import COMPILER_OPTIONS
 
 
@@ -21,6 +22,9 @@ def evaluate(engine, eval_fn, variables, batches: Iterable[dict]) -> tuple[dict,
     Returns:
       {"loss", "accuracy", "top5_accuracy", "precision_macro", ...} and the confusion matrix
       `[K, K]`, row = true class. Loss in nats an image.
+
+    Raises:
+      InputError: there is no batch.
     """
     variables = engine.whole(variables)
     counts, losses = None, []
@@ -28,6 +32,8 @@ def evaluate(engine, eval_fn, variables, batches: Iterable[dict]) -> tuple[dict,
         sums = eval_fn(variables, engine.shard_eval(batch))
         losses.append(sums.pop("loss"))
         counts = sums if counts is None else jax.tree.map(jnp.add, counts, sums)
+    if counts is None:
+        raise InputError("none of the images can be read")
     counts = jax.device_get(counts)
     loss = float(np.sum(jax.device_get(losses), dtype=np.float64)) / int(counts["count"])
     summary = metrics.summarize(counts["confusion"])

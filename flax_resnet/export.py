@@ -2,7 +2,6 @@
 its name."""
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from flax_resnet import adopt, convert
 from flax_resnet.checkpoint import Checkpoints, check_space
 from flax_resnet.config import TrainConfig, to_dict
+from flax_resnet.owned import LOCK
 from flax_resnet.run_directory import RunDirectory
 from flax_resnet.serve import LoadedRun
 from flax_resnet.steps import TrainState
@@ -158,7 +158,7 @@ def write_run(
       progress: fields of `progress.Progress`, as far as they are not at their start.
       report: what report.json says; with it the run counts as finished, without it is resumed.
     """
-    temporary, step = _beside(run_dir), int(state.step)
+    temporary, step = _beside(Path(os.path.realpath(run_dir))), int(state.step)
     document = {
         "progress": progress,
         "num_devices": 1,
@@ -170,19 +170,28 @@ def write_run(
     check_space(temporary, state)
     try:
         directory = RunDirectory(temporary)
+        document["tables"] = directory.marks()
         directory.write_config(config)
         _save_checkpoint(directory.checkpoints, step, state, document)
         if report:
-            (temporary / "report.json").write_text(
-                json.dumps(report, indent=2, allow_nan=False) + "\n"
-            )
+            directory.write_report(report)
         directory.close()
-        if run_dir.exists():
-            RunDirectory(run_dir, overwrite=True).close()  # refuses a run that is going on
-            shutil.rmtree(run_dir)
-        temporary.rename(run_dir)
+        _put_in_place(temporary, run_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, run_dir: Path):
+    """Give a run its name. One that is there is replaced inside its directory, which may be a link
+    or where somebody works."""
+    if not run_dir.exists():
+        temporary.rename(run_dir)
+        return
+    directory = RunDirectory(run_dir, overwrite=True)  # refuses a run that is going on
+    for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name == "report.json"):
+        if entry.name != LOCK:
+            entry.rename(run_dir / entry.name)
+    directory.close()
 
 
 def _save_checkpoint(directory, step, state, document):

@@ -1,5 +1,6 @@
 """Pictures from plain arrays."""
 
+import contextlib
 from pathlib import Path
 
 import matplotlib
@@ -7,6 +8,9 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
+
+from flax_resnet.text import printable
 
 _TRAIN, _VALIDATION = "#4c72b0", "#dd8452"
 _LARGEST_LABELLED = 30  # classes up to which a confusion matrix has names and numbers
@@ -23,7 +27,7 @@ def curves(path: Path, rows: list[dict], best_epoch: int | None = None):
     epochs = [row["epoch"] for row in rows]
     for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
         for split, colour in (("train", _TRAIN), ("validation", _VALIDATION)):
-            if f"{split}_{name}" in rows[0]:
+            if rows and f"{split}_{name}" in rows[0]:
                 values = [row[f"{split}_{name}"] for row in rows]
                 axis.plot(epochs, values, colour_marker(len(rows)), color=colour, label=split)
         if best_epoch:
@@ -57,8 +61,9 @@ def confusion_matrix(path: Path, confusion: np.ndarray, class_names):
     figure.colorbar(image, label="share of the true class", shrink=0.8)
     axis.set(xlabel="predicted", ylabel="true")
     if small:
-        names = [name if len(name) <= 16 else name[:15] + "…" for name in class_names]
-        as_it_is = {"parse_math": False}  # $ is no mathematics here
+        names, families = _writable(class_names)
+        names = [name if len(name) <= 16 else name[:15] + "…" for name in names]
+        as_it_is = {"parse_math": False, "fontfamily": families}  # $ is no mathematics here
         axis.set_xticks(range(num_classes), names, rotation=45, ha="right", **as_it_is)
         axis.set_yticks(range(num_classes), names, **as_it_is)
         for (row, column), count in np.ndenumerate(confusion):
@@ -66,6 +71,29 @@ def confusion_matrix(path: Path, confusion: np.ndarray, class_names):
                 colour = "white" if share[row, column] > 0.5 else "black"
                 axis.text(column, row, count, ha="center", va="center", color=colour, fontsize=8)
     _save(figure, path)
+
+
+def _writable(names) -> tuple[list[str], list[str]]:
+    """The names as a figure can show them, and the installed fonts that have their characters:
+    a name that no font has is its number, from 0."""
+    names = [printable(name) for name in names]
+    families = list(plt.rcParams["font.sans-serif"][:1])
+    missing = set("".join(names)) - _characters(font_manager.findfont(families[0]))
+    for font in font_manager.fontManager.ttflist if missing else ():
+        if "Last Resort" in font.name or "Emoji" in font.name:  # boxes; pictures of one size
+            continue
+        if found := missing & _characters(font.fname):
+            families.append(font.name)
+            missing -= found
+    shown = enumerate(names)
+    return [str(i) if missing & set(name) else name for i, name in shown], families
+
+
+def _characters(font_file: str) -> set[str]:
+    """Those that a font has; none of a file that is no font."""
+    with contextlib.suppress(Exception):
+        return set(map(chr, font_manager.get_font(font_file).get_charmap()))
+    return set()
 
 
 def throughput(path: Path, rows: list[dict]):

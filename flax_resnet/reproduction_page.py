@@ -21,7 +21,7 @@ from flax_resnet.reproduction import (
     side_by_side,
     table_rows,
 )
-from flax_resnet.run_directory import read_rows
+from flax_resnet.tables import read_rows
 
 
 def rebuild(folder: Path) -> list[dict]:

@@ -1,12 +1,13 @@
 """A run in the making: set up or taken up, trained epoch by epoch, reported."""
 
 import dataclasses
+import math
 import time
 
 import jax
 import jax.numpy as jnp
 
-from flax_resnet import distributed, early_stopping, environment, optim, steps
+from flax_resnet import distributed, early_stopping, environment, optim, sanity, steps
 from flax_resnet.checkpoint import Checkpoints, steps_in
 from flax_resnet.config import InputError, to_dict
 from flax_resnet.data import pipeline
@@ -74,10 +75,13 @@ class Run:
             + (f", shortcut {model.shortcut}" if model.shortcut else "")
             + f", images {data.image_size}x{data.image_size}x{self.dataset.channels}"
         )
-        for path, reason in self.dataset.bad_images:
-            self.display.say(f"left out: {path} ({reason})")
+        self._warn(sanity.of_training(self.num_train, self.config.batch_size))
         kind = jax.devices()[0].device_kind
         self.display.say(f"on {len(self.engine.devices)} x {kind}, run {self.directory.path}")
+
+    def _warn(self, warnings: list[str]):
+        for warning in warnings:
+            self.display.say(f"warning: {warning}")
 
     def _set_up(self):
         """Fresh state, or that of the newest sound checkpoint; compiled functions."""
@@ -94,7 +98,8 @@ class Run:
             )
         self.checkpoints.delete_after(step)
         self.iterator = self._iterator(start=step or 0)
-        self.directory.start_logs(self.progress.epoch, step or 0)
+        document = None if step is None else self.checkpoints.document(step)
+        self.directory.start_logs(document, step or 0)
         self.state = self.engine.place_state(state)
         self.resident = self._resident()
         train_step = steps.make_train_step(
@@ -327,6 +332,7 @@ class Run:
         return evaluate(self.engine, self.eval_fn, variables, batches)
 
     def _save(self, *, improvement: bool):
+        self.directory.check()
         document = {
             "progress": dataclasses.asdict(self.progress),
             "num_devices": len(self.engine.devices),
@@ -334,6 +340,7 @@ class Run:
             "class_names": list(self.dataset.class_names),
             "contents": self.contents,
             "channels": self.dataset.channels,
+            "tables": self.directory.marks(),
             "improvement": improvement,
         }
         before = time.monotonic()
@@ -359,8 +366,10 @@ class Run:
                 splits[split], confusions[split] = self._evaluate(split, variables)
         if not distributed.is_first():
             return {"splits": splits}
+        warnings = sanity.of_results(splits, confusions, self.dataset.class_names)
         report = {
             "splits": splits,
+            "warnings": warnings,
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch or progress.epoch,
             "evaluated_epoch": evaluated_epoch,
@@ -372,7 +381,8 @@ class Run:
         }
         last = list(splits)[-1]
         self.directory.write_results(report, confusions[last], self.dataset.class_names)
-        self.display.results(splits)
+        self.display.results(splits, config.model.num_classes)
+        self._warn(warnings)
         self.display.say(
             f"{report['seconds']:.0f} s of training, {report['images_per_second']:,.0f} images/s,"
             f" {report['data_wait_share']:.1%} of it waiting for data; {self.directory.path}"
@@ -383,7 +393,7 @@ class Run:
         """Seconds of training over all epochs; speed without the first, which compiles."""
         timings = self.directory.timings()
         steady = timings[1:] or timings
-        seconds = sum(t["seconds"] for t in steady)
+        seconds = sum(t["seconds"] for t in steady) or math.nan  # of a run whose rows are lost
         images = sum(t["steps"] for t in steady) * self.config.batch_size
         return {
             "seconds": sum(t["seconds"] for t in timings),

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -10,15 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_resnet import convert, environment, steps, weights
-from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.checkpoint import Checkpoints, steps_in
 from flax_resnet.config import InputError, TrainConfig, from_dict
-from flax_resnet.data.image_files import read_image
+from flax_resnet.data.image_files import BadImage
+from flax_resnet.data.pipeline import ahead, decoded, whole
 from flax_resnet.data.prepare import evaluation_decoder
+from flax_resnet.data.shared import Names
+from flax_resnet.data.sources import FolderSource
 from flax_resnet.evaluate import make_predict
 from flax_resnet.models import create_from_config
 from flax_resnet.models.folding import fold_batchnorm
 from flax_resnet.progress import NonFiniteLoss
-from flax_resnet.run_directory import read_config
+from flax_resnet.text import printable
+from flax_resnet.views import config_faults, own_config, warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +61,18 @@ class LoadedRun:
         return size, size, self.channels
 
     def logits(self, images) -> jax.Array:
-        """uint8 `[B, H, W, C]` -> `[B, K]`, float32 or wider."""
+        """uint8 `[B, H, W, C]`, of the run's size and channels -> `[B, K]`, float32 or wider.
+
+        Raises:
+          InputError: images of another type or shape: the network would take them for others.
+        """
+        shape, dtype = getattr(images, "shape", ()), getattr(images, "dtype", type(images))
+        if dtype != np.uint8 or len(shape) != 4 or tuple(shape[1:]) != self.image_shape:
+            expected = ", ".join(map(str, ("B", *self.image_shape)))
+            found = ", ".join(map(str, shape))
+            raise InputError(
+                f"images are uint8 [{expected}], with pixels from 0 to 255: got {dtype} [{found}]"
+            )
         return steps.predict_logits(self.network, self.preprocess, self.variables, images)
 
     def without_batchnorm(self) -> "LoadedRun":
@@ -70,13 +87,19 @@ def load_run(run_dir: Path | str) -> LoadedRun:
     Raises:
       InputError: there is no run, or none of its checkpoints is sound.
     """
-    best = read_config(run_dir).early_stopping.restore_best
-    choose = Checkpoints.best if best else Checkpoints.latest
-    document, config, network, state = restore(run_dir, choose)
+    document, config, network, state = restore(run_dir, _of_the_weights_that_count)
     variables = jax.tree.map(jnp.asarray, steps.evaluation_variables(state))
     class_names, channels = tuple(document["class_names"]), document["channels"]
     contents = document.get("contents", {})
     return LoadedRun(config, class_names, channels, network, variables, contents)
+
+
+def _of_the_weights_that_count(checkpoints: Checkpoints) -> int | None:
+    latest = checkpoints.latest()
+    if latest is None:
+        return None
+    config = from_dict(checkpoints.document(latest)["config"])
+    return checkpoints.best() if config.early_stopping.restore_best else latest
 
 
 def restore(
@@ -88,12 +111,16 @@ def restore(
       InputError: as `load_run`.
     """
     run_dir = Path(run_dir)
-    read_config(run_dir)  # says what is missing where this is no run directory
-    checkpoints = Checkpoints(run_dir / "checkpoints")
+    if not steps_in(run_dir / "checkpoints"):
+        own_config(run_dir / "config.json")  # says what is missing where this is no run directory
+        raise InputError(f"{run_dir} has no checkpoint yet")
+    checkpoints = Checkpoints(run_dir / "checkpoints", say=warn)
     try:
         step = choose(checkpoints)
         if step is None:
-            raise InputError(f"{run_dir} has no checkpoint yet")
+            raise InputError(f"{run_dir}: none of its checkpoints is sound")
+        for fault in config_faults(run_dir, checkpoints.document(checkpoints.latest())):
+            warn(fault)
         document = checkpoints.document(step)
         config = from_dict(document["config"])
         environment.configure_jax(config)
@@ -155,22 +182,35 @@ def _kept_settings():
             jax.config.update(name, value)
 
 
-def predict_files(run: LoadedRun, paths: Sequence[Path]) -> Iterator[tuple[Path, np.ndarray]]:
-    """Image files -> (path, probabilities `[K]`), in order.
+def predict_files(
+    run: LoadedRun, paths: Iterable[Path | str], *, skip_bad: bool = False
+) -> Iterator[tuple[Path | str, np.ndarray | BadImage]]:
+    """Image files -> (path, probabilities `[K]`), in order and as they come: decoded in threads
+    ahead of the network, a few batches of them in memory.
+
+    Args:
+      skip_bad: a file that is no readable image comes as (path, error) and ends nothing.
 
     Raises:
-      InputError: a file is no readable image; it is named.
+      InputError: `paths` is a single one, or files are no readable images; they are named.
       NonFiniteLoss: the run's numbers overflow, or are none.
     """
-    decoder = evaluation_decoder(run.config.data)
-    predict = make_predict(run.network, run.preprocess)
+    if isinstance(paths, str | os.PathLike):
+        raise InputError(f"predict_files takes a list of paths, got the path {printable(paths)}")
+    paths, data = list(paths), run.config.data
+    names = Names.of(map(str, paths))
+    source = FolderSource(names, np.zeros(len(paths)), run.channels, data.exif_transpose)
     size = min(run.config.eval_batch_size, max(len(paths), 1))
-    for start in range(0, len(paths), size):
-        part = paths[start : start + size]
-        images = np.stack([decoder(read_image(path, run.channels)) for path in part])
-        padded = np.pad(images, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
-        probabilities = np.asarray(predict(run.variables, padded))[: len(part)]
-        if not np.isfinite(probabilities).all():
-            wrong = np.flatnonzero(~np.isfinite(probabilities).all(1))[0]
-            raise NonFiniteLoss(f"the run gives no finite probabilities for {part[wrong]}")
-        yield from zip(part, probabilities, strict=True)
+    parts = [range(len(paths))[start : start + size] for start in range(0, len(paths), size)]
+    decode = functools.partial(decoded, source, evaluation_decoder(data))
+    images = ahead(decode, parts) if skip_bad else whole(ahead(decode, parts), source)
+    predict = make_predict(run.network, run.preprocess)
+    for indices, part in zip(parts, images, strict=True):
+        batch = np.zeros((size, *run.image_shape), np.uint8)
+        for row, image in enumerate(part):
+            batch[row] = 0 if isinstance(image, BadImage) else image
+        probabilities = np.asarray(predict(run.variables, batch))
+        for index, image, row in zip(indices, part, probabilities, strict=False):
+            if not np.isfinite(row).all():
+                raise NonFiniteLoss(f"the run gives no finite probabilities for {paths[index]}")
+            yield paths[index], image if isinstance(image, BadImage) else row

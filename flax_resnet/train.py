@@ -13,20 +13,21 @@ from flax import nnx
 
 from flax_resnet import convert, distributed, environment, steps
 from flax_resnet.checkpoint import check_space, steps_in
-from flax_resnet.config import InputError, TrainConfig, to_dict
+from flax_resnet.config import InputError, TrainConfig, flat
 from flax_resnet.data.prepare import Prepared, fingerprint, prepare
 from flax_resnet.display import Display
 from flax_resnet.models import create_from_config
 from flax_resnet.models.cnn import SMALLEST
 from flax_resnet.parallel import Engine
 from flax_resnet.run import Run
-from flax_resnet.run_directory import RunDirectory, SharedDirectory, read_config
+from flax_resnet.run_directory import RunDirectory, SharedDirectory, reserve
 from flax_resnet.serve import load_weights
+from flax_resnet.views import faults, is_begun, read_config
 
 
 def fit(
     config: TrainConfig,
-    run_dir: Path | str,
+    run_dir: Path | str | None,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -37,8 +38,10 @@ def fit(
     alone writes and prints.
 
     Args:
-      config: what to do; a run that is resumed keeps its own, but for devices and workers.
-      run_dir: a new directory, or that of the run to resume or overwrite.
+      config: what to do; a run that is resumed keeps its own, but for devices, workers and, where
+        it has moved, the place of its data.
+      run_dir: a new directory, or that of the run to resume or overwrite; None: a new one,
+        runs/ARCH-DATASET with a number where that is taken.
       command: how it was called, for the report.
 
     Returns:
@@ -48,48 +51,55 @@ def fit(
       InputError: bad input; nothing has been written then.
       NonFiniteLoss: names the step and the checkpoint to go on from.
       Interrupted: after SIGTERM or Ctrl-C, with the work saved.
+      RunLost: the run directory was moved, deleted or replaced.
     """
     display = display or Display(quiet=not distributed.is_first())
-    run_dir = Path(run_dir)
-    if resume and (run_dir / "config.json").exists():
-        config = as_begun(config, read_config(run_dir))
+    run_dir = None if run_dir is None else Path(run_dir)
+    if resume and run_dir is None:
+        raise InputError("a run to resume has a directory")
+    if resume and is_begun(run_dir):
+        for fault in faults(run_dir):
+            display.say(f"{fault}; it is written anew")
+        config = as_begun(config, read_config(run_dir, say=lambda line: None))
     several = jax.process_count() > 1
     if several:
         asked = {"run_dir": str(run_dir), "resume": resume, "overwrite": overwrite}
-        distributed.check_agreement(asked | environment.code() | _flat(config))
+        distributed.check_agreement(asked | environment.code() | flat(config))
     engine, prepared, network = distributed.together(
         lambda: _begin(config, run_dir, resume, display)
     )
     if several:
         distributed.check_agreement(fingerprint(prepared) | _weights_digest(network))
-    directory = _open_directory(run_dir, resume=resume, overwrite=overwrite)
+    how = {"resume": resume, "overwrite": overwrite, "say": display.say}
+    directory = _open_directory(run_dir, config, **how)
     try:
-        if count := prepared.dataset.ignored_files:
-            display.say(f"passed over: {count:,} file(s) not named as images")
+        for line in prepared.dataset.remarks():
+            display.say(line)
         run = Run(prepared, engine, network, directory, display, command)
         return run.execute()
+    except Exception:
+        directory.check()  # what is written into a directory that is gone fails in many ways
+        raise
     finally:
         display.stop()
         directory.close()
 
 
 def as_begun(config: TrainConfig, own: TrainConfig) -> TrainConfig:
-    """The config of a run to resume: where it runs may change, what it computes may not."""
+    """The config of a run to resume: where it runs may change, what it computes may not. Data may
+    have moved within their kind: what they are is compared with the checkpoint."""
     data = dataclasses.replace(own.data, num_workers=config.data.num_workers)
+    if _kind(config) == _kind(own):
+        data = dataclasses.replace(data, dataset=config.data.dataset)
     return dataclasses.replace(own, data=data, parallel=config.parallel)
 
 
-def _flat(config: TrainConfig) -> dict:
-    """{"seed": 0, "model.arch": "resnet18", ...}"""
-    facts = {}
-    for name, value in to_dict(config).items():
-        group = {f"{name}.{key}": v for key, v in value.items()} if type(value) is dict else {}
-        facts |= group or {name: value}
-    return facts
+def _kind(config: TrainConfig) -> str:
+    return config.data.dataset.partition(":")[0]
 
 
 def _begin(
-    config: TrainConfig, run_dir: Path, resume: bool, display: Display
+    config: TrainConfig, run_dir: Path | None, resume: bool, display: Display
 ) -> tuple[Engine, Prepared, steps.Network]:
     """Devices, data and network; nothing is written."""
     environment.configure_jax(config)
@@ -103,7 +113,7 @@ def _begin(
     network = steps.Network(model, freeze_backbone=config.freeze_backbone)
     _check_images(network, prepared, engine.axis_name)
     state = jax.eval_shape(lambda: steps.make_state(network.initial, config))
-    check_space(run_dir, state)
+    check_space(run_dir or Path("runs"), state)
     return engine, prepared, network
 
 
@@ -125,10 +135,15 @@ def _weights_digest(network: steps.Network) -> dict:
     return {"the initial weights": digest.hexdigest()}
 
 
-def _open_directory(run_dir: Path, **how) -> RunDirectory:
+def _open_directory(run_dir: Path | None, config: TrainConfig, **how) -> RunDirectory:
     """The first process makes and owns it; the others have to find it."""
-    own = distributed.together(lambda: distributed.is_first() and RunDirectory(run_dir, **how))
-    return distributed.together(lambda: own or SharedDirectory(run_dir))
+
+    def owned():
+        return distributed.is_first() and RunDirectory(run_dir or reserve(config), **how)
+
+    own = distributed.together(owned)
+    path = distributed.exchange(str(own.path) if own else None)[0]
+    return distributed.together(lambda: own or SharedDirectory(path))
 
 
 def _initial_model(prepared: Prepared, engine: Engine) -> nnx.Module:

@@ -23,13 +23,14 @@ from flax_resnet import adopt, cli, convert, convert_training, environment, expo
 from flax_resnet.config import InputError, TrainConfig
 from flax_resnet.convert import TORCH_SUFFIXES
 from flax_resnet.data import pipeline
-from flax_resnet.run_directory import config_from_file
+from flax_resnet.run_directory import check_usable
 from flax_resnet.serve import LoadedRun
+from flax_resnet.views import config_from_file, read_config
 
 PROGRAM_SUFFIXES = (".stablehlo", ".onnx")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *PROGRAM_SUFFIXES)
 MODEL_FLAGS = ("arch", "stem", "shortcut")
-DATA_FLAGS = ("dataset", "image_size", "resize_size", "grayscale", "mean", "std")
+DATA_FLAGS = ("dataset", "image_size", "resize_size", "grayscale", "exif_transpose", "mean", "std")
 
 
 def parse():
@@ -89,8 +90,10 @@ def check_output(path: Path, suffix: str, overwrite: bool):
         return
     if not overwrite:
         raise InputError(f"{path} exists; replace it with --overwrite")
-    if path.is_dir() and (suffix or not (path / "config.json").exists()):
+    if path.is_dir() and suffix:
         raise InputError(f"{path} is a directory and no run: it is not replaced")
+    if path.is_dir():
+        check_usable(path, resume=False, overwrite=True)
 
 
 def check_flags(args):
@@ -105,9 +108,10 @@ def check_flags(args):
 
 def requested_config(args) -> TrainConfig:
     """What --config or else the run says, and the flags."""
-    run = args.input / "config.json" if args.input.is_dir() else None
-    source = args.config or run
-    config = config_from_file(source) if source else TrainConfig()
+    if args.config:
+        config = config_from_file(args.config)
+    else:
+        config = read_config(args.input) if args.input.is_dir() else TrainConfig()
     return cli.merge(config, cli.requested_values(args))
 
 

@@ -17,7 +17,7 @@ from flax_resnet import cli, steps
 from flax_resnet.config import InputError
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import SPLITS, check_contents, contents, evaluation_decoder
-from flax_resnet.data.sources import open_dataset
+from flax_resnet.data.sources import AS_TRAINED, open_dataset
 from flax_resnet.display import Display
 from flax_resnet.evaluate import evaluate
 from flax_resnet.parallel import Engine
@@ -31,9 +31,13 @@ def parse():
     parser.add_argument("--split", default="test", metavar="|".join((*SPLITS, "all")))
     parser.add_argument("--dataset", metavar="TEXT", help="another data set (default: the run's)")
     parser.add_argument("--fold-batchnorm", action="store_true", help=cli.FOLD_BATCHNORM)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--on-bad-image", default="error", metavar="error|skip", help=cli.BAD_IMAGE)
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures there too; - is stdout"
+    )
     args = parser.parse_args()
     cli.check_choice("--split", args.split, (*SPLITS, "all"))
+    cli.check_choice("--on-bad-image", args.on_bad_image, ("error", "skip"))
     cli.check_writable("--json", args.json)
     return args
 
@@ -60,7 +64,8 @@ def open_data(run: LoadedRun, name: str | None, split: str):
     return dataset
 
 
-def measure(run: LoadedRun, dataset, split: str) -> tuple[dict, int]:
+def measure(run: LoadedRun, dataset, split: str, left_out: list | None) -> tuple[dict, int]:
+    """Figures and number of the images; `left_out` takes those that cannot be read."""
     sources = [getattr(dataset, name) for name in (SPLITS if split == "all" else (split,))]
     num_images = sum(map(len, sources))
     if not num_images:
@@ -68,11 +73,13 @@ def measure(run: LoadedRun, dataset, split: str) -> tuple[dict, int]:
     engine = Engine(replace(run.config.parallel, devices=1))
     eval_step = steps.make_eval_step(run.network, run.preprocess, num_classes=len(run.class_names))
     decoder, size = evaluation_decoder(run.config.data), run.config.eval_batch_size
-    batches = (pipeline.evaluation_batches(source, decoder, size) for source in sources)
+    batches = itertools.chain.from_iterable(
+        pipeline.evaluation_batches(source, decoder, size, left_out=left_out) for source in sources
+    )
     order = np.array([run.class_names.index(name) for name in dataset.class_names])
-    batches = (b | {"label": order[b["label"]]} for b in itertools.chain.from_iterable(batches))
+    batches = (batch | {"label": order[batch["label"]]} for batch in batches)
     figures, _ = evaluate(engine, engine.compile_eval(eval_step), run.variables, batches)
-    return figures, num_images
+    return figures, num_images - len(left_out or ())
 
 
 def main():
@@ -80,18 +87,24 @@ def main():
     run = load_run(args.run_dir)
     run = run.without_batchnorm() if args.fold_batchnorm else run
     dataset = open_data(run, args.dataset, args.split)
-    figures, num_images = measure(run, dataset, args.split)
+    left_out = [] if args.on_bad_image == "skip" else None
+    figures, num_images = measure(run, dataset, args.split, left_out)
     if not math.isfinite(figures["loss"]):
         raise cli.CheckFailed(f"{args.run_dir}: the loss is {figures['loss']}, not a number")
-    display, name = Display(), args.dataset or run.config.data.dataset
-    for path, reason in dataset.bad_images:
-        display.say(f"left out: {path} ({reason})")
+    display = Display(stderr=str(args.json) == "-")
+    for line in dataset.remarks(AS_TRAINED):
+        display.say(line)
+    for error in left_out or ():
+        display.say(f"left out: {error}")
+    name = args.dataset or run.config.data.dataset
     display.say(f"{args.split}: {num_images:,} images of {name}")
-    display.results({args.split: figures})
+    display.results({args.split: figures}, len(run.class_names))
     if args.json:
         figures |= {"split": args.split, "images": num_images, "command": cli.command_line()}
-        figures["left_out_images"] = len(dataset.bad_images)
-        args.json.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+        bad = [*map(": ".join, dataset.bad_images), *map(str, left_out or ())]
+        figures |= {"left_out_images": len(bad), "left_out": bad}
+        with cli.output(args.json) as file:
+            file.write(json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,11 +23,16 @@ from flax_resnet import cli, convert, environment, list_models, serve
 from flax_resnet.config import DataConfig, InputError
 from flax_resnet.display import Display
 from flax_resnet.models import SHORTCUTS, STEMS, check_shortcut, check_stem
-from flax_resnet.run_directory import read_config
+from flax_resnet.views import read_config
 
 try:
     from equivalence_tests import causes, localise, own_model, parity, predictions, report
-    from equivalence_tests.inputs import case_of_weights, make_case
+    from equivalence_tests.inputs import (
+        case_of_weights,
+        make_case,
+        random_numbers,
+        random_state,
+    )
 except ModuleNotFoundError as error:
     cli.leave(cli.BAD_INPUT, f"error: {cli.extra_needed('a comparison', error, 'torch')}")
 
@@ -81,12 +86,20 @@ def parse():
 def build_case(args, model):
     """What both sides run on."""
     size = tuple(args.image_size * 2)[:2] if args.image_size else None
-    if not (args.checkpoint or model):
-        try:
-            kind = {"stem": args.stem, "shortcut": args.shortcut}
-            return make_case(args.arch, **kind, size=size, batch=4)
-        except ValueError as error:
-            raise InputError(f"--image-size: {error}") from None
+    try:
+        if args.checkpoint or model:
+            return own_case(args, model, size)
+        kind = {"stem": args.stem, "shortcut": args.shortcut}
+        return make_case(args.arch, **kind, size=size, batch=4)
+    except InputError:
+        raise
+    except ValueError as error:
+        word = "--image-size" if size else args.checkpoint
+        raise InputError(f"{word}: {error}") from None
+
+
+def own_case(args, model, size):
+    """Of the user's weights, or of drawn ones in the user's network."""
     if model:
         arrays = own_model.weights(model)
     else:
@@ -94,6 +107,9 @@ def build_case(args, model):
     arch = args.arch or convert.nearest_architecture(arrays).arch
     kind = convert.describe(arrays, arch, args.stem, args.shortcut)
     arrays = convert.conform(arrays, kind.shapes())
+    if model:  # fresh weights hide differences that drawn ones show
+        arrays = random_state(kind.shapes(), random_numbers(1))
+        own_model.fill(model, arrays)
     return case_of_weights(arrays, kind.arch, kind.stem, kind.shortcut, size=size)
 
 
@@ -127,6 +143,15 @@ def data_config(args) -> DataConfig:
     if args.checkpoint and Path(args.checkpoint).is_dir():
         base = read_config(args.checkpoint).data
     return replace(base, dataset=args.dataset, train_images=None, eval_images=None, **options)
+
+
+def predicted(case, data: DataConfig, place: str | None) -> dict:
+    """Predictions of both sides; a network of the user's has its own weights again."""
+    own = own_model.load(place) if place else None
+    if own:
+        shapes = {name: array.shape for name, array in case.arrays.items()}
+        case = replace(case, arrays=convert.conform(own_model.weights(own), shapes))
+    return predictions.agreement(case, data, own)
 
 
 def layer_table(rows: dict) -> Table:
@@ -176,8 +201,7 @@ def main():
         "rows": rows,
     }
     if data:
-        own = own_model.load(args.torch_model) if model else None  # training has moved the first
-        document["predictions"] = predictions.agreement(case, data, own)
+        document["predictions"] = predicted(case, data, args.torch_model)
     document |= {"command": cli.command_line(), "environment": environment.describe(1)}
     show(document)
     if args.report:

@@ -5,16 +5,23 @@ python scripts/train.py --arch resnet20 --dataset folder:DIR --epochs 20 --horiz
 python scripts/train.py --resume --run-dir runs/resnet18-digits
 """
 
-import os
-import re
 from pathlib import Path
 
 import _memory  # noqa: F401
 
 from flax_resnet import cli, distributed, train
-from flax_resnet.config import InputError, TrainConfig, to_dict
+from flax_resnet.config import InputError, TrainConfig, flat
 from flax_resnet.recipes import RECIPES
-from flax_resnet.run_directory import config_from_file, read_config
+from flax_resnet.text import listed
+from flax_resnet.views import (
+    config_from_file,
+    damaged_steps,
+    differences,
+    faults,
+    is_begun,
+    is_trained,
+    read_config,
+)
 
 SMOKE = {"epochs": "1", "batch_size": "16", "data": {"train_images": "32", "eval_images": "32"}}
 
@@ -60,33 +67,31 @@ def build_config(args, otherwise: TrainConfig) -> TrainConfig:
     return cli.merge(config, cli.requested_values(args))
 
 
-def free_directory(config: TrainConfig) -> Path:
-    """runs/ARCH-DATASET, with a number where that is taken."""
-    scheme, _, place = config.data.dataset.partition(":")
-    own = {"folder": Path(os.path.expanduser(place)).resolve().name, "tfds": place}
-    name = re.sub(r"\W+", "-", f"{config.model.arch}-{own.get(scheme, scheme)}")
-    candidates = (Path("runs") / (name + (f"-{n}" if n > 1 else "")) for n in range(1, 10_000))
-    return next(path for path in candidates if not path.exists())
-
-
 def resumed_config(args) -> TrainConfig:
-    """A run is resumed as it was begun; only where it runs may change."""
-    own = read_config(args.run_dir)
+    """A run is resumed as it was begun; only where it runs, and its data lie, may change."""
+    own = read_config(args.run_dir, say=lambda line: None)
     asked = train.as_begun(own, build_config(args, own))
-    if not agrees(to_dict(asked), to_dict(own)):
+    left_open = {name for name, value in flat(asked).items() if value is None}
+    if other := [line for name, line in differences(asked, own).items() if name not in left_open]:
         raise InputError(
-            f"{args.run_dir} was begun with other flags; --resume takes only those of devices"
-            " and --num-workers"
+            f"{args.run_dir} was begun with other flags: {listed(other)}; --resume takes only"
+            " those of devices, --num-workers and --dataset where the same data have moved; to"
+            f" train otherwise or longer, begin a new run with --init-from {args.run_dir}"
         )
     return cli.merge(own, cli.requested_values(args))
 
 
-def agrees(asked: dict, own: dict) -> bool:
-    """Whether all that is asked for is so; what was left open, the run has filled in."""
-    return all(
-        agrees(value, own[name]) if isinstance(value, dict) else value in (None, own[name])
-        for name, value in asked.items()
-    )
+def is_finished(run_dir: Path) -> bool:
+    """Whether there is nothing left to do: what of a finished run is not as it was written is
+    said, and where its training is done it can be written anew."""
+    if not (run_dir / "report.json").exists():
+        return False
+    views, steps = faults(run_dir), damaged_steps(run_dir)
+    if views and not steps and is_trained(run_dir):
+        return False
+    if distributed.is_first():
+        print(*views, *steps, f"{run_dir} is finished; nothing to do", sep="\n")
+    return True
 
 
 def described(name: str) -> str:
@@ -115,12 +120,10 @@ def main():
 
 
 def run(args, config: TrainConfig):
-    run_dir = Path(args.run_dir or distributed.exchange(str(free_directory(config)))[0])
-    if args.resume and (run_dir / "config.json").exists():
+    run_dir = Path(args.run_dir) if args.run_dir else None
+    if args.resume and is_begun(run_dir):
         config = resumed_config(args)
-        if (run_dir / "report.json").exists():
-            if distributed.is_first():
-                print(f"{run_dir} is finished; nothing to do")
+        if is_finished(run_dir):
             return
     train.fit(
         config, run_dir, resume=args.resume, overwrite=args.overwrite, command=cli.command_line()

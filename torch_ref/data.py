@@ -15,11 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from torch_ref.arguments import (
-    Count,
+    Factor,
     Fraction,
     Limits,
     NonNegative,
-    Positive,
     PositiveCount,
     Probability,
 )
@@ -37,13 +36,17 @@ class Images(Dataset):
     items: np.ndarray  # uint8 [N, H, W], or file names [N]
     labels: np.ndarray
     transform: Callable[[Image.Image], torch.Tensor] | None = None
+    exif_transpose: bool = False  # of files
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int):
         item = self.items[index]
-        image = Image.fromarray(item) if isinstance(item, np.ndarray) else open_image(item)
+        if isinstance(item, np.ndarray):
+            image = Image.fromarray(item)
+        else:
+            image = open_image(item, exif_transpose=self.exif_transpose)
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
     def subset(self, indices: np.ndarray) -> "Images":
@@ -76,11 +79,12 @@ def load_data(
     grayscale: bool = False,
     validation_fraction: Fraction = 0.1,
     test_fraction: Fraction = 0.2,
-    split_seed: Count = 0,
+    split_seed: Annotated[int, Limits(0, 2**32, without=(2**32,))] = 0,
     train_images: PositiveCount | None = None,
     eval_images: PositiveCount | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[Positive, ...] | None = None,
+    exif_transpose: bool = False,
+    mean: tuple[Probability, ...] | None = None,
+    std: tuple[Factor, ...] | None = None,
 ) -> Data:
     """The splits of a data set, ready for a `loader`.
 
@@ -93,11 +97,13 @@ def load_data(
       resize_size: of the shorter side before the centre crop; left out: image_size.
       validation_fraction, test_fraction: stratified shares for the splits the set does not have.
       train_images, eval_images: use at most so many of the training and of each other split.
+      exif_transpose: turn files upright by their EXIF orientation, as torchvision does not.
       mean, std: per channel, of images in [0, 1]; left out: measured on the training split.
     """
     if (mean is None) != (std is None):
         raise ValueError("mean and std are given together or not at all")
     splits, class_names = read_dataset(dataset)
+    splits = {k: dataclasses.replace(v, exif_transpose=exif_transpose) for k, v in splits.items()}
     splits = hold_out(splits, "test", test_fraction, split_seed)
     splits = hold_out(splits, "validation", validation_fraction, split_seed)
     splits = {name: splits[name] for name in SPLITS if name in splits}  # in this order
@@ -229,11 +235,12 @@ def hold_out(splits: dict, name: str, fraction: float, seed: int) -> dict[str, I
 def limited(images: Images, count: int, seed: int) -> Images:
     """`count` of the images, the classes in proportion where that is enough for every class."""
     everything = np.arange(len(images))
-    try:
+    classes, sizes = np.unique(images.labels, return_counts=True)
+    if min(count, len(images) - count) >= len(classes) and sizes.min() > 1:
         chosen, _ = train_test_split(
             everything, train_size=count, stratify=images.labels, random_state=seed
         )
-    except ValueError:
+    else:
         chosen = np.random.default_rng(seed).choice(everything, count, replace=False)
     return images.subset(np.sort(chosen))
 

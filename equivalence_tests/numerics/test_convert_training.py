@@ -25,7 +25,7 @@ def make_case(rule: dict) -> inputs.Case:
     # The crossing has to lie between two updates.
     steps = STEPS * rule.get("accumulate_steps", 1)
     rule = dict(lr=1e-3, ema_decay=0.9, label_smoothing=0.1) | rule
-    return inputs.make_case("basic_cnn", size=(9, 12), steps=steps, **rule)
+    return inputs.make_case("basic_cnn", size=(8, 15), steps=steps, **rule)
 
 
 def crossing(case: inputs.Case) -> int:

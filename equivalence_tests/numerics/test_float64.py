@@ -98,7 +98,7 @@ def test_a_fault_of_a_projection_shows_there(fault, where):
 def test_twenty_steps(arch):
     # Eight images: with two, BatchNorm of eight values multiplies rounding by 1e4 in 20 steps.
     stem = "cifar" if has_stem_choice(arch) else None
-    case = make_case(arch, stem=stem, size=(9, 10), batch=8, steps=20, lr=1e-3)
+    case = make_case(arch, stem=stem, size=(8, 9), batch=8, steps=20, lr=1e-3)
     assert too_large(case, bound=tolerances.TRAJECTORY) == []
 
 
@@ -121,7 +121,7 @@ def test_dropout_with_the_same_mask(arch):
     assert parity.worst(rows, "loss").norm_relative > 1e-3
 
 
-@pytest.mark.parametrize("size", [(12, 15), (13, 16), (9, 10)])
+@pytest.mark.parametrize("size", [(12, 17), (13, 16), (11, 10)])
 def test_even_and_odd_sizes(size):
     assert too_large(make_case("resnet20", size=size)) == []
 

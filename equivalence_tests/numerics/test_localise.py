@@ -36,6 +36,31 @@ def test_a_fault_in_one_layer(name):
     assert len(trial.causes) == 1, trial
 
 
+@pytest.mark.parametrize(
+    "epsilon, cause", [(1.001e-5, "eps is 1.001e-05 instead of 1e-05"), (0.0, "eps is 0 instead")]
+)
+def test_an_eps_near_the_right_one_and_none(epsilon, cause):
+    case = localiser_check.case_of(ARCH)
+    got = parity.run_jax(case, edit=lambda model: setattr(model.layer2[1].bn1, "epsilon", epsilon))
+    finding = localise.first_divergence(got, localiser_check.reference(ARCH), case)
+    assert (finding.phase, finding.module) == ("forward", "layer2.1.bn1")
+    assert len(finding.causes) == 1 and cause in finding.causes[0]
+
+
+def test_another_decay_and_the_biased_variance_are_told_apart():
+    names = "BatchNorm momentum 0.99", "biased running variance"
+    case = localiser_check.case_of(ARCH)
+
+    def edit(model):
+        for name in names:
+            localiser_check._put(mutants.MUTANTS[name], "layer2.1.bn1", model)
+
+    got = parity.run_jax(case, edit=edit)
+    finding = localise.first_divergence(got, localiser_check.reference(ARCH), case)
+    (cause,) = finding.causes
+    assert "momentum is 0.01 instead of 0.1" in cause and "(n - 1) / n with n = 84" in cause
+
+
 CAUSES = {
     "smoothing over the other classes": "e / (K - 1)",
     "no Nesterov": "plain instead of Nesterov's",

@@ -22,7 +22,7 @@ def broken(**changes):
 
 
 def mirrored(x):
-    x[0, 1, :, 7:] = x[0, 1, :, 6::-1]
+    x[0, 1, :, 7:] = x[0, 1, :, 5::-1]
     return x
 
 
@@ -34,7 +34,7 @@ def mirrored(x):
         (lambda: broken(images=lambda x: x[:, :, :11, :13]), "both odd"),
         (lambda: broken(images=mirrored), "mirror image"),
         (lambda: broken(images=lambda x: x[:, [0, 0]]), "two equal images"),
-        (lambda: broken(images=lambda x: np.tile(x, (1, 1, 12, 6, 1))), "too many values"),
+        (lambda: broken(images=lambda x: np.tile(x, (1, 1, 12, 7, 1))), "too many values"),
         (lambda: broken(images=lambda x: x + np.float64(1e-12)), "float32"),
         (lambda: broken(bn1__weight=lambda _, x: np.ones_like(x)), "bn1.weight is constant"),
         (lambda: broken(bn1__running_mean=lambda _, x: x * 0), "bn1.running_mean is constant"),

@@ -1,6 +1,7 @@
 """Folders of images for the tests of data, and what a refusal must say."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -19,6 +20,27 @@ def encoded(image, **options):
     stream = io.BytesIO()
     image.save(stream, **options)
     return stream.getvalue()
+
+
+def tiff(pixels, bits=16, tags=(), order="<"):
+    """An uncompressed gray or RGB TIFF of these samples, with other tags (SHORT) on request."""
+    data, shape = pixels.tobytes(), (*pixels.shape, 1)
+    gray = {256: shape[1], 257: shape[0], 258: bits, 259: 1, 262: 1, 277: 1, 278: shape[0]}
+    entries = sorted((gray | {273: 8, 279: len(data)} | dict(tags)).items())
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(data))
+    ifd = struct.pack(f"{order}H", len(entries))
+    for tag, value in entries:
+        kind = 4 if tag in (273, 279) else 3
+        ifd += struct.pack(f"{order}HHI", tag, kind, 1)
+        ifd += struct.pack(f"{order}I" if kind == 4 else f"{order}Hxx", value)
+    return head + data + ifd + bytes(4)
+
+
+def upright(orientation):
+    """An EXIF header with this orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
 
 
 def refused(dataset, *words, **fields):

@@ -3,11 +3,13 @@
 import csv
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -16,8 +18,11 @@ from PIL import Image
 
 from equivalence_tests.program.command import ROOT, refused, run_script, train
 from flax_resnet import cli
+from flax_resnet.config import InputError
+from flax_resnet.data import sources
 from flax_resnet.recipes import RECIPES
 from flax_resnet.run_directory import RunDirectory
+from flax_resnet.serve import load_run, predict_files
 
 CLASSES = ("ant", "bee")
 
@@ -163,8 +168,10 @@ def test_other_directories_are_left_alone(folder, tmp_path, flag):
 
 
 def test_resume_refuses_other_flags(insects):
-    outcome = run_script("train.py", "--resume", "--run-dir", insects, "--epochs", 9)
-    refused(outcome, "other flags")
+    for flag, value, own in (("--epochs", 9, "epochs 9 (the run has 4)"),
+                             ("--dataset", "digits", "data.dataset 'digits'")):  # fmt: skip
+        outcome = run_script("train.py", "--resume", "--run-dir", insects, flag, value)
+        refused(outcome, "other flags", own, "--init-from")
 
 
 def test_resume_refuses_another_recipe_and_config(insects, tmp_path):
@@ -313,6 +320,132 @@ def test_evaluate_refuses_what_does_not_fit(insects, tmp_path):
     refused(run_script("evaluate.py", insects, "--dataset", "digits"), "ant", "classes")
 
 
+@pytest.fixture
+def some_bad(tmp_path, folder):
+    """A copy of the bees of which two files are no images."""
+    shutil.copytree(folder / "test" / "bee", tmp_path / "photos")
+    for name in ("03.png", "05.png"):
+        (tmp_path / "photos" / name).write_bytes(b"no image")
+    return tmp_path / "photos"
+
+
+def test_evaluate_masks_what_cannot_be_read(insects, folder, tmp_path):
+    """On request; else it names all of it."""
+    shutil.copytree(folder, tmp_path / "data")
+    for name in ("test/bee/03.png", "test/ant/05.png"):
+        (tmp_path / "data" / name).write_bytes(b"no image")
+    flags = ["--dataset", f"folder:{tmp_path}/data"]
+    refused(run_script("evaluate.py", insects, *flags), "05.png", "03.png", "--on-bad-image skip")
+    outcome = run_script("evaluate.py", insects, *flags, "--on-bad-image", "skip", "--json", "-")
+    assert outcome.status == 0 and outcome.err.count("left out: ") == 2
+    assert "top 2" in outcome.err and "top 5" not in outcome.err
+    figures = json.loads(outcome.out)
+    assert (figures["images"], figures["left_out_images"]) == (22, 2)
+    assert "05.png: not a readable image" in figures["left_out"][0]
+    for name in ("test/bee/03.png", "test/ant/05.png"):
+        (tmp_path / "data" / name).unlink()
+    outcome = run_script("evaluate.py", insects, *flags, "--json", "-")
+    assert json.loads(outcome.out)["loss"] == pytest.approx(figures["loss"], rel=1e-6)
+
+
+def test_predict_names_all_that_cannot_be_read(insects, some_bad, tmp_path):
+    out = tmp_path / "out.json"
+    outcome = run_script("predict.py", insects, some_bad, "--json", out)
+    refused(outcome, "03.png", "05.png", "--on-bad-image skip")
+    assert not out.exists() and not list(tmp_path.glob(".*tmp"))
+
+
+def test_predict_lists_what_cannot_be_read(insects, some_bad, tmp_path):
+    files = [tmp_path / "out.json", tmp_path / "out.csv"]
+    flags = ["--on-bad-image", "skip", "--json", files[0], "--csv", files[1]]
+    outcome = run_script("predict.py", insects, some_bad, *flags)
+    assert outcome.status == 0 and "left out: 2 of 12 images" in outcome.err
+    rows = json.loads(files[0].read_text())
+    assert len(rows) == 12 and [i for i, row in enumerate(rows) if "error" in row] == [3, 5]
+    assert rows[3]["error"] == "not a readable image (no known format)"
+    with files[1].open() as file:
+        faults = [row["image"] for row in csv.DictReader(file) if row["error"]]
+    assert faults == [rows[3]["image"], rows[5]["image"]]
+    outcome = run_script("predict.py", insects, some_bad, "--on-bad-image", "skip")
+    assert outcome.status == 0 and "03.png: not a readable image" in outcome.out
+
+
+def test_predict_writes_to_standard_output_and_nothing_else_there(insects, some_bad, tmp_path):
+    flags = ["--on-bad-image", "skip"]
+    rows = json.loads(run_script("predict.py", insects, some_bad, *flags, "--json", "-").out)
+    table = run_script("predict.py", insects, some_bad, *flags, "--csv", "-").out
+    assert len(rows) == 12 and len(list(csv.DictReader(table.splitlines()))) == 2 + 10 * 2
+    assert json.dumps(rows, indent=2) + "\n" == run_script(
+        "predict.py", insects, some_bad, *flags, "--json", "-"
+    ).out  # fmt: skip
+    refused(run_script("predict.py", insects, some_bad, "--json", "-", "--csv", "-"), "both")
+    assert not Path("-").exists()
+
+
+def test_predict_prints_each_row_when_it_comes(capsys):
+    """A table of 50,000 rows, made at the end, took longer for each row the more there were."""
+    write_all = runpy.run_path(str(ROOT / "scripts/predict.py"))["write_all"]
+    likely = [{"class": "ant", "probability": 0.5}]
+
+    def rows():
+        for number in range(3):
+            yield {"image": f"{number}.png", "predictions": likely}
+            assert capsys.readouterr().out == f"{number}.png: ant 50.0%\n"
+
+    assert write_all(rows(), None, None) == 0
+
+
+def test_predict_says_what_lies_on_its_side(insects, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, header in (("one.jpg", exif), ("two.jpg", Image.Exif())):
+        Image.new("RGB", (12, 16)).save(tmp_path / name, exif=header)
+    outcome = run_script("predict.py", insects, tmp_path, "--json", "-")
+    assert outcome.status == 0 and len(json.loads(outcome.out)) == 2
+    assert "1 of 2 images carry an EXIF rotation that is not applied; the run was" in outcome.err
+
+
+def test_a_run_turns_images_as_it_learned_to(insects, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.rot90(pixels, -1)).save(tmp_path / "upright.png")
+    paths = [tmp_path / "turned.png", tmp_path / "upright.png"]
+    run = load_run(insects)
+    turning = replace(run, config=cli.merge(run.config, {"data": {"exif_transpose": True}}))
+    one, two = (p for _, p in predict_files(turning, paths))
+    np.testing.assert_array_equal(one, two)
+    one, two = (p for _, p in predict_files(run, paths))
+    assert np.abs(one - two).max() > 1e-4
+
+
+def test_predict_files_keeps_few_images_in_memory(insects, folder):
+    """Whatever their number: the first outcome comes when a few have been read."""
+    run = load_run(insects)
+    run = replace(run, config=cli.merge(run.config, {"eval_batch_size": 4}))
+    picture = folder / "test" / "bee" / "00.png"
+    with mock.patch.object(sources, "read_image", wraps=sources.read_image) as read:
+        outcomes = predict_files(run, [picture] * 200)
+        next(outcomes)
+        assert read.call_count <= 8
+        assert len(list(outcomes)) == 199
+    with pytest.raises(InputError, match="takes a list of paths"):
+        next(predict_files(run, picture))
+
+
+@pytest.mark.parametrize("images, word", [
+    (np.zeros((2, 12, 12, 3), np.float32), "float32"), (np.zeros((2, 9, 9, 3), np.uint8), "9, 9"),
+    (np.zeros((2, 3, 12, 12), np.uint8), "3, 12"), (np.zeros((12, 12, 3), np.uint8), "12, 12, 3"),
+    ([[0]], "list"),
+])  # fmt: skip
+def test_logits_are_of_images_as_the_run_knows_them(insects, images, word):
+    run = load_run(insects)
+    assert run.logits(np.zeros((2, 12, 12, 3), np.uint8)).shape == (2, 2)
+    with pytest.raises(InputError, match=r"images are uint8 \[B, 12, 12, 3\].*" + word):
+        run.logits(images)
+
+
 def test_predict_writes_names_and_probabilities(insects, folder, tmp_path):
     picture, bees = folder / "test" / "ant" / "00.png", folder / "test" / "bee"
     outcome = run_script(
@@ -358,7 +491,8 @@ def test_predict_names_files_that_are_not_utf8(insects, folder, tmp_path, monkey
         shutil.copy(next((folder / "test" / "bee").iterdir()), picture)
     except OSError:
         pytest.skip("this file system takes UTF-8 alone")
-    assert picture in run_script("predict.py", insects, picture).out
+    assert "caf\\udce9.png: " in run_script("predict.py", insects, picture).out
+    assert picture in run_script("predict.py", insects, picture, "--csv", "-").out
     for kind in ("--csv", "--json"):
         assert run_script("predict.py", insects, picture, kind, f"out{kind}").status == 0
     assert picture in Path("out--csv").read_text(errors="surrogateescape")

@@ -79,12 +79,14 @@ def test_the_second_signal_kills_at_once():
 STATE = {"a": jnp.arange(6.0)}
 
 
-def test_a_save_that_fails_is_told_at_the_next_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EFBIG", "EIO"])
+def test_a_save_that_fails_is_told_at_the_next_step(tmp_path, monkeypatch, code):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.check()
+    number = getattr(errno, code)
 
     def no_space(*_, **__):
-        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+        raise ValueError(f"Failed to write 9 bytes: {os.strerror(number)} [os_error_code='7']")
 
     monkeypatch.setattr(checkpoints._manager, "save", no_space)
     checkpoints.save(1, STATE, {}, improvement=False)
@@ -92,8 +94,20 @@ def test_a_save_that_fails_is_told_at_the_next_step(tmp_path, monkeypatch):
         for _ in range(500):  # steps
             checkpoints.check()
             time.sleep(0.01)
-    assert error.value.errno == errno.ENOSPC
+    assert error.value.errno == number
     checkpoints.close()
+
+
+def test_a_limit_of_file_size_ends_a_run_in_one_line(tmp_path):
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (99999, -1));"
+    limited += " runpy.run_path(sys.argv[0], run_name='__main__')"
+    words = ["scripts/train.py", "--smoke", "--arch", "basic_cnn", "--no-compilation-cache"]
+    words += ["--devices", "1", "--run-dir", str(tmp_path / "run")]
+    code = f"import sys; sys.argv = {words!r}; sys.path.insert(0, 'scripts'); {limited}"
+    command = [sys.executable, "-c", code]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert outcome.returncode == 2, outcome.stderr
+    assert outcome.stderr.count("\n") == 1 and "file too large" in outcome.stderr
 
 
 def test_a_failed_save_ends_the_training(tmp_path, monkeypatch):

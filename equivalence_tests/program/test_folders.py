@@ -1,5 +1,6 @@
 """Folders of images: which split is what, links, hidden files, images that are broken."""
 
+import dataclasses
 import pickle
 import shutil
 
@@ -8,8 +9,10 @@ import pytest
 import torchvision
 from PIL import Image
 
-from equivalence_tests.program.image_folder import fill, picture, refused
-from flax_resnet.config import DataConfig
+from equivalence_tests.program.image_folder import fill, picture, refused, upright
+from flax_resnet.config import DataConfig, InputError
+from flax_resnet.data.pipeline import Decoder, decode_all
+from flax_resnet.data.shared import Names
 from flax_resnet.data.sources import FolderSource, Subset, open_dataset
 
 
@@ -78,11 +81,9 @@ def test_folder_refusals(tree, tmp_path):
     refused(f"folder:{tmp_path}/empty", "empty", "no class folder")
     fill(tmp_path / "one" / "ant")
     refused(f"folder:{tmp_path}/one", "ant", "only")
-    (tree / "valid").mkdir()
-    refused(f"folder:{tree}", "valid", "train")
-    (tree / "valid").rename(tree / "validation")
-    refused(f"folder:{tree}", "validation", "val")
-    (tree / "validation").rmdir()
+    (tree / "other").mkdir()
+    refused(f"folder:{tree}", "other", "train")
+    (tree / "other").rmdir()
     (tree / "train/ant").rename(tree / "train/wasp")
     refused(f"folder:{tree}", "missing wasp", "extra ant")
 
@@ -98,10 +99,118 @@ def test_folder_without_training_split(tree):
     refused(f"folder:{tree}", "must have train", "test, val")
 
 
-def test_folder_class_without_image(tree):
+@pytest.mark.parametrize("names", [
+    ("TRAIN", "VAL", "TEST"), ("Training", "Valid", "Testing"), ("train", "valid", "test"),
+    ("training", "Validation", "Test"),
+])  # fmt: skip
+@pytest.mark.parametrize("wrapper", ["", "birds"])
+def test_splits_have_many_names(tree, names, wrapper):
+    """In any case, and in one folder more."""
+    (tree / wrapper).mkdir(exist_ok=True)
+    for before, now in zip(("train", "val", "test"), names, strict=True):
+        (tree / before).rename(tree / wrapper / now)
+    opened = open_dataset(DataConfig(dataset=f"folder:{tree}"))
+    assert opened.class_names == ("Cow", "ant", "bee")
+    assert [len(s) for s in (opened.train, opened.validation, opened.test)] == [30, 12, 15]
+
+
+@pytest.mark.parametrize("other", ["Train", "training", "TRAINING"])
+def test_two_folders_of_one_split_are_refused(tree, other):
+    fill(tree / other / "ant")
+    refused(f"folder:{tree}", f"{other}", "train", "the same split")
+
+
+@pytest.mark.parametrize("names", [
+    ("fold0", "fold1"), ("split_1", "split_2"), ("train_set", "test_set"), ("TrainSet", "TestSet"),
+    ("seg_train", "seg_test"), ("a", "b"), ("2019", "2020"),
+])  # fmt: skip
+def test_folders_that_look_like_splits_are_no_classes(tmp_path, names):
+    for name in names:
+        for class_name in ("ant", "bee"):
+            fill(tmp_path / "set" / name / class_name, 4)
+    refused(f"folder:{tmp_path}/set", *names, "not like classes")
+
+
+def test_folds_inside_a_split_are_no_classes(tmp_path):
+    for name in ("train/fold0/ant", "train/fold1/ant"):
+        fill(tmp_path / "set" / name, 4)
+    refused(f"folder:{tmp_path}/set", "fold0", "fold1", "ant", "not like classes")
+
+
+def test_folds_without_classes_are_no_classes(tmp_path):
+    for name in ("fold0", "fold1"):
+        fill(tmp_path / "set" / name, 4)
+    refused(f"folder:{tmp_path}/set", "fold0", "fold1", "not like classes")
+
+
+def test_classes_may_have_their_images_in_deeper_folders(tmp_path):
+    for name in ("ant/red", "bee/honey"):
+        fill(tmp_path / "set" / name)
+    opened = open_dataset(DataConfig(dataset=f"folder:{tmp_path}/set"))
+    assert opened.class_names == ("ant", "bee")
+
+
+def test_a_class_may_be_empty_where_nothing_is_learned(tree):
     for path in (tree / "val/bee").iterdir():
         path.rename(path.with_suffix(".txt"))
-    refused(f"folder:{tree}", "no image", "bee", "validation")
+    opened = open_dataset(DataConfig(dataset=f"folder:{tree}"))
+    assert np.bincount(opened.validation.labels, minlength=3).tolist() == [4, 4, 0]
+    assert opened.validation.labels.dtype == np.int32
+    shutil.rmtree(tree / "val/bee")
+    refused(f"folder:{tree}", "missing bee", "may be empty")
+
+
+def test_a_class_without_training_images_says_what_to_do(tree):
+    shutil.rmtree(tree / "train/bee")
+    (tree / "train/bee").mkdir()
+    refused(f"folder:{tree}", "no image", "bee", "from every split")
+    for split in ("train", "val", "test"):
+        shutil.rmtree(tree / split / "bee")
+    assert open_dataset(DataConfig(dataset=f"folder:{tree}")).class_names == ("Cow", "ant")
+
+
+def test_a_split_without_images_is_refused(tree):
+    for path in (tree / "val").rglob("*.png"):
+        path.unlink()
+    refused(f"folder:{tree}", "no image in any class of validation")
+
+
+def test_names_are_compared_in_one_form_of_unicode(tree):
+    """A Mac writes the accent as a character of its own."""
+    for split, name in (("train", "café"), ("val", "cafe\u0301"), ("test", "café")):
+        (tree / split / "Cow").rename(tree / split / name)
+    opened = open_dataset(DataConfig(dataset=f"folder:{tree}"))
+    assert opened.class_names == ("ant", "bee", "café") and len(opened.validation) == 12
+    fill(tree / "val" / "café")
+    refused(f"folder:{tree}", "look alike", "caf\\xe9")
+
+
+def test_thumbnails_of_systems_are_passed_over_and_counted(tree):
+    for name in ("train/@eaDir", "train/ant/@eaDir", "__MACOSX", "train/ant/.thumbnails"):
+        fill(tree / name, 1)
+    (tree / "train/ant/notes.txt").write_text("no image")
+    picture().save(tree / "train/ant/other.jfif", format="JPEG")
+    opened = open_dataset(DataConfig(dataset=f"folder:{tree}"))
+    assert opened.class_names == ("Cow", "ant", "bee") and len(opened.train) == 31
+    assert list(opened.remarks()) == [
+        "passed over: 1 file(s) not named as images: 1 .txt",
+        "passed over: 4 hidden or system folder(s)",
+    ]
+    assert opened.ignored_files == 1
+
+
+def test_turned_images_are_counted_where_they_stay_turned(tree):
+    for number in range(3):
+        exif = upright(6)
+        picture(size=(8, 12)).save(tree / f"train/ant/turned{number}.jpg", exif=exif)
+    config = DataConfig(dataset=f"folder:{tree}")
+    opened = open_dataset(config)
+    [line] = opened.remarks()
+    assert line.startswith("3 of 33 images carry an EXIF rotation that is not applied; --exif")
+    index = list(opened.train.names).index(str(tree / "train/ant/turned0.jpg"))
+    assert opened.train[index].shape == (8, 12, 3)
+    opened = open_dataset(dataclasses.replace(config, exif_transpose=True))
+    assert not list(opened.remarks()) and opened.train[index].shape == (12, 8, 3)
 
 
 @pytest.mark.parametrize("link", ["train/ant/link.png", "train/ant/sub", "train/wasp", "test/ant"])
@@ -133,6 +242,7 @@ def test_bad_images_are_skipped(tree):
     bad = break_some(tree)
     opened = open_dataset(DataConfig(dataset=f"folder:{tree}", on_bad_image="skip"))
     assert [path for path, _ in opened.bad_images] == bad
+    assert [line.split(" (")[0] for line in opened.remarks()] == [f"left out: {b}" for b in bad]
     assert all(reason.startswith("not a readable image (") for _, reason in opened.bad_images)
     assert [len(s) for s in (opened.train, opened.validation, opened.test)] == [29, 12, 14]
     assert not set(bad) & {*opened.train.names, *opened.test.names}
@@ -146,6 +256,17 @@ def test_bad_images_are_errors_when_met(tree):
     refused(f"folder:{tree}", bad[0])
 
 
+def test_all_bad_images_are_named_at_once(tree):
+    for number in range(7):
+        (tree / f"train/ant/{number:02}.png").write_bytes(b"")
+    source = open_dataset(DataConfig(dataset=f"folder:{tree}")).train
+    with pytest.raises(InputError) as error:
+        decode_all(source, Decoder(size=8, resize=8))
+    message = str(error.value)
+    assert message.startswith("7 images cannot be read: ") and "ant/04.png" in message
+    assert message.endswith("and 2 more; --on-bad-image skip leaves such files out")
+
+
 def test_class_of_bad_images_only(tree):
     for path in (tree / "val/bee").iterdir():
         path.write_bytes(b"")
@@ -157,3 +278,17 @@ def test_sources_cross_process_borders(tree):
     copy = pickle.loads(pickle.dumps(source))
     assert isinstance(copy.source, FolderSource) and copy.names == source.names
     np.testing.assert_array_equal(copy[1], source[np.int64(1)])
+
+
+def test_a_pickle_of_a_large_source_says_where_it_lies():
+    """A worker maps the names, labels and indices of a million files instead of having them."""
+    names = Names.of(f"/data/class{number % 9}/é{number}.jpg" for number in range(50_000))
+    source = FolderSource(names, np.arange(50_000, dtype=np.int32), 3)
+    subset = Subset(source, np.arange(50_000)[::-1])
+    first = subset.labels  # computed before it is sent
+    content = pickle.dumps(subset)
+    assert len(content) < 2000
+    copy = pickle.loads(content)
+    assert copy.names == subset.names and copy.names[0] == "/data/class4/é49999.jpg"
+    np.testing.assert_array_equal(copy.labels, first)
+    assert isinstance(copy.source.names.text, np.memmap)

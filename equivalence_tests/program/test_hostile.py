@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import tarfile
+import warnings
 import zipfile
 
 import numpy as np
@@ -14,6 +15,8 @@ from PIL import Image
 from rich.table import Table
 
 from equivalence_tests.program.command import refused, run_script
+from flax_resnet import plots
+from flax_resnet.adopt import class_names
 from flax_resnet.config import InputError
 from flax_resnet.data import cifar10
 from flax_resnet.display import Display
@@ -122,3 +125,18 @@ def test_a_file_s_name_in_a_table_is_only_a_name(capsys):
     table.add_row("photos/img[a].jpg :b: [red]")
     Display().show(table)
     assert "photos/img[a].jpg :b: [red]" in capsys.readouterr().out
+
+
+def test_names_in_any_script_are_drawn_without_a_warning(tmp_path, monkeypatch):
+    """In a font that has them, or as numbers where no font does."""
+    names = ["鳥", "птица", "ptak", "a\u202eb"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.confusion_matrix(tmp_path / "matrix.png", np.eye(4, dtype=int), names)
+    monkeypatch.setattr(plots.font_manager.fontManager, "ttflist", [])
+    assert plots._writable(names) == (["0", "птица", "ptak", "a\\u202eb"], ["DejaVu Sans"])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    (tmp_path / "names.txt").write_bytes("\ufeffairplane\r\ncafe\u0301\r\n".encode())
+    assert class_names(str(tmp_path / "names.txt"), 2) == ("airplane", "café")

@@ -1,14 +1,19 @@
 """One image file: modes, depths, orientation, and everything that is none."""
 
+import io
 import os
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from equivalence_tests.program.image_folder import encoded, picture
+from equivalence_tests.program.image_folder import encoded, picture, tiff, upright
 from flax_resnet.config import InputError
+from flax_resnet.data import image_files
+from flax_resnet.data.image_files import decode_image, is_turned
 from flax_resnet.data.sources import read_image
 
 
@@ -32,6 +37,135 @@ def test_read_image_scales_16_bits(tmp_path):
     Image.fromarray(levels * 257).save(tmp_path / "deep.png")
     np.testing.assert_array_equal(read_image(tmp_path / "deep.png", 1)[..., 0], levels)
     np.testing.assert_array_equal(read_image(tmp_path / "deep.png", 3)[..., 2], levels)
+
+
+LEVELS = np.arange(256).reshape(16, 16)
+
+
+def pgm(maxval, samples, dtype=">u2", magic="P5"):
+    return f"{magic} 16 16 {maxval}\n".encode() + samples.astype(dtype).tobytes()
+
+
+def packed(samples):
+    """12 bits each, two in three bytes."""
+    left, right = samples[:, ::2], samples[:, 1::2]
+    parts = [left >> 4, (left & 15) << 4 | right >> 8, right & 255]
+    return np.stack(parts, -1).reshape(len(samples), -1).astype(np.uint8)
+
+
+AS_SHOWN = {
+    "32 bits with 8 used": tiff(LEVELS.astype("<u4"), 32),
+    "signed 32 bits with 8 used": tiff(LEVELS.astype("<i4"), 32, {339: 2}),
+    "signed 32 bits with 16 used": tiff(LEVELS.astype("<i4") * 257, 32, {339: 2}),
+    "16 bits": tiff(LEVELS.astype("<u2") * 257),
+    "16 bits, high byte first": tiff(LEVELS.astype(">u2") * 257, order=">"),
+    "16 bits, white is zero": tiff(0xFFFF - LEVELS.astype("<u2") * 257, tags={262: 0}),
+    "8 bits, white is zero": tiff(255 - LEVELS.astype("u1"), 8, {262: 0}),
+    "12 bits of 16 by the tag": tiff(LEVELS.astype("<u2") * 16, tags={281: 4095}),
+    "10 bits of 16 by the tag": tiff(LEVELS.astype("<u2") * 4, tags={281: 1023}),
+    "12 bits packed": tiff(packed(LEVELS * 16), 12, {256: 16}),
+    "PGM of 8 bits": pgm(255, LEVELS, "u1"),
+    "PGM of 12 bits": pgm(4095, LEVELS * 16),
+    "PGM of 16 bits": pgm(65535, LEVELS * 257),
+    "PNG of 16 bits": encoded(Image.fromarray(LEVELS.astype(np.uint16) * 257), format="PNG"),
+    "black, of 16 bits": tiff(np.zeros((16, 16), "<u2")),
+}
+
+
+@pytest.mark.parametrize("kind", AS_SHOWN)
+def test_gray_is_as_bright_as_its_file_says(kind):
+    """By its own tags, and not by how PIL would clip it."""
+    image = decode_image(io.BytesIO(AS_SHOWN[kind]), 1, name=kind)[..., 0]
+    expected = 0 * LEVELS if "black" in kind else LEVELS
+    np.testing.assert_array_equal(image, expected)
+
+
+DEEP_COLOURS = np.stack([LEVELS * 16] * 3, -1)
+NOT_SAID = {
+    "12 bits of 16": tiff(LEVELS.astype("<u2") * 16),
+    "10 bits of 16": tiff(LEVELS.astype("<u2") * 4),
+    "8 bits of 16": tiff(LEVELS.astype("<u2")),
+    "a statistic and no depth": tiff(LEVELS.astype("<u2") * 16, tags={281: 4080}),
+    "12 bits of 32": tiff(LEVELS.astype("<u4") * 16, 32),
+    "20 bits of 32": tiff(LEVELS.astype("<u4") * 4096, 32),
+    "more than the tag says": tiff(LEVELS.astype("<u2") * 257, tags={281: 4095}),
+    "signed 16 bits": tiff(LEVELS.astype("<i2") * 128, tags={339: 2}),
+    "signed 8 bits": tiff(LEVELS.astype("u1"), 8, {339: 2}),
+    "negative": tiff(LEVELS.astype("<i4") - 9, 32, {339: 2}),
+    "half precision": tiff((LEVELS / 255).astype("<f2"), tags={339: 3}),
+    "white is zero, high byte first": tiff(LEVELS.astype(">u2") * 257, tags={262: 0}, order=">"),
+    "12 bits of 16 in a PNG": encoded(Image.fromarray(LEVELS.astype("<u2") * 16), format="PNG"),
+    "12 bits of 16 in a PGM": pgm(65535, LEVELS * 16),
+    "12 bits of 16 in a PPM": pgm(65535, DEEP_COLOURS, magic="P6"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_SAID)
+def test_gray_of_a_depth_that_is_not_known_is_refused(kind):
+    """It would be nearly black, or another image."""
+    with pytest.raises(InputError, match="not a readable image .*(bits|signed|TIFF)"):
+        decode_image(io.BytesIO(NOT_SAID[kind]), 1, name=kind)
+
+
+def test_a_palette_of_8_bits_where_16_belong_is_refused():
+    """Every colour of it would be black."""
+    file = encoded(picture(mode="P"), format="TIFF")
+    with Image.open(io.BytesIO(file)) as image:
+        colours = np.array(image.tag_v2[320], "<u2").tobytes()
+    assert file.count(colours) == 1
+    dark = (np.frombuffer(colours, "<u2") >> 8).astype("<u2").tobytes()
+    with pytest.raises(InputError, match="palette"):
+        decode_image(io.BytesIO(file.replace(colours, dark)), 3, name="palette.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_images_are_turned_upright_on_request(tmp_path, suffix, orientation):
+    """As viewers do; PIL itself always turns a TIFF."""
+    path = tmp_path / f"image.{suffix}"
+    picture(size=(24, 16)).save(path, exif=upright(orientation))
+    with Image.open(path) as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
+        as_it_is = np.asarray(stored.convert("RGB"))
+    np.testing.assert_array_equal(image_files.read_image(path, 3, exif_transpose=True), expected)
+    np.testing.assert_array_equal(image_files.read_image(path, 3), as_it_is)
+    assert is_turned(path) == (orientation > 1 and suffix != "tif")
+
+
+def test_an_image_with_broken_exif_is_upright(tmp_path):
+    picture().save(tmp_path / "odd.jpg", exif=b"Exif\0\0MM\0*" + bytes(3))
+    assert not is_turned(tmp_path / "odd.jpg") and not is_turned(tmp_path / "none.jpg")
+    assert image_files.read_image(tmp_path / "odd.jpg", 3, exif_transpose=True).shape == (12, 9, 3)
+
+
+def test_large_images_are_decoded_one_after_another(monkeypatch):
+    """However many threads there are: a file of 10 KiB can take a gigabyte."""
+    monkeypatch.setattr(image_files, "MEMORY", image_files._Budget(3 * 400 * 400 * 16))
+    file = encoded(Image.new("1", (400, 400)), format="PNG")
+    most, now, lock = [0], [0], threading.Lock()
+    convert = image_files._convert
+
+    def counted(*arguments):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        try:
+            return convert(*arguments)
+        finally:
+            with lock:
+                now[0] -= 1
+
+    monkeypatch.setattr(image_files, "_convert", counted)
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda _: decode_image(io.BytesIO(file), 3, name="x"), range(64)))
+    assert 1 <= most[0] <= 3
+    assert image_files.MEMORY._used == 0
+
+
+def test_the_name_of_a_bad_file_is_safe_to_print():
+    with pytest.raises(InputError) as error:
+        decode_image(io.BytesIO(b""), 3, name="a\x1b[31m\u202egpj.exe")
+    assert "\x1b" not in str(error.value) and "\\u202e" in str(error.value)
 
 
 def test_read_image_refuses_pixels_without_a_range(tmp_path):
@@ -88,6 +222,7 @@ def test_read_image_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
     for name in ("pipe.png", "gone.png", "missing.png"):
+        assert not is_turned(tmp_path / name)
         with pytest.raises(InputError, match=f"{name}: not a readable image"):
             read_image(tmp_path / name, 3)
 

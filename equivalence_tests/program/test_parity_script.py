@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import torch_ref
+from equivalence_tests import inputs
 from equivalence_tests.program.command import ROOT, refused, run_script
 from flax_resnet import cli
 from flax_resnet.config import TrainConfig
@@ -66,6 +67,12 @@ def of_another_make():
     return wrapper
 
 
+def with_a_broken_forward():
+    model = sound()
+    model.layer2[0].forward = lambda x: x @ x
+    return model
+
+
 def not_a_network():
     return 1
 
@@ -76,7 +83,7 @@ def report(tmp_path, *arguments):
 
 
 def test_our_own_network_is_equal(tmp_path):
-    outcome, document = report(tmp_path, "--arch", "resnet20", "--image-size", 12, 14)
+    outcome, document = report(tmp_path, "--arch", "resnet20", "--image-size", 12, 13)
     assert outcome.status == 0, outcome.err
     assert "equal: every tensor agrees to rounding" in outcome.out
     assert "layer3.2.bn2" in outcome.out
@@ -114,14 +121,21 @@ def test_a_difference_is_found_and_explained(make, phase, module, cause, tmp_pat
 
 def test_weights_of_ones_own_and_their_predictions(tmp_path):
     path = tmp_path / "mine.pth"
-    torch.manual_seed(0)
     model = torch_ref.create_model("resnet20", in_channels=1)
-    checkpoint.save(path, checkpoint.to_arrays(model.state_dict()))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    checkpoint.save(path, inputs.random_state(shapes, inputs.random_numbers()))
     outcome, document = report(
-        tmp_path, "--checkpoint", path, "--dataset", "digits", "--image-size", 8, 10
+        tmp_path, "--checkpoint", path, "--dataset", "digits", "--image-size", 8, 9
     )
     assert outcome.status == 0, outcome.err
     assert document["predictions"]["agree"] == document["predictions"]["images"] == 360
+
+
+def test_fresh_weights_are_refused_because_they_hide_differences(tmp_path):
+    checkpoint.save(tmp_path / "fresh.pth", checkpoint.to_arrays(sound().state_dict()))
+    outcome = run_script("parity.py", "--checkpoint", tmp_path / "fresh.pth")
+    refused(outcome, "fresh.pth", "bn1.weight is constant", "more")
+    assert len(outcome.err) < 400
 
 
 def test_predictions_are_of_the_whole_test_split(tmp_path, monkeypatch):
@@ -159,6 +173,11 @@ def test_without_torch_the_extra_is_named(monkeypatch):
         (["--arch", "resnet20", "--dataset", "digits", "--mean", "1"], ["mean and std"]),
         (["--arch", "resnet18", "--stem", "cfar"], ["did you mean 'cifar'"]),
         (["--arch", "resnet20", "--image-size", "32"], ["--image-size", "H and W are equal"]),
+        (
+            ["--torch-model", f"{HERE}:sound", "--image-size", "33", "17"],
+            ["--image-size", "layer2.0.conv1 sees only odd sizes (33 x 17)"],
+        ),
+        (["--torch-model", f"{HERE}:with_a_broken_forward"], ["forward pass", "RuntimeError"]),
         (["--arch", "resnet20", "--image-size", "0"], ["--image-size", "1 or more"]),
         (["--arch", "resnet20", "--image-size", "8", "9", "3"], ["--image-size", "one for both"]),
         (["--arch", "resnet20", "--report", __file__], ["--report", "no directory"]),

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from flax_resnet import cli
 from flax_resnet.config import InputError, TrainConfig
 from flax_resnet.data import pipeline, prepare
+from flax_resnet.data.image_files import BadImage
 from flax_resnet.data.pipeline import BatchOrder, Decoder
-from flax_resnet.data.sources import ArraySource
+from flax_resnet.data.sources import ArraySource, Subset
 from torch_ref import data
 
 
@@ -179,6 +180,61 @@ def test_a_constant_channel_has_no_standard_deviation():
     images[..., 1] = 255
     with pytest.raises(InputError, match="constant; give mean and std"):
         pipeline.channel_statistics(pipeline.count_levels(images))
+
+
+class Asked:
+    """Images, and how often all of their labels were asked for."""
+
+    names = None
+
+    def __init__(self, length):
+        self.length, self.times = length, 0
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, number):
+        return np.zeros((2, 2, 1), np.uint8)
+
+    @property
+    def labels(self):
+        self.times += 1
+        return np.arange(self.length, dtype=np.int32)
+
+
+def test_labels_are_looked_up_once_for_all_batches():
+    """So that a batch of a million images costs what one of a thousand does."""
+    source, decoder = Asked(400), Decoder(size=2, resize=2)
+    subset = Subset(source, np.arange(300)[::-1])
+    order = BatchOrder(num_images=300, batch_size=4, seed=0, epochs=1)
+    for batch in pipeline.image_iterator(subset, decoder, order, num_workers=0):
+        np.testing.assert_array_equal(batch["label"], 299 - batch["index"])
+    for images in (None, np.zeros((300, 2, 2, 1), np.uint8)):
+        batches = pipeline.evaluation_batches(subset, decoder, 4, images)
+        labels = np.concatenate([batch["label"] for batch in batches])
+        np.testing.assert_array_equal(labels, np.arange(300)[::-1])
+    assert source.times == 1
+
+
+class SomeBad(Asked):
+    """Every third image is none."""
+
+    def __getitem__(self, number):
+        if number % 3 == 0:
+            raise BadImage(f"{number}: not a readable image (a test)")
+        return super().__getitem__(number)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 40])
+def test_evaluation_masks_images_that_cannot_be_read(batch_size):
+    """Where it is given a list for them."""
+    decoder, left_out = Decoder(size=2, resize=2), []
+    batches = pipeline.evaluation_batches(SomeBad(20), decoder, batch_size, left_out=left_out)
+    seen = [batch["label"][batch["mask"]] for batch in batches]
+    assert np.concatenate(seen).tolist() == [n for n in range(20) if n % 3]
+    assert [str(e).split(":")[0] for e in left_out] == [str(n) for n in range(0, 20, 3)]
+    with pytest.raises(InputError, match="7 images cannot be read: 0: not"):
+        list(pipeline.evaluation_batches(SomeBad(20), decoder, batch_size))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 16])

@@ -27,7 +27,7 @@ from flax_resnet import distributed, serve
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import InputError
 from flax_resnet.run import Run
-from flax_resnet.run_directory import read_rows
+from flax_resnet.tables import read_rows
 
 # Splits that do not divide; float64, in which only the order of summation differs.
 SHORT = (

@@ -8,7 +8,7 @@ import pytest
 from equivalence_tests import criteria, mutants, results
 from equivalence_tests.program.command import ROOT
 from flax_resnet import reproduction
-from flax_resnet.run_directory import read_rows
+from flax_resnet.tables import read_rows
 
 README = (ROOT / "README.md").read_text()
 RECIPES = ROOT / "results" / "recipes"

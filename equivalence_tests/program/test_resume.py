@@ -13,8 +13,9 @@ from flax_resnet import distributed, early_stopping, serve
 from flax_resnet.checkpoint import Checkpoints, steps_in
 from flax_resnet.config import InputError
 from flax_resnet.progress import Interrupted
-from flax_resnet.run_directory import read_rows
+from flax_resnet.tables import read_rows
 from flax_resnet.train import fit
+from flax_resnet.views import read_config
 
 
 def cut(config, run_dir, monkeypatch, step=7):
@@ -78,11 +79,12 @@ def test_other_data_is_refused(begun, tmp_path, change, words):
 
 
 @pytest.mark.control
-def test_the_same_data_elsewhere_is_the_same(begun, tmp_path):
+def test_the_same_data_elsewhere_is_the_same(tmp_path, begun):
     (tmp_path / "data").rename(tmp_path / "moved")
-    path = tmp_path / "run" / "config.json"
-    path.write_text(path.read_text().replace(str(tmp_path / "data"), str(tmp_path / "moved")))
-    assert fit(begun, tmp_path / "run", resume=True, display=quiet())["epochs"] == 2
+    flags = ["--resume", "--run-dir", tmp_path / "run", "--dataset", f"folder:{tmp_path / 'moved'}"]
+    outcome = run_script("train.py", *flags)
+    assert outcome.status == 0, outcome.err
+    assert read_config(tmp_path / "run").data.dataset == f"folder:{tmp_path / 'moved'}"
 
 
 def test_a_fine_tuned_run_needs_its_source_no_more(tmp_path, monkeypatch):

@@ -1,15 +1,19 @@
 """The house: pins, imports, the README's commands."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
+
+from equivalence_tests import surroundings
 
 ROOT = Path(__file__).parents[2]
 PINS = (ROOT / "constraints.txt").read_text().split("\n")[:-1]
@@ -22,21 +26,27 @@ LAYERS = [
         "models.cpu_convolution",
         "models.cpu_sum",
         "metrics",
+        "sanity",
         "early_stopping",
         "plots",
         "display",
         "distributed",
+        "owned",
+        "tables",
     },
     {"models.layers"},
     {"models.resnet", "models.cnn", "models.summary"},
     {"models.folding"},
     {"models"},
     {"data", "data.cifar10", "data.image_files", "data.augment"},
+    {"data.folders", "data.shared"},
     {"data.sources"},
     {"convert", "weights", "data.pipeline", "optim", "losses", "environment"},
     {"data.prepare", "steps", "progress"},
     {"parallel", "convert_training"},
-    {"evaluate", "checkpoint", "run_directory"},
+    {"evaluate", "checkpoint"},
+    {"views"},
+    {"run_directory"},
     {"serve"},
     {"adopt"},
     {"export"},
@@ -137,10 +147,33 @@ def test_importing_does_not_bring_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_ci_runs_the_command_of_the_readme():
-    last = (ROOT / ".ci" / "run").read_text().strip().splitlines()[-1]
-    assert f"\n{last}\n" in (ROOT / "README.md").read_text()
-    assert last.endswith("uv run --extra test pytest")
+def test_ci_runs_the_two_commands_of_the_readme_in_their_order():
+    commands = (ROOT / ".ci" / "run").read_text().strip().splitlines()[-2:]
+    readme = (ROOT / "README.md").read_text()
+    assert readme.index(f"\n{commands[0]}\n") < readme.index(f"\n{commands[1]}\n")
+    assert commands[0].endswith("scripts/train.py --arch resnet18")
+    assert commands[1].endswith("uv run --extra test pytest")
+
+
+def test_the_tests_work_in_an_empty_directory_with_a_home_of_their_own():
+    home = Path(os.environ["HOME"])
+    assert not list(Path.cwd().iterdir()) and ROOT not in Path.cwd().parents
+    assert home.name.startswith("flax_resnet-tests-") and home == Path.home()
+    assert Path(os.environ["XDG_CACHE_HOME"]).parent == home
+
+
+def test_a_file_that_the_tests_leave_in_the_checkout_is_noticed(tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / ".gitignore").write_text("runs/\n__pycache__/\n")
+    session = SimpleNamespace(exitstatus=pytest.ExitCode.OK)
+    for name, left in (("__pycache__", []), ("runs", ["!! runs/"])):
+        checkout = surroundings.Checkout(tmp_path)
+        checkout.pytest_sessionstart()
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+        checkout.pytest_sessionfinish(session)
+        assert checkout.left == left
+    assert session.exitstatus == pytest.ExitCode.TESTS_FAILED
 
 
 def test_no_file_fixes_an_interpreter_or_a_host():
@@ -150,6 +183,6 @@ def test_no_file_fixes_an_interpreter_or_a_host():
     assert not {".python-version", "uv.lock"} & set(tracked)
 
 
-@pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
+@pytest.mark.parametrize("command", [["check", "--no-cache"], ["format", "--no-cache", "--check"]])
 def test_ruff_is_content(command):
     subprocess.run([sys.executable, "-m", "ruff", *command, "."], check=True, cwd=ROOT)

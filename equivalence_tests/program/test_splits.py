@@ -95,6 +95,32 @@ def test_splits_that_cannot_be(monkeypatch, labels, fields, words):
         opened_labels(monkeypatch, labels, **fields)
 
 
+def test_a_seed_that_scikit_learn_does_not_take_is_refused(monkeypatch):
+    """And is not taken for classes that cannot be stratified."""
+    labels = [0] * 50 + [1, 2] * 10
+    opened = opened_labels(monkeypatch, labels, train_images=28, split_seed=2**32 - 1)
+    assert np.bincount(opened.train.labels).tolist() == [20, 4, 4]
+    with pytest.raises(ValueError, match="split_seed"):
+        DataConfig(split_seed=2**32)
+    with pytest.raises(ValueError, match="random_state"):
+        sources._limit(ArraySource(np.zeros((70, 1, 1, 1)), np.array(labels)), 28, 2**32)
+
+
+@pytest.mark.parametrize("mean, std, word", [
+    ((123.675, 116.28, 103.53), (0.2, 0.2, 0.2), "mean 123.675"), ((-0.1,), (0.2,), "mean -0.1"),
+    ((0.485,), (58.4,), "std 58.4"),
+])  # fmt: skip
+def test_statistics_of_pixels_from_0_to_255_are_refused(mean, std, word):
+    with pytest.raises(ValueError, match=f"{word}.*divided by 255"):
+        DataConfig(mean=mean, std=std)
+
+
+@pytest.mark.parametrize("name", ["", "/no/such/folder", "some/folder"])
+def test_a_path_without_its_kind_is_a_folder(tmp_path, name):
+    with pytest.raises(ValueError, match=f"did you mean 'folder:{name or tmp_path}'"):
+        DataConfig(dataset=name or str(tmp_path))
+
+
 def test_limits_are_upper_limits(monkeypatch):
     labels = [0, 1, 2] * 20
     opened = opened_labels(monkeypatch, labels, train_images=2, eval_images=5)

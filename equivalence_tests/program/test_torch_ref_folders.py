@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from torchvision.transforms import v2
 
-from equivalence_tests.program.image_folder import encoded, fill, picture
-from equivalence_tests.program.test_image_files import BROKEN
+from equivalence_tests.program.image_folder import encoded, fill, picture, upright
+from equivalence_tests.program.test_image_files import AS_SHOWN, BROKEN, NOT_SAID
 from flax_resnet.config import DataConfig, InputError
 from flax_resnet.data.image_files import read_image
 from flax_resnet.data.sources import open_dataset
@@ -45,6 +45,36 @@ def test_the_same_files_in_the_same_order(tree, place):
         np.testing.assert_array_equal(twin.splits[name].labels, split.labels)
 
 
+def test_the_same_files_under_other_names(tree):
+    """Splits, classes and suffixes; a class that is empty; thumbnails."""
+    (tree / "wrapped").mkdir()
+    for split, name in (("train", "Training"), ("val", "VALID"), ("test", "Testing")):
+        (tree / split / "ant").rename(tree / split / ("é" if split == "val" else "e\u0301"))
+        (tree / split).rename(tree / "wrapped" / name)
+    shutil.rmtree(tree / "wrapped/VALID/bee")
+    (tree / "wrapped/VALID/bee").mkdir()
+    fill(tree / "wrapped/Training/bee/@eaDir", 2)
+    picture().save(tree / "wrapped/Training/bee/0.jfif", format="JPEG")
+    ours = open_dataset(DataConfig(dataset=f"folder:{tree}"))
+    twin = data.load_data(dataset=f"folder:{tree}")
+    assert ours.class_names == tuple(twin.class_names) == ("bee", "é")
+    for name in ("train", "validation", "test"):
+        split = getattr(ours, name)
+        assert list(twin.splits[name].items) == list(split.names)
+        np.testing.assert_array_equal(twin.splits[name].labels, split.labels)
+
+
+@pytest.mark.parametrize("exif_transpose", [False, True])
+def test_the_same_turned_images(tree, exif_transpose):
+    picture(size=(8, 12)).save(tree / "train/ant/turned.jpg", exif=upright(6))
+    settings = dict(dataset=f"folder:{tree}", exif_transpose=exif_transpose)
+    ours = open_dataset(DataConfig(**settings)).train
+    twin = data.load_data(**settings).splits["train"]
+    [index] = [n for n, name in enumerate(ours.names) if name.endswith("turned.jpg")]
+    twin.transform = None
+    np.testing.assert_array_equal(ours[index], np.asarray(twin[index][0]))
+
+
 def remove_from_every_split(root, name):
     for split in SPLITS:
         shutil.rmtree(root / split / name)
@@ -65,11 +95,15 @@ SPOIL = {
     "no class folder": lambda root: [remove_from_every_split(root, n) for n in ("ant", "bee")],
     "one class": lambda root: remove_from_every_split(root, "bee"),
     "an empty class": lambda root: (root / "train/wasp").mkdir(),
-    "a class without images": lambda root: without_images(root / "val/ant"),
+    "a class without images": lambda root: without_images(root / "train/ant"),
+    "a split without images": lambda root: without_images(root / "val"),
+    "folds": lambda root: [(root / n).rename(root / f"fold{i}") for i, n in enumerate(SPLITS)],
+    "parts": lambda root: [(root / n).rename(root / f"{n}_set") for n in SPLITS],
+    "two names alike": lambda root: [fill(root / "val" / n) for n in ("café", "cafe\u0301")],
     "a class that is missing": lambda root: shutil.rmtree(root / "test/bee"),
     "a class too many": lambda root: fill(root / "test/wasp"),
     "val and validation": lambda root: shutil.copytree(root / "val", root / "validation"),
-    "an unknown split": lambda root: (root / "valid").mkdir(),
+    "an unknown split": lambda root: (root / "other").mkdir(),
     "no training split": lambda root: shutil.rmtree(root / "train"),
     "a link out": lambda root: link(root / "train/ant/06.png", root.parent / "outside/00.png"),
     "a loop of links": lambda root: link(root / "train/ant/loop", root / "train/ant"),
@@ -96,6 +130,20 @@ READABLE = {
     **{f"{mode}.png": picture(mode=mode) for mode in ("1", "LA", "P", "RGBA")},
     "CMYK.jpg": picture(mode="CMYK"),
 }
+
+
+@pytest.mark.parametrize("kind", AS_SHOWN)
+def test_the_same_gray(tmp_path, kind):
+    (tmp_path / kind).write_bytes(AS_SHOWN[kind])
+    twin = np.asarray(image_folder.open_image(tmp_path / kind))
+    np.testing.assert_array_equal(read_image(tmp_path / kind, 3), twin)
+
+
+@pytest.mark.parametrize("kind", NOT_SAID)
+def test_the_same_depths_are_refused(tmp_path, kind):
+    (tmp_path / kind).write_bytes(NOT_SAID[kind])
+    with pytest.raises(ValueError, match=kind):
+        image_folder.open_image(tmp_path / kind)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -394,7 +394,7 @@ def config_takes(group, name, text):
     [
         (["--label-smoothing", "2"], "--label-smoothing: 2 is not in [0, 1)"),
         (["--div-factor", "0"], "--div-factor: 0 is not in (0, inf)"),
-        (["--mean", *"123", "--std", *"123"], "mean has 3 values, the images 1 channel"),
+        (["--mean", *"010", "--std", *"111"], "mean has 3 values, the images 1 channel"),
         (["--test-fraction", "0"], "test_fraction 0"),
         (["--arch", "resnet81"], "resnet18"),
         (["--dataset", "folder:missing"], "missing"),

@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 import math
-import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax import nnx
 from PIL import Image
 from rich.console import Console
 
-from equivalence_tests.program.command import ROOT, run_script, train
+from equivalence_tests.program.command import run_script, train
 from flax_resnet import cli, convert, convert_training, export, plots, steps
 from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import InputError, TrainConfig, from_dict
@@ -22,9 +22,10 @@ from flax_resnet.display import Display
 from flax_resnet.models import create_model
 from flax_resnet.progress import Interrupted
 from flax_resnet.run import Run
-from flax_resnet.run_directory import config_from_file, read_config
+from flax_resnet.run_directory import reserve
 from flax_resnet.serve import load_run, restore
 from flax_resnet.train import fit
+from flax_resnet.views import config_from_file, read_config
 
 SMALL = {
     "epochs": "3",
@@ -256,10 +257,13 @@ def test_several_steps_a_dispatch_are_the_same_steps(tmp_path):
     ("digits", "digits"), ("folder:/data/birds_v2/", "birds_v2"), ("tfds:a/b-v2", "a-b-v2"),
     ("cifar10:/x/cifar-10-python.tar.gz", "cifar10"), ("folder:~nobody/a b", "a-b"),
 ])  # fmt: skip
-def test_a_run_is_named_after_its_data(dataset, name):
-    script = runpy.run_path(ROOT / "scripts" / "train.py")
+def test_a_run_is_named_after_its_data(dataset, name, tmp_path, monkeypatch):
+    """And has its directory to itself, before anything is in it."""
+    monkeypatch.chdir(tmp_path)
     config = cli.merge(TrainConfig(), {"data": {"dataset": dataset}})
-    assert script["free_directory"](config).name == f"resnet18-{name}"
+    assert reserve(config) == Path("runs") / f"resnet18-{name}"
+    Path(f"runs/resnet18-{name}-2").symlink_to("nowhere")
+    assert reserve(config).name == f"resnet18-{name}-3"
 
 
 def test_a_run_under_pmap_is_that_on_a_mesh(tmp_path, monkeypatch):

@@ -1,72 +1,232 @@
-"""Image files: decoding one, and listing a tree of them by class."""
+"""One image file -> pixels: what a format means by its samples, and the memory that it takes."""
 
+import contextlib
+import functools
 import math
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from flax_resnet.config import InputError
+from flax_resnet.text import printable
 
-SUFFIXES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
+SUFFIXES = tuple(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm".split()
+)
 
 _LONGEST = 200
 """Times the shorter side that the longer may be: at 224 pixels a line would take gigabytes."""
 
+_AT_ONCE = 4096  # images that are checked
+_NAMED = 5  # of those that cannot be read
+_LONGEST_NAME = 1000  # characters of a path in a message
+
 # Only these decoders look at a file: some of PIL's others start programs, such as Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
+_BYTES_A_PIXEL = 16
+"""That decoding, converting and resizing an image take at most, measured over the modes."""
 
-def read_image(path: str | os.PathLike, channels: int) -> np.ndarray:
+# Tags of TIFF.
+_BITS, _PHOTOMETRIC, _MAX_SAMPLE, _COLOUR_MAP, _SAMPLE_FORMAT = 258, 262, 281, 320, 339
+
+_UNKNOWN_DEPTH = (
+    "its samples have room for {} bits, but the file does not say how many they have, and so not"
+    " how bright they are; scale them to 8 or 16 bits"
+)
+
+
+class BadImage(InputError):
+    """A file that is no image, a broken one, or one whose samples have no known meaning."""
+
+
+class _Budget:
+    """Bytes that the images in the making take together. Whoever wants more waits until others
+    are done; an image that alone takes more than all is decoded alone."""
+
+    def __init__(self, total: int):
+        self._total, self._used = total, 0
+        self._changed, self._own = threading.Condition(), threading.local()
+
+    @contextlib.contextmanager
+    def hold(self):
+        """Gives back at its end what the thread has taken inside, for one image; a second one
+        inside the first leaves that to the first."""
+        if hasattr(self._own, "taken"):
+            yield
+            return
+        self._own.taken = 0
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= self._own.taken
+                self._changed.notify_all()
+            del self._own.taken
+
+    def take(self, size: int):
+        """Waits until so many bytes are free."""
+        own = self._own
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._used == own.taken or self._used + size <= self._total
+            )
+            own.taken += size
+            self._used += size
+
+
+MEMORY = _Budget(1 << 30)
+"""Of this process."""
+
+
+def read_image(
+    path: str | os.PathLike, channels: int, *, exif_transpose: bool = False
+) -> np.ndarray:
     """One image file as uint8 [H, W, channels], decoded like torchvision's ImageFolder: alpha is
-    dropped, EXIF orientation is not applied, one channel is PIL's "L". 16-bit gray is scaled.
+    dropped, EXIF orientation is applied on request, one channel is PIL's "L". Gray of more than 8
+    bits is scaled by the bits that the file says.
 
     Raises:
-      InputError: no file, no image, a broken one, more pixels than PIL.Image.MAX_IMAGE_PIXELS, or
-        one side more than 200 times the other.
+      BadImage: no file, no image, a broken one, samples whose black and white are not known, more
+        pixels than PIL.Image.MAX_IMAGE_PIXELS, or one side more than 200 times the other.
     """
     if not os.path.isfile(path):
-        raise InputError(f"{path}: not a readable image (no such file)")
-    return decode_image(path, channels, name=str(path))
+        raise BadImage(f"{printable(path, _LONGEST_NAME)}: not a readable image (no such file)")
+    return decode_image(path, channels, name=str(path), exif_transpose=exif_transpose)
 
 
-def decode_image(file: str | os.PathLike | BinaryIO, channels: int, *, name: str) -> np.ndarray:
+def decode_image(
+    file: str | os.PathLike | BinaryIO, channels: int, *, name: str, exif_transpose: bool = False
+) -> np.ndarray:
     """`read_image` for an open file too; `name` is what the message calls it."""
     try:
-        with Image.open(file, formats=_FORMATS) as image:
-            limit = Image.MAX_IMAGE_PIXELS or math.inf
-            if image.width * image.height > limit:  # where PIL would only warn
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {limit}")
-            if max(image.size) > _LONGEST * min(image.size):
-                raise ValueError(f"{image.width} x {image.height} pixels, no picture but a line")
-            pixels = np.asarray(_convert(image, channels))
+        with MEMORY.hold(), Image.open(file, formats=_FORMATS) as image:
+            _check_size(*image.size)
+            MEMORY.take(image.width * image.height * _BYTES_A_PIXEL)
+            pixels = np.asarray(_convert(image, channels, exif_transpose))
     except UnidentifiedImageError:
-        raise InputError(f"{name}: not a readable image (no known format)") from None
+        reason = _unidentified(file)
     except Exception as error:  # decoders raise anything on a broken file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{name}: not a readable image ({reason})") from None
-    return pixels.reshape(*pixels.shape[:2], channels)
+        reason = printable(" ".join(str(error).split()) or type(error).__name__, 400)
+    else:
+        return pixels.reshape(*pixels.shape[:2], channels)
+    raise BadImage(f"{printable(name, _LONGEST_NAME)}: not a readable image ({reason})")
 
 
-def _convert(image: Image.Image, channels: int) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if image.mode.startswith("I"):  # 16 bits of gray, which PIL would clip to 255
-        image = Image.fromarray(_high_byte(np.asarray(image)))
+def _unidentified(file: str | os.PathLike | BinaryIO) -> str:
+    """Why PIL finds nothing to decode: it says the same of a TIFF with other samples."""
+    with contextlib.nullcontext(file) if hasattr(file, "read") else open(file, "rb") as stream:
+        stream.seek(0)
+        is_tiff = stream.read(4) in (b"II*\0", b"MM\0*")
+    return "a TIFF of samples that Pillow does not read" if is_tiff else "no known format"
+
+
+def _check_size(width: int, height: int):
+    limit = Image.MAX_IMAGE_PIXELS or math.inf
+    if width * height > limit:  # where PIL would only warn
+        raise ValueError(f"{width} x {height} pixels, more than {limit}")
+    if max(width, height) > _LONGEST * min(width, height):
+        raise ValueError(f"{width} x {height} pixels, no picture but a line")
+
+
+def _convert(image: Image.Image, channels: int, exif_transpose: bool) -> Image.Image:
+    _check_samples(image)
+    deep, scale = _is_deep(image), _scale(image)  # loading drops what they look at
+    image.load()
+    if exif_transpose and _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # more than 8 bits of gray, which PIL would clip to 255
+        image = Image.fromarray(scale(np.asarray(image)))
+    elif deep:
+        _check_high_bytes(image)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours without PIL's warning
     image = image.convert("RGB")
     return image.convert("L") if channels == 1 else image
 
 
-def _high_byte(pixels: np.ndarray) -> np.ndarray:
-    if pixels.min() < 0 or pixels.max() > 0xFFFF:
-        raise ValueError("pixels of more than 16 bits")
-    return (pixels >> 8).astype(np.uint8)
+def _tag(image: Image.Image, tag: int):
+    """What a TIFF says, of the first sample where it says so of each; None of other formats."""
+    value = image.tag_v2.get(tag) if image.format == "TIFF" else None
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _check_samples(image: Image.Image):
+    """Raises ValueError where the file does not say what is black and what is white."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if _tag(image, _SAMPLE_FORMAT) == 2 and _tag(image, _BITS) < 32:
+        raise ValueError("signed samples have no known black and white")
+    colours = image.tag_v2.get(_COLOUR_MAP) if image.format == "TIFF" else None
+    if colours and 0 < max(colours) < 256:
+        raise ValueError("the colours of its palette have 8 bits where TIFF has 16")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether its samples have 16 bits and none is said to be unused."""
+    layout = str(image.tile[0].args) if image.tile else ""
+    return ";16" in layout or ", 65535)" in layout
+
+
+def _scale(image: Image.Image) -> Callable[[np.ndarray], np.ndarray]:
+    """How its gray of more than 8 bits becomes uint8."""
+    white, room = _tag(image, _MAX_SAMPLE), _tag(image, _BITS) or 16
+    bits = room if room < 16 else None  # in 16 bits there are often 12
+    if white and white >= 255 and white & (white + 1) == 0:  # 2^n - 1: a depth, no statistic
+        bits = white.bit_length()
+    elif image.format == "PPM" and not _is_deep(image):  # PIL scales by the maximum that it says
+        bits = 16
+    inverted = _tag(image, _PHOTOMETRIC) == 0
+    return functools.partial(_eight_bits, room=room, bits=bits, inverted=inverted)
+
+
+def _eight_bits(pixels: np.ndarray, room: int, bits: int | None, inverted: bool) -> np.ndarray:
+    """The high 8 of the bits that a sample has, of the `room` that there is for them."""
+    low, high = int(pixels.min()), int(pixels.max())
+    bits = bits or _bits_seen(high, room)
+    if low < 0 or high >= 1 << bits:
+        raise ValueError(f"samples from {low} to {high} are not of {bits} bits")
+    gray = (pixels >> max(bits - 8, 0)).astype(np.uint8)
+    return 255 - gray if inverted else gray
+
+
+def _bits_seen(high: int, room: int) -> int:
+    """Bits of samples up to `high`, where the file leaves it open."""
+    if high == 0 or (room == 32 and high < 256):
+        return 8
+    if high < 1 << 14:
+        raise ValueError(f"{_UNKNOWN_DEPTH.format(room)}: they end at {high}")
+    return 16
+
+
+def _check_high_bytes(image: Image.Image):
+    """As `_bits_seen`, for colours; PIL has kept the high byte of each sample."""
+    bands = zip(image.getbands(), np.reshape(image.getextrema(), (-1, 2)), strict=True)
+    if max(high for band, (_, high) in bands if band != "A") < 1 << 6:
+        raise ValueError(f"{_UNKNOWN_DEPTH.format(16)}: the highest two are never used")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number; 1 is upright, and what has no EXIF, or a broken one, is too."""
+    with contextlib.suppress(Exception):
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
+
+
+def is_turned(file: str | os.PathLike | BinaryIO) -> bool:
+    """Whether an image has an EXIF orientation that `exif_transpose` would apply, from its header
+    alone; False of what is no image."""
+    if isinstance(file, str | os.PathLike) and not os.path.isfile(file):
+        return False  # opening a pipe would wait for ever
+    with contextlib.suppress(Exception), Image.open(file, formats=_FORMATS) as image:
+        said = image.format in ("JPEG", "MPO") or any("exif" in str(key) for key in image.info)
+        return said and image.format != "TIFF" and 2 <= _orientation(image) <= 8
+    return False  # PIL itself turns a TIFF
 
 
 def bad_images(paths: list[str], channels: int) -> dict[str, str]:
@@ -75,102 +235,26 @@ def bad_images(paths: list[str], channels: int) -> dict[str, str]:
     def check(path):
         try:
             read_image(path, channels)
-        except InputError as error:
-            return str(error).removeprefix(f"{path}: ")
+        except BadImage as error:
+            return reason(error)
 
+    bad = {}
     with ThreadPoolExecutor() as pool:
-        checked = zip(paths, pool.map(check, paths), strict=True)
-        return {path: reason for path, reason in checked if reason}
+        for start in range(0, len(paths), _AT_ONCE):  # a million tasks would fill the memory
+            part = paths[start : start + _AT_ONCE]
+            bad |= {p: why for p, why in zip(part, pool.map(check, part), strict=True) if why}
+    return bad
 
 
-_FOLDERS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+def reason(error: BadImage) -> str:
+    """Its message without the name of the file."""
+    return "not a readable image" + str(error).rpartition(": not a readable image")[2]
 
 
-def list_splits(root: Path) -> tuple[dict[str, dict[str, list[str]]], int]:
-    """split -> class -> image paths of the data set in a folder (`sources.open_dataset` says which
-    layouts there are), and the number of files that are not named as images.
-
-    Raises:
-      InputError: another layout, fewer than two classes, splits of different classes, a class
-        whose name is not UTF-8, a symbolic link that leads out of `root`.
-    """
-    splits, ignored = {}, 0
-    for split, folder in _split_folders(root).items():
-        splits[split], others = _list_classes(folder, root)
-        ignored += others
-        _check_classes(folder, list(splits[split]), list(splits["train"]))
-    return splits, ignored
-
-
-def _split_folders(root: Path) -> dict[str, Path]:
-    """Split -> folder, the training split first."""
-    if not root.is_dir():
-        raise InputError(f"folder:{root}: no such folder")
-    found = {path.name: path for path in _folders_in(root, root)}
-    if not found.keys() & _FOLDERS.keys():
-        return {"train": root}
-    unknown = sorted(found.keys() - _FOLDERS.keys())
-    if "train" not in found or unknown or {"val", "validation"} <= found.keys():
-        raise InputError(
-            f"folder:{root}: has the folders {', '.join(found)}; it must have train and one or "
-            "both of val (or validation) and test, or class folders only"
-        )
-    return {_FOLDERS[name]: found[name] for name in sorted(found, key=list(_FOLDERS).index)}
-
-
-def _list_classes(folder: Path, root: Path) -> tuple[dict[str, list[str]], int]:
-    """The image paths of each class folder, both by name, and the number of files beside them
-    that are not named as images."""
-    classes, ignored = {}, 0
-    for class_folder in _folders_in(folder, root):
-        _check_name(class_folder)
-        files = list(_files(class_folder, root))
-        classes[class_folder.name] = [f for f in files if f.lower().endswith(SUFFIXES)]
-        ignored += len(files) - len(classes[class_folder.name])
-    return classes, ignored
-
-
-def _check_name(class_folder: Path):
-    try:
-        class_folder.name.encode()
-    except UnicodeEncodeError:  # no file could be written that names the class
-        raise InputError(
-            f"{str(class_folder)!r}: the name of the class is not UTF-8; rename it"
-        ) from None
-
-
-def _check_classes(folder: Path, classes: list[str], expected: list[str]):
-    if len(classes) < 2:
-        found = f"only the class folder {classes[0]}" if classes else "no class folder"
-        raise InputError(f"{folder}: {found}; it must have a folder of images for each class")
-    if classes != expected:
-        missing, extra = sorted(set(expected) - set(classes)), sorted(set(classes) - set(expected))
-        raise InputError(
-            f"{folder}: not the classes of the training split: missing {', '.join(missing) or '-'}"
-            f", extra {', '.join(extra) or '-'}"
-        )
-
-
-def _folders_in(folder: Path, root: Path) -> list[Path]:
-    """The visible folders in a folder, by name."""
-    return [Path(entry.path) for entry in _entries(folder, root) if entry.is_dir()]
-
-
-def _files(folder: str | Path, root: Path, above: tuple[Path, ...] = ()) -> Iterator[str]:
-    here = Path(folder).resolve()
-    if here in above:
-        raise InputError(f"{folder}: symbolic link to a folder that contains it")
-    for entry in _entries(folder, root):
-        if entry.is_dir():
-            yield from _files(entry.path, root, (*above, here))
-        else:
-            yield entry.path
-
-
-def _entries(folder: str | Path, root: Path) -> list[os.DirEntry]:
-    with os.scandir(folder) as scan:
-        entries = [entry for entry in scan if not entry.name.startswith(".")]
-    for entry in entries:
-        if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root.resolve()):
-            raise InputError(f"{entry.path}: symbolic link that leads out of {root}")
-    return sorted(entries, key=lambda entry: entry.name)
+def refusal(errors: list[BadImage], more: str) -> InputError:
+    """One error for all of them, which ends with what can be done."""
+    if len(errors) == 1:
+        return InputError(f"{errors[0]}{more}")
+    named = ", ".join(map(str, errors[:_NAMED]))
+    others = f" and {len(errors) - _NAMED:,} more" if len(errors) > _NAMED else ""
+    return InputError(f"{len(errors):,} images cannot be read: {named}{others}{more}")

@@ -4,10 +4,11 @@ Images that fit are decoded once and stay on the device as uint8; an epoch then 
 indices. Others are decoded again every epoch, in threads or worker processes, ahead of the step.
 """
 
+import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +18,7 @@ from absl import flags
 from PIL import Image
 
 from flax_resnet.config import InputError
+from flax_resnet.data.image_files import MEMORY, BadImage, refusal
 
 _THREADS = 16  # for decoding; Pillow lets go of the GIL
 _AT_ONCE = 256  # images in a list
@@ -77,16 +79,60 @@ def _random_area(image, rng):
     return image[top : top + h, left : left + w]
 
 
+def decoded(
+    source, decoder: Decoder, index: int, rng: np.random.Generator | None = None
+) -> np.ndarray | BadImage:
+    """An image of a source as the network sees it, or why there is none."""
+    try:
+        with MEMORY.hold():
+            return decoder(source[index], rng)
+    except BadImage as error:
+        return error
+
+
+def ahead(decode: Callable, parts: Iterable[Iterable]) -> Iterator[list]:
+    """Yields `[decode(item) for item in part]` of each part, done in threads while the part before
+    is in use."""
+    pool, waiting = ThreadPoolExecutor(_THREADS), collections.deque()
+    try:
+        for part in parts:
+            waiting.append([pool.submit(decode, item) for item in part])
+            if len(waiting) > 1:
+                yield [future.result() for future in waiting.popleft()]
+        for futures in waiting:
+            yield [future.result() for future in futures]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def whole(parts: Iterable[list], source) -> Iterator[list[np.ndarray]]:
+    """The parts of a source as they are, as long as every image is one.
+
+    Raises:
+      InputError: not at the first bad image but when all are known, and named.
+    """
+    bad = []
+    for part in parts:
+        bad += [image for image in part if isinstance(image, BadImage)]
+        if not bad:
+            yield part
+    if bad:
+        hint = "" if source.names is None else "; --on-bad-image skip leaves such files out"
+        raise refusal(bad, hint)
+
+
 def decode_all(source, decoder: Decoder, indices: Sequence[int] | None = None) -> np.ndarray:
     """The images of a source at `indices`, by default all -> uint8 `[N, size, size, C]`."""
     indices = range(len(source)) if indices is None else indices
+    starts = range(0, len(indices), _AT_ONCE)  # a list of all would be as large again
+    parts = ahead(
+        functools.partial(decoded, source, decoder), (indices[s : s + _AT_ONCE] for s in starts)
+    )
     images = None
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, len(indices), _AT_ONCE):  # a list of all would be as large again
-            part = list(pool.map(lambda i: decoder(source[i]), indices[start : start + _AT_ONCE]))
-            if images is None:
-                images = np.empty((len(indices), *part[0].shape), np.uint8)
-            images[start : start + len(part)] = part
+    for start, part in zip(starts, whole(parts, source), strict=True):
+        if images is None:
+            images = np.empty((len(indices), *part[0].shape), np.uint8)
+        images[start : start + len(part)] = part
     return decoder(source[0])[None][:0] if images is None else images
 
 
@@ -197,12 +243,13 @@ class _DecodedBatches:
     def __getitem__(self, step):
         indices = self.order[step]
         images = [self._decode(int(step), int(index)) for index in indices]
-        labels = np.asarray(self.source.labels)[indices]
+        [images] = whole([images], self.source)
+        labels = self.source.labels[indices]
         return {"image": np.stack(images), "label": labels.astype(np.int32), "index": indices}
 
     def _decode(self, step, index):
         rng = np.random.default_rng([self.order.seed, step, index])
-        return self.decoder(self.source[index], rng)
+        return decoded(self.source, self.decoder, index, rng)
 
 
 def evaluation_batches(
@@ -211,28 +258,42 @@ def evaluation_batches(
     batch_size: int,
     images: np.ndarray | None = None,
     rows: slice = slice(None),  # noqa: B008
+    left_out: list[BadImage] | None = None,
 ):
     """Every image once, in order; the last batch is filled up with zeros and masked.
 
     Args:
       images: the decoded source, uint8 `[N, H, W, C]`, where it is at hand.
       rows: of each batch, those that this process reads.
+      left_out: takes the images that cannot be read, which are masked then.
 
     Yields:
       {"image", "label", "mask"} with leading axis `batch_size`, or this process's part of it.
+
+    Raises:
+      InputError: images cannot be read, and `left_out` is None.
     """
-    for start in range(0, len(source), batch_size):
-        indices = range(start, start + batch_size)[rows]
-        mask = np.array([index < len(source) for index in indices])
-        present = indices[: mask.sum()]
-        if images is not None:
-            part = images[present.start : present.stop]
-        else:
-            part = decode_all(source, decoder, present)
-        fill = len(indices) - len(present)
-        labels = np.asarray(source.labels[present.start : present.stop], np.int32)
+    starts = range(0, len(source), batch_size)
+    every = [range(start, start + batch_size)[rows] for start in starts]
+    present = [indices[: max(len(source) - indices.start, 0)] for indices in every]
+    if images is not None:
+        parts = (images[indices.start : indices.stop] for indices in present)
+    else:
+        parts = ahead(functools.partial(decoded, source, decoder), present)
+        parts = whole(parts, source) if left_out is None else parts
+    for indices, own, part in zip(every, present, parts, strict=True):
+        mask = np.array([isinstance(image, np.ndarray) for image in part], bool)
+        if left_out is not None:
+            left_out += [image for image in part if isinstance(image, BadImage)]
+            if not mask.any():
+                continue
+            blank = np.zeros_like(part[int(mask.argmax())])
+            part = [image if good else blank for image, good in zip(part, mask, strict=True)]
+        if not len(part):  # this process has none of the last batch
+            part = decode_all(source, decoder, own)
+        fill = len(indices) - len(own)
         yield {
-            "image": np.pad(part, ((0, fill), (0, 0), (0, 0), (0, 0))),
-            "label": np.pad(labels, (0, fill)),
-            "mask": mask,
+            "image": np.pad(np.asarray(part), ((0, fill), (0, 0), (0, 0), (0, 0))),
+            "label": np.pad(source.labels[own.start : own.stop].astype(np.int32), (0, fill)),
+            "mask": np.pad(mask, (0, fill)),
         }

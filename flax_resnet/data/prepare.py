@@ -158,7 +158,9 @@ def _resolve_sizes(config, dataset):
 
 
 def _natural_size(dataset) -> int:
-    height, width = dataset.train[0].shape[:2]
+    first = pipeline.decoded(dataset.train, lambda image, rng: image, 0)
+    [[image]] = pipeline.whole([[first]], dataset.train)
+    height, width = image.shape[:2]
     return height if height == width <= SMALL else 224
 
 

@@ -1,13 +1,15 @@
 """Random-access sources of images and labels: a data set before order, size and batches."""
 
 import io
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from textwrap import shorten
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
@@ -16,12 +18,19 @@ from sklearn.model_selection import train_test_split
 
 from flax_resnet.config import DataConfig, InputError
 from flax_resnet.data import cifar10
-from flax_resnet.data.image_files import (
-    bad_images,
-    decode_image,
-    list_splits,
-    read_image,
-)
+from flax_resnet.data.folders import HIDDEN_FOLDER, Listing, list_splits
+from flax_resnet.data.image_files import bad_images, decode_image, is_turned, read_image
+from flax_resnet.data.shared import Names, SharedArrays
+from flax_resnet.text import listed, printable
+
+_LOOKED_AT = 300
+"""Images at most whose EXIF orientation is looked at when a data set is opened."""
+
+TURN = "--exif-transpose applies it"
+AS_TRAINED = "the run was trained without --exif-transpose"
+
+_NAMED = 20
+"""Lines about images that were left out."""
 
 
 class Source(Protocol):
@@ -38,7 +47,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class ArraySource:
+class ArraySource(SharedArrays):
     """Images in memory: uint8 [N, H, W, C]."""
 
     images: np.ndarray
@@ -53,52 +62,62 @@ class ArraySource:
 
 
 @dataclass(frozen=True, eq=False)
-class FolderSource:
+class FolderSource(SharedArrays):
     """Image files, each decoded when it is asked for."""
 
-    paths: tuple[str, ...]
+    names: Names
     labels: np.ndarray
     channels: int
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.paths
+    exif_transpose: bool = False
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return read_image(self.paths[index], self.channels)
+        path = self.file(index)
+        return read_image(path, self.channels, exif_transpose=self.exif_transpose)
+
+    def file(self, index: int) -> str:
+        """Where the image comes from."""
+        return self.names[index]
 
 
 @dataclass(frozen=True, eq=False)
-class TfdsSource:
+class TfdsSource(SharedArrays):
     """A prepared TFDS split, whose `records[i]["image"]` is an encoded image."""
 
     records: Sequence[dict]
     labels: np.ndarray
     channels: int
     name: str
+    exif_transpose: bool = False
     names: None = None
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        encoded = io.BytesIO(self.records[int(index)]["image"])
-        return decode_image(encoded, self.channels, name=f"{self.name}[{index}]")
+        name = f"{self.name}[{index}]"
+        return decode_image(
+            self.file(index), self.channels, name=name, exif_transpose=self.exif_transpose
+        )
+
+    def file(self, index: int) -> BinaryIO:
+        """Where the image comes from."""
+        return io.BytesIO(self.records[int(index)]["image"])
 
 
 @dataclass(frozen=True, eq=False)
-class Subset:
+class Subset(SharedArrays):
     """The examples of a source at `indices` [M], in that order."""
 
     source: Source
     indices: np.ndarray
 
-    @property
-    def labels(self) -> np.ndarray:
-        return self.source.labels[self.indices]
+    labels: np.ndarray = field(init=False)
+
+    def __post_init__(self):  # once: a batch would wait for those of all images
+        object.__setattr__(self, "labels", self.source.labels[self.indices])
 
     @property
     def names(self) -> tuple[str, ...] | None:
@@ -126,8 +145,36 @@ class DataSet:
     bad_images: tuple[tuple[str, str], ...] = ()
     """(path, reason) of the files that were left out because they cannot be read."""
 
-    ignored_files: int = 0
-    """Number of files in class folders that are not named as images."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """How many hidden folders, and files of which other suffixes, lie among the images."""
+
+    turned: tuple[int, int] = (0, 0)
+    """Training images with an EXIF rotation that is not applied, and how many were looked at."""
+
+    @property
+    def ignored_files(self) -> int:
+        """Number of files in class folders that are not named as images."""
+        return sum(count for kind, count in self.passed_over.items() if kind != HIDDEN_FOLDER)
+
+    def remarks(self, why_turned: str = TURN) -> Iterator[str]:
+        """A line for each thing about the images that a person should know."""
+        for path, reason in self.bad_images[:_NAMED]:
+            yield f"left out: {printable(path)} ({reason})"
+        if more := self.bad_images[_NAMED:]:
+            yield f"left out: {len(more):,} more"
+        files = self.passed_over - Counter({HIDDEN_FOLDER: self.passed_over[HIDDEN_FOLDER]})
+        if files:
+            kinds = listed(f"{count:,} {suffix}" for suffix, count in files.most_common())
+            yield f"passed over: {self.ignored_files:,} file(s) not named as images: {kinds}"
+        if folders := self.passed_over[HIDDEN_FOLDER]:
+            yield f"passed over: {folders:,} {HIDDEN_FOLDER}(s)"
+        if self.turned[0]:
+            yield turned_remark(*self.turned, why_turned)
+
+
+def turned_remark(turned: int, looked_at: int, why: str) -> str:
+    """What to say of images with an EXIF rotation."""
+    return f"{turned:,} of {looked_at:,} images carry an EXIF rotation that is not applied; {why}"
 
 
 def open_dataset(config: DataConfig) -> DataSet:
@@ -136,7 +183,8 @@ def open_dataset(config: DataConfig) -> DataSet:
     the test first. Of what is left, at most `train_images` and `eval_images` are used.
 
     folder:DIR has either class folders directly in DIR, which is one split, or `DIR/train` and
-    `DIR/test`, `DIR/val` (or `DIR/validation`), or one of these alone, which is then the test.
+    `DIR/test`, `DIR/val`, or one of these alone, which is then the test; training, valid,
+    validation and testing, in any case, mean the same, and DIR may hold one folder with all this.
 
     Raises:
       InputError: data that is missing, unsafe, or too little to split. With
@@ -166,25 +214,30 @@ def _limit(source: Source, count: int | None, seed: int) -> Source:
     if count is None or count >= len(source):
         return source
     everything = np.arange(len(source))
-    try:
+    if _can_stratify(source.labels, len(source) - count):
         chosen, _ = train_test_split(
             everything, train_size=count, stratify=source.labels, random_state=seed
         )
-    except ValueError:
+    else:
         chosen = np.random.default_rng(seed).choice(everything, count, replace=False)
     return Subset(source, np.sort(chosen))
+
+
+def _can_stratify(labels: np.ndarray, off: int) -> bool:
+    """Whether scikit-learn can cut off so many and leave the classes' shares as they are."""
+    counts = np.unique(labels, return_counts=True)[1]
+    return min(off, len(labels) - off) >= len(counts) and counts.min() >= 2
 
 
 def _cut(train: Source, config: DataConfig, field: str) -> tuple[Subset, Subset]:
     """What stays for training and what is cut off by a field of the config, both stratified."""
     value, total = getattr(config, field), len(train)
     classes, counts = np.unique(train.labels, return_counts=True)
-    try:
+    stay = off = np.arange(0)
+    if _can_stratify(train.labels, math.ceil(value * total)):
         stay, off = train_test_split(
             np.arange(total), test_size=value, stratify=train.labels, random_state=config.split_seed
         )
-    except ValueError:  # sklearn's words name its own arguments
-        stay = off = np.arange(0)
     if len(np.unique(train.labels[stay])) < len(classes):
         raise InputError(
             f"{config.dataset}: {field} {value} cannot be stratified over {total} images of "
@@ -217,33 +270,51 @@ def _gray(images: np.ndarray) -> np.ndarray:
 
 def _folder(place: str, config: DataConfig) -> tuple[dict, dict]:
     root, channels = Path(os.path.expanduser(place)), 1 if config.grayscale else 3
-    listings, ignored = list_splits(root)
+    listings, passed_over = list_splits(root)
     bad = {}
     if config.on_bad_image == "skip":
         folders = (paths for listing in listings.values() for paths in listing.values())
         bad = bad_images(list(chain.from_iterable(folders)), channels)
-    splits = {
-        split: _folder_source(root, split, listing, bad, channels)
-        for split, listing in listings.items()
-    }
+    splits = {}
+    for split, listing in listings.items():
+        _check_images(root, split, listing, bad)
+        splits[split] = _folder_source(listing, bad, channels, config.exif_transpose)
     facts = {"class_names": tuple(listings["train"]), "channels": channels}
-    return splits, facts | {"bad_images": tuple(bad.items()), "ignored_files": ignored}
+    facts |= {"bad_images": tuple(bad.items()), "passed_over": passed_over}
+    return splits, facts | {"turned": _turned(splits["train"])}
+
+
+def _check_images(root: Path, split: str, listing: Listing, bad: dict[str, str]):
+    """Raises InputError for a class or split without the images that it needs."""
+    for name, files in listing.items():
+        if files and all(file in bad for file in files):
+            raise InputError(
+                f"folder:{root}: none of {len(files)} images can be read in class"
+                f" {printable(name)} of {split}"
+            )
+        if not files and split == "train":
+            raise InputError(
+                f"folder:{root}: no image in class {printable(name)} of the training split; add"
+                " some, or remove the folders of this class from every split"
+            )
+    if not any(listing.values()):
+        raise InputError(f"folder:{root}: no image in any class of {split}; remove its folder")
 
 
 def _folder_source(
-    root: Path, split: str, listing: dict[str, list[str]], bad: dict[str, str], channels: int
+    listing: Listing, bad: dict[str, str], channels: int, exif_transpose: bool
 ) -> FolderSource:
-    paths, labels = [], []
-    for label, (name, files) in enumerate(listing.items()):
-        good = [file for file in files if file not in bad]
-        if not good:
-            why = f"none of {len(files)} images can be read" if files else "no image"
-            raise InputError(
-                f"folder:{root}: {why} in class {name} of {split}; add some or remove the class"
-            )
-        paths += good
-        labels += [label] * len(good)
-    return FolderSource(tuple(paths), np.array(labels, np.int32), channels)
+    good = [[file for file in files if file not in bad] for files in listing.values()]
+    labels = np.repeat(np.arange(len(good), dtype=np.int32), [len(files) for files in good])
+    return FolderSource(Names.of(chain.from_iterable(good)), labels, channels, exif_transpose)
+
+
+def _turned(source: FolderSource | TfdsSource) -> tuple[int, int]:
+    """Of some images all over a source: those that are turned and not set upright, and all."""
+    if source.exif_transpose or not len(source):
+        return 0, 0
+    indices = np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT)).astype(int)
+    return sum(is_turned(source.file(index)) for index in indices), len(indices)
 
 
 def _tfds(name: str, config: DataConfig) -> tuple[dict, dict]:
@@ -266,14 +337,15 @@ def _tfds(name: str, config: DataConfig) -> tuple[dict, dict]:
     channels = 1 if config.grayscale or features["image"].shape[-1] == 1 else 3
     splits = {}
     for split in sorted({"train", "validation", "test"} & set(builder.info.splits)):
-        source = _tfds_source(tfds, builder, split, channels)
+        source = _tfds_source(tfds, builder, split, channels, config.exif_transpose)
         if len(source) and source.labels.min() >= 0:  # unlabelled test splits say -1
             splits[split] = source
     if "train" not in splits:
         raise InputError(f"tfds:{name}: no train split among {', '.join(builder.info.splits)}")
     label = features["label"]
     class_names = tuple(map(label.int2str, range(label.num_classes)))
-    return splits, {"class_names": class_names, "channels": channels}
+    facts = {"class_names": class_names, "channels": channels, "turned": _turned(splits["train"])}
+    return splits, facts
 
 
 def _prepared(tfds, name: str):
@@ -292,10 +364,10 @@ def _prepared(tfds, name: str):
     raise InputError(f"tfds:{name}: {reason}; prepare it with: {command}")
 
 
-def _tfds_source(tfds, builder, split: str, channels: int) -> TfdsSource:
+def _tfds_source(tfds, builder, split: str, channels: int, exif_transpose: bool) -> TfdsSource:
     # Encoded images are kept: TFDS's own decoder gives gray JPEGs the wrong shape.
     decoders = {"image": tfds.decode.SkipDecoding()}
     records = builder.as_data_source(split, decoders=decoders)
     labels = [records[index]["label"] for index in range(len(records))]
     name = f"tfds:{builder.info.full_name}/{split}"
-    return TfdsSource(records, np.array(labels, np.int32), channels, name)
+    return TfdsSource(records, np.array(labels, np.int32), channels, name, exif_transpose)

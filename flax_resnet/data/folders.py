@@ -1,0 +1,206 @@
+"""A tree of image files -> which file is of which split and class."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from unicodedata import normalize
+
+from flax_resnet.config import InputError
+from flax_resnet.data.image_files import SUFFIXES
+from flax_resnet.text import listed, printable
+
+_SPLITS = {
+    "train": "train", "training": "train",
+    "val": "validation", "valid": "validation", "validation": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""Names in lower case, the training split first."""
+
+_LIKE_A_SPLIT = re.compile(
+    r"(?:.*[\W\d_])?(train|val|test)(?:ing|id|idation)?(?:set|data)?(?:[\W\d_].*)?"
+)
+_LIKE_A_FOLD = re.compile(r"(?:fold|split|part|partition)[\W_]*\d+")
+
+_OF_THE_SYSTEM = {"@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", "lost+found"}
+"""Folders of thumbnails, resource forks and deleted files, in lower case."""
+
+HIDDEN_FOLDER = "hidden or system folder"
+
+Listing = dict[str, list[str]]
+"""Class -> image paths, both sorted by name."""
+
+PassedOver = dict[str, str]
+"""Path -> its suffix, or that it is a folder."""
+
+
+def is_passed_over(name: str) -> bool:
+    """Whether a file or folder of this name is hidden or put there by a system."""
+    return name.startswith(".") or name.lower() in _OF_THE_SYSTEM
+
+
+def list_splits(root: Path) -> tuple[dict[str, Listing], Counter[str]]:
+    """The data set in a folder (`sources.open_dataset` says which layouts there are), and how many
+    folders, and files of which suffixes, were passed over.
+
+    Names of classes are in Unicode's NFC. A class may have no image, but for the training split.
+
+    Raises:
+      InputError: another layout, fewer than two classes, splits of different classes, a class
+        whose name is not UTF-8, a symbolic link that leads out of `root`.
+    """
+    if not root.is_dir():
+        raise InputError(f"folder:{root}: no such folder")
+    splits, passed_over = {}, {}
+    for split, folder in _split_folders(root, passed_over).items():
+        splits[split] = _list_classes(folder, root, passed_over)
+        _check_classes(folder, list(splits[split]), list(splits["train"]))
+    return splits, Counter(passed_over.values())
+
+
+def _split_folders(root: Path, passed_over: PassedOver) -> dict[str, Path]:
+    """Split -> folder, the training split first."""
+    top = _without_wrapper(root)
+    found = _folders_in(top, root, passed_over)
+    meant = {}
+    for path in found:
+        meant.setdefault(_SPLITS.get(path.name.lower()), []).append(path)
+    others = meant.pop(None, [])
+    if not meant:
+        return {"train": top}
+    for split, paths in meant.items():
+        if len(paths) > 1:
+            raise InputError(
+                f"folder:{root}: {_names(paths)} mean the same split, {split}; keep one of them"
+            )
+    if others or "train" not in meant:
+        raise InputError(
+            f"folder:{root}: has the folders {_names(found)}; it must have train and one or both of"
+            " val (or validation) and test, or class folders only"
+        )
+    return {split: meant[split][0] for split in _SPLITS.values() if split in meant}
+
+
+def _without_wrapper(root: Path) -> Path:
+    """The folder with the splits: `root`, or the only folder in it."""
+    inside = _folders_in(root, root)
+    deeper = _folders_in(inside[0], root) if len(inside) == 1 else []
+    wraps = inside and inside[0].name.lower() not in _SPLITS
+    return inside[0] if wraps and any(p.name.lower() in _SPLITS for p in deeper) else root
+
+
+def _check_no_splits(folder: Path, root: Path, folders: list[Path]):
+    """Raises InputError for folders that would be classes but look like splits or folds."""
+    names = [path.name.lower() for path in folders]
+    splits = {match[1] for match in map(_LIKE_A_SPLIT.fullmatch, names) if match}
+    folds = len(names) > 1 and all(map(_LIKE_A_FOLD.fullmatch, names))
+    shared = _shared_folders(root, folders)
+    if not ({"train"} < splits or folds or shared):
+        return
+    seen = (
+        f", all without an image of their own, with {listed(shared)} in several" if shared else ""
+    )
+    raise InputError(
+        f"{folder}: has the folders {_names(folders)}{seen}: they look like splits or folds"
+        " and not like classes; it must have train and one or both of val and test, or class"
+        " folders with images directly in them"
+    )
+
+
+def _shared_folders(root: Path, folders: list[Path]) -> list[str]:
+    """Names that several of the folders have inside, where none of them has images."""
+    inside = Counter()
+    for folder in folders:
+        entries = _entries(folder, root)
+        if any(_is_image(entry.name) for entry in entries):
+            return []
+        inside.update(entry.name for entry in entries if entry.is_dir())
+    return sorted(name for name, count in inside.items() if count > 1)
+
+
+def _names(folders: list[Path]) -> str:
+    return listed((folder.name for folder in folders), 10)
+
+
+def _list_classes(folder: Path, root: Path, passed_over: PassedOver) -> Listing:
+    folders, classes = _folders_in(folder, root, passed_over), {}
+    _check_no_splits(folder, root, folders)
+    for class_folder in folders:
+        name = _class_name(class_folder)
+        if name in classes:
+            raise InputError(f"{folder}: two folders look alike: {printable(ascii(name))}")
+        files = list(_files(class_folder, root, passed_over))
+        classes[name] = [file for file in files if _is_image(file)]
+        passed_over |= {file: _suffix(file) for file in files if not _is_image(file)}
+    return dict(sorted(classes.items()))
+
+
+def _class_name(class_folder: Path) -> str:
+    try:
+        class_folder.name.encode()
+    except UnicodeEncodeError:  # no file could be written that names the class
+        raise InputError(
+            f"{str(class_folder)!r}: the name of the class is not UTF-8; rename it"
+        ) from None
+    return normalize("NFC", class_folder.name)
+
+
+def _check_classes(folder: Path, classes: list[str], expected: list[str]):
+    if len(classes) < 2:
+        found = f"only the class folder {printable(classes[0])}" if classes else "no class folder"
+        raise InputError(f"{folder}: {found}; it must have a folder of images for each class")
+    if classes != expected:
+        missing, extra = sorted(set(expected) - set(classes)), sorted(set(classes) - set(expected))
+        raise InputError(
+            f"{folder}: not the classes of the training split: missing {listed(missing) or '-'}"
+            f", extra {listed(extra) or '-'}; each split needs a folder of each class, which may be"
+            " empty but for the training"
+        )
+
+
+def _path(path: str | Path) -> str:
+    return printable(path, 1000)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower() or "no suffix"
+
+
+def _folders_in(folder: Path, root: Path, passed_over: PassedOver | None = None) -> list[Path]:
+    """The folders in a folder that are not passed over, by name."""
+    entries = _entries(folder, root, passed_over)
+    return [Path(entry.path) for entry in entries if entry.is_dir()]
+
+
+def _files(
+    folder: str | Path, root: Path, passed_over: PassedOver, above: tuple[Path, ...] = ()
+) -> Iterator[str]:
+    here = Path(folder).resolve()
+    if here in above:
+        raise InputError(f"{_path(folder)}: symbolic link to a folder that contains it")
+    for entry in _entries(folder, root, passed_over):
+        if entry.is_dir():
+            yield from _files(entry.path, root, passed_over, (*above, here))
+        else:
+            yield entry.path
+
+
+def _entries(
+    folder: str | Path, root: Path, passed_over: PassedOver | None = None
+) -> list[os.DirEntry]:
+    entries = []
+    with os.scandir(folder) as scan:
+        for entry in scan:
+            if not is_passed_over(entry.name):
+                entries.append(entry)
+            elif passed_over is not None and entry.is_dir():
+                passed_over[entry.path] = HIDDEN_FOLDER
+    for entry in entries:
+        if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root.resolve()):
+            raise InputError(f"{_path(entry.path)}: symbolic link that leads out of {root}")
+    return sorted(entries, key=lambda entry: entry.name)

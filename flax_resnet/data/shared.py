@@ -1,0 +1,79 @@
+"""Arrays and names that worker processes map into their memory instead of having a copy each."""
+
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_SMALL = 1 << 16  # bytes that are no burden to a pickle
+
+
+class SharedArrays:
+    """A dataclass whose large arrays a pickle only says the place of: they lie in files without a
+    name, which are gone with this process. For processes of one machine."""
+
+    def __getstate__(self) -> dict:
+        files = self.__dict__.setdefault("_files", {})
+        state = {name: value for name, value in vars(self).items() if name != "_files"}
+        for name, value in state.items():
+            if isinstance(value, np.ndarray) and value.nbytes > _SMALL and _has_places():
+                if name not in files:
+                    files[name] = _written(value)
+                state[name] = _Place(files[name].fileno(), value.dtype.str, value.shape)
+        return state
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What stands for an array in a pickle."""
+
+    descriptor: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __reduce__(self):
+        path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
+        return np.memmap, (path, self.dtype, "r", 0, self.shape)
+
+
+def _has_places() -> bool:
+    """Whether other processes find a file that has no name."""
+    return os.path.isdir("/proc/self/fd")
+
+
+def _written(array: np.ndarray):
+    file = tempfile.TemporaryFile()
+    np.ascontiguousarray(array).tofile(file)
+    file.flush()
+    return file
+
+
+@dataclass(frozen=True, eq=False)
+class Names(SharedArrays, Sequence):
+    """Names of files, in two arrays however many they are."""
+
+    text: np.ndarray
+    """uint8: all of them, one after another."""
+
+    ends: np.ndarray
+    """int64 [N]: where each ends."""
+
+    @staticmethod
+    def of(names: Iterable[str]) -> "Names":
+        """Made of strings."""
+        encoded = [os.fsencode(name) for name in names]
+        ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        return Names(np.frombuffer(b"".join(encoded), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        start = self.ends[index - 1] if index else 0
+        return os.fsdecode(self.text[start : self.ends[index]].tobytes())
+
+    def __eq__(self, other) -> bool:
+        return tuple(self) == tuple(other)

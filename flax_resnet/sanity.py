@@ -1,0 +1,49 @@
+"""Warnings about a run that ends without an error and may still have gone wrong."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+_FEWEST_STEPS = 10
+_DROPPED = 0.05  # share of the training images above which the dropped ones are mentioned
+_ABOVE_GUESSING = 1.5  # times the loss of uniform guessing
+
+
+def of_training(num_images: int, batch_size: int) -> list[str]:
+    """Warnings before the first step.
+
+    Args:
+      num_images: in the training split.
+      batch_size: over all devices, at most `num_images`.
+    """
+    steps, dropped = divmod(num_images, batch_size)
+    found = []
+    if steps < _FEWEST_STEPS:
+        found.append(f"an epoch has only {steps} step(s): {num_images:,} images in batches of"
+                     f" {batch_size:,}; smaller batches give more steps")  # fmt: skip
+    if dropped > _DROPPED * num_images:
+        found.append(f"{dropped:,} of {num_images:,} training images are left out of every epoch,"
+                     f" others each time: they do not fill a batch of {batch_size:,}")  # fmt: skip
+    return found
+
+
+def of_results(splits: dict[str, dict], confusions: dict[str, np.ndarray],
+               class_names: Sequence[str]) -> list[str]:  # fmt: skip
+    """Warnings about the figures of every split.
+
+    Args:
+      splits: {split: {"loss": nats an image, ...}}.
+      confusions: {split: counts `[K, K]`, row = true class, column = predicted class}.
+    """
+    found = []
+    guessing = math.log(len(class_names))
+    for split, values in splits.items():
+        labels, predictions = (np.flatnonzero(confusions[split].sum(axis)) for axis in (1, 0))
+        if len(labels) > 1 and len(predictions) == 1:
+            name = class_names[predictions[0]]
+            found.append(f"{split}: every image is predicted as {name}")
+        if values["loss"] > _ABOVE_GUESSING * guessing:
+            found.append(f"{split}: the loss {values['loss']:.3g} is far above {guessing:.3g},"
+                         " that of equal probabilities for all classes")  # fmt: skip
+    return found
