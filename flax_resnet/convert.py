@@ -254,7 +254,7 @@ _DEPTHS = {arch: CONSTRUCTORS[arch].args[-1] for arch in CONSTRUCTORS} | {"basic
 
 def _fits(array: np.ndarray, dtype) -> bool:
     limits = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype)
-    return not array.size or np.abs(array).max() <= float(limits.max)
+    return not array.size or float(np.abs(array).max()) <= float(limits.max)
 
 
 def _depths(arrays) -> tuple[int, ...]:
