@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import _memory  # noqa: F401
 import numpy as np
 
 from flax_resnet import cli

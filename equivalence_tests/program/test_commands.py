@@ -382,8 +382,9 @@ def test_predict_writes_to_standard_output_and_nothing_else_there(insects, some_
     assert not Path("-").exists()
 
 
-def test_predict_prints_each_row_when_it_comes(capsys):
+def test_predict_prints_each_row_when_it_comes(capsys, monkeypatch):
     """A table of 50,000 rows, made at the end, took longer for each row the more there were."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     write_all = runpy.run_path(str(ROOT / "scripts/predict.py"))["write_all"]
     likely = [{"class": "ant", "probability": 0.5}]
 

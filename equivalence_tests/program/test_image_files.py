@@ -5,6 +5,7 @@ import os
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -142,6 +143,9 @@ def test_large_images_are_decoded_one_after_another(monkeypatch):
     """However many threads there are: a file of 10 KiB can take a gigabyte."""
     monkeypatch.setattr(image_files, "MEMORY", image_files._Budget(3 * 400 * 400 * 16))
     file = encoded(Image.new("1", (400, 400)), format="PNG")
+    given_back = mock.Mock()
+    monkeypatch.setattr(image_files, "_give_back", given_back)
+    monkeypatch.setattr(image_files, "_LARGE", 400 * 400)
     most, now, lock = [0], [0], threading.Lock()
     convert = image_files._convert
 
@@ -159,7 +163,7 @@ def test_large_images_are_decoded_one_after_another(monkeypatch):
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda _: decode_image(io.BytesIO(file), 3, name="x"), range(64)))
     assert 1 <= most[0] <= 3
-    assert image_files.MEMORY._used == 0
+    assert image_files.MEMORY._used == 0 and given_back.call_count == 64
 
 
 def test_the_name_of_a_bad_file_is_safe_to_print():

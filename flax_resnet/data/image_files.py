@@ -1,6 +1,7 @@
 """One image file -> pixels: what a format means by its samples, and the memory that it takes."""
 
 import contextlib
+import ctypes
 import functools
 import math
 import os
@@ -21,6 +22,9 @@ SUFFIXES = tuple(
 
 _LONGEST = 200
 """Times the shorter side that the longer may be: at 224 pixels a line would take gigabytes."""
+
+_LARGE = 1 << 27
+"""Bytes of an image after which memory is given back."""
 
 _AT_ONCE = 4096  # images that are checked
 _NAMED = 5  # of those that cannot be read
@@ -64,10 +68,13 @@ class _Budget:
         try:
             yield
         finally:
-            with self._changed:
-                self._used -= self._own.taken
-                self._changed.notify_all()
+            taken = self._own.taken
             del self._own.taken
+            if taken > _LARGE:
+                _give_back()
+            with self._changed:
+                self._used -= taken
+                self._changed.notify_all()
 
     def take(self, size: int):
         """Waits until so many bytes are free."""
@@ -78,6 +85,12 @@ class _Budget:
             )
             own.taken += size
             self._used += size
+
+
+def _give_back():
+    """What glibc would keep for each thread that has decoded a large image."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 MEMORY = _Budget(1 << 30)

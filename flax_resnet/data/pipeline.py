@@ -273,15 +273,19 @@ def evaluation_batches(
     Raises:
       InputError: images cannot be read, and `left_out` is None.
     """
-    starts = range(0, len(source), batch_size)
-    every = [range(start, start + batch_size)[rows] for start in starts]
-    present = [indices[: max(len(source) - indices.start, 0)] for indices in every]
+
+    def shares():
+        """Of each batch the indices that this process reads, and those that there are."""
+        for start in range(0, len(source), batch_size):
+            indices = range(start, start + batch_size)[rows]
+            yield indices, indices[: max(len(source) - indices.start, 0)]
+
     if images is not None:
-        parts = (images[indices.start : indices.stop] for indices in present)
+        parts = (images[own.start : own.stop] for _, own in shares())
     else:
-        parts = ahead(functools.partial(decoded, source, decoder), present)
+        parts = ahead(functools.partial(decoded, source, decoder), (own for _, own in shares()))
         parts = whole(parts, source) if left_out is None else parts
-    for indices, own, part in zip(every, present, parts, strict=True):
+    for (indices, own), part in zip(shares(), parts, strict=True):
         mask = np.array([isinstance(image, np.ndarray) for image in part], bool)
         if left_out is not None:
             left_out += [image for image in part if isinstance(image, BadImage)]
