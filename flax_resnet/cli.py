@@ -1,9 +1,9 @@
 """Flags from the config's fields, one-line errors, exit statuses."""
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
-import errno
 import functools
 import os
 import re
@@ -14,24 +14,13 @@ import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import pydantic
 
-from flax_resnet.config import InputError, TrainConfig, nearest, to_dict
-from flax_resnet.distributed import RunLost
-from flax_resnet.progress import Interrupted, NonFiniteLoss
+from flax_resnet import errors
+from flax_resnet.config import INT32, InputError, TrainConfig, idle, nearest, to_dict
+from flax_resnet.display import drop_output
+from flax_resnet.errors import BAD_INPUT, DONE, FAILED  # noqa: F401
 
-DONE, FAILED, BAD_INPUT = 0, 1, 2
-
-_FAULTS_OF_PLACE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS,
-    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO,
-)  # fmt: skip
-"""What the place that the user named is to blame for, rather than the program."""
-
-_OUT_OF_MEMORY = (
-    "out of memory; take a smaller --batch-size, or --accumulate-steps N with the same total"
-)
 BAD_IMAGE = "skip: images that cannot be read are listed and left out, and end nothing"
 FOLD_BATCHNORM = "compute BatchNorm as part of the convolutions: faster, equal up to rounding"
 WEIGHTS_KEY = "which of the networks in a file: the key or prefix that it lies under"
@@ -39,7 +28,9 @@ EMA = "the averaged weights of a file, where raw ones lie beside them"
 
 
 class CheckFailed(Exception):
-    """A check came out negative: exit status 1."""
+    """A check came out negative."""
+
+    exit_status = FAILED
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,6 +40,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
         )
+
+    def format_help(self):
+        """What the command does and examples, then how it is called, then its flags."""
+        words = [action.metavar or action.dest for action in self._get_positional_actions()]
+        self.usage = " ".join([self.prog, *words, "[flags]"])
+        about, self.description = self.description or "", None
+        flags, self.description = super().format_help(), about
+        return f"{about.strip()}\n\n{flags}"
 
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)
@@ -99,6 +98,16 @@ def merge(base: TrainConfig, values: dict) -> TrainConfig:
         raise InputError(_faults(error)) from None
 
 
+def with_flags(base: TrainConfig, args: argparse.Namespace) -> TrainConfig:
+    """What a file or recipe says, and the flags. What the flags leave without effect of it takes
+    its default."""
+    config = merge(base, requested_values(args))
+    left = idle(config).keys() - idle(base).keys()
+    left = {name for name in left if getattr(args, name, None) is None}
+    groups = {k: v for k, v in to_dict(TrainConfig()).items() if isinstance(v, dict)}
+    return merge(config, {k: {n: v[n] for n in left & v.keys()} for k, v in groups.items()})
+
+
 def check_choice(flag: str, value: str, valid):
     """Raises InputError, naming the nearest valid value, unless `value` is one."""
     if value not in valid:
@@ -142,42 +151,69 @@ def check_folder(flag: str, path: Path | None):
 
 
 def check_positive(flag: str, value: int | None):
-    """Raises InputError below 1; None is left out."""
+    """Raises InputError below 1 or above 32 bits; None is left out."""
     if value is not None and value < 1:
         raise InputError(f"{flag}: at least 1, got {value}")
+    if value is not None and value > INT32:
+        raise InputError(f"{flag}: at most {INT32:,}, got {value}")
 
 
 def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
     """Call a script's main and leave with the status that its outcome stands for."""
-    sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes, UTF-8 or not
+    _open_closed_streams()
+    sys.stdout.reconfigure(errors=_BYTES_OR_ESCAPED)  # names of files are bytes, UTF-8 or not
+    status, line = _outcome(main)
     try:
-        sys.exit(main() or DONE)
-    except InputError as error:
-        leave(BAD_INPUT, f"error: {_one_line(error)}")
-    except pydantic.ValidationError as error:  # a field of a config, replaced by a flag
-        leave(BAD_INPUT, f"error: {_one_line(_faults(error))}")
-    except (CheckFailed, NonFiniteLoss, RunLost) as error:
-        leave(FAILED, f"failed: {_one_line(error)}")
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        leave(FAILED, f"failed: {_OUT_OF_MEMORY}")
-    except Interrupted as error:
-        leave(128 + error.signum, f"{error}; the work is saved, go on with --resume")
-    except KeyboardInterrupt:
-        leave(130, "stopped")
-    except BrokenPipeError:
-        sys.exit(DONE)
+        sys.stdout.flush()
     except OSError as error:
-        if error.errno not in _FAULTS_OF_PLACE:
-            raise
-        leave(BAD_INPUT, f"error: {error.filename or 'disk'}: {error.strerror}")
+        drop_output(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            status, line = errors.verdict(error)
+    if line:
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+def _outcome(main) -> tuple[int, str]:
+    try:
+        return main() or DONE, ""
+    except SystemExit as left:  # argparse has printed its help
+        return left.code or DONE, ""
+    except BrokenPipeError:  # whoever reads has seen enough
+        return DONE, ""
+    except pydantic.ValidationError as error:  # a field of a config, replaced by a flag
+        return errors.verdict(InputError(_faults(error)))
+    except (Exception, KeyboardInterrupt) as error:
+        return errors.verdict(error)
 
 
 def leave(status: int, line: str) -> typing.NoReturn:
     """End the process with a line on stderr."""
     print(line, file=sys.stderr)
     sys.exit(status)
+
+
+def _bytes_or_escaped(error: UnicodeEncodeError):
+    """A byte of a file's name as that byte, other characters that the terminal lacks as escapes."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+_BYTES_OR_ESCAPED = "bytes or escaped"
+codecs.register_error(_BYTES_OR_ESCAPED, _bytes_or_escaped)
+
+
+def _open_closed_streams():
+    """Standard streams that the caller has closed drop what is written; the next file to be opened
+    would get their number."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or open(1, "w")
+    sys.stderr = sys.stderr or open(2, "w")
 
 
 def extra_needed(what: str, error: ModuleNotFoundError, extra: str) -> str:
@@ -196,10 +232,6 @@ def command_line() -> str:
     return shlex.join(["python", name, *sys.argv[1:]])
 
 
-def _one_line(error: Exception | str) -> str:
-    return " ".join(str(error).split())
-
-
 def _fields() -> dict[str, list[dataclasses.Field]]:
     """{group: its fields}; "" holds those of the run itself."""
     groups = {"": []}
@@ -215,6 +247,9 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+_METAVARS = {int: "INT", float: "FLOAT", "dataset": "NAME[:PATH]", "init_from": "PATH"}
+
+
 def _argument(field: dataclasses.Field) -> dict:
     """Help text and shape of a flag; pydantic checks the value later."""
     kind = _unwrap(field.type)
@@ -225,10 +260,14 @@ def _argument(field: dataclasses.Field) -> dict:
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction, "help": text}
     if typing.get_origin(kind) is tuple:
-        return {"nargs": "+", "metavar": "X", "help": text}
+        (item, *_) = typing.get_args(kind)
+        return {"nargs": "+", "metavar": _METAVARS[_unwrap(item)], "help": text}
     if typing.get_origin(kind) is typing.Literal:
-        return {"metavar": "|".join(map(str, typing.get_args(kind))), "help": text}
-    return {"metavar": {int: "N", float: "X"}.get(kind, "TEXT"), "help": text}
+        names = typing.get_args(kind)
+        if len(names) > 6:
+            return {"metavar": "NAME", "help": f"{text}: {', '.join(names)}"}
+        return {"metavar": "|".join(map(str, names)), "help": text}
+    return {"metavar": _METAVARS.get(kind) or _METAVARS.get(field.name, "NAME"), "help": text}
 
 
 @functools.cache
@@ -263,8 +302,8 @@ def _faults(error: pydantic.ValidationError) -> str:
 def _describe(fault: dict) -> str:
     names = [part for part in fault["loc"] if isinstance(part, str)]
     message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":  # of a whole group: its message names the fields
-        return message
+    if not names or (len(names) == 1 and names[0] in _fields()):
+        return message  # of a whole group: it names the fields
     flag = _flag(names[-1])
     if fault["type"] == "literal_error":
         valid = re.findall(r"'([^']*)'", fault["ctx"]["expected"])

@@ -6,6 +6,7 @@ Every field has one default, written here, and a docstring with its unit. The co
 
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 from typing import Annotated, Literal
@@ -30,6 +31,8 @@ class InputError(ValueError):
     """Bad input from the user: a file, a flag, a data set. The commands print its one line and
     leave with status 2."""
 
+    exit_status = 2
+
 
 def nearest(word: str, valid) -> str:
     """'; did you mean X?' or the list of what is valid, to end an error message with."""
@@ -37,12 +40,29 @@ def nearest(word: str, valid) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(map(str, valid))}"
 
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+INT32 = 2**31 - 1
+"""What a compiled step counts with."""
+
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Of numbers that a compiled step takes: their quotients are numbers in float32 too."""
+
+
+def _zero_or_normal(value: float) -> float:
+    if 0 < value < SMALLEST:
+        raise ValueError(f"between 0 and {SMALLEST:g}, which a step in float32 takes for 0")
+    return value
+
+
+# Below 1 in float32 too, and so far that nothing is divided by 0.
+Fraction = Annotated[float, Field(ge=0, le=0.999999)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
-PositiveCount = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST), pydantic.AfterValidator(_zero_or_normal)]
+Positive = Annotated[float, Field(ge=SMALLEST, le=LARGEST)]
+Factor = Annotated[float, Field(ge=1e-37, le=1)]
+Count = Annotated[int, Field(ge=0, le=INT32)]
+PositiveCount = Annotated[int, Field(ge=1, le=INT32)]
+Epochs = Annotated[int, Field(ge=1, le=100_000)]
+BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
 
 _dataclass = pydantic.dataclasses.dataclass(
     frozen=True,
@@ -135,7 +155,7 @@ class DataConfig:
     memory, or nowhere (every epoch decodes them again). "auto": so many splits as take at most
     cache_gib together, the training images first."""
 
-    cache_gib: NonNegative = 2.0
+    cache_gib: Annotated[float, Field(ge=0, le=1e6)] = 2.0
     """Gibibytes that "auto" may spend."""
 
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
@@ -265,20 +285,20 @@ class ScheduleConfig:
     schedule: Literal["constant", "step", "multistep", "cosine", "onecycle", "plateau"] = "onecycle"
     """Course of the learning rate."""
 
-    warmup_epochs: NonNegative = 0.0
+    warmup_epochs: Annotated[float, Field(ge=0, le=100_000)] = 0.0
     """Linear warm-up before the schedule starts."""
 
-    warmup_factor: Annotated[float, Field(gt=0, le=1)] = 0.01
+    warmup_factor: Factor = 0.01
     """Share of the schedule's first learning rate at which the warm-up starts; with onecycle that
     rate is lr / div_factor."""
 
-    step_epochs: PositiveCount = 30
+    step_epochs: Epochs = 30
     """step: epochs between two cuts."""
 
-    milestones: tuple[PositiveCount, ...] = (100, 150)
+    milestones: Annotated[tuple[Epochs, ...], Field(min_length=1)] = (100, 150)
     """multistep: epochs at which to cut."""
 
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    gamma: Factor = 0.1
     """step, multistep and plateau: factor of a cut."""
 
     min_lr: NonNegative = 0.0
@@ -287,10 +307,10 @@ class ScheduleConfig:
     pct_start: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """onecycle: share of the steps spent rising."""
 
-    div_factor: Positive = 25.0
+    div_factor: Annotated[float, Field(ge=0.001, le=LARGEST)] = 25.0
     """onecycle: lr / initial learning rate."""
 
-    final_div_factor: Positive = 1e4
+    final_div_factor: Annotated[float, Field(ge=0.001, le=LARGEST)] = 1e4
     """onecycle: initial / final learning rate."""
 
     cycle_momentum: bool = False
@@ -304,6 +324,13 @@ class ScheduleConfig:
 
     plateau_cooldown: Count = 0
     """plateau: epochs to wait after a cut."""
+
+    def __post_init__(self):
+        if any(a >= b for a, b in itertools.pairwise(self.milestones)):
+            given = " ".join(map(str, self.milestones))
+            raise ValueError(
+                f"milestones: each has to be later than the one before it, got {given}"
+            )
 
 
 @_dataclass
@@ -349,13 +376,13 @@ class ParallelConfig:
 class TrainConfig:
     """A whole run."""
 
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = 16
+    epochs: Epochs = 16
     """Passes over the training split."""
 
-    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    batch_size: BatchSize = 128
     """Images a step, over all devices."""
 
-    eval_batch_size: PositiveCount = 256
+    eval_batch_size: BatchSize = 256
     """Images a step of an evaluation."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -407,8 +434,6 @@ class TrainConfig:
         for name in ("weights_key", "ema", "new_head", "freeze_backbone"):
             if getattr(self, name) and not self.init_from:
                 raise ValueError(f"{name} is of a fine-tuning: it needs init_from")
-        if data.on_bad_image == "skip" and data.dataset.startswith("tfds:"):
-            raise ValueError(f"on_bad_image skip leaves out files; {data.dataset} has none")
         if self.augment.random_resized_crop and data.cache == "device":
             raise ValueError("random_resized_crop decodes every file anew: cache device has no use")
         if self.schedule.cycle_momentum and self.schedule.schedule != "onecycle":
@@ -416,6 +441,50 @@ class TrainConfig:
         still = optimizer.optimizer in ("sgd", "rmsprop") and not optimizer.momentum
         if self.schedule.cycle_momentum and still:
             raise ValueError(f"cycle_momentum: {optimizer.optimizer} has momentum 0, none to move")
+
+
+USED_WITH = {
+    "momentum": ("optimizer", "sgd", "rmsprop"),
+    "nesterov": ("optimizer", "sgd"),
+    "beta1": ("optimizer", "adam", "adamw"),
+    "beta2": ("optimizer", "adam", "adamw"),
+    "alpha": ("optimizer", "rmsprop"),
+    "centered": ("optimizer", "rmsprop"),
+    "eps": ("optimizer", "adam", "adamw", "rmsprop"),
+    "decoupled_weight_decay": ("weight_decay",),
+    "decay_norm_and_bias": ("weight_decay",),
+    "warmup_factor": ("warmup_epochs",),
+    "step_epochs": ("schedule", "step"),
+    "milestones": ("schedule", "multistep"),
+    "gamma": ("schedule", "step", "multistep", "plateau"),
+    "min_lr": ("schedule", "cosine", "plateau"),
+    "pct_start": ("schedule", "onecycle"),
+    "div_factor": ("schedule", "onecycle"),
+    "final_div_factor": ("schedule", "onecycle"),
+    "plateau_patience": ("schedule", "plateau"),
+    "plateau_threshold": ("schedule", "plateau"),
+    "plateau_cooldown": ("schedule", "plateau"),
+    "min_delta": ("patience",),
+    "cache_gib": ("cache", "auto"),
+    "on_bad_image": ("dataset", "folder"),
+}
+"""{field: another one, and which of its values make use of the first; by default all but 0}."""
+
+
+def idle(config: TrainConfig) -> dict[str, str]:
+    """{field: what is wrong} of those that differ from their default and have no effect."""
+    values, defaults = (_by_name(each) for each in (config, TrainConfig()))
+    faults = {}
+    for name, (other, *users) in USED_WITH.items():
+        used = str(values[other]).partition(":")[0] in users if users else values[other]
+        if values[name] != defaults[name] and not used:
+            wanted = f"{other} {' or '.join(users) if users else 'above 0'}"
+            faults[name] = f"{name} has no effect with {other} {values[other]}: it needs {wanted}"
+    return faults
+
+
+def _by_name(config):
+    return {name.rpartition(".")[2]: value for name, value in flat(config).items()}
 
 
 def to_dict(config: TrainConfig) -> dict:

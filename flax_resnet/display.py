@@ -1,10 +1,15 @@
 """What a person sees of a run: one progress bar on a terminal, plain lines elsewhere."""
 
+import os
 import time
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from flax_resnet.text import printable
 
 _COLUMNS = {
     "loss": "loss",
@@ -17,24 +22,56 @@ _COLUMNS = {
 _SECONDS_BETWEEN_LINES = 60  # within an epoch, where there is no bar
 
 
+class _Harmless:
+    """A renderable whose words have passed through `printable`; bytes of file names stay."""
+
+    def __init__(self, renderable):
+        self._renderable = renderable
+
+    def __rich_console__(self, console, options):
+        for segment in console.render(self._renderable, options):
+            words = segment.text
+            if not (segment.control or words.isprintable()):
+                words = "".join(map(_harmless, words))
+            yield segment._replace(text=words)
+
+
+def _harmless(character):
+    a_byte = "\udc80" <= character <= "\udcff"
+    return character if character == "\n" or a_byte else printable(character)
+
+
+class _Console(Console):
+    def on_broken_pipe(self):
+        raise  # by default it ends the process
+
+
 class Display:
-    """Prints; where the console is no terminal, in plain lines."""
+    """Prints; where the console is no terminal, in plain lines. What nobody can or wants to read
+    does not stop a training: it goes on without its output."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False, stderr=False):
         plain = {"soft_wrap": True, "highlight": False, "emoji": False}
-        self.console = console or Console(**plain, quiet=quiet, stderr=stderr)
-        self._bar = None
+        self.console = console or _Console(**plain, quiet=quiet, stderr=stderr)
+        self._bar, self._training = None, False
 
     def say(self, text: str):
-        """One line, as it is."""
-        self.console.print(text, markup=False, emoji=False)
+        """One line, without the characters that steer a terminal."""
+        self.show(Text(text))
 
     def show(self, renderable):
-        """A table, its cells as they are."""
-        self.console.print(renderable, markup=False, emoji=False)
+        """A table, the same way."""
+        try:
+            self.console.print(_Harmless(renderable))
+        except OSError as error:
+            if not (self._training or isinstance(error, BrokenPipeError)):
+                raise
+            self.console.quiet = True
+            drop_output(self.console.file)
 
     def start(self, *, total_steps: int, done_steps: int, batch_size: int):
         """Begin the bar of a run."""
+        self._training = True
         self._batch_size, self._total, self._from = batch_size, total_steps, done_steps
         self._since = self._last_line = time.monotonic()
         if not self.console.is_terminal:
@@ -88,6 +125,13 @@ class Display:
     def results(self, splits: dict[str, dict], num_classes: int | None = None):
         """The final table: a row a split."""
         self.show(results_table(splits, num_classes))
+
+
+def drop_output(file: TextIO):
+    """What is still to be printed goes nowhere; Python would try again at its end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, file.fileno())
+    os.close(null)
 
 
 def results_table(splits: dict[str, dict], num_classes: int | None = None) -> Table:

@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from flax_resnet import errors
 from flax_resnet.config import InputError
 
 T = TypeVar("T")
@@ -30,7 +30,15 @@ HEARTBEAT_SECONDS = 60
 SHUTDOWN_SECONDS = 30
 """A process that is done waits so long for the others."""
 
-_CLUSTERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # tasks that srun, mpirun started
+_CLUSTERS = {
+    "SLURM_STEP_NUM_TASKS": ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+}
+"""{how many tasks srun or mpirun started: the other numbers of theirs that JAX reads}"""
+
+_HOSTS = "SLURM_STEP_NODELIST"
+
+_MOST_PROCESSES = 1_000_000
 
 _DEAD = (
     "failed: another process of this run has died or no longer answers;"
@@ -44,6 +52,8 @@ class Everywhere(Exception):
 
 class RunLost(Exception):
     """The run directory is no longer the one that the run began in."""
+
+    exit_status = errors.FAILED
 
 
 class Refusal(InputError, Everywhere):
@@ -81,7 +91,7 @@ def _connect(coordinator, num_processes, process_id, timeout):
     if coordinator in (None, "auto"):
         if (num_processes, process_id) != (None, None):
             raise InputError("--num-processes and --process-id need --coordinator HOST:PORT")
-        if coordinator is None and all(int(os.environ.get(n, 1)) <= 1 for n in _CLUSTERS):
+        if coordinator is None and not _started_by_a_cluster():
             return
         address, given = "the address that the cluster names", (None,) * 3
     else:
@@ -89,6 +99,8 @@ def _connect(coordinator, num_processes, process_id, timeout):
         address, given = coordinator, (coordinator, num_processes, process_id)
         if process_id:
             _wait_for(coordinator, timeout)
+        else:
+            _check_free(int(coordinator.rpartition(":")[2]))
     # Its handler would swallow a SIGTERM; the training loop has its own.
     jax.config.update("jax_enable_preemption_service", False)
     _on_abort(f"error: not all processes came to {address} within {timeout} s", 2)
@@ -99,21 +111,64 @@ def _connect(coordinator, num_processes, process_id, timeout):
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # of JAX's reading of a cluster's variables: whatever it stumbles on
         raise InputError(f"no connection at {address}: {error}") from None
     _on_abort(_DEAD, 1)
 
 
+def _started_by_a_cluster() -> bool:
+    """Whether srun or mpirun started several of us."""
+    for tasks, others in _CLUSTERS.items():
+        if os.environ.get(tasks) and _number(tasks, tasks) > 1:
+            for name in others:
+                _number(name, tasks)
+            if tasks.startswith("SLURM") and not os.environ.get(_HOSTS):
+                raise InputError(f"{_HOSTS} names no host; to run one process, unset {tasks}")
+            return True
+    return False
+
+
+def _number(name, tasks) -> int:
+    value = os.environ.get(name, "")
+    if not (value.isascii() and value.isdecimal()):
+        raise InputError(
+            f"{name} is {value!r} instead of the number that srun or mpirun gives; to run one"
+            f" process, unset {tasks}"
+        )
+    return int(value)
+
+
 def _check_arguments(coordinator, num_processes, process_id):
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not _is_host(host) or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InputError(f"--coordinator: {coordinator!r} is neither HOST:PORT nor auto")
     if num_processes is None or process_id is None:
         raise InputError("--coordinator HOST:PORT needs --num-processes and --process-id")
-    if num_processes < 1 or not 0 <= process_id < num_processes:
+    if num_processes > _MOST_PROCESSES:
+        raise InputError(f"--num-processes: at most {_MOST_PROCESSES:,}, got {num_processes}")
+    if not 0 <= process_id < num_processes:
         raise InputError(
             f"--process-id: {process_id} is not one of {num_processes} processes, counted from 0"
         )
+
+
+def _is_host(name) -> bool:
+    try:
+        return bool(name.encode("idna"))
+    except UnicodeError:  # of "a..b" too
+        return False
+
+
+def _check_free(port):
+    """jax.distributed would die of a segmentation fault where another program listens."""
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.socket(family) as probe:
+        # What lingers of a run that has just ended is in nobody's way.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise InputError(f"--coordinator: port {port}: {error.strerror}") from None
 
 
 def _wait_for(coordinator, timeout):
@@ -122,7 +177,7 @@ def _wait_for(coordinator, timeout):
     deadline = time.monotonic() + timeout
     while True:
         try:
-            left = max(deadline - time.monotonic(), 0.1)
+            left = min(max(deadline - time.monotonic(), 0.1), 60)
             return socket.create_connection((host.strip("[]"), int(port)), timeout=left).close()
         except OSError as error:
             if time.monotonic() + 0.2 > deadline:
@@ -213,18 +268,12 @@ def agreed_signal(signum: int | None) -> int | None:
     return max((number or 0 for number in exchange(signum)), default=0) or None
 
 
-def _last_words(error: Exception) -> tuple[str, int]:
-    """What to say of an error of this process alone, and its exit status."""
-    if isinstance(error, InputError):
-        return f"error: {' '.join(str(error).split())}", 2
-    if isinstance(error, RunLost):
-        return f"failed: {' '.join(str(error).split())}", 1
-    if "Gloo" in str(error):
-        return _DEAD, 1
-    return "".join(traceback.format_exception(error)), 1
+def _last_words(error: Exception) -> tuple[int, str]:
+    """Exit status, and what to say of an error of this process alone."""
+    return (1, _DEAD) if "Gloo" in str(error) else errors.verdict(error)
 
 
-def _leave(text, status):
+def _leave(status, text):
     """Without the end of `jax.distributed`, which would wait for those who cannot come."""
     sys.stdout.flush()
     os.write(2, f"{text}\n".encode(errors="surrogateescape"))
@@ -237,7 +286,7 @@ _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(text, status):
     """jaxlib calls abort() where the others are lost: no Python handler runs then, but this."""
     global _handler
-    _handler = _Handler(lambda signum: _leave(text, status))
+    _handler = _Handler(lambda signum: _leave(status, text))
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = ctypes.c_int, _Handler
     libc.signal(signal.SIGABRT, _handler)

@@ -57,12 +57,23 @@ def revision() -> str:
 
 
 def configure_jax(config: TrainConfig):
-    """Float64 if the run asks for it, and the persistent compilation cache."""
+    """Float64 if the run asks for it, and the persistent compilation cache where there is a place
+    for it."""
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
-    if config.compilation_cache and not jax.config.jax_compilation_cache_dir:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "flax_resnet" / "jax"))
+    if not config.compilation_cache or jax.config.jax_compilation_cache_dir:
+        return
+    place = _cache()
+    if place is not None:
+        jax.config.update("jax_compilation_cache_dir", str(place))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _cache() -> Path | None:
+    """None without a home that files can be written to."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    place = Path(root, "flax_resnet", "jax")
+    existing = next((p for p in (place, *place.parents) if os.path.exists(p)), place)
+    return place if place.is_absolute() and os.access(existing, os.W_OK) else None
 
 
 def _processor() -> str:

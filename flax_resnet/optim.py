@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_resnet.config import OptimizerConfig, ScheduleConfig
+from flax_resnet.config import INT32, OptimizerConfig, ScheduleConfig
 
 
 def make_optimizer(
@@ -72,7 +72,7 @@ def make_schedule(config: ScheduleConfig, lr: float, updates_per_epoch: float, e
 
     "plateau" is constant here: its cuts depend on the validation (`plateau`).
     """
-    warmup = round(config.warmup_epochs * updates_per_epoch)
+    warmup = _in_updates(config.warmup_epochs, updates_per_epoch)
     total = max(1, round(epochs * updates_per_epoch) - warmup)
     main = _main_schedule(config, lr, updates_per_epoch, total)
     if not warmup:
@@ -87,13 +87,18 @@ def make_schedule(config: ScheduleConfig, lr: float, updates_per_epoch: float, e
     return schedule
 
 
+def _in_updates(epochs, updates_per_epoch) -> int:
+    """Later than any run ends, a length is as long as an int32 can say."""
+    return min(round(epochs * updates_per_epoch), INT32)
+
+
 def _ramp(config, share):
     return config.warmup_factor + (1 - config.warmup_factor) * share
 
 
 def warmth(config: ScheduleConfig, update: int, updates_per_epoch: float) -> float:
     """Which share of the schedule's first learning rate an update has; 1 after the warm-up."""
-    warmup = round(config.warmup_epochs * updates_per_epoch)
+    warmup = _in_updates(config.warmup_epochs, updates_per_epoch)
     return _ramp(config, update / warmup) if update < warmup else 1.0
 
 
@@ -101,21 +106,18 @@ def make_momentum_schedule(config: ScheduleConfig, updates_per_epoch: float, epo
     """Update number -> momentum of torch's OneCycleLR (0.95 to 0.85 and back), or None."""
     if config.schedule != "onecycle" or not config.cycle_momentum:
         return None
-    warmup = round(config.warmup_epochs * updates_per_epoch)
+    warmup = _in_updates(config.warmup_epochs, updates_per_epoch)
     total = max(1, round(epochs * updates_per_epoch) - warmup)
     cycle = _one_cycle(0.95, 0.85, 0.95, config.pct_start, total)
     return lambda step: cycle(jnp.maximum(step - warmup, 0))
 
 
 def _main_schedule(config, lr, updates_per_epoch, total):
-    def in_updates(length):
-        return max(1, round(length * updates_per_epoch))
-
     if config.schedule == "step":
-        length = in_updates(config.step_epochs)
+        length = max(1, _in_updates(config.step_epochs, updates_per_epoch))
         return lambda step: lr * config.gamma ** _float(step // length)
     if config.schedule == "multistep":
-        milestones = [in_updates(m) for m in config.milestones]
+        milestones = [max(1, _in_updates(m, updates_per_epoch)) for m in config.milestones]
         return lambda step: lr * config.gamma ** _float(sum(step >= m for m in milestones))
     if config.schedule == "cosine":
         # Rises again after the end, as torch's; Optax's stays down.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flax_resnet.config import InputError
+from flax_resnet.errors import LOG
 from flax_resnet.text import listed
 
 LOCK = "run.lock"
@@ -20,7 +21,8 @@ _OF_A_STEP = r"""(
 
 _OWN = re.compile(
     rf"""
-    run\.lock | SHA256SUMS | (config|report)\.json | (metrics|timings|per_class)\.csv
+    run\.lock | SHA256SUMS | {re.escape(LOG)}
+  | (config|report)\.json | (metrics|timings|per_class)\.csv
   | (SHA256SUMS|config|report|metrics|timings|per_class)\.tmp
   | (curves|confusion_matrix)\.png | events\.out\.tfevents\.[^/]+
   | checkpoints | checkpoints/(metrics|timings)\.(csv|tmp)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import threading
 
 from flax_resnet import distributed
 from flax_resnet.early_stopping import EarlyStopping
@@ -10,13 +11,17 @@ from flax_resnet.early_stopping import EarlyStopping
 class NonFiniteLoss(distributed.Everywhere):
     """The loss, the gradient or what a network gives is no longer a number."""
 
+    exit_status = 1
+
 
 class Interrupted(distributed.Everywhere):
     """A signal asked the run to stop; the work is saved."""
 
+    saved = True
+
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
+        self.exit_status = 128 + signum
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -67,14 +72,15 @@ class Progress:
 
 
 class SignalFlag:
-    """The first SIGTERM or Ctrl-C is noted for the next step boundary, a second one kills at once,
-    even within a compilation, where Python's handlers do not run."""
+    """The first SIGTERM, SIGHUP or Ctrl-C is noted for the next step boundary, a second one kills
+    at once, even within a compilation, where Python's handlers do not run. In a thread nothing is
+    noted: signals go to the main one."""
 
     def __init__(self, run):
         self._run = run
 
     def __enter__(self):
-        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._old = {s: signal.signal(s, self._note) for s in _signals()}
 
     def __exit__(self, *exception):
         for signum, handler in self._old.items():
@@ -84,3 +90,10 @@ class SignalFlag:
         self._run.signum = signum
         for number in self._old:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _signals():
+    if threading.current_thread() is not threading.main_thread():
+        return ()
+    under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGINT, *(() if under_nohup else (signal.SIGHUP,)))

@@ -1,16 +1,18 @@
 """A run in the making: set up or taken up, trained epoch by epoch, reported."""
 
+import contextlib
 import dataclasses
 import math
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_resnet import distributed, early_stopping, environment, optim, sanity, steps
 from flax_resnet.checkpoint import Checkpoints, steps_in
 from flax_resnet.config import InputError, to_dict
-from flax_resnet.data import pipeline
+from flax_resnet.data import pipeline, workers
 from flax_resnet.data.prepare import SPLITS, Prepared, check_contents, contents
 from flax_resnet.display import Display
 from flax_resnet.early_stopping import EarlyStopping
@@ -25,6 +27,9 @@ _AHEAD = 4
 lie in its memory, and who asks the run to stop waits for all."""
 
 _LOGGED = ("loss", "accuracy", "top5_accuracy", "precision_macro", "recall_macro", "f1_macro")
+
+
+_SMALLER_STEPS = "a new --run-dir with a smaller --lr or --clip-norm 1"
 
 
 class Run:
@@ -49,6 +54,8 @@ class Run:
         self.steps_per_epoch = pipeline.steps_per_epoch(self.num_train, self.config.batch_size)
         self.progress = Progress()
         self.pending, self.signum, self.last_finite = [], None, None
+        self.iterator = None
+        self.whole = None  # the progress that belongs to the state, while there is more of it
         self.save_wait = 0.0
 
     def execute(self) -> dict:
@@ -61,8 +68,31 @@ class Run:
             with SignalFlag(self):
                 self._train()
                 return self._report()
+        except Exception as error:
+            with contextlib.suppress(AttributeError):  # a few exceptions take no notes
+                error.run_dir, error.saved = self.directory.path, self._rescue(error)
+            raise
         finally:
+            self._end_workers()
             self.checkpoints.close()
+
+    def _rescue(self, error: Exception) -> bool:
+        """Save what a failure within the training would lose; whether that could be done."""
+        if self.whole is None or isinstance(error, distributed.Everywhere) or self.engine.several:
+            return getattr(error, "saved", False)
+        try:
+            if self.pending:
+                self._drain()
+            self.progress = self.whole
+            self._save(improvement=False)
+            self.checkpoints.wait()
+            return True
+        except Exception:  # the first error is the one to tell
+            return False
+
+    def _end_workers(self):
+        if isinstance(self.iterator, workers.InTurn):
+            self.iterator.close()
 
     def _announce(self):
         model, data = self.config.model, self.config.data
@@ -76,6 +106,8 @@ class Run:
             + f", images {data.image_size}x{data.image_size}x{self.dataset.channels}"
         )
         self._warn(sanity.of_training(self.num_train, self.config.batch_size))
+        if data.num_workers and "train" in self.prepared.images:
+            self._warn(["num_workers has no effect: the training images are cached"])
         kind = jax.devices()[0].device_kind
         self.display.say(f"on {len(self.engine.devices)} x {kind}, run {self.directory.path}")
 
@@ -164,7 +196,9 @@ class Run:
             batch_size=config.batch_size,
         )
         while progress.epoch < config.epochs and not progress.stopped_early:
+            self.whole = progress
             self._train_epoch()
+            self.whole = dataclasses.replace(progress)  # until the epoch is logged
             self._finish_epoch()
         self.display.stop()
 
@@ -182,9 +216,9 @@ class Run:
                 self.state, self.resident, self.engine.shard(self._columns(batches))
             )
             self.pending.append(metrics)
+            progress.step_in_epoch += count
             jax.block_until_ready(self.pending[:-_AHEAD][-1:])
             self.checkpoints.check()
-            progress.step_in_epoch += count
             pause = self._at_log_step(count) or count == left
             if pause or (self.signum and not self.engine.several):
                 self._drain()
@@ -250,21 +284,24 @@ class Run:
         from_where = f"checkpoint of step {saved}" if saved is not None else "no checkpoint yet"
         raise NonFiniteLoss(
             f"step {step}: the loss or gradient is not finite; {seen}; {from_where}"
-            f" in {self.directory.path}; --init-from it in a new --run-dir with a smaller --lr or"
-            " --clip-norm 1"
+            f" in {self.directory.path}; --init-from it in {_SMALLER_STEPS}"
         )
 
     def _finish_epoch(self):
         """Validate, decide whether to stop, log, checkpoint."""
         config, progress = self.config, self.progress
         progress.epoch += 1
-        counted = max(progress.counted_steps, 1)
+        if not progress.counted_steps:
+            raise NonFiniteLoss(
+                f"epoch {progress.epoch}: no step had a finite loss and gradient; begin again in"
+                f" {_SMALLER_STEPS}"
+            )
         row = {
             "epoch": progress.epoch,
             "step": progress.epoch * self.steps_per_epoch,
             "learning_rate": progress.learning_rate,
-            "train_loss": progress.loss_sum / counted,
-            "train_accuracy": progress.accuracy_sum / counted,
+            "train_loss": progress.loss_sum / progress.counted_steps,
+            "train_accuracy": progress.accuracy_sum / progress.counted_steps,
         }
         timing = {
             "epoch": progress.epoch,
@@ -282,6 +319,7 @@ class Run:
         if len(self.dataset.validation):
             improvement = self._validate(row)
         last = progress.epoch == config.epochs or progress.stopped_early
+        self.whole = None  # its tables are ahead of it
         self.directory.log_epoch(row["step"], row, timing)
         self.display.epoch(row, timing, config.epochs)
         if improvement or last or progress.epoch % config.checkpoint_epochs == 0:
@@ -364,6 +402,7 @@ class Run:
             self._stop_if_asked()
             if len(getattr(self.dataset, split)):
                 splits[split], confusions[split] = self._evaluate(split, variables)
+        self._check_result(variables, splits, evaluated_epoch)
         if not distributed.is_first():
             return {"splits": splits}
         warnings = sanity.of_results(splits, confusions, self.dataset.class_names)
@@ -388,6 +427,19 @@ class Run:
             f" {report['data_wait_share']:.1%} of it waiting for data; {self.directory.path}"
         )
         return report
+
+    def _check_result(self, variables, splits, epoch):
+        """What is reported and served is made of numbers."""
+        faults = [
+            f"the {s} loss" for s, values in splits.items() if not np.isfinite(values["loss"])
+        ]
+        if not steps.is_finite(variables):
+            faults.insert(0, "a weight")
+        if faults:
+            raise NonFiniteLoss(
+                f"{faults[0]} after epoch {epoch} is not finite; {self.directory.path} has no"
+                f" report; begin again in {_SMALLER_STEPS}"
+            )
 
     def _speed(self) -> dict:
         """Seconds of training over all epochs; speed without the first, which compiles."""

@@ -125,6 +125,12 @@ def evaluation_variables(state: TrainState) -> Variables:
     return Variables(state.ema or state.params, state.frozen, state.batch_stats)
 
 
+@jax.jit
+def is_finite(tree) -> jax.Array:
+    """Whether all numbers of all arrays are finite, bool []."""
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
 def make_train_step(
     network: Network,
     config: TrainConfig,

@@ -13,7 +13,7 @@ from flax import nnx
 
 from flax_resnet import convert, distributed, environment, steps
 from flax_resnet.checkpoint import check_space, steps_in
-from flax_resnet.config import InputError, TrainConfig, flat
+from flax_resnet.config import EarlyStoppingConfig, InputError, TrainConfig, flat, idle
 from flax_resnet.data.prepare import Prepared, fingerprint, prepare
 from flax_resnet.display import Display
 from flax_resnet.models import create_from_config
@@ -50,7 +50,7 @@ def fit(
     Raises:
       InputError: bad input; nothing has been written then.
       NonFiniteLoss: names the step and the checkpoint to go on from.
-      Interrupted: after SIGTERM or Ctrl-C, with the work saved.
+      Interrupted: after SIGTERM, SIGHUP or Ctrl-C in the main thread, with the work saved.
       RunLost: the run directory was moved, deleted or replaced.
     """
     display = display or Display(quiet=not distributed.is_first())
@@ -102,12 +102,14 @@ def _begin(
     config: TrainConfig, run_dir: Path | None, resume: bool, display: Display
 ) -> tuple[Engine, Prepared, steps.Network]:
     """Devices, data and network; nothing is written."""
+    begun = resume and steps_in(run_dir / "checkpoints")
+    if not begun and (faults := idle(config)):
+        raise InputError("; ".join(faults.values()))
     environment.configure_jax(config)
     engine = Engine(config.parallel, deterministic=config.deterministic)
     engine.check_batch_size(config.batch_size)
     prepared = prepare(config)
     model = _initial_model(prepared, engine)
-    begun = resume and steps_in(run_dir / "checkpoints")
     if config.init_from and not begun:
         _fine_tune(model, prepared.config, prepared.dataset.class_names, display.say)
     network = steps.Network(model, freeze_backbone=config.freeze_backbone)
@@ -146,12 +148,22 @@ def _open_directory(run_dir: Path | None, config: TrainConfig, **how) -> RunDire
     return distributed.together(lambda: own or SharedDirectory(path))
 
 
+def _check_nothing_is_watched(config: TrainConfig):
+    stopping = config.early_stopping
+    watching = {
+        "early stopping": stopping.patience,
+        "the plateau schedule": config.schedule.schedule == "plateau",
+        f"monitor {stopping.monitor}": stopping.monitor != EarlyStoppingConfig().monitor,
+    }
+    for what, asked in watching.items():
+        if asked:
+            raise InputError(f"{what} needs a validation split (validation_fraction is 0)")
+
+
 def _initial_model(prepared: Prepared, engine: Engine) -> nnx.Module:
     config, dataset = prepared.config, prepared.dataset
-    if prepared.config.early_stopping.patience and not len(dataset.validation):
-        raise InputError("early stopping needs a validation split (validation_fraction is 0)")
-    if config.schedule.schedule == "plateau" and not len(dataset.validation):
-        raise InputError("the plateau schedule needs a validation split")
+    if not len(dataset.validation):
+        _check_nothing_is_watched(config)
     return create_from_config(
         config.model,
         in_channels=dataset.channels,

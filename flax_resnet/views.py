@@ -146,11 +146,15 @@ def _digest(path: Path) -> bytes | None:
     return None if content is None else hashlib.sha256(content).hexdigest().encode()
 
 
+_LONGEST_CONFIG = 2**24  # characters: a device has no end
+
+
 def config_from_file(path: Path | str) -> TrainConfig:
     """A config from a JSON file, strictly: every key known, every value of its type."""
     path = Path(path)
     try:
-        values = json.loads(path.read_text())
+        with path.open() as file:
+            values = json.loads(file.read(_LONGEST_CONFIG))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -159,5 +163,5 @@ def config_from_file(path: Path | str) -> TrainConfig:
         raise InputError(f"{path} holds no JSON object")
     try:
         return from_dict(values)
-    except InputError as error:
+    except (InputError, RecursionError) as error:
         raise InputError(f"{path}: {error}") from None

@@ -28,10 +28,10 @@ SMOKE = {"epochs": "1", "batch_size": "16", "data": {"train_images": "32", "eval
 
 def parse():
     parser = cli.Parser(prog="train.py", description=__doc__)
-    parser.add_argument("--config", metavar="FILE", help="start from this config.json")
+    parser.add_argument("--config", metavar="PATH", help="start from this config.json")
     parser.add_argument("--recipe", metavar="NAME", help="start from this recipe")
     parser.add_argument("--list-recipes", action="store_true", help="print the recipes and leave")
-    parser.add_argument("--run-dir", metavar="DIR", help="default: runs/ARCH-DATASET[-N]")
+    parser.add_argument("--run-dir", metavar="PATH", help="default: runs/ARCH-DATASET[-N]")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir")
     parser.add_argument("--smoke", action="store_true", help="every stage on 32 images, in seconds")
@@ -41,10 +41,10 @@ def parse():
         metavar="HOST:PORT",
         help="of process 0; auto: as the cluster says, which srun and mpirun need not be told",
     )
-    several.add_argument("--num-processes", metavar="N", type=int, help="how many take part")
-    several.add_argument("--process-id", metavar="N", type=int, help="which this is, from 0 on")
+    several.add_argument("--num-processes", metavar="INT", type=int, help="how many take part")
+    several.add_argument("--process-id", metavar="INT", type=int, help="which this is, from 0 on")
     several.add_argument(
-        "--connect-timeout", metavar="N", type=int, default=300, help="seconds (default: 300)"
+        "--connect-timeout", metavar="INT", type=int, default=300, help="seconds (default: 300)"
     )
     cli.add_config_flags(parser)
     args = parser.parse_args()
@@ -64,7 +64,7 @@ def starting_point(args, otherwise: TrainConfig) -> TrainConfig:
 
 def build_config(args, otherwise: TrainConfig) -> TrainConfig:
     config = cli.merge(starting_point(args, otherwise), SMOKE if args.smoke else {})
-    return cli.merge(config, cli.requested_values(args))
+    return cli.with_flags(config, args)
 
 
 def resumed_config(args) -> TrainConfig:
@@ -79,6 +79,12 @@ def resumed_config(args) -> TrainConfig:
             f" train otherwise or longer, begin a new run with --init-from {args.run_dir}"
         )
     return cli.merge(own, cli.requested_values(args))
+
+
+def runs_here() -> str:
+    """Those that could be meant by a --resume alone."""
+    found = sorted(path.parent for path in Path("runs").glob("*/config.json"))
+    return f"; in runs/ there are {listed(found)}" if found else ""
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -110,7 +116,7 @@ def main():
         print("\n".join(map(described, RECIPES)))
         return
     if args.resume and not args.run_dir:
-        raise InputError("--resume needs --run-dir")
+        raise InputError(f"--resume needs --run-dir{runs_here()}")
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     config = build_config(args, TrainConfig())

@@ -27,13 +27,17 @@ class Limits:
         return f"{left}{self.low}, {self.high}{right}"
 
 
-Fraction = Annotated[float, Limits(0, 1, without=(1,))]
+INT32 = 2**31 - 1
+Fraction = Annotated[float, Limits(0, 0.999999)]
 Probability = Annotated[float, Limits(0, 1)]
-Factor = Annotated[float, Limits(0, 1, without=(0,))]
-NonNegative = Annotated[float, Limits(0)]
-Positive = Annotated[float, Limits(0, without=(0,))]
-Count = Annotated[int, Limits(0)]
-PositiveCount = Annotated[int, Limits(1)]
+Factor = Annotated[float, Limits(1e-37, 1)]
+NonNegative = Annotated[float, Limits(0, 1e30)]
+Positive = Annotated[float, Limits(1e-30, 1e30)]
+Divisor = Annotated[float, Limits(0.001, 1e30)]
+Count = Annotated[int, Limits(0, INT32)]
+PositiveCount = Annotated[int, Limits(1, INT32)]
+Epochs = Annotated[int, Limits(1, 100_000)]
+BatchSize = Annotated[int, Limits(1, 1_000_000)]
 
 
 class Parser(argparse.ArgumentParser):

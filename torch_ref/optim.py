@@ -10,12 +10,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from torch_ref.arguments import (
     Count,
+    Divisor,
+    Epochs,
     Factor,
     Fraction,
     Limits,
     NonNegative,
     Positive,
-    PositiveCount,
 )
 
 
@@ -102,15 +103,15 @@ def make_schedulers(
     schedule: Literal[
         "constant", "step", "multistep", "cosine", "onecycle", "plateau"
     ] = "onecycle",
-    warmup_epochs: NonNegative = 0.0,
+    warmup_epochs: Annotated[float, Limits(0, 100_000)] = 0.0,
     warmup_factor: Factor = 0.01,
-    step_epochs: PositiveCount = 30,
-    milestones: tuple[PositiveCount, ...] = (100, 150),
+    step_epochs: Epochs = 30,
+    milestones: tuple[Epochs, ...] = (100, 150),
     gamma: Factor = 0.1,
     min_lr: NonNegative = 0.0,
     pct_start: Annotated[float, Limits(0, 1, without=(0, 1))] = 0.3,
-    div_factor: Positive = 25.0,
-    final_div_factor: Positive = 1e4,
+    div_factor: Divisor = 25.0,
+    final_div_factor: Divisor = 1e4,
     cycle_momentum: bool = False,
     plateau_patience: Count = 10,
     plateau_threshold: NonNegative = 1e-4,

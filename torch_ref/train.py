@@ -22,12 +22,13 @@ from torchvision.transforms import v2
 
 from torch_ref import create_model, list_models
 from torch_ref.arguments import (
+    BatchSize,
     Count,
+    Epochs,
     Fraction,
     Limits,
     NonNegative,
     Parser,
-    PositiveCount,
     add_flags,
     chosen,
     reader,
@@ -92,9 +93,9 @@ def fit(
     run_dir: Path | None = None,
     device: str | torch.device = "cpu",
     *,
-    epochs: Annotated[int, Limits(1, 100_000)] = 16,
-    batch_size: Annotated[int, Limits(1, 1_000_000)] = 128,
-    eval_batch_size: PositiveCount = 256,
+    epochs: Epochs = 16,
+    batch_size: BatchSize = 128,
+    eval_batch_size: BatchSize = 256,
     seed: Annotated[int, Limits(0, 2**31, without=(2**31,))] = 0,
     num_workers: Annotated[int, Limits(0, 256)] = 0,
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",

@@ -160,3 +160,23 @@ def test_the_courses_cut_and_a_patience_off_by_one_is_seen():
         expected = torch_cuts(options, "min", values)
         assert expected[-1] < 0.4, name
         assert jax_cuts(dict(plateau_patience=0), "min", values) != pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(schedule="step", step_epochs=100_000),
+        dict(schedule="multistep", milestones=(1, 100_000)),
+        dict(schedule="cosine", warmup_epochs=100_000),
+        dict(schedule="onecycle", warmup_epochs=100_000, cycle_momentum=True),
+    ],
+    ids=label,
+)
+def test_lengths_beyond_32_bits_are_never_reached(options):
+    """40,000 updates an epoch: 4 billion. In float32, as a step counts."""
+    config = ScheduleConfig(**options)
+    schedule = optim.make_schedule(config, 0.4, 40_000, 50_000)
+    momentum = optim.make_momentum_schedule(config, 40_000, 50_000) or schedule
+    for update in (0, 2 * 10**9):
+        update = jnp.asarray(update, jnp.int32)
+        assert jnp.isfinite(schedule(update)) and jnp.isfinite(momentum(update))

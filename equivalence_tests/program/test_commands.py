@@ -1,10 +1,13 @@
 """Commands given wrong words, broken files and impossible numbers; evaluate and predict."""
 
 import csv
+import errno
+import io
 import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,11 +18,16 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
 
 from equivalence_tests.program.command import ROOT, refused, run_script, train
-from flax_resnet import cli
-from flax_resnet.config import InputError
+from flax_resnet import cli, errors
+from flax_resnet.config import USED_WITH, InputError, TrainConfig, idle, to_dict
 from flax_resnet.data import sources
+from flax_resnet.data.workers import WorkerDied
+from flax_resnet.display import Display
+from flax_resnet.progress import Interrupted, NonFiniteLoss
 from flax_resnet.recipes import RECIPES
 from flax_resnet.run_directory import RunDirectory
 from flax_resnet.serve import load_run, predict_files
@@ -98,6 +106,8 @@ WRONG_WORDS = [
     (["--cache", "device", "--random-resized-crop"], ["random_resized_crop", "cache"]),
     (["--resume", "--overwrite"], ["--resume", "--overwrite", "exclude"]),
     (["--patience", "2", "--validation-fraction", "0"], ["validation"]),
+    (["--monitor", "validation_accuracy", "--validation-fraction", "0"], ["monitor", "split"]),
+    (["--dataset", str(ROOT)], ["did you mean", f"folder:{ROOT}"]),
     (["--devices", "99"], ["99"]),
     (["--recipe", "cifar10-resnet19"], ["recipe"]),
     (["--config", "no-such-file.json"], ["no-such-file.json"]),
@@ -108,6 +118,17 @@ WRONG_WORDS = [
     (["--dataset", "tfds:no_such_set"], ["no_such_set"]),
     (["--init-from", "no-such-run"], ["no-such-run"]),
     (["--resume", "--overwrite", "extra"], ["extra"]),
+    (["--schedule", "cosine", "--milestones", "3"], ["milestones", "cosine", "multistep"]),
+    (["--beta1", "0.5"], ["beta1", "sgd", "adam or adamw"]),
+    (["--warmup-factor", "0.5"], ["warmup_factor", "warmup_epochs above 0"]),
+    (["--schedule", "multistep", "--milestones", "9", "3"], ["milestones", "later", "9 3"]),
+    (["--schedule", "step", "--step-epochs", "9999999999"], ["--step-epochs", "100000"]),
+    (["--schedule", "multistep", "--milestones", "1000000000000000000"], ["--milestones"]),
+    (["--eval-batch-size", "1000000000000"], ["--eval-batch-size", "1000000"]),
+    (["--lr", "1e300"], ["--lr", "less than or equal to 1000", "1e300"]),
+    (["--l1", "1e-320"], ["--l1", "float32"]),
+    (["--optimizer", "adam", "--eps", "1e-50"], ["--eps", "1e-50", "greater than or equal"]),
+    (["--beta2", "0.9999999999", "--optimizer", "adam"], ["--beta2", "0.999999"]),
 ]
 
 
@@ -118,6 +139,47 @@ def test_wrong_words_are_one_line_and_leave_nothing(tmp_path, arguments, words):
     )
     refused(outcome, *words)
     assert not list(tmp_path.iterdir())
+
+
+OTHERS = {"optimizer": ("sgd", "adam"), "schedule": ("constant",), "cache": ("none",)}
+OTHERS |= {"dataset": ("digits",)}
+CHANGED = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x / 2 or 0.5}
+CHANGED |= {str: lambda x: "skip", list: lambda x: [7]}
+
+
+@pytest.mark.parametrize("name", USED_WITH)
+def test_a_setting_without_effect_is_named(name):
+    """Whatever it is set to, but for its default; and what would make use of it."""
+    groups = {g: v for g, v in to_dict(TrainConfig()).items() if isinstance(v, dict)}
+    default = next(values[name] for values in groups.values() if name in values)
+    changed = CHANGED[type(default)](default)
+    other, *users = USED_WITH[name]
+
+    def faults_with(value):
+        asked = {name: changed, other: value}
+        nested = {g: {n: asked[n] for n in asked.keys() & v} for g, v in groups.items()}
+        return idle(cli.merge(TrainConfig(), nested))
+
+    passed_over = next(value for value in OTHERS.get(other, (0,)) if value not in users)
+    assert all(word in faults_with(passed_over)[name] for word in (other, *users))
+    for value in users or [1]:
+        assert name not in faults_with("folder:x" if value == "folder" else value)
+
+
+def with_flags(base, *flags):
+    parser = cli.Parser()
+    cli.add_config_flags(parser)
+    return cli.with_flags(base, parser.parse_args(flags))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_flag_takes_the_effect_of_what_a_recipe_says_without_a_word(name):
+    """But not of what another flag says."""
+    recipe = RECIPES[name].config
+    assert not idle(recipe) and with_flags(recipe) == recipe
+    changed = with_flags(recipe, "--schedule", "constant", "--optimizer", "adam")
+    assert not idle(changed) and changed.optimizer.lr == recipe.optimizer.lr
+    assert "gamma" in idle(with_flags(recipe, "--schedule", "constant", "--gamma", "0.7"))
 
 
 def test_too_little_memory_is_one_line(capsys):
@@ -131,12 +193,111 @@ def test_too_little_memory_is_one_line(capsys):
     assert all(word in error for word in ("out of memory", "--batch-size", "--accumulate-steps"))
 
 
-def test_other_errors_of_jax_keep_their_traceback():
-    def main():
-        raise jax.errors.JaxRuntimeError("INTERNAL: a fault of the program")
+def no_place(number):
+    return OSError(number, os.strerror(number), "runs/a")
 
-    with pytest.raises(jax.errors.JaxRuntimeError):
+
+@pytest.mark.parametrize(
+    "error,status,words",
+    [
+        (InputError("a\nb \x1b[1m\u202e"), 2, r"error: a b \x1b[1m\u202e"),
+        (cli.CheckFailed("no"), 1, "failed: no"),
+        (NonFiniteLoss("step 3"), 1, "failed: step 3"),
+        (Interrupted(signal.SIGHUP), 129, "SIGHUP; the work is saved, go on with --resume"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (MemoryError(), 1, "--cache none"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 1, "out of memory"),
+        (no_place(errno.EDQUOT), 2, "error: runs/a: Disk quota exceeded"),
+        (no_place(errno.EIO), 2, "error: runs/a: Input/output error"),
+        (no_place(errno.EMFILE), 1, "Too many open files"),
+        (no_place(errno.ENOLCK), 1, "No locks available"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "not in UTF-8"),
+        (WorkerDied("killed"), 1, "failed: killed"),
+        (RuntimeError("Unable to initialize backend 'cuda': no"), 2, "error: Unable"),
+    ],
+)
+def test_every_error_is_a_line_and_a_status(capsys, error, status, words):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as left:
         cli.run_command(main)
+    line = capsys.readouterr().err
+    assert left.value.code == status and words in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("in_a_run", [True, False])
+def test_an_error_that_nobody_has_foreseen_is_a_line_and_a_log(tmp_path, monkeypatch, in_a_run):
+    monkeypatch.setattr(errors.tempfile, "tempdir", str(tmp_path))
+    error = jax.errors.JaxRuntimeError("INTERNAL: a fault of the program")
+    if in_a_run:
+        error.run_dir = tmp_path
+    status, line = errors.verdict(error)
+    (log,) = tmp_path.iterdir()
+    assert status == 1 and "this is a bug: " in line and str(log) in line and "\n" not in line
+    assert "a fault of the program" in log.read_text()
+    assert (log.name == errors.LOG) == in_a_run
+
+
+def piped(*arguments, shell: str) -> subprocess.CompletedProcess:
+    """`python scripts/train.py ARGUMENTS` in a line of the shell, for which "$@" stands."""
+    command = [sys.executable, "scripts/train.py", *map(str, arguments)]
+    line = ["bash", "-o", "pipefail", "-c", shell, "bash", *command]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("shell", ['"$@" | head -1', '"$@" >&- 2>&-'])
+def test_whoever_listens_may_leave(shell):
+    outcome = piped("--list-recipes", shell=shell)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+
+
+def test_a_training_goes_on_without_its_output(tmp_path):
+    flags = ["--smoke", "--arch", "basic_cnn", "--run-dir", tmp_path / "run"]
+    outcome = piped(*flags, shell='"$@" | head -1')
+    assert (outcome.returncode, outcome.stderr) == (0, ""), outcome
+    assert outcome.stdout and (tmp_path / "run" / "report.json").exists()
+
+
+def test_output_that_cannot_be_written_is_a_failure_unless_something_is_trained(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise no_place(errno.ENOSPC)
+
+    dropped = []
+    monkeypatch.setattr("flax_resnet.display.drop_output", dropped.append)
+    display = Display(Console(file=Full()))
+    with pytest.raises(OSError):
+        display.say("a table")
+    display.start(total_steps=1, done_steps=0, batch_size=1)
+    display.say("epoch 1")
+    display.say("epoch 2")
+    assert len(dropped) == 1
+
+
+def test_what_steers_a_terminal_is_escaped_in_lines_and_tables():
+    file = io.StringIO()
+    display = Display(Console(file=file, soft_wrap=True, width=80))
+    table = Table("class")
+    table.add_row("b\x1b[2Jee\u202e")
+    display.say("left out: a\x1b[31m \x07[red].png \udce9")
+    display.show(table)
+    out = file.getvalue()
+    assert "\x1b" not in out and "\u202e" not in out
+    assert r"left out: a\x1b[31m" in out and "[red].png \udce9" in out
+    assert r"b\x1b[2Jee\u202e" in out
+
+
+def test_a_terminal_without_a_character_shows_its_code(monkeypatch):
+    class Ascii(io.TextIOWrapper):
+        def close(self):
+            pass
+
+    out = Ascii(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit) as left:
+        cli.run_command(lambda: print("caf\xe9 \udce9"))
+    assert not left.value.code and out.buffer.getvalue() == b"caf\\xe9 \xe9\n"
 
 
 def test_a_real_process_says_the_same():
@@ -169,9 +330,18 @@ def test_other_directories_are_left_alone(folder, tmp_path, flag):
 
 def test_resume_refuses_other_flags(insects):
     for flag, value, own in (("--epochs", 9, "epochs 9 (the run has 4)"),
-                             ("--dataset", "digits", "data.dataset 'digits'")):  # fmt: skip
+                              ("--dataset", "digits", "data.dataset 'digits'")):  # fmt: skip
         outcome = run_script("train.py", "--resume", "--run-dir", insects, flag, value)
         refused(outcome, "other flags", own, "--init-from")
+
+
+def test_resume_alone_names_the_runs_that_could_be_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(run_script("train.py", "--resume"), "--resume needs --run-dir")
+    for name in ("one", "two"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text("{}")
+    refused(run_script("train.py", "--resume"), "there are runs/one, runs/two")
 
 
 def test_resume_refuses_another_recipe_and_config(insects, tmp_path):
@@ -249,6 +419,17 @@ def test_it_names_the_checkpoint_to_go_on_from(tmp_path):
     )  # fmt: skip
     assert outcome.status == 1, outcome
     assert "last finite loss" in outcome.err
+
+
+@pytest.mark.parametrize("epochs,words", [(1, "loss after epoch 1"), (2, "epoch 2: no step")])
+def test_a_run_whose_skipped_steps_leave_no_numbers_has_no_report(tmp_path, epochs, words):
+    """The first update is finite and enormous; all gradients after it are skipped."""
+    outcome = train(
+        tmp_path / "run", "--optimizer", "sgd", "--lr", 1e10, "--skip-nonfinite", 1000,
+        "--schedule", "constant", "--epochs", epochs,
+    )  # fmt: skip
+    assert outcome.status == 1 and words in outcome.err and outcome.err.count("\n") == 1, outcome
+    assert not (tmp_path / "run" / "report.json").exists()
 
 
 @pytest.fixture
@@ -532,3 +713,14 @@ def test_help_explains_every_flag():
     assert outcome.status == 0
     for word in ("--label-smoothing", "(default: 0.04)", "--no-nesterov", "Share of the target"):
         assert word in outcome.out
+    assert "--lr FLOAT" in outcome.out and " TEXT" not in outcome.out
+
+
+@pytest.mark.parametrize("script,words", [("train", "[flags]"), ("convert", "IN OUT [flags]")])
+def test_help_says_first_what_a_command_does(script, words):
+    out = run_script(f"{script}.py", "--help").out
+    about, usage = (
+        out.index(f"python scripts/{script}.py"),
+        out.index(f"usage: {script}.py {words}"),
+    )
+    assert out[0].isupper() and about < usage

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from equivalence_tests import edges
 from flax_resnet import checkpoint, cli, list_models
 from flax_resnet.checkpoint import Checkpoints, steps_in
 from flax_resnet.config import InputError, TrainConfig, from_dict, to_dict
 from flax_resnet.data.image_files import decode_image
+from flax_resnet.views import config_from_file
 
 DAMAGES = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
@@ -314,13 +316,26 @@ def test_a_thousand_odd_configs(read, times):
     assert 0.3 * times < refused < times
 
 
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"data":' * 900 + "1" + "}" * 900, "1" * 10**4])
+def test_a_config_of_any_depth_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match="config.json"):
+        config_from_file(tmp_path / "config.json")
+
+
+def test_a_device_is_no_config():
+    """It would be read until the memory is full."""
+    with pytest.raises(InputError, match="/dev/zero is not readable as JSON"):
+        config_from_file("/dev/zero")
+
+
 @hypothesis.settings(deadline=None, derandomize=True)
 @hypothesis.given(
     arch=st.sampled_from(list_models()),
     epochs=st.integers(1, 100_000),
-    lr=st.floats(1e-300, 1e300),
-    mixup=st.floats(0, 1e300),
-    milestones=st.lists(st.integers(1, 10**6), min_size=1, max_size=5),
+    lr=st.floats(1e-30, 1e30),
+    mixup=st.just(0.0) | st.floats(1e-30, 1e30),
+    milestones=st.sets(st.integers(1, 10**5), min_size=1, max_size=5).map(sorted),
     std=st.lists(st.floats(1e-9, 1), min_size=1, max_size=4),
     folder=st.text(min_size=1),
 )
@@ -335,3 +350,26 @@ def test_any_config_comes_back_from_json(arch, epochs, lr, mixup, milestones, st
     config = from_dict(values)
     assert to_dict(config) == values
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_configs_at_the_edges_of_the_schema_are_traced():
+    """The long form, 2,000 of them, is `python -m equivalence_tests.edges`."""
+    found = edges.survey(8, seed=0)
+    assert not found["faults"] and found["traced"] > 3, found
+
+
+@pytest.mark.control
+@pytest.mark.parametrize(
+    "group,name,value",
+    [("optimizer", "lr", 1e300), ("optimizer", "eps", 1e-50), ("optimizer", "beta2", 1 - 1e-12)],
+)
+def test_a_value_beyond_the_edge_is_noticed(group, name, value):
+    """Negative control: as if the schema took it."""
+    values = {
+        "model": {"arch": "basic_cnn", "num_classes": "10"},
+        "optimizer": {"optimizer": "adam"},
+    }
+    config = cli.merge(TrainConfig(), values)
+    object.__setattr__(getattr(config, group), name, value)
+    with pytest.raises(ArithmeticError):
+        edges._check_values(config, 3)

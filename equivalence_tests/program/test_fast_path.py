@@ -1,5 +1,6 @@
 """What makes training fast, as facts of the program and not of a clock."""
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -138,6 +139,15 @@ def test_compiled_programs_are_kept_unless_asked_not_to(tmp_path, monkeypatch, w
         assert jax.config.jax_compilation_cache_dir == expected
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize("place", ["~/.cache", "/etc/hostname/.cache"])
+def test_without_a_home_no_programs_are_kept(monkeypatch, place):
+    """Of a user without an entry in passwd, and a home that is none."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(environment.os.path, "expanduser", lambda path: place)
+    monkeypatch.setattr(environment.os, "access", lambda path, mode: os.path.isdir(path))
+    assert environment._cache() is None
 
 
 CALLS = """

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -65,15 +66,64 @@ def test_one_bit_of_an_average_is_noticed(straight, monkeypatch):
     assert [n for n in changed if changed[n] != straight.fingerprint[n]] == ["state"]
 
 
-def test_the_second_signal_kills_at_once():
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_second_signal_kills_at_once(signum):
     run = SimpleNamespace(signum=None)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signum)
     with SignalFlag(run):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert run.signum == signal.SIGINT
-        for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), signum)
+        assert run.signum == signum
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             assert signal.getsignal(number) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(signum) == before
+
+
+def test_under_nohup_the_end_of_the_terminal_is_none_of_the_run():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalFlag(SimpleNamespace(signum=None)):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_in_a_thread_leaves_signals_to_the_main_one():
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    def within():
+        with SignalFlag(SimpleNamespace(signum=None)):
+            return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(within).result() == handlers
+
+
+def broken_at(step, monkeypatch, where):
+    """The next training fails at this step, or after it in the validation."""
+    original = getattr(Run, where)
+
+    def failing(self, *arguments):
+        if self._global_step() >= step:
+            raise RuntimeError("a fault of the program")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Run, where, failing)
+
+
+@pytest.mark.parametrize("where", ["_columns", "_validate"])
+def test_a_run_that_fails_is_saved_and_ends_the_same(tmp_path, monkeypatch, where):
+    """In the middle of an epoch, and in its validation, with steps not yet looked at."""
+    config = small(**EVERYTHING, log_steps="50")
+    fit(config, tmp_path / "straight", display=quiet())
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError) as error:
+        broken_at(27, patch, where)
+        fit(config, tmp_path / "run", display=quiet())
+    assert error.value.saved and error.value.run_dir == tmp_path / "run"
+    report = fit(config, tmp_path / "run", resume=True, display=quiet())
+    assert report["epochs"] == 3 and digest(tmp_path / "run") == digest(tmp_path / "straight")
+    rows = [(tmp_path / run / "metrics.csv").read_bytes() for run in ("straight", "run")]
+    assert rows[0] == rows[1]
 
 
 STATE = {"a": jnp.arange(6.0)}

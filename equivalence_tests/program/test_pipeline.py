@@ -2,6 +2,7 @@
 
 import threading
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -264,3 +265,25 @@ def test_evaluation_sees_every_image_once(batch_size):
 def test_size_stem_and_crop_are_chosen(model, data, expected):
     config = prepare.prepare(cli.merge(TrainConfig(), {"model": model, "data": data})).config
     assert (config.data.image_size, config.model.stem, config.augment.random_crop) == expected
+
+
+class Millions:
+    """As many images as nobody has memory for."""
+
+    def __len__(self):
+        return 10**9
+
+
+def test_more_images_than_memory_are_refused_before_they_are_read():
+    data = {"cache": "device", "image_size": "224"}
+    config = cli.merge(TrainConfig(), {"data": data})
+    dataset = SimpleNamespace(train=Millions(), validation=(), test=(), channels=3)
+    with pytest.raises(InputError, match=r"140,190.1 GiB.*--cache none"):
+        prepare._that_fit(config, dataset)
+
+
+def test_more_steps_than_a_run_can_count_are_refused():
+    config = cli.merge(TrainConfig(), {"epochs": "100000", "batch_size": "1"})
+    prepare._check_steps(config, 21_474)
+    with pytest.raises(InputError, match=r"epochs 100,000 .* 2,147,500,000 steps"):
+        prepare._check_steps(config, 21_475)

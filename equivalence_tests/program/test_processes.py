@@ -326,6 +326,13 @@ def test_what_differs_is_named(monkeypatch):
     [
         (("nowhere", 2, 0), "'nowhere' is neither HOST:PORT nor auto"),
         (("host:99999", 2, 0), "neither HOST:PORT"),
+        (("host:0", 2, 0), "neither HOST:PORT"),
+        (("host:\u00b2", 2, 0), "neither HOST:PORT"),
+        (("a..b:99", 2, 0), "neither HOST:PORT"),
+        ((":99", 2, 0), "neither HOST:PORT"),
+        (("host:1234", 0, 0), "0 is not one of 0 processes"),
+        (("host:1234", 2, -1), "-1 is not one of 2 processes"),
+        (("host:1234", 10**18, 0), "at most 1,000,000"),
         (("host:1234", 2, None), "needs --num-processes and --process-id"),
         (("host:1234", 2, 2), "2 is not one of 2 processes"),
         ((None, 2, 0), "need --coordinator"),
@@ -333,6 +340,44 @@ def test_what_differs_is_named(monkeypatch):
 )
 def test_arguments_that_make_no_sense(arguments, words):
     with pytest.raises(InputError, match=words), distributed.joined(*arguments, timeout=1):
+        pass
+
+
+def test_a_port_that_another_program_listens_at(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it crashes"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"port {port}: Address already in use"):
+            with distributed.joined(f"127.0.0.1:{port}", 2, 0, timeout=1):
+                pass
+
+
+TASK = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    "variables,words",
+    [
+        ({"SLURM_STEP_NUM_TASKS": "abc"}, "SLURM_STEP_NUM_TASKS is 'abc'"),
+        ({"SLURM_STEP_NUM_TASKS": "-2"}, "SLURM_STEP_NUM_TASKS is '-2'"),
+        ({"OMPI_COMM_WORLD_SIZE": "2.5"}, "OMPI_COMM_WORLD_SIZE is '2.5'"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_JOB_ID is '' .* unset SLURM_STEP_NUM_TASKS"),
+        (TASK | {"SLURM_PROCID": "x"}, "SLURM_PROCID is 'x'"),
+        (TASK | {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST names no"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "LOCAL_RANK is ''"),
+    ],
+)
+def test_odd_variables_of_a_cluster_are_named(monkeypatch, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words), distributed.joined(None, None, None, timeout=1):
+        pass
+
+
+@pytest.mark.parametrize("value", ["", "0", "1"])
+def test_a_variable_of_a_cluster_that_names_one_task_is_one_process(monkeypatch, value):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", value)
+    with distributed.joined(None, None, None, timeout=1):
         pass
 
 

@@ -21,7 +21,7 @@ PINS = (ROOT / "constraints.txt").read_text().split("\n")[:-1]
 # Lower layers first; a module may import only from layers before its own.
 LAYERS = [
     {"config", "text", "models.winograd"},
-    {"names", "torch_file"},
+    {"errors", "names", "torch_file"},
     {
         "models.cpu_convolution",
         "models.cpu_sum",
@@ -38,7 +38,7 @@ LAYERS = [
     {"models.resnet", "models.cnn", "models.summary"},
     {"models.folding"},
     {"models"},
-    {"data", "data.cifar10", "data.image_files", "data.augment"},
+    {"data", "data.cifar10", "data.image_files", "data.augment", "data.workers"},
     {"data.folders", "data.shared"},
     {"data.sources"},
     {"convert", "weights", "data.pipeline", "optim", "losses", "environment"},

@@ -392,8 +392,8 @@ def config_takes(group, name, text):
 @pytest.mark.parametrize(
     "flags, word",
     [
-        (["--label-smoothing", "2"], "--label-smoothing: 2 is not in [0, 1)"),
-        (["--div-factor", "0"], "--div-factor: 0 is not in (0, inf)"),
+        (["--label-smoothing", "2"], "--label-smoothing: 2 is not in [0, 0.999999]"),
+        (["--div-factor", "0"], "--div-factor: 0 is not in [0.001, 1e+30]"),
         (["--mean", *"010", "--std", *"111"], "mean has 3 values, the images 1 channel"),
         (["--test-fraction", "0"], "test_fraction 0"),
         (["--arch", "resnet81"], "resnet18"),

@@ -14,10 +14,10 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from flax_resnet.config import InputError
+from flax_resnet.data import workers
 from flax_resnet.data.image_files import MEMORY, BadImage, refusal
 
 _THREADS = 16  # for decoding; Pillow lets go of the GIL
@@ -218,15 +218,20 @@ def image_iterator(source, decoder: Decoder, order: BatchOrder, *, num_workers: 
     A step's images depend on its number alone: not on where the run was cut off, nor on how many
     workers or processes there are.
     """
-    batches = grain.MapDataset.source(_DecodedBatches(source, decoder, order))[start:]
-    batches = batches.to_iter_dataset(
-        grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
-    )
+    batches = _DecodedBatches(source, decoder, order)
     if num_workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain 0.2.18 reads absl flags in its workers
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-    return iter(batches)
+        make = functools.partial(_every_nth, batches, start, num_workers)
+        return workers.InTurn(make, num_workers)
+    return _decoded_ahead(batches, slice(start, None))
+
+
+def _every_nth(batches, start, count, number):
+    return _decoded_ahead(batches, slice(start + number, None, count))
+
+
+def _decoded_ahead(batches, which: slice):
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
+    return iter(grain.MapDataset.source(batches)[which].to_iter_dataset(options))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from flax_resnet import distributed
-from flax_resnet.config import DataConfig, InputError, TrainConfig
+from flax_resnet.config import INT32, DataConfig, InputError, TrainConfig
 from flax_resnet.data import pipeline
 from flax_resnet.data.pipeline import Decoder
 from flax_resnet.data.sources import DataSet, open_dataset
@@ -78,6 +78,7 @@ def prepare(config: TrainConfig) -> Prepared:
             f"batch_size {config.batch_size} is larger than the training split"
             f" ({len(dataset.train)} images)"
         )
+    _check_steps(config, len(dataset.train))
     decoder = evaluation_decoder(config.data)
     images = {
         split: _decode(source, decoder, np.arange(len(source)))
@@ -91,6 +92,15 @@ def prepare(config: TrainConfig) -> Prepared:
         if count != dataset.channels:
             raise InputError(f"{name} has {count} values, the images {dataset.channels} channels")
     return Prepared(config, dataset, images)
+
+
+def _check_steps(config, num_images):
+    steps = config.epochs * pipeline.steps_per_epoch(num_images, config.batch_size)
+    if steps > INT32:
+        raise InputError(
+            f"epochs {config.epochs:,} of batch_size {config.batch_size:,} are {steps:,} steps;"
+            f" a run counts to {INT32:,}"
+        )
 
 
 def _statistics(source, decoder, images: np.ndarray | None):
@@ -182,7 +192,7 @@ def _resolve_model(config, dataset):
 
 def _that_fit(config, dataset) -> dict:
     """{split: source} of those to keep decoded, the training images first."""
-    data, sources = config.data, {}
+    data, sources, kept = config.data, {}, 0
     left = {"device": np.inf, "none": 0, "auto": data.cache_gib * 2**30}[data.cache]
     for split in SPLITS:
         if split == "train" and config.augment.random_resized_crop:
@@ -192,4 +202,10 @@ def _that_fit(config, dataset) -> dict:
         if 0 < size <= left:
             sources[split] = source
             left -= size
+            kept += size
+    if kept > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise InputError(
+            f"the images to keep decoded take {kept / 2**30:,.1f} GiB, this machine has"
+            f" {memory / 2**30:,.1f}: --cache none"
+        )
     return sources

@@ -1,0 +1,83 @@
+"""The one place that turns an exception into a line and an exit status."""
+
+import errno
+import os
+import tempfile
+import traceback
+from pathlib import Path
+
+from flax_resnet.text import printable
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+LOG = "error.log"
+"""In a run's directory: the traceback of an error that nobody has foreseen."""
+
+_LONGEST = 2000  # characters of a line
+_FAULTS_OF_PLACE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS,
+    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO,
+)  # fmt: skip
+"""What the place that the user named is to blame for, rather than the program."""
+
+_OUT_OF_MEMORY = (
+    "out of memory; take a smaller --batch-size, or --accumulate-steps N with the same total, a"
+    " smaller --eval-batch-size or --cache none"
+)
+_SIGNS_OF_NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory")
+
+
+def verdict(error: BaseException) -> tuple[int, str]:
+    """Exit status, and the line that says what went wrong.
+
+    What nobody has foreseen is written to a log file, which the line names: in `error.run_dir`,
+    where it says that the error ended a run. `error.saved` says that the run's work is saved.
+    """
+    status, text = _verdict(error)
+    if getattr(error, "saved", False):
+        text += "; the work is saved, go on with --resume"
+    return status, printable(" ".join(text.split()), _LONGEST)
+
+
+def _verdict(error) -> tuple[int, str]:
+    status = getattr(error, "exit_status", None)  # of an exception that is ours
+    if status is not None:
+        return status, {FAILED: "failed: ", BAD_INPUT: "error: "}.get(status, "") + str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped"
+    if _is_out_of_memory(error):
+        return FAILED, f"failed: {_OUT_OF_MEMORY}"
+    if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
+        return BAD_INPUT, f"error: {error}"  # JAX_PLATFORMS names what this machine has not
+    if isinstance(error, UnicodeDecodeError):
+        return BAD_INPUT, f"error: a file that should be text is not in UTF-8: {error}"
+    if isinstance(error, OSError) and error.errno:
+        where = f"{error.filename or 'disk'}: {error.strerror}"
+        if error.errno in _FAULTS_OF_PLACE:
+            return BAD_INPUT, f"error: {where}"
+        return FAILED, f"failed: {where}"
+    what = traceback.format_exception_only(error)[-1].strip()
+    return FAILED, f"failed: this is a bug: {what}; {_logged(error)}"
+
+
+def _is_out_of_memory(error) -> bool:
+    named = isinstance(error, RuntimeError) and any(s in str(error) for s in _SIGNS_OF_NO_MEMORY)
+    return named or isinstance(error, MemoryError)
+
+
+def _logged(error) -> str:
+    text = "".join(traceback.format_exception(error))
+    try:
+        path = _log_file(error)
+        path.write_text(text, errors="backslashreplace")
+        return f"the traceback is in {path}"
+    except OSError:
+        return f"no place for a log of the traceback: {text}"
+
+
+def _log_file(error) -> Path:
+    run_dir = getattr(error, "run_dir", None)
+    if run_dir and os.access(run_dir, os.W_OK):
+        return Path(run_dir) / LOG
+    file, name = tempfile.mkstemp(prefix="flax_resnet-", suffix=".log")
+    os.close(file)
+    return Path(name)
