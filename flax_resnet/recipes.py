@@ -109,13 +109,13 @@ def _regularized(dropout=0.0, weight_decay=0.0, patience=0) -> TrainConfig:
     )
 
 
-def _with_adam(arch, pixels=224, **changes) -> TrainConfig:
-    """Images enlarged as for ImageNet, Adam with a constant learning rate."""
+def _at_224(arch, **changes) -> TrainConfig:
+    """Images enlarged to 224 pixels, as for ImageNet."""
     groups = dict(
         model=dict(arch=arch, stem="imagenet"),
         data=dict(
             dataset=CIFAR10,
-            image_size=pixels,
+            image_size=224,
             mean=IMAGENET_MEAN,
             std=IMAGENET_STD,
             validation_fraction=0.2,
@@ -128,9 +128,9 @@ def _with_adam(arch, pixels=224, **changes) -> TrainConfig:
                       for k, v in (groups | changes).items()})  # fmt: skip
 
 
-def _bottleneck(arch, epochs, pixels=224) -> TrainConfig:
+def _bottleneck_224(arch, epochs) -> TrainConfig:
     stopping = dict(monitor="validation_accuracy", min_delta=1e-4, patience=5)
-    return _with_adam(arch, pixels, epochs=epochs, batch_size=32, early_stopping=stopping)
+    return _at_224(arch, epochs=epochs, batch_size=32, early_stopping=stopping)
 
 
 def _he(arch) -> TrainConfig:
@@ -258,7 +258,7 @@ RECIPES = {
         config=_regularized(weight_decay=1e-4), method="the same with weight decay alone", gpu=True
     ),
     "resnet18-224": Recipe(
-        config=_with_adam(
+        config=_at_224(
             "resnet18",
             epochs=20,
             model=dict(arch="resnet18", stem="imagenet", dropout=0.5),
@@ -272,7 +272,7 @@ RECIPES = {
         gpu=True,
     ),
     "resnet18-224-plain": Recipe(
-        config=_with_adam("resnet18", epochs=20, early_stopping=dict(restore_best=False)),
+        config=_at_224("resnet18", epochs=20, early_stopping=dict(restore_best=False)),
         method="the same without them",
         published={"validation_accuracy": 0.8144, "validation_loss": 0.4898},
         source="the same",
@@ -339,20 +339,6 @@ RECIPES = {
         source="a public ResNet-18 with dropout in PyTorch",
         gpu=True,
     ),
-    "cifar10-resnet18-dropout-64px": Recipe(
-        config=_config(
-            epochs=20,
-            model=dict(arch="resnet18", stem="imagenet", dropout=0.5),
-            data=dict(dataset=CIFAR10, image_size=64),
-            augment=FLIP | dict(rotation=15, brightness=0.2, contrast=0.2, saturation=0.2),
-            optimizer=ADAM,
-            schedule=dict(schedule="constant"),
-            early_stopping=dict(patience=5),
-        ),
-        method="the same through a 7x7 stem at 64 px: a size that a CPU core can finish",
-        published={"test_accuracy": 0.8206},
-        source="the same",
-    ),
     "transfer-source": Recipe(
         config=_imagenette(
             epochs=20,
@@ -392,20 +378,14 @@ RECIPES = {
         source="the same",
     ),
     "cifar10-resnet50-224": Recipe(
-        config=_bottleneck("resnet50", epochs=2),
+        config=_bottleneck_224("resnet50", epochs=2),
         method="224 px, Adam 1e-3, batch 32, 2 epochs",
         published={"test_accuracy": 0.5647, "test_loss": 1.1774},
         source="a public comparison of ResNet-50 and ResNet-101 in PyTorch",
         gpu=True,
     ),
-    "cifar10-resnet50-64px": Recipe(
-        config=_bottleneck("resnet50", epochs=2, pixels=64),
-        method="the same at 64 px: a size that a CPU core can finish",
-        published={"test_accuracy": 0.5647, "test_loss": 1.1774},
-        source="the same",
-    ),
     "cifar10-resnet101-224": Recipe(
-        config=_bottleneck("resnet101", epochs=6),
+        config=_bottleneck_224("resnet101", epochs=6),
         method="224 px, Adam 1e-3, batch 32, 6 epochs",
         published={"test_accuracy": 0.7312, "test_loss": 0.8384},
         source="the same",
