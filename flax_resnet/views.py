@@ -153,7 +153,7 @@ def config_from_file(path: Path | str) -> TrainConfig:
     """A config from a JSON file, strictly: every key known, every value of its type."""
     path = Path(path)
     try:
-        with path.open() as file:
+        with path.open(encoding="utf-8-sig") as file:
             values = json.loads(file.read(_LONGEST_CONFIG))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
