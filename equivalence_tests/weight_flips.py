@@ -4,7 +4,7 @@
 
 A `.pth` of today has checksums of all that counts; the rest of it (dates, padding) may flip. The
 format before PyTorch 1.6 and .safetensors have none: there only what contradicts itself is noticed.
-Exit status 1 if a `.pth` was read as other weights.
+Writes results/weight-flips.json; exit status 1 if a `.pth` of today was read as other weights.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from equivalence_tests import inputs
+from equivalence_tests import inputs, results
 from flax_resnet import convert, weights
 from flax_resnet.config import InputError
 from torch_ref import checkpoint
@@ -87,8 +87,10 @@ def counts(flips: int) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flips", type=int, default=1000, metavar="N", help="files of each kind")
-    found = counts(parser.parse_args().flips)
+    flips = parser.parse_args().flips
+    found = counts(flips)
     print("\n".join(f"{kind}: {numbers}" for kind, numbers in found.items()))
+    results.write("weight-flips", {"flips": flips, **found})
     return int(found[".pth"][OTHER] > 0)
 
 
