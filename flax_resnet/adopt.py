@@ -1,6 +1,7 @@
 """Weights from elsewhere -> a run: what has to be known beside them, from flags or from data."""
 
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from unicodedata import normalize
@@ -12,6 +13,7 @@ from flax_resnet.config import InputError, TrainConfig
 from flax_resnet.data.prepare import prepare
 from flax_resnet.models import create_from_config
 from flax_resnet.serve import LoadedRun
+from flax_resnet.text import listed
 
 NO_DATA = "folder:left-out"  # of a run made from sizes and statistics alone
 
@@ -83,12 +85,12 @@ def class_names(text: str, num_classes: int | None) -> tuple[str, ...]:
     """A file's lines, or the words between commas; as many as there are where that is left open.
 
     Raises:
-      InputError: no readable text, or not as many names as classes.
+      InputError: no readable text, not as many names as classes, or a name twice.
     """
     is_file = os.path.isfile(text)  # False, too, of a list that is too long to name a file
     try:
         # A byte order mark, which Windows puts first, is no part of a name.
-        lines = Path(text).read_text("utf-8-sig").splitlines() if is_file else text.split(",")
+        lines = Path(text).read_text("utf-8-sig").split("\n") if is_file else text.split(",")
     except (OSError, UnicodeDecodeError):
         raise InputError(f"--class-names: {text} is no readable text") from None
     names = tuple(normalize("NFC", line.strip()) for line in lines if line.strip())
@@ -97,6 +99,8 @@ def class_names(text: str, num_classes: int | None) -> tuple[str, ...]:
         raise InputError(
             f"--class-names: {len(names)} names in {where}, the weights have {num_classes}"
         )
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"--class-names: given twice: {listed(twice)}")
     return names
 
 

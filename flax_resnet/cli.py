@@ -11,7 +11,7 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pydantic
@@ -114,12 +114,18 @@ def check_choice(flag: str, value: str, valid):
         raise InputError(f"{flag}: unknown {value!r}{nearest(value, valid)}")
 
 
-def check_writable(flag: str, path: Path | None):
-    """Raises InputError unless a file can be written at `path` by its folder; None is no file."""
+def check_writable(flag: str, path: Path | None, inputs: Iterable[Path] = ()):
+    """Raises InputError unless a file can be written at `path` by its folder, which is none of the
+    inputs and in none of them; None is no file."""
     if path and not path.absolute().parent.is_dir():
         raise InputError(f"{flag}: the folder {path.absolute().parent} does not exist")
     if path and path.is_dir():
         raise InputError(f"{flag}: {path} is a directory")
+    if path:
+        written = Path(os.path.realpath(path))
+        read = {Path(os.path.realpath(entry)) for entry in inputs}
+        if read & {written, *written.parents}:
+            raise InputError(f"{flag}: {path} is one of the files that are read")
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def _verdict(error) -> tuple[int, str]:
         if error.errno in _FAULTS_OF_PLACE:
             return BAD_INPUT, f"error: {where}"
         return FAILED, f"failed: {where}"
-    what = traceback.format_exception_only(error)[-1].strip()
+    what = f"{type(error).__name__}: {error}"  # without the notes that JAX adds
     return FAILED, f"failed: this is a bug: {what}; {_logged(error)}"
 
 

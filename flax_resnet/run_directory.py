@@ -194,10 +194,12 @@ def _check_is_run(run_dir: Path):
         return
     if os.path.lexists(config):
         try:
-            return own_config(config)
+            own_config(config)
+            if os.path.lexists(run_dir / LOCK):  # other programs have a config.json too
+                return
         except InputError as error:
             fault = f" ({error})"
-    if fault or not _names(run_dir) <= {LOCK, DIGESTS, "SHA256SUMS.tmp", "config.tmp"}:
+    if not _names(run_dir) <= {LOCK, DIGESTS, "SHA256SUMS.tmp", "config.tmp"}:
         raise InputError(f"{run_dir} is no run and not empty{fault}; choose another directory")
 
 

@@ -179,6 +179,8 @@ def _tensors_in(content) -> dict[str, _Tensor]:
     while waiting:
         name, depth, value = waiting.pop()
         if isinstance(value, _Tensor):
+            if name in found:
+                raise InputError(f"two entries are called {printable(name)!r}")
             found[name] = value
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))

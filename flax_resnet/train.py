@@ -86,12 +86,13 @@ def fit(
 
 
 def as_begun(config: TrainConfig, own: TrainConfig) -> TrainConfig:
-    """The config of a run to resume: where it runs may change, what it computes may not. Data may
-    have moved within their kind: what they are is compared with the checkpoint."""
+    """The config of a run to resume: where and how it runs may change, what it computes may not.
+    Data may have moved within their kind: what they are is compared with the checkpoint."""
     data = dataclasses.replace(own.data, num_workers=config.data.num_workers)
     if _kind(config) == _kind(own):
         data = dataclasses.replace(data, dataset=config.data.dataset)
-    return dataclasses.replace(own, data=data, parallel=config.parallel)
+    how = {"parallel": config.parallel, "eval_batch_size": config.eval_batch_size}
+    return dataclasses.replace(own, data=data, **how)
 
 
 def _kind(config: TrainConfig) -> str:

@@ -109,6 +109,8 @@ def faults(run_dir: Path | str) -> list[str]:
     whole = finished and not damaged_steps(run_dir)
     found = config_faults(run_dir, document)
     changed = _changed(run_dir) if finished else _changed(run_dir) & {"config.json"}
+    if finished and "tables" in document and tables.read(run_dir / DIGESTS) is None:
+        found.append(f"{run_dir / DIGESTS} is missing")
     changed -= {"config.json"} if found else set()
     for name, mark in document.get("tables", {}).items():
         copies = (run_dir / name, run_dir / "checkpoints" / name)

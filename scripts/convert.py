@@ -62,6 +62,8 @@ def parse():
     cli.add_config_flags(parser, MODEL_FLAGS + DATA_FLAGS)
     args = parser.parse_args()
     args.suffix = suffix_of(args.output)
+    if args.input.exists() and args.output.exists() and args.input.samefile(args.output):
+        raise InputError(f"IN and OUT are the same, {args.input}, which would lose its training")
     check_output(args.output, args.suffix, args.overwrite)
     check_flags(args)
     if args.training and (args.weights_key or args.ema):

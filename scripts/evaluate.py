@@ -38,7 +38,7 @@ def parse():
     args = parser.parse_args()
     cli.check_choice("--split", args.split, (*SPLITS, "all"))
     cli.check_choice("--on-bad-image", args.on_bad_image, ("error", "skip"))
-    cli.check_writable("--json", args.json)
+    cli.check_writable("--json", args.json, [args.run_dir])
     return args
 
 

@@ -8,6 +8,7 @@ python scripts/predict.py runs/resnet18-birds photos/ --on-bad-image skip --csv 
 import contextlib
 import csv
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
@@ -38,9 +39,10 @@ def parse():
     if args.top_k < 1:
         raise InputError("--top-k: at least 1")
     cli.check_choice("--on-bad-image", args.on_bad_image, ("error", "skip"))
-    cli.check_writable("--json", args.json)
-    cli.check_writable("--csv", args.csv)
-    if args.json and args.json == args.csv:
+    args.inputs = image_files(args.inputs)
+    for flag, path in (("--json", args.json), ("--csv", args.csv)):
+        cli.check_writable(flag, path, [args.run_dir, *args.inputs])
+    if args.json and args.csv and os.path.realpath(args.json) == os.path.realpath(args.csv):
         raise InputError(f"--json and --csv: both to {args.json}")
     return args
 
@@ -134,12 +136,14 @@ def main():
     args = parse()
     run = load_run(args.run_dir)
     run = run.without_batchnorm() if args.fold_batchnorm else run
-    files = image_files(args.inputs)
+    files = args.inputs
     outcomes = predict_files(run, files, skip_bad=args.on_bad_image == "skip")
     rows = (as_row(path, outcome, run.class_names, args.top_k) for path, outcome in outcomes)
     left_out = write_all(rows, args.json, args.csv)
     if left_out:
         print(f"left out: {left_out:,} of {len(files):,} images", file=sys.stderr)
+    if left_out == len(files):
+        raise cli.CheckFailed("no image can be read")
     if not run.config.data.exif_transpose and (turned := sum(map(is_turned, files))):
         print(turned_remark(turned, len(files), AS_TRAINED), file=sys.stderr)
 

@@ -230,11 +230,17 @@ def test_every_error_is_a_line_and_a_status(capsys, error, status, words):
 def test_an_error_that_nobody_has_foreseen_is_a_line_and_a_log(tmp_path, monkeypatch, in_a_run):
     monkeypatch.setattr(errors.tempfile, "tempdir", str(tmp_path))
     error = jax.errors.JaxRuntimeError("INTERNAL: a fault of the program")
+    error.add_note("what JAX adds")
     if in_a_run:
         error.run_dir = tmp_path
     status, line = errors.verdict(error)
     (log,) = tmp_path.iterdir()
-    assert status == 1 and "this is a bug: " in line and str(log) in line and "\n" not in line
+    assert (
+        status == 1
+        and "this is a bug: JaxRuntimeError: INTERNAL" in line
+        and str(log) in line
+        and "\n" not in line
+    )
     assert "a fault of the program" in log.read_text()
     assert (log.name == errors.LOG) == in_a_run
 
@@ -549,6 +555,29 @@ def test_predict_lists_what_cannot_be_read(insects, some_bad, tmp_path):
     assert faults == [rows[3]["image"], rows[5]["image"]]
     outcome = run_script("predict.py", insects, some_bad, "--on-bad-image", "skip")
     assert outcome.status == 0 and "03.png: not a readable image" in outcome.out
+
+
+def test_predict_replaces_nothing_that_it_reads(insects, some_bad, tmp_path):
+    image = next(path for path in sorted(some_bad.rglob("*.png")))
+    for output in (image, insects / "report.json"):
+        refused(
+            run_script("predict.py", insects, some_bad, "--json", output), "is one of the files"
+        )
+    refused(run_script("evaluate.py", insects, "--json", insects / "a.json"), "is one of the files")
+    same = [tmp_path / "out", "--csv", tmp_path / "elsewhere" / ".." / "out"]
+    (tmp_path / "elsewhere").mkdir()
+    refused(run_script("predict.py", insects, some_bad, "--json", *same), "both to")
+
+
+def test_predict_fails_where_no_image_can_be_read(insects, tmp_path):
+    (tmp_path / "a.png").touch()
+    outcome = run_script("predict.py", insects, tmp_path, "--on-bad-image", "skip")
+    assert outcome.status == 1 and "no image can be read" in outcome.err
+
+
+def test_how_a_run_is_evaluated_may_change(insects):
+    outcome = run_script("train.py", "--resume", "--run-dir", insects, "--eval-batch-size", 7)
+    assert outcome.status == 0 and "nothing to do" in outcome.out
 
 
 def test_predict_writes_to_standard_output_and_nothing_else_there(insects, some_bad, tmp_path):

@@ -201,6 +201,12 @@ def test_tensors_that_numpy_does_not_have(tmp_path):
     refused(run_script("convert.py", tmp_path / "bad.pth", tmp_path / "out.pth"), "bad.pth")
 
 
+def test_a_run_is_not_replaced_by_what_is_converted_from_it(tmp_path):
+    (tmp_path / "a.pth").touch()
+    outcome = run_script("convert.py", tmp_path / "a.pth", tmp_path / "a.pth", "--overwrite")
+    refused(outcome, "IN and OUT are the same")
+
+
 WRONG_WORDS = [
     (["out.tflite"], [".tflite", ".safetensors", "run directory"]),
     (["out.onnx"], ["--dataset", "--image-size", "--mean"]),

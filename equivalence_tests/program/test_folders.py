@@ -122,7 +122,8 @@ def test_two_folders_of_one_split_are_refused(tree, other):
 
 @pytest.mark.parametrize("names", [
     ("fold0", "fold1"), ("split_1", "split_2"), ("train_set", "test_set"), ("TrainSet", "TestSet"),
-    ("seg_train", "seg_test"), ("a", "b"), ("2019", "2020"),
+    ("seg_train", "seg_test"), ("trainA", "trainB", "testA", "testB"),
+    ("TrainImages", "TestImages"), ("a", "b"), ("2019", "2020"),
 ])  # fmt: skip
 def test_folders_that_look_like_splits_are_no_classes(tmp_path, names):
     for name in names:

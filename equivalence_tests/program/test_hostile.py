@@ -140,3 +140,10 @@ def test_names_in_any_script_are_drawn_without_a_warning(tmp_path, monkeypatch):
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
     (tmp_path / "names.txt").write_bytes("\ufeffairplane\r\ncafe\u0301\r\n".encode())
     assert class_names(str(tmp_path / "names.txt"), 2) == ("airplane", "café")
+
+
+def test_a_name_of_a_class_stands_once_and_on_one_line(tmp_path):
+    (tmp_path / "names.txt").write_text("one\u2028line\ntwo\n", "utf-8")
+    assert class_names(str(tmp_path / "names.txt"), 2) == ("one\u2028line", "two")
+    with pytest.raises(InputError, match="given twice: a"):
+        class_names("a,b,a", 3)

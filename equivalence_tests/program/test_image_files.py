@@ -81,6 +81,18 @@ def test_gray_is_as_bright_as_its_file_says(kind):
     np.testing.assert_array_equal(image, expected)
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "RGBA"])
+def test_a_turned_tiff_is_upright(tmp_path, mode):
+    """Pillow turns a TIFF by itself."""
+    depth = np.uint16 if mode == "I;16" else np.uint8
+    gray = (np.arange(24 * 32).reshape(24, 32) // 4 * (257 if mode == "I;16" else 1)).astype(depth)
+    picture = Image.fromarray(gray)
+    picture = picture if mode in ("L", "I;16") else picture.convert(mode)
+    picture.save(tmp_path / "a.tif", tiffinfo={274: 6})
+    image = read_image(tmp_path / "a.tif", 1)[..., 0]
+    np.testing.assert_array_equal(image, np.rot90(gray // (257 if mode == "I;16" else 1), -1))
+
+
 DEEP_COLOURS = np.stack([LEVELS * 16] * 3, -1)
 NOT_SAID = {
     "12 bits of 16": tiff(LEVELS.astype("<u2") * 16),

@@ -90,6 +90,8 @@ def copy(finished, tmp_path):
     {"config.json": HUGGING_FACE, "thesis/chapter.txt": "years"},
     {"config.json": HUGGING_FACE},
     {"config.json": "{", "run.lock": ""},
+    {"config.json": "{}", "report.json": "of another program"},
+    {"config.json": '{"epochs": 3}', "metrics.csv": "of another program"},
     {"report.json": "{}", "metrics.csv": "a\n1\n"},
     {"checkpoints/5/weights": "foreign"},
     {"run.lock": "", "photo.jpg": ""},
@@ -324,6 +326,11 @@ def test_a_damaged_report_is_written_again(finished, copy):
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     assert "nothing to do" in run_script("train.py", "--resume", "--run-dir", copy).out
     assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+
+
+def test_a_report_is_not_believed_because_its_digest_is_gone(copy):
+    (copy / "SHA256SUMS").unlink()
+    assert views.faults(copy) == [f"{copy / 'SHA256SUMS'} is missing"]
 
 
 def test_a_damaged_checkpoint_of_a_finished_run_is_named_and_the_report_stays(copy):

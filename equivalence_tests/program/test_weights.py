@@ -274,6 +274,12 @@ def test_tensors_that_reach_out_of_their_storage_are_refused(tmp_path):
             weights.load(forged(path, tensor_of_one_number(*numbers)))
 
 
+def test_networks_whose_names_collapse_are_refused(tmp_path):
+    torch.save({1: {"w": torch.zeros(1)}, "1": {"w": torch.ones(1)}}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match="two entries are called '1/w'"):
+        weights.load(tmp_path / "a.pth")
+
+
 STRANGE = {
     "a stage of millions": ["layer999999999.99999999999999.conv1.weight"],
     "a block of millions": ["layer1.99999999999999.conv1.weight"],

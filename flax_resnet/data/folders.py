@@ -19,7 +19,8 @@ _SPLITS = {
 """Names in lower case, the training split first."""
 
 _LIKE_A_SPLIT = re.compile(
-    r"(?:.*[\W\d_])?(train|val|test)(?:ing|id|idation)?(?:set|data)?(?:[\W\d_].*)?"
+    r"(?:.*[\W\d_])?(train|val|test)(?:ing|id|idation)?(?:sets?|data|images?|imgs?|[a-d])?"
+    r"(?:[\W\d_].*)?"
 )
 _LIKE_A_FOLD = re.compile(r"(?:fold|split|part|partition)[\W_]*\d+")
 

@@ -117,6 +117,10 @@ def decode_image(
     file: str | os.PathLike | BinaryIO, channels: int, *, name: str, exif_transpose: bool = False
 ) -> np.ndarray:
     """`read_image` for an open file too; `name` is what the message calls it."""
+    if isinstance(file, str | os.PathLike):
+        # Not by its name: Pillow then maps a turned TIFF into memory with the sides swapped.
+        with open(file, "rb") as opened:
+            return decode_image(opened, channels, name=name, exif_transpose=exif_transpose)
     try:
         with MEMORY.hold(), Image.open(file, formats=_FORMATS) as image:
             _check_size(*image.size)
