@@ -39,9 +39,12 @@ def parse():
     if args.top_k < 1:
         raise InputError("--top-k: at least 1")
     cli.check_choice("--on-bad-image", args.on_bad_image, ("error", "skip"))
+    outputs = (("--json", args.json), ("--csv", args.csv))
+    for flag, path in outputs:
+        cli.check_writable(flag, path, [args.run_dir])
     args.inputs = image_files(args.inputs)
-    for flag, path in (("--json", args.json), ("--csv", args.csv)):
-        cli.check_writable(flag, path, [args.run_dir, *args.inputs])
+    for flag, path in outputs:
+        cli.check_writable(flag, path, args.inputs)
     if args.json and args.csv and os.path.realpath(args.json) == os.path.realpath(args.csv):
         raise InputError(f"--json and --csv: both to {args.json}")
     return args

@@ -151,6 +151,7 @@ def test_predictions_are_of_the_whole_test_split(tmp_path, monkeypatch):
 def test_without_torch_the_extra_is_named(monkeypatch):
     for name in [n for n in sys.modules if n.startswith(("torch_ref", "equivalence_tests.own"))]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("equivalence_tests.own_model", raising=False)  # a second way to it
     monkeypatch.setitem(sys.modules, "torch", None)
     refused(run_script("parity.py", "--arch", "resnet20"), "--extra torch")
 
