@@ -51,7 +51,7 @@ class Display:
     does not stop a training: it goes on without its output."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False, stderr=False):
-        plain = {"soft_wrap": True, "highlight": False, "emoji": False}
+        plain = {"soft_wrap": True, "highlight": False, "emoji": False, "markup": False}
         self.console = console or _Console(**plain, quiet=quiet, stderr=stderr)
         self._bar, self._training = None, False
 
