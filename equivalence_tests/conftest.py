@@ -21,8 +21,9 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 import jax
 import pytest
 
-from equivalence_tests import inputs, results, surroundings
-from flax_resnet.models import cpu_convolution, winograd
+from equivalence_tests import results, surroundings
+from equivalence_tests.parity import inputs
+from flax_resnet.kernels import cpu_convolution, winograd
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

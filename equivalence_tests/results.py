@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from flax_resnet import cli, environment
+from flax_resnet.commands import cli
+from flax_resnet.runs import environment
 
 FOLDER = Path(__file__).parents[1] / "results"
 

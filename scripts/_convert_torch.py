@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resnet import cli, convert, convert_training, export, serve
-from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.commands import cli
 from flax_resnet.config import InputError, TrainConfig
-from flax_resnet.serve import LoadedRun
+from flax_resnet.interop import convert, export, loaded_run, training_state
+from flax_resnet.interop.loaded_run import LoadedRun
+from flax_resnet.runs.checkpoint import Checkpoints
 
 
 def torch_ref():
@@ -101,8 +102,8 @@ def make_training(config: TrainConfig, channels: int):
 
 def write_training(path: Path, run_dir: Path) -> int:
     """The latest state of a run -> a file of `torch_ref.training_state`. Returns the steps done."""
-    document, config, _, state = serve.restore(run_dir, Checkpoints.latest)
-    arrays = convert_training.training_arrays(state, config.optimizer)
+    document, config, _, state = loaded_run.restore(run_dir, Checkpoints.latest)
+    arrays = training_state.training_arrays(state, config.optimizer)
     parts = make_training(config, document["channels"])
     files = torch_ref().training_state
     step = files.load_training_arrays(arrays, *parts, config.optimizer.accumulate_steps)
@@ -110,11 +111,11 @@ def write_training(path: Path, run_dir: Path) -> int:
     def load(path):
         again = make_training(config, document["channels"])
         back = files.load(path, *again)
-        return convert_training.flat(files.training_arrays(*again, back))
+        return training_state.flat(files.training_arrays(*again, back))
 
     export.write_verified(
         path,
-        convert_training.flat(files.training_arrays(*parts, step)),
+        training_state.flat(files.training_arrays(*parts, step)),
         lambda path, _: files.save(path, *parts, step),
         load,
     )

@@ -22,13 +22,15 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from equivalence_tests import agreement, end_to_end, throughput
-from equivalence_tests.timing import VARIANTS, Job
-from flax_resnet import cli, environment, list_models, plots
+from equivalence_tests.benchmark import agreement, end_to_end, throughput
+from equivalence_tests.benchmark.timing import VARIANTS, Job
+from flax_resnet import list_models
+from flax_resnet.commands import cli
 from flax_resnet.config import InputError
-from flax_resnet.display import Display
 from flax_resnet.models import STEMS, check_stem, has_stem_choice
 from flax_resnet.recipes import RECIPES
+from flax_resnet.runs import environment, plots
+from flax_resnet.runs.display import Display
 
 DTYPES = ("float32", "bfloat16", "float64")
 DEVICES = ("cpu", "gpu")

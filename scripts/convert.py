@@ -19,13 +19,16 @@ from pathlib import Path
 import _convert_torch
 import numpy as np
 
-from flax_resnet import adopt, cli, convert, convert_training, environment, export, serve, steps
+from flax_resnet.commands import cli
 from flax_resnet.config import InputError, TrainConfig
-from flax_resnet.convert import TORCH_SUFFIXES
 from flax_resnet.data import pipeline
-from flax_resnet.run_directory import check_usable
-from flax_resnet.serve import LoadedRun
-from flax_resnet.views import config_from_file, read_config
+from flax_resnet.interop import convert, export, loaded_run, training_state, weights_to_run
+from flax_resnet.interop.convert import TORCH_SUFFIXES
+from flax_resnet.interop.loaded_run import LoadedRun
+from flax_resnet.runs import environment
+from flax_resnet.runs.directory import check_usable
+from flax_resnet.runs.views import config_from_file, read_config
+from flax_resnet.training import steps
 
 PROGRAM_SUFFIXES = (".stablehlo", ".onnx")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *PROGRAM_SUFFIXES)
@@ -120,26 +123,26 @@ def requested_config(args) -> TrainConfig:
 def make_run(args, arrays, architecture: convert.Architecture) -> LoadedRun:
     """A run of these weights, with as much of data as the flags ask for."""
     config, channels = requested_config(args), architecture.in_channels
-    config, names = adopt.with_model_of(config, architecture, arrays), ()
+    config, names = weights_to_run.with_model_of(config, architecture, arrays), ()
     described = args.dataset or args.class_names or args.config
     if args.input.is_dir() and not described:
-        names = serve.load_run(args.input).class_names
+        names = loaded_run.load_run(args.input).class_names
     elif args.class_names or (args.suffix and not described):
-        config = adopt.without_data(config, args.dataset, channels)
+        config = weights_to_run.without_data(config, args.dataset, channels)
         if args.class_names:
-            names = adopt.class_names(args.class_names, config.model.num_classes)
+            names = weights_to_run.class_names(args.class_names, config.model.num_classes)
     else:
         config, dataset = with_data(args, config, channels)
         names = dataset.class_names
     environment.configure_jax(config)
-    return adopt.as_run(arrays, config, names, channels)
+    return weights_to_run.as_run(arrays, config, names, channels)
 
 
 def with_data(args, config: TrainConfig, channels: int):
     """`adopt.with_data`, which names the command for data of other classes than the weights."""
     try:
-        return adopt.with_data(config, channels)
-    except adopt.OtherClasses as error:
+        return weights_to_run.with_data(config, channels)
+    except weights_to_run.OtherClasses as error:
         model = config.model
         flags = {"arch": model.arch, "stem": model.stem, "shortcut": model.shortcut}
         flags |= {"dataset": config.data.dataset}
@@ -180,7 +183,7 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
 
 def convert_weights(args):
     out, suffix = args.output, args.suffix
-    arrays = serve.load_weights(args.input, args.weights_key, ema=args.ema, say=print)
+    arrays = loaded_run.load_weights(args.input, args.weights_key, ema=args.ema, say=print)
     arch = args.arch or convert.nearest_architecture(arrays).arch
     architecture = convert.describe(arrays, arch, args.stem, args.shortcut)
     shapes = architecture.shapes()
@@ -221,12 +224,12 @@ def training_to_run(args) -> int:
     """
     if not args.config or args.class_names:
         raise InputError("--training needs --config FILE of the run that is to go on, and its data")
-    config, dataset = adopt.with_data(requested_config(args), None)
+    config, dataset = weights_to_run.with_data(requested_config(args), None)
     environment.configure_jax(config)
     arrays = _convert_torch.read_training(args.input, config, dataset.channels)
-    run = adopt.as_run(arrays["model"], config, dataset.class_names, dataset.channels)
+    run = weights_to_run.as_run(arrays["model"], config, dataset.class_names, dataset.channels)
     state = steps.make_state(run.variables, config)
-    state = convert_training.load_training_arrays(state, arrays, config.optimizer)
+    state = training_state.load_training_arrays(state, arrays, config.optimizer)
     per_epoch = pipeline.steps_per_epoch(len(dataset.train), config.batch_size)
     epoch, step = divmod(arrays["step"], max(1, per_epoch))
     if epoch >= config.epochs:

@@ -13,16 +13,17 @@ from pathlib import Path
 import _memory  # noqa: F401
 import numpy as np
 
-from flax_resnet import cli, steps
+from flax_resnet.commands import cli
 from flax_resnet.config import InputError
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import SPLITS, check_contents, contents, evaluation_decoder
 from flax_resnet.data.sources import AS_TRAINED, open_dataset
-from flax_resnet.display import Display
-from flax_resnet.evaluate import evaluate
-from flax_resnet.parallel import Engine
-from flax_resnet.serve import LoadedRun, load_run
+from flax_resnet.devices.parallel import Engine
+from flax_resnet.interop.loaded_run import LoadedRun, load_run
+from flax_resnet.runs.display import Display
 from flax_resnet.text import listed
+from flax_resnet.training import steps
+from flax_resnet.training.evaluation import evaluate
 
 
 def parse():

@@ -19,15 +19,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from rich import box
 from rich.table import Table
 
-from flax_resnet import cli, convert, environment, list_models, serve
+from flax_resnet import list_models
+from flax_resnet.commands import cli
 from flax_resnet.config import DataConfig, InputError
-from flax_resnet.display import Display
+from flax_resnet.interop import convert, loaded_run
 from flax_resnet.models import SHORTCUTS, STEMS, check_shortcut, check_stem
-from flax_resnet.views import read_config
+from flax_resnet.runs import environment
+from flax_resnet.runs.display import Display
+from flax_resnet.runs.views import read_config
 
 try:
-    from equivalence_tests import causes, localise, own_model, parity, predictions, report
-    from equivalence_tests.inputs import (
+    from equivalence_tests.parity import causes, engine, localise, own_model, predictions, report
+    from equivalence_tests.parity.inputs import (
         case_of_weights,
         make_case,
         random_numbers,
@@ -103,7 +106,7 @@ def own_case(args, model, size):
     if model:
         arrays = own_model.weights(model)
     else:
-        arrays = serve.load_weights(args.checkpoint, args.weights_key, ema=args.ema, say=print)
+        arrays = loaded_run.load_weights(args.checkpoint, args.weights_key, ema=args.ema, say=print)
     arch = args.arch or convert.nearest_architecture(arrays).arch
     kind = convert.describe(arrays, arch, args.stem, args.shortcut)
     arrays = convert.conform(arrays, kind.shapes())
@@ -117,16 +120,16 @@ def compare(case, model) -> tuple[dict, dict | None]:
     """Rows of both modes, and the first divergence."""
     rows, first = {}, None
     for mode, train in MODES.items():
-        ours = parity.run_jax(case, train=train, jit=True)
+        ours = engine.run_jax(case, train=train, jit=True)
         if model:  # which is the side that may be wrong: ours is proven
             subject, standard = own_model.trace(model, case, train=train), ours
-            standard = parity.shared(standard, subject)
-            subject = parity.shared(subject, standard)
+            standard = engine.shared(standard, subject)
+            subject = engine.shared(subject, standard)
         else:
-            subject, standard = ours, parity.run_torch(case, train=train)
+            subject, standard = ours, engine.run_torch(case, train=train)
         rows[mode] = [
             row._asdict() | {"verdict": localise.verdict(row, case.arch)}
-            for row in parity.compare(subject, standard)
+            for row in engine.compare(subject, standard)
         ]
         finding = first is None and localise.first_divergence(subject, standard, case)
         if finding:
@@ -174,7 +177,7 @@ def by_layer(rows: list[dict]) -> dict[str, list[dict]]:
     layers = {}
     for row in rows:
         if row["phase"] in COLUMNS:
-            name = causes.module_of(parity.Row(**{k: row[k] for k in parity.Row._fields}))
+            name = causes.module_of(engine.Row(**{k: row[k] for k in engine.Row._fields}))
             layers.setdefault(name or row["name"], []).append(row)
     return layers
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import jax
 
-from flax_resnet import cli, reproduction, reproduction_page
+from equivalence_tests.studies import reproduction, reproduction_page
+from equivalence_tests.studies.reproduction import folder_name
+from flax_resnet.commands import cli
 from flax_resnet.config import InputError
 from flax_resnet.recipes import CIFAR10, IMAGENETTE, RECIPES
-from flax_resnet.reproduction import folder_name
 
 ROOT = Path(__file__).parents[1]
 SUBSET = 512

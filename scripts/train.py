@@ -9,11 +9,11 @@ from pathlib import Path
 
 import _memory  # noqa: F401
 
-from flax_resnet import cli, distributed, train
+from flax_resnet.commands import cli
 from flax_resnet.config import InputError, TrainConfig, flat
+from flax_resnet.devices import distributed
 from flax_resnet.recipes import RECIPES
-from flax_resnet.text import listed
-from flax_resnet.views import (
+from flax_resnet.runs.views import (
     config_from_file,
     damaged_steps,
     differences,
@@ -22,6 +22,8 @@ from flax_resnet.views import (
     is_trained,
     read_config,
 )
+from flax_resnet.text import listed
+from flax_resnet.training import fit
 
 SMOKE = {"epochs": "1", "batch_size": "16", "data": {"train_images": "32", "eval_images": "32"}}
 
@@ -70,7 +72,7 @@ def build_config(args, otherwise: TrainConfig) -> TrainConfig:
 def resumed_config(args) -> TrainConfig:
     """A run is resumed as it was begun; only where it runs, and its data lie, may change."""
     own = read_config(args.run_dir, say=lambda line: None)
-    asked = train.as_begun(own, build_config(args, own))
+    asked = fit.as_begun(own, build_config(args, own))
     left_open = {name for name, value in flat(asked).items() if value is None}
     if other := [line for name, line in differences(asked, own).items() if name not in left_open]:
         raise InputError(
@@ -131,7 +133,7 @@ def run(args, config: TrainConfig):
         config = resumed_config(args)
         if is_finished(run_dir):
             return
-    train.fit(
+    fit.fit(
         config, run_dir, resume=args.resume, overwrite=args.overwrite, command=cli.command_line()
     )
 

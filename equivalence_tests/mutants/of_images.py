@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from equivalence_tests.mutants.mutant import Mutant
-from flax_resnet import steps
 from flax_resnet.data import augment, pipeline
+from flax_resnet.training import steps
 
 
 def _resample(method, **options):

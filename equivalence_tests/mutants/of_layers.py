@@ -10,7 +10,8 @@ from flax import nnx
 from jax import lax
 
 from equivalence_tests.mutants.mutant import LayerFault, Mutant
-from flax_resnet import convert, models
+from flax_resnet import models
+from flax_resnet.interop import convert
 from flax_resnet.models import cnn, layers, resnet
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import optax
 
 from equivalence_tests.mutants.mutant import Mutant
-from flax_resnet import losses, steps
+from flax_resnet.training import losses, steps
 
 
 def _over_the_others(labels, num_classes, smoothing, dtype=jnp.float32):

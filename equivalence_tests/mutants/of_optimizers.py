@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from equivalence_tests.mutants.mutant import Mutant
-from flax_resnet import optim, steps
+from flax_resnet.training import optim, steps
 
 
 def _with_config(**changes):

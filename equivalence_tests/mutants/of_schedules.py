@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from equivalence_tests.mutants.mutant import Mutant
-from flax_resnet import optim
+from flax_resnet.training import optim
 
 
 def _schedule(kind, course):

@@ -12,10 +12,10 @@ import torchvision.transforms.functional as F
 from scipy import stats
 from torchvision.transforms import v2
 
-from equivalence_tests import inputs
-from flax_resnet import steps
+from equivalence_tests.parity import inputs
 from flax_resnet.config import AugmentConfig, TrainConfig
 from flax_resnet.data import augment as A
+from flax_resnet.training import steps
 
 pytestmark = pytest.mark.quick
 

@@ -16,9 +16,9 @@ from flax import nnx
 
 import flax_resnet
 import torch_ref
-from equivalence_tests import inputs, jax_side, parity, tolerances, torch_side
-from flax_resnet import convert
+from equivalence_tests.parity import engine, inputs, jax_side, tolerances, torch_side
 from flax_resnet.config import InputError
+from flax_resnet.interop import convert
 from flax_resnet.models import has_stem_choice
 from torch_ref import checkpoint
 
@@ -212,7 +212,7 @@ def test_swapped_kernel_axes_show_in_the_numbers_only():
     with mock.patch.dict(convert._LEAVES, swapped):
         model = flax_resnet.load_state_dict(model_of(case), case.arrays)
         assert same(flax_resnet.state_dict(model), case.arrays)
-        rows = parity.compare(parity.run_jax(case, jit=True), parity.run_torch(case))
+        rows = engine.compare(engine.run_jax(case, jit=True), engine.run_torch(case))
     assert rows[0].name == "conv1" and rows[0].norm_relative > 0.1
 
 
@@ -229,15 +229,15 @@ def test_trained_checkpoints_give_the_same_logits(arch):
         labels=np.zeros((1, 8), int),
         num_classes=10,
     )
-    got = parity.run_jax(case, train=False)
+    got = engine.run_jax(case, train=False)
     twin = torch_ref.create_model(arch)
     names = {n: n.removeprefix("module.").replace("linear.", "fc.") for n in arrays}
     renamed = {names[n]: torch.from_numpy(a) for n, a in arrays.items()}
     assert twin.load_state_dict(renamed, strict=False).unexpected_keys == []
     state = checkpoint.to_arrays(twin.state_dict())
-    reference = parity.run_torch(dataclasses.replace(case, arrays=state), train=False)
-    rows = parity.compare(got, reference)
-    assert parity.worst(rows, "forward", "loss").norm_relative <= tolerances.FORWARD
+    reference = engine.run_torch(dataclasses.replace(case, arrays=state), train=False)
+    rows = engine.compare(got, reference)
+    assert engine.worst(rows, "forward", "loss").norm_relative <= tolerances.FORWARD
     predictions = reference["forward"]["fc"].argmax(1)
     assert np.array_equal(got["forward"]["fc"].argmax(1), predictions)
     assert len(set(predictions)) > 1

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from equivalence_tests import inputs, jax_side, tolerances, torch_side
-from flax_resnet import convert_training, steps
+from equivalence_tests.parity import inputs, jax_side, tolerances, torch_side
 from flax_resnet.config import InputError, OptimizerConfig, ScheduleConfig, TrainConfig
+from flax_resnet.interop import training_state
+from flax_resnet.training import steps
 from torch_ref import optim, training_state
 
 STEPS, CROSSING = 6, 3
@@ -90,11 +91,11 @@ class Jax:
 
     @property
     def arrays(self) -> dict:
-        return convert_training.training_arrays(self.state, self.config.optimizer)
+        return training_state.training_arrays(self.state, self.config.optimizer)
 
     def load(self, arrays: dict) -> "Jax":
         rule = self.config.optimizer
-        self.state = convert_training.load_training_arrays(self.state, arrays, rule)
+        self.state = training_state.load_training_arrays(self.state, arrays, rule)
         return self
 
 

@@ -15,8 +15,8 @@ import torch
 from jax import lax
 from torch.nn import functional as F
 
-from equivalence_tests import tolerances
-from flax_resnet.models import cpu_convolution, winograd
+from equivalence_tests.parity import tolerances
+from flax_resnet.kernels import cpu_convolution, winograd
 
 PLAIN_LABELS = {"b01f_01io->b01f"}
 

@@ -19,9 +19,17 @@ import torchvision
 
 import flax_resnet
 import torch_ref
-from equivalence_tests import inputs, jax_side, parity, replay, states, tolerances, torch_side
+from equivalence_tests.parity import (
+    engine,
+    inputs,
+    jax_side,
+    replay,
+    states,
+    tolerances,
+    torch_side,
+)
+from flax_resnet.kernels.cpu_convolution import COMPILER_OPTIONS
 from flax_resnet.models import layers
-from flax_resnet.models.cpu_convolution import COMPILER_OPTIONS
 from torch_ref import checkpoint, optim
 
 FAST = ("resnet20", "basic_cnn")
@@ -33,19 +41,19 @@ STILL = 1e-30
 """A learning rate that keeps the weights, so that every batch meets the same."""
 
 
-def over_budget(rows) -> list[parity.Budget]:
+def over_budget(rows) -> list[engine.Budget]:
     """The tensors beyond their budget; scalars have a test of their own."""
     return [row for row in rows if row.phase != "loss" and not row.within]
 
 
-def budgets(got, reference, truth, dtype=np.float32) -> list[parity.Budget]:
+def budgets(got, reference, truth, dtype=np.float32) -> list[engine.Budget]:
     """Of all tensors of one step.
 
     Args:
       dtype: of the computation, whose ulp counts.
     """
     ulps = tolerances.BUDGET_ULPS * float(jnp.finfo(dtype).eps)
-    return parity.budgets(got, reference, truth, factor=tolerances.BUDGET_FACTOR, ulps=ulps)
+    return engine.budgets(got, reference, truth, factor=tolerances.BUDGET_FACTOR, ulps=ulps)
 
 
 def over_budget_of_steps(steps) -> list:
@@ -62,7 +70,7 @@ def over_budget_of_steps(steps) -> list:
                 every += [] if row.within else [(index, row)]
             elif row.phase != "loss":
                 pooled[row.phase, row.name].append(row)
-    return every + [row for row in map(parity.pooled, pooled.values()) if not row.within]
+    return every + [row for row in map(engine.pooled, pooled.values()) if not row.within]
 
 
 def marks(arch):
@@ -93,9 +101,9 @@ def test_evaluation(arch):
     """Activations, where every framework decides for itself."""
     case = inputs.make_case(arch, batch=4)
     runs = [
-        parity.run_jax(case, np.float32, train=False, jit=True),
-        parity.run_torch(case, np.float32, train=False),
-        parity.run_torch(case, np.float64, train=False),
+        engine.run_jax(case, np.float32, train=False, jit=True),
+        engine.run_torch(case, np.float32, train=False),
+        engine.run_torch(case, np.float64, train=False),
     ]
     assert over_budget(budgets(*({"forward": run["forward"]} for run in runs))) == []
 
@@ -107,9 +115,9 @@ def test_scalars_over_many_batches(train):
     got, reference, truth = (
         np.array(list(run["loss"].values()), np.float64)
         for run in (
-            parity.run_jax(case, np.float32, train=train, jit=True),
-            parity.run_torch(case, np.float32, train=train),
-            parity.run_torch(case, np.float64, train=train),
+            engine.run_jax(case, np.float32, train=train, jit=True),
+            engine.run_torch(case, np.float32, train=train),
+            engine.run_torch(case, np.float64, train=train),
         )
     )
     assert len(truth) == len(set(truth)) == steps
@@ -257,11 +265,11 @@ def test_a_float32_gradient_needs_the_decisions_of_torch():
     """Without them a flipped ReLU can be a thousand times the rounding: what `replay` is for."""
     case = inputs.make_case("resnet20", batch=4)
     decisions = []
-    parity.run_torch(case, np.float32, record=decisions)
+    engine.run_torch(case, np.float32, record=decisions)
     flipped = [[d.copy() for d in step] for step in decisions]
     flipped[0][3][0, 0, 0, 0] ^= True
-    rows = parity.compare(
-        parity.run_jax(case, np.float32, decisions=flipped),
-        parity.run_torch(case, np.float32, decisions=decisions),
+    rows = engine.compare(
+        engine.run_jax(case, np.float32, decisions=flipped),
+        engine.run_torch(case, np.float32, decisions=decisions),
     )
-    assert parity.worst(rows, "gradient").norm_relative > 1e-3
+    assert engine.worst(rows, "gradient").norm_relative > 1e-3

@@ -14,10 +14,10 @@ from flax import nnx
 from jax import lax
 
 import flax_resnet
-from equivalence_tests import parity, tolerances
-from equivalence_tests.inputs import make_case
-from flax_resnet import losses
+from equivalence_tests.parity import engine, tolerances
+from equivalence_tests.parity.inputs import make_case
 from flax_resnet.models import has_stem_choice, layers, resnet
+from flax_resnet.training import losses
 
 QUICK = ("resnet20", "resnet18")
 # Their large stem, whose images are larger too, takes minutes on two cores.
@@ -38,12 +38,12 @@ CASES = [
 ]
 
 
-def too_large(case, *, train=True, bound=None) -> list[parity.Row]:
+def too_large(case, *, train=True, bound=None) -> list[engine.Row]:
     """The rows beyond their bound."""
-    got, reference = parity.run_jax(case, train=train), parity.run_torch(case, train=train)
+    got, reference = engine.run_jax(case, train=train), engine.run_torch(case, train=train)
     assert {a.dtype for phase in got.values() for a in phase.values() if a.ndim} == {np.dtype("f8")}
-    rows = parity.compare(got, reference)
-    limit = {p: bound or tolerances.float64(case.arch, p) for p in parity.PHASES}
+    rows = engine.compare(got, reference)
+    limit = {p: bound or tolerances.float64(case.arch, p) for p in engine.PHASES}
     return [row for row in rows if row.norm_relative > limit[row.phase]]
 
 
@@ -115,10 +115,10 @@ def test_dropout_with_the_same_mask(arch):
     case = make_case(arch, dropout=0.4, steps=2)
     assert too_large(case) == []
     assert too_large(case, train=False) == []
-    masked = parity.run_jax(case)
+    masked = engine.run_jax(case)
     case.masks[1] ^= True
-    rows = parity.compare(masked, parity.run_torch(case))
-    assert parity.worst(rows, "loss").norm_relative > 1e-3
+    rows = engine.compare(masked, engine.run_torch(case))
+    assert engine.worst(rows, "loss").norm_relative > 1e-3
 
 
 @pytest.mark.parametrize("size", [(12, 17), (13, 16), (11, 10)])
@@ -205,5 +205,5 @@ def test_half_a_gradient_at_zero_shows_only_in_ties():
 def test_narrow_numbers_are_not_float64():
     """A "float64" test that ran in float32 would be off by more than every bound."""
     case = make_case("resnet20")
-    rows = parity.compare(parity.run_jax(case, np.float32, jit=True), parity.run_torch(case))
-    assert parity.worst(rows, "forward").norm_relative > 1e3 * tolerances.FORWARD
+    rows = engine.compare(engine.run_jax(case, np.float32, jit=True), engine.run_torch(case))
+    assert engine.worst(rows, "forward").norm_relative > 1e3 * tolerances.FORWARD

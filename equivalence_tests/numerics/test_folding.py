@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from equivalence_tests import inputs, parity, tolerances
-from flax_resnet import convert, steps
+from equivalence_tests.parity import engine, inputs, tolerances
+from flax_resnet.interop import convert
 from flax_resnet.models import create_model, folding
+from flax_resnet.training import steps
 
 SMALL = ["resnet20", "basic_cnn"]  # without projections; without BatchNorm
 LARGE = [
@@ -44,8 +45,8 @@ def test_in_float64_the_logits_stay(x64, arch):
 @pytest.mark.parametrize("arch", [*SMALL, *LARGE])
 def test_in_float32_the_error_is_within_the_budget(arch):
     case = inputs.make_case(arch, batch=4)
-    truth = parity.run_torch(case, train=False)["forward"]["fc"]
-    reference = parity.run_torch(case, np.float32, train=False)["forward"]["fc"]
+    truth = engine.run_torch(case, train=False)["forward"]["fc"]
+    reference = engine.run_torch(case, np.float32, train=False)["forward"]["fc"]
     bound = tolerances.BUDGET_FACTOR * distance(reference, truth)
     bound += tolerances.BUDGET_ULPS * np.finfo(np.float32).eps
     assert distance(logits(case, np.float32, folded=True), truth) <= bound

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import flax_resnet
-from equivalence_tests import inputs
-from flax_resnet import convert
+from equivalence_tests.parity import inputs
+from flax_resnet.interop import convert
 from flax_resnet.models import has_stem_choice
 
 ALL = [

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from equivalence_tests import inputs
+from equivalence_tests.parity import inputs
 from flax_resnet.data import pipeline
 from flax_resnet.data.pipeline import Decoder
 

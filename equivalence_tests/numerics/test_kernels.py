@@ -13,9 +13,11 @@ import torch
 from flax import nnx
 from torch.nn import functional as F
 
-from equivalence_tests import inputs, remedies
-from flax_resnet.models import cpu_convolution, layers
-from flax_resnet.models.cpu_sum import sum_of_pixels
+from equivalence_tests.benchmark import lowerings
+from equivalence_tests.parity import inputs
+from flax_resnet.kernels import cpu_convolution
+from flax_resnet.kernels.cpu_sum import sum_of_pixels
+from flax_resnet.models import layers
 
 pytestmark = pytest.mark.quick
 
@@ -44,7 +46,9 @@ def pool_gradient(pool, x, window, stride, padding):
 def test_of_equal_pixels_the_first_takes_the_gradient(size, window, stride, padding, x64):
     x = inputs.random_numbers().integers(0, 3, (2, *size, 4)).astype(np.float64)  # ties
     ours = pool_gradient(layers.max_pool, x, window, stride, padding)
-    assert np.array_equal(ours, pool_gradient(remedies.window_max_pool, x, window, stride, padding))
+    assert np.array_equal(
+        ours, pool_gradient(lowerings.window_max_pool, x, window, stride, padding)
+    )
     theirs = torch.tensor(x.transpose(0, 3, 1, 2), requires_grad=True)
     highest = F.max_pool2d(theirs, window, stride, padding).permute(0, 2, 3, 1)
     (torch.arange(1, highest.numel() + 1).reshape(highest.shape) * highest).sum().backward()
@@ -65,7 +69,7 @@ def test_a_max_pool_is_slices():
 
 @pytest.mark.control
 def test_the_library_s_is_a_window():
-    assert slow_windows(remedies.window_max_pool)
+    assert slow_windows(lowerings.window_max_pool)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (8, 8), (5, 7), (6, 5), (31, 13)])
@@ -95,7 +99,7 @@ def test_sums_of_pixels_are_additions():
 
 @pytest.mark.control
 def test_the_library_s_sums_are_loops():
-    assert loops_over_pixels(remedies.loop_sum) > 0
+    assert loops_over_pixels(lowerings.loop_sum) > 0
 
 
 def questions_for_a_sharding(function) -> int:

@@ -16,10 +16,10 @@ import flax_resnet
 import torch_ref
 import torch_ref.losses
 import torch_ref.resnet
-from equivalence_tests import inputs, tolerances
-from flax_resnet import losses
+from equivalence_tests.parity import inputs, tolerances
 from flax_resnet.models import layers, resnet
 from flax_resnet.models.summary import recorded_activations
+from flax_resnet.training import losses
 from torch_ref import checkpoint
 
 pytestmark = pytest.mark.quick

@@ -1,6 +1,6 @@
 """The localiser names the module, the phase and the cause; on equal traces it names nothing.
 
-`python -m equivalence_tests.localiser_check` is the long run over all layers.
+`python -m equivalence_tests.studies.localiser_check` is the long run over all layers.
 """
 
 import functools
@@ -8,7 +8,9 @@ import functools
 import numpy as np
 import pytest
 
-from equivalence_tests import jax_side, localise, localiser_check, mutants, parity, results
+from equivalence_tests import mutants, results
+from equivalence_tests.parity import engine, jax_side, localise
+from equivalence_tests.studies import localiser_check
 
 pytestmark = pytest.mark.control
 
@@ -41,7 +43,7 @@ def test_a_fault_in_one_layer(name):
 )
 def test_an_eps_near_the_right_one_and_none(epsilon, cause):
     case = localiser_check.case_of(ARCH)
-    got = parity.run_jax(case, edit=lambda model: setattr(model.layer2[1].bn1, "epsilon", epsilon))
+    got = engine.run_jax(case, edit=lambda model: setattr(model.layer2[1].bn1, "epsilon", epsilon))
     finding = localise.first_divergence(got, localiser_check.reference(ARCH), case)
     assert (finding.phase, finding.module) == ("forward", "layer2.1.bn1")
     assert len(finding.causes) == 1 and cause in finding.causes[0]
@@ -55,7 +57,7 @@ def test_another_decay_and_the_biased_variance_are_told_apart():
         for name in names:
             localiser_check._put(mutants.MUTANTS[name], "layer2.1.bn1", model)
 
-    got = parity.run_jax(case, edit=edit)
+    got = engine.run_jax(case, edit=edit)
     finding = localise.first_divergence(got, localiser_check.reference(ARCH), case)
     (cause,) = finding.causes
     assert "momentum is 0.01 instead of 0.1" in cause and "(n - 1) / n with n = 84" in cause
@@ -90,13 +92,13 @@ def test_a_gradient_at_zero():
 
 def test_equal_traces_have_no_first_divergence():
     case = localiser_check.case_of(ARCH)
-    got = parity.run_jax(case)
+    got = engine.run_jax(case)
     assert localise.first_divergence(got, localiser_check.reference(ARCH), case) is None
 
 
 def test_an_unknown_fault_has_no_cause():
     case = localiser_check.case_of(ARCH)
-    got = parity.run_jax(case)
+    got = engine.run_jax(case)
     wrong = np.array(got["forward"]["layer2.0.conv1"])
     wrong[0, 0] += 0.1
     got["forward"]["layer2.0.conv1"] = wrong

@@ -11,9 +11,10 @@ import torch
 
 import torch_ref.early_stopping
 import torch_ref.losses
-from equivalence_tests import inputs, tolerances
-from flax_resnet import early_stopping, losses, metrics, steps
+from equivalence_tests.parity import inputs, tolerances
+from flax_resnet import metrics
 from flax_resnet.config import EarlyStoppingConfig
+from flax_resnet.training import early_stopping, losses, steps
 
 pytestmark = pytest.mark.quick
 

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 import torch_ref.optim
-from equivalence_tests import inputs, tolerances, torch_side
-from equivalence_tests.states import named, optimizer_state
-from flax_resnet import convert, optim, steps
+from equivalence_tests.parity import inputs, tolerances, torch_side
+from equivalence_tests.parity.states import named, optimizer_state
 from flax_resnet.config import OptimizerConfig, TrainConfig
+from flax_resnet.interop import convert
+from flax_resnet.training import optim, steps
 
 pytestmark = pytest.mark.quick
 
@@ -109,7 +110,7 @@ def run_torch(rule: dict) -> list[dict]:
 
 
 def run_jax(rule: dict) -> list[dict]:
-    """The same by `flax_resnet.steps._update`, which is what a training step calls."""
+    """The same by `flax_resnet.training.steps._update`, which is what a training step calls."""
     params, gradients = numbers()
     options = {name: value for name, value in rule.items() if name != CYCLED}
     config = TrainConfig(optimizer=OptimizerConfig(**options))

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from equivalence_tests import inputs
-from equivalence_tests.tolerances import PARALLEL
-from flax_resnet import cli, steps
+from equivalence_tests.parity import inputs
+from equivalence_tests.parity.tolerances import PARALLEL
+from flax_resnet.commands import cli
 from flax_resnet.config import ParallelConfig, TrainConfig
+from flax_resnet.devices.parallel import Engine
 from flax_resnet.models import create_model
-from flax_resnet.parallel import Engine
+from flax_resnet.training import steps
 
 NUM_STEPS, BATCH = 5, 16
 CONFIG = {

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import torch_ref.optim
-from equivalence_tests import inputs, tolerances
-from flax_resnet import optim
+from equivalence_tests.parity import inputs, tolerances
 from flax_resnet.config import ScheduleConfig
+from flax_resnet.training import optim
 
 pytestmark = pytest.mark.quick
 

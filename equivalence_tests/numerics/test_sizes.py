@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from equivalence_tests import inputs, sizes
+from equivalence_tests.parity import inputs, sizes
 
 pytestmark = [pytest.mark.control, pytest.mark.quick]
 

@@ -4,7 +4,8 @@ the metrics of the best weights, and the weights."""
 import numpy as np
 import pytest
 
-from equivalence_tests import tolerances, trajectory
+from equivalence_tests.parity import tolerances
+from equivalence_tests.studies import trajectory
 
 COURSES = {
     "one-cycle of rate and momentum, moving average, smoothing": {

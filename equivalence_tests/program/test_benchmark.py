@@ -13,18 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from equivalence_tests import (
+from equivalence_tests.benchmark import (
     end_to_end,
     fresh_process,
     gpu,
-    remedies,
+    lowerings,
     startup,
     throughput,
     timing,
 )
 from equivalence_tests.program.command import refused, run_script
-from flax_resnet import cli, environment
+from flax_resnet.commands import cli
 from flax_resnet.config import TrainConfig
+from flax_resnet.runs import environment
 from torch_ref import train as torch_train
 
 TINY = "--arch resnet20 --image-size 8 --batch-size 4 --rounds 1 --blocks 1 --steps 1 --warmup 1"
@@ -175,9 +176,9 @@ def test_every_stage_for_a_gpu_is_understood(tmp_path, monkeypatch):
     for program, *flags in gpu.stages("folder:images", tmp_path).values():
         programs.add(program)
         if program == "-m":
-            if flags[0] == "equivalence_tests.remedies":
+            if flags[0] == "equivalence_tests.benchmark.lowerings":
                 monkeypatch.setattr(sys, "argv", flags)
-                assert remedies.make_job(remedies.parse()).dtype == "bfloat16"
+                assert lowerings.make_job(lowerings.parse()).dtype == "bfloat16"
         else:
             script, args = called(Path(program).name, flags, monkeypatch)
             if program == "scripts/benchmark.py":

@@ -22,15 +22,16 @@ from rich.console import Console
 from rich.table import Table
 
 from equivalence_tests.program.command import ROOT, refused, run_script, train
-from flax_resnet import cli, errors
+from flax_resnet import errors
+from flax_resnet.commands import cli
 from flax_resnet.config import USED_WITH, InputError, TrainConfig, idle, to_dict
 from flax_resnet.data import sources
 from flax_resnet.data.workers import WorkerDied
-from flax_resnet.display import Display
-from flax_resnet.progress import Interrupted, NonFiniteLoss
+from flax_resnet.interop.loaded_run import load_run, predict_files
 from flax_resnet.recipes import RECIPES
-from flax_resnet.run_directory import RunDirectory
-from flax_resnet.serve import load_run, predict_files
+from flax_resnet.runs.directory import RunDirectory
+from flax_resnet.runs.display import Display
+from flax_resnet.training.progress import Interrupted, NonFiniteLoss
 
 CLASSES = ("ant", "bee")
 
@@ -271,7 +272,7 @@ def test_output_that_cannot_be_written_is_a_failure_unless_something_is_trained(
             raise no_place(errno.ENOSPC)
 
     dropped = []
-    monkeypatch.setattr("flax_resnet.display.drop_output", dropped.append)
+    monkeypatch.setattr("flax_resnet.runs.display.drop_output", dropped.append)
     display = Display(Console(file=Full()))
     with pytest.raises(OSError):
         display.say("a table")
@@ -454,7 +455,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(tiny_disk):
 
 
 def test_a_disk_that_fills_up_is_told_in_one_line(tiny_disk, monkeypatch):
-    monkeypatch.setattr("flax_resnet.train.check_space", lambda *_: None)
+    monkeypatch.setattr("flax_resnet.training.fit.check_space", lambda *_: None)
     refused(train(tiny_disk / "run"), "no space left")
 
 

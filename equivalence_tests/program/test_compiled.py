@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from equivalence_tests import inputs, results, scaling
-from flax_resnet import cli, list_models, steps
-from flax_resnet.checkpoint import Checkpoints
+from equivalence_tests import results
+from equivalence_tests.benchmark import scaling
+from equivalence_tests.parity import inputs
+from flax_resnet import list_models
+from flax_resnet.commands import cli
 from flax_resnet.config import ParallelConfig, TrainConfig
+from flax_resnet.devices.parallel import Engine
 from flax_resnet.models import create_model
 from flax_resnet.models.layers import BatchNorm
-from flax_resnet.parallel import Engine
+from flax_resnet.runs.checkpoint import Checkpoints
+from flax_resnet.training import steps
 
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",

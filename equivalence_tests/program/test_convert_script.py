@@ -18,11 +18,11 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 import torch_ref
-from equivalence_tests import inputs
+from equivalence_tests.parity import inputs
 from equivalence_tests.program.command import refused, run_script, train
-from flax_resnet import convert, convert_training, export, serve
-from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.interop import convert, export, loaded_run, training_state
 from flax_resnet.models import create_model
+from flax_resnet.runs.checkpoint import Checkpoints
 from torch_ref import checkpoint
 
 NAMES = "a,b,c,d,e,f,g"
@@ -54,7 +54,7 @@ def sources(weights, tmp_path_factory) -> dict[str, Path]:
 
 def read(path: Path) -> dict:
     if path.is_dir():
-        return serve.load_weights(path)
+        return loaded_run.load_weights(path)
     if path.suffix == ".safetensors":
         return load_file(path)
     return {n: t.numpy() for n, t in torch.load(path, weights_only=True).items()}
@@ -97,7 +97,7 @@ def test_the_same_weights_give_the_same_bytes(sources, tmp_path, suffix):
 
 
 def test_a_run_directory_says_what_it_was_told(sources, weights):
-    run = serve.load_run(sources["run"])
+    run = loaded_run.load_run(sources["run"])
     assert run.class_names == tuple(NAMES.split(",")) and run.channels == 3
     assert run.config.model.arch == "resnet20" and run.config.data.image_size == 32
     assert run.preprocess.mean == (0.5, 0.4, 0.3) and run.preprocess.std == (0.2, 0.2, 1.0)
@@ -258,7 +258,7 @@ def test_wrong_words_are_one_line_and_leave_nothing(sources, tmp_path, arguments
 def test_a_run_converted_to_a_run_keeps_what_no_flag_changes(sources, weights, tmp_path):
     flags = ["--mean", 0.1, 0.1, 0.1, "--std", 1, 1, 1]
     assert run_script("convert.py", sources["run"], tmp_path / "run", *flags).status == 0
-    old, new = serve.load_run(sources["run"]), serve.load_run(tmp_path / "run")
+    old, new = loaded_run.load_run(sources["run"]), loaded_run.load_run(tmp_path / "run")
     assert same(read(tmp_path / "run"), weights) and new.preprocess.mean == (0.1, 0.1, 0.1)
     assert new.class_names == old.class_names and new.config.model == old.config.model
 
@@ -322,8 +322,8 @@ def test_without_torch_the_extra_is_named(sources, tmp_path, monkeypatch):
 
 def last_state(run_dir: Path) -> dict:
     """Weights, optimizer, moving average and step of the newest checkpoint."""
-    _, config, _, state = serve.restore(run_dir, Checkpoints.latest)
-    return convert_training.flat(convert_training.training_arrays(state, config.optimizer))
+    _, config, _, state = loaded_run.restore(run_dir, Checkpoints.latest)
+    return training_state.flat(training_state.training_arrays(state, config.optimizer))
 
 
 def test_a_training_crosses_to_torch_and_back_and_goes_on_to_the_same_bits(tmp_path):
@@ -423,8 +423,8 @@ def test_trained_checkpoints_score_what_they_scored(arch, accuracy, tmp_path):
     assert evaluated.status == 0, evaluated.err
     assert json.loads((tmp_path / "figures.json").read_text())["accuracy"] == accuracy
     paths = sorted(Path(inputs.CIFAR10, "test").glob("*/*.jpg"))
-    run = serve.load_run(tmp_path / "run")
-    ours = np.array([p.argmax() for _, p in serve.predict_files(run, paths)])
+    run = loaded_run.load_run(tmp_path / "run")
+    ours = np.array([p.argmax() for _, p in loaded_run.predict_files(run, paths)])
     theirs = torch_predictions(arch, found[0], paths)
     assert len(paths) == 10_000 and np.array_equal(ours, theirs)
     labels = [run.class_names.index(path.parent.name) for path in paths]

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from equivalence_tests import edges
-from flax_resnet import checkpoint, cli, list_models
-from flax_resnet.checkpoint import Checkpoints, steps_in
+from equivalence_tests.studies import edges
+from flax_resnet import list_models
+from flax_resnet.commands import cli
 from flax_resnet.config import InputError, TrainConfig, from_dict, to_dict
 from flax_resnet.data.image_files import decode_image
-from flax_resnet.views import config_from_file
+from flax_resnet.runs import checkpoint
+from flax_resnet.runs.checkpoint import Checkpoints, steps_in
+from flax_resnet.runs.views import config_from_file
 
 DAMAGES = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
@@ -353,7 +355,7 @@ def test_any_config_comes_back_from_json(arch, epochs, lr, mixup, milestones, st
 
 
 def test_configs_at_the_edges_of_the_schema_are_traced():
-    """The long form, 2,000 of them, is `python -m equivalence_tests.edges`."""
+    """The long form, 2,000 of them, is `python -m equivalence_tests.studies.edges`."""
     found = edges.survey(8, seed=0)
     assert not found["faults"] and found["traced"] > 0, found
 

@@ -14,9 +14,9 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from equivalence_tests import inputs
+from equivalence_tests.parity import inputs
 from equivalence_tests.program.command import refused, run_script
-from flax_resnet import convert, export, serve
+from flax_resnet.interop import convert, export, loaded_run
 from flax_resnet.models import create_model, folding
 from torch_ref import checkpoint
 
@@ -209,7 +209,7 @@ def wrong_tensors(original):
 
 
 def test_the_comparison_sees_a_fault_at_the_second_batch_size(run_dir, tmp_path):
-    run = serve.load_run(run_dir)
+    run = loaded_run.load_run(run_dir)
 
     def load(path):
         return lambda images: run.logits(images) if len(images) == 1 else run.logits(images) * 1.01

@@ -13,13 +13,14 @@ import pytest
 
 from equivalence_tests.program.command import ROOT
 from equivalence_tests.program.test_compiled import Program
-from flax_resnet import cli, environment
+from flax_resnet.commands import cli
 from flax_resnet.config import ParallelConfig, TrainConfig
 from flax_resnet.data.pipeline import Decoder
-from flax_resnet.display import Display
-from flax_resnet.parallel import Engine
-from flax_resnet.run import Run
-from flax_resnet.train import fit
+from flax_resnet.devices.parallel import Engine
+from flax_resnet.runs import environment
+from flax_resnet.runs.display import Display
+from flax_resnet.training.fit import fit
+from flax_resnet.training.loop import Run
 
 SMALL = {
     "epochs": "2",

@@ -1,6 +1,6 @@
 """Nothing is lost: real processes killed and resumed to the same bits, signals, saves that fail.
 
-The long form, 35 processes, is `python -m equivalence_tests.faults`.
+The long form, 35 processes, is `python -m equivalence_tests.studies.faults`.
 """
 
 import errno
@@ -16,17 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from equivalence_tests import faults, results
-from equivalence_tests.faults import ROOT
+from equivalence_tests import results
 from equivalence_tests.program.command import run_script
 from equivalence_tests.program.test_train import EVERYTHING, digest, quiet, small, weights
-from flax_resnet import serve
-from flax_resnet.checkpoint import Checkpoints
+from equivalence_tests.studies import faults
+from equivalence_tests.studies.faults import ROOT
 from flax_resnet.config import InputError
-from flax_resnet.progress import Interrupted, SignalFlag
-from flax_resnet.run import Run
-from flax_resnet.run_directory import RunDirectory
-from flax_resnet.train import fit
+from flax_resnet.interop import loaded_run
+from flax_resnet.runs.checkpoint import Checkpoints
+from flax_resnet.runs.directory import RunDirectory
+from flax_resnet.training.fit import fit
+from flax_resnet.training.loop import Run
+from flax_resnet.training.progress import Interrupted, SignalFlag
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_a_run_that_is_told_to_stop_comes_back_to_the_same_bits(straight, tmp_pa
 @pytest.mark.control
 def test_one_bit_of_an_average_is_noticed(straight, monkeypatch):
     """Negative control: the fingerprint of the same run with the smallest change there is."""
-    original = serve.restore
+    original = loaded_run.restore
 
     def one_bit_off(*arguments):
         *rest, state = original(*arguments)
@@ -61,7 +62,7 @@ def test_one_bit_of_an_average_is_noticed(straight, monkeypatch):
         state.ema["fc"]["bias"] = np.nextafter(bias, np.float32("inf"))
         return *rest, state
 
-    monkeypatch.setattr(serve, "restore", one_bit_off)
+    monkeypatch.setattr(loaded_run, "restore", one_bit_off)
     changed = faults.fingerprint(straight.run_dir)
     assert [n for n in changed if changed[n] != straight.fingerprint[n]] == ["state"]
 
@@ -233,7 +234,7 @@ def test_a_run_with_parameters_in_parts_is_taken_up(tmp_path, monkeypatch):
 def test_one_run_a_directory(tmp_path):
     """The second is refused while the first lives, and takes over from one that died."""
     hold = (
-        f"from flax_resnet.run_directory import RunDirectory; d = RunDirectory({str(tmp_path)!r})"
+        f"from flax_resnet.runs.directory import RunDirectory; d = RunDirectory({str(tmp_path)!r})"
     )
     command = [sys.executable, "-c", f"{hold}; print('held', flush=True); input()"]
     with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as first:

@@ -15,11 +15,11 @@ from PIL import Image
 from rich.table import Table
 
 from equivalence_tests.program.command import refused, run_script
-from flax_resnet import plots
-from flax_resnet.adopt import class_names
 from flax_resnet.config import InputError
 from flax_resnet.data import cifar10
-from flax_resnet.display import Display
+from flax_resnet.interop.weights_to_run import class_names
+from flax_resnet.runs import plots
+from flax_resnet.runs.display import Display
 
 MEGABYTE = 1 << 20
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import torch_ref
-from equivalence_tests import inputs
+from equivalence_tests.parity import inputs
 from equivalence_tests.program.command import ROOT, refused, run_script
-from flax_resnet import cli
+from flax_resnet.commands import cli
 from flax_resnet.config import TrainConfig
 from flax_resnet.data.sources import open_dataset
-from flax_resnet.run_directory import RunDirectory
+from flax_resnet.runs.directory import RunDirectory
 from torch_ref import checkpoint
 
 HERE = __name__
@@ -151,7 +151,9 @@ def test_predictions_are_of_the_whole_test_split(tmp_path, monkeypatch):
 def test_without_torch_the_extra_is_named(monkeypatch):
     for name in [n for n in sys.modules if n.startswith(("torch_ref", "equivalence_tests.own"))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("equivalence_tests.own_model", raising=False)  # a second way to it
+    monkeypatch.delattr(
+        "equivalence_tests.parity.engine.own_model", raising=False
+    )  # a second way to it
     monkeypatch.setitem(sys.modules, "torch", None)
     refused(run_script("parity.py", "--arch", "resnet20"), "--extra torch")
 

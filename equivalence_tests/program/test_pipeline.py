@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_resnet import cli
+from flax_resnet.commands import cli
 from flax_resnet.config import InputError, TrainConfig
 from flax_resnet.data import pipeline, prepare
 from flax_resnet.data.image_files import BadImage

@@ -21,13 +21,14 @@ import pytest
 from PIL import Image
 
 from equivalence_tests.numerics.test_parallel import worst
+from equivalence_tests.parity.tolerances import PARALLEL, TRAINING
 from equivalence_tests.program.command import ROOT, run_script
-from equivalence_tests.tolerances import PARALLEL, TRAINING
-from flax_resnet import distributed, serve
-from flax_resnet.checkpoint import Checkpoints
 from flax_resnet.config import InputError
-from flax_resnet.run import Run
-from flax_resnet.tables import read_rows
+from flax_resnet.devices import distributed
+from flax_resnet.interop import loaded_run
+from flax_resnet.runs.checkpoint import Checkpoints
+from flax_resnet.runs.tables import read_rows
+from flax_resnet.training.loop import Run
 
 # Splits that do not divide; float64, in which only the order of summation differs.
 SHORT = (
@@ -123,7 +124,7 @@ def numbers(run_dir) -> dict:
     for split, values in report["splits"].items():
         found |= {f"{split} {name}": value for name, value in values.items()}
     try:
-        state = serve.restore(run_dir, Checkpoints.latest)[-1]
+        state = loaded_run.restore(run_dir, Checkpoints.latest)[-1]
         leaves = jax.tree.flatten_with_path(state)[0]
         return found | {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
     finally:
@@ -190,7 +191,7 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path, long):
         outcomes = ends(started)
     assert [outcome.status for outcome in outcomes] == [143, 143], outcomes
     assert all("the work is saved" in outcome.last for outcome in outcomes)
-    document = serve.restore(run_dir, Checkpoints.latest)[0]
+    document = loaded_run.restore(run_dir, Checkpoints.latest)[0]
     assert document["num_devices"] == 2 and 2 <= document["progress"]["epoch"] < 12
     alone(run_dir, "--resume")
     assert worst(numbers(run_dir), long) <= TRAINING

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from equivalence_tests import criteria, mutants, results
+from equivalence_tests import mutants, results
 from equivalence_tests.program.command import ROOT
-from flax_resnet import reproduction
-from flax_resnet.tables import read_rows
+from equivalence_tests.studies import criteria, reproduction
+from flax_resnet.runs.tables import read_rows
 
 README = (ROOT / "README.md").read_text()
 RECIPES = ROOT / "results" / "recipes"

@@ -7,13 +7,13 @@ import jax
 import pytest
 from flax import nnx
 
-from equivalence_tests import remedies, timed_jax
-from flax_resnet import cli
+from equivalence_tests.benchmark import lowerings, timed_jax
+from flax_resnet.commands import cli
 
 
 def run(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["remedies", *words])
-    return remedies.main()
+    return lowerings.main()
 
 
 def test_a_step_is_timed_as_it_is_and_in_another_way(tmp_path, monkeypatch):
@@ -36,21 +36,21 @@ def test_a_step_is_timed_as_it_is_and_in_another_way(tmp_path, monkeypatch):
     ],
 )
 def test_what_the_statistics_lose(way, exact_at, lost_at):
-    lost = remedies.digits_lost(way)
+    lost = lowerings.digits_lost(way)
     assert lost[exact_at] < 1e-6
     assert lost_at is None or lost[lost_at] > 1e-4
 
 
 @pytest.mark.slow  # nine networks are traced
 def test_every_way_is_another_program(monkeypatch):
-    monkeypatch.setattr(remedies.Step, "__new__", lambda _, compiled, *rest: compiled)
+    monkeypatch.setattr(lowerings.Step, "__new__", lambda _, compiled, *rest: compiled)
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: lowered.as_text())
     words = "--arch resnet18 --image-size 64 --batch-size 32".split()  # enough tiles for Winograd
     monkeypatch.setattr(sys, "argv", ["remedies", *words])
-    job = remedies.make_job(remedies.parse())
-    variables = nnx.state(remedies.make_model(job))
-    names = [name for name in remedies.WAYS if name != "library-options"]  # of the compiler alone
-    assert len({remedies.compile_step(job, name, variables) for name in names}) == len(names)
+    job = lowerings.make_job(lowerings.parse())
+    variables = nnx.state(lowerings.make_model(job))
+    names = [name for name in lowerings.WAYS if name != "library-options"]  # of the compiler alone
+    assert len({lowerings.compile_step(job, name, variables) for name in names}) == len(names)
 
 
 def test_what_is_not_known_is_said(monkeypatch, capsys):
@@ -59,13 +59,13 @@ def test_what_is_not_known_is_said(monkeypatch, capsys):
     assert status.value.code == 2 and "unknown faster" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["remedies", "--arch", "resnet19"])
     with pytest.raises(SystemExit) as status:
-        cli.run_command(remedies.main)
+        cli.run_command(lowerings.main)
     assert status.value.code == 2 and "resnet18" in capsys.readouterr().err
 
 
 def test_afterwards_all_is_as_it_was():
-    names = [(place, name, getattr(place, name)) for place, name, _ in remedies.WAYS["library"]]
-    with remedies.computed("library"):
+    names = [(place, name, getattr(place, name)) for place, name, _ in lowerings.WAYS["library"]]
+    with lowerings.computed("library"):
         assert all(getattr(place, name) is not before for place, name, before in names)
         assert timed_jax.COMPILER_OPTIONS == {}
     assert all(getattr(place, name) is before for place, name, before in names)

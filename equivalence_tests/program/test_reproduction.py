@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from equivalence_tests import results, tost
+from equivalence_tests import results
 from equivalence_tests.program.command import ROOT, refused, run_script
 from equivalence_tests.program.test_commands import write_folder
-from flax_resnet import cli, config, plots, reproduction, reproduction_page
+from equivalence_tests.studies import paired_training, reproduction, reproduction_page
+from flax_resnet import config
+from flax_resnet.commands import cli
 from flax_resnet.models import create_model
 from flax_resnet.recipes import COMPARISONS, RECIPES
+from flax_resnet.runs import plots
 
 COURSE = "epoch,train_loss,train_accuracy,validation_loss,validation_accuracy\n1,2,0.3,2,0.2\n"
 
@@ -110,7 +113,7 @@ def test_what_ran_in_both_frameworks_stands_side_by_side(tmp_path):
     ("difference", "least", "most"),
     [(0.0, 0.95, 1.0), (reproduction.MARGIN, 0.02, 0.08), (-reproduction.MARGIN, 0.02, 0.08)],
 )
-@pytest.mark.parametrize("equivalence", [reproduction.equivalence, tost.equivalence])
+@pytest.mark.parametrize("equivalence", [reproduction.equivalence, paired_training.equivalence])
 def test_two_one_sided_tests_err_as_often_as_they_say(equivalence, difference, least, most):
     """At the margin itself a test at 5% says "equivalent" in 5% of all cases: of 1,000 draws with a
     standard deviation of 0.7%, so the bounds lie four of them away."""
@@ -124,16 +127,16 @@ def test_two_one_sided_tests_err_as_often_as_they_say(equivalence, difference, l
 def test_the_paired_trainings_would_not_pass_half_a_point_apart():
     measured = results.read("tost")
     ours, theirs = np.array(measured["jax"]), np.array(measured["torch"])
-    assert tost.equivalence(ours, theirs)["equivalent"]
+    assert paired_training.equivalence(ours, theirs)["equivalent"]
     for shift in (-reproduction.MARGIN, reproduction.MARGIN):
-        assert not tost.equivalence(ours + shift, theirs)["equivalent"]
+        assert not paired_training.equivalence(ours + shift, theirs)["equivalent"]
 
 
 @pytest.mark.control
 def test_a_large_fault_shows_in_the_paired_trainings():
     measured = results.read("tost-dampened-momentum")
-    assert measured["seeds"] == list(tost.SEEDS)
-    assert not tost.equivalence(measured["jax"], measured["torch"])["equivalent"]
+    assert measured["seeds"] == list(paired_training.SEEDS)
+    assert not paired_training.equivalence(measured["jax"], measured["torch"])["equivalent"]
 
 
 def test_the_page_compares_and_needs_nothing_else(tmp_path):

@@ -9,13 +9,15 @@ import pytest
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.image_folder import fill
 from equivalence_tests.program.test_train import cut_at, digest, quiet, small
-from flax_resnet import distributed, early_stopping, serve
-from flax_resnet.checkpoint import Checkpoints, steps_in
 from flax_resnet.config import InputError
-from flax_resnet.progress import Interrupted
-from flax_resnet.tables import read_rows
-from flax_resnet.train import fit
-from flax_resnet.views import read_config
+from flax_resnet.devices import distributed
+from flax_resnet.interop import loaded_run
+from flax_resnet.runs.checkpoint import Checkpoints, steps_in
+from flax_resnet.runs.tables import read_rows
+from flax_resnet.runs.views import read_config
+from flax_resnet.training import early_stopping
+from flax_resnet.training.fit import fit
+from flax_resnet.training.progress import Interrupted
 
 
 def cut(config, run_dir, monkeypatch, step=7):
@@ -28,7 +30,7 @@ def test_the_time_before_a_cut_counts(tmp_path, monkeypatch):
     """A row of an epoch that was cut off has all of its steps and seconds."""
     config = small(epochs="2")
     cut(config, tmp_path, monkeypatch)
-    document = serve.restore(tmp_path, Checkpoints.latest)[0]
+    document = loaded_run.restore(tmp_path, Checkpoints.latest)[0]
     before = document["progress"]["seconds"]
     assert before > 0
     fit(config, tmp_path, resume=True, display=quiet())
@@ -107,7 +109,7 @@ def test_a_source_does_not_switch_the_compilation_cache_on(tmp_path):
     assert before is not None
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        serve.load_weights(tmp_path)
+        loaded_run.load_weights(tmp_path)
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
@@ -137,6 +139,6 @@ def test_the_config_is_there_before_the_checkpoints(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("flax_resnet.run.Checkpoints", killed)
+        patch.setattr("flax_resnet.training.loop.Checkpoints", killed)
         fit(small(epochs="1"), tmp_path / "run", display=quiet())
     assert fit(small(epochs="1"), tmp_path / "run", resume=True, display=quiet())["epochs"] == 1

@@ -14,17 +14,21 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from equivalence_tests import flips
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.test_train import digest, quiet, small
-from flax_resnet import cli, convert, distributed, export, owned, tables, train, views
-from flax_resnet.checkpoint import Checkpoints, steps_in
+from equivalence_tests.studies import flips
+from flax_resnet.commands import cli
 from flax_resnet.config import InputError, TrainConfig, to_dict
-from flax_resnet.distributed import RunLost
+from flax_resnet.devices import distributed
+from flax_resnet.devices.distributed import RunLost
+from flax_resnet.interop import convert, export
 from flax_resnet.models import create_model
-from flax_resnet.run import Run
-from flax_resnet.run_directory import RunDirectory, as_json, reserve
-from flax_resnet.train import fit
+from flax_resnet.runs import owned, tables, views
+from flax_resnet.runs.checkpoint import Checkpoints, steps_in
+from flax_resnet.runs.directory import RunDirectory, as_json, reserve
+from flax_resnet.training import fit
+from flax_resnet.training.fit import fit
+from flax_resnet.training.loop import Run
 
 HUGGING_FACE = '{"model_type": "bert", "hidden_size": 768}'
 
@@ -201,10 +205,10 @@ def test_runs_that_begin_at_once_get_directories_of_their_own(tmp_path, monkeypa
 
 def test_the_other_processes_of_a_run_go_where_the_first_one_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = train._open_directory(None, TrainConfig())
+    first = fit._open_directory(None, TrainConfig())
     monkeypatch.setattr(distributed, "is_first", lambda: False)
     monkeypatch.setattr(distributed, "exchange", lambda value: [str(first.path), value])
-    assert train._open_directory(None, TrainConfig()).path == first.path
+    assert fit._open_directory(None, TrainConfig()).path == first.path
     assert list(Path("runs").iterdir()) == [first.path]
     first.close()
 
@@ -455,7 +459,7 @@ def test_json_holds_no_nan():
 
 @pytest.mark.parametrize("cut", [False, True], ids=["finished", "unfinished"])
 def test_a_flipped_bit_is_harmless_or_named(copy, cut):
-    """In any file of a run; the long form is `python -m equivalence_tests.flips`."""
+    """In any file of a run; the long form is `python -m equivalence_tests.studies.flips`."""
     if cut:
         flips.unfinished(copy)
     counts, rows = flips.study(copy, 60, seed=int(cut))

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
-from equivalence_tests import mutants, results, same_recipe, tolerances
+from equivalence_tests import mutants, results
+from equivalence_tests.parity import tolerances
 from equivalence_tests.program.test_commands import write_folder
-from flax_resnet import cli
+from equivalence_tests.studies import same_recipe
+from flax_resnet.commands import cli
 from flax_resnet.recipes import RECIPES
 
 

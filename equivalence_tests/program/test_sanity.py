@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from equivalence_tests.program.command import train
-from flax_resnet import sanity
+from flax_resnet.training import sanity
 
 UNLIKE = np.eye(3, dtype=int) * 5
 """A confusion matrix of three classes, each predicted."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from equivalence_tests import (
+from equivalence_tests.benchmark import (
     agreement,
     fresh_process,
     roofline,
@@ -13,7 +13,7 @@ from equivalence_tests import (
     timed_jax,
     timed_torch,
 )
-from equivalence_tests.timing import VARIANTS, Job, Skipped
+from equivalence_tests.benchmark.timing import VARIANTS, Job, Skipped
 from flax_resnet.models import create_model
 
 JOB = Job(

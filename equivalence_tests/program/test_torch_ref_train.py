@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from flax_resnet import cli, config, environment
+from flax_resnet import config
+from flax_resnet.commands import cli
 from flax_resnet.data import sources
 from flax_resnet.data.image_files import SUFFIXES
+from flax_resnet.runs import environment
 from torch_ref import (
     arguments,
     checkpoint,

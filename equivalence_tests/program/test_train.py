@@ -15,17 +15,20 @@ from PIL import Image
 from rich.console import Console
 
 from equivalence_tests.program.command import run_script, train
-from flax_resnet import cli, convert, convert_training, export, plots, steps
-from flax_resnet.checkpoint import Checkpoints
+from flax_resnet.commands import cli
 from flax_resnet.config import InputError, TrainConfig, from_dict
-from flax_resnet.display import Display
+from flax_resnet.interop import convert, export, training_state
+from flax_resnet.interop.loaded_run import load_run, restore
 from flax_resnet.models import create_model
-from flax_resnet.progress import Interrupted
-from flax_resnet.run import Run
-from flax_resnet.run_directory import reserve
-from flax_resnet.serve import load_run, restore
-from flax_resnet.train import fit
-from flax_resnet.views import config_from_file, read_config
+from flax_resnet.runs import plots
+from flax_resnet.runs.checkpoint import Checkpoints
+from flax_resnet.runs.directory import reserve
+from flax_resnet.runs.display import Display
+from flax_resnet.runs.views import config_from_file, read_config
+from flax_resnet.training import steps
+from flax_resnet.training.fit import fit
+from flax_resnet.training.loop import Run
+from flax_resnet.training.progress import Interrupted
 
 SMALL = {
     "epochs": "3",
@@ -354,7 +357,7 @@ def test_weights_and_average_move_together_after_a_batch_is_skipped():
         moved.append([bool((old["fc"]["bias"] != now["fc"]["bias"]).any()) for old, now in pairs])
         if len(moved) == 2:  # half an update is held back
             with pytest.raises(InputError, match="between two updates"):
-                convert_training.training_arrays(new, config.optimizer)
+                training_state.training_arrays(new, config.optimizer)
         if len(moved) == 3:  # the first copies the weights
             np.testing.assert_array_equal(new.ema["fc"]["bias"], new.params["fc"]["bias"])
         state = new

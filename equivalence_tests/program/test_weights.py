@@ -20,10 +20,12 @@ from torch import nn
 
 import flax_resnet
 import torch_ref
-from equivalence_tests import inputs, weight_flips
+from equivalence_tests.parity import inputs
 from equivalence_tests.program.command import refused, run_script
-from flax_resnet import convert, names, serve, torch_file, train, weights
+from equivalence_tests.studies import weight_flips
 from flax_resnet.config import InputError, ModelConfig, TrainConfig
+from flax_resnet.interop import convert, loaded_run, names, torch_file, weights
+from flax_resnet.training import fit
 from torch_ref import checkpoint
 
 LOOKS = ["--image-size", 32, "--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.2, 1]
@@ -391,7 +393,7 @@ def test_a_backbone_becomes_a_run_with_a_new_head(tensors, arrays, tmp_path):
     outcome = run_script("convert.py", path, tmp_path / "run", "--class-names", "a,b,c", *LOOKS)
     assert outcome.status == 0, outcome.err
     assert "its head new and untrained" in outcome.out and "left out: head.weight" in outcome.out
-    run = serve.load_run(tmp_path / "run")
+    run = loaded_run.load_run(tmp_path / "run")
     got = convert.state_dict(run.network.to_model(run.variables))
     assert got["fc.weight"].shape == (3, 64) and run.config.model.num_classes == 3
     assert same(headless(got), headless(arrays))
@@ -404,7 +406,7 @@ def fine_tuned(source: Path, num_classes=3, class_names=(), **options) -> tuple[
     config = TrainConfig(
         init_from=str(source), model=ModelConfig(num_classes=num_classes), **options
     )
-    train._fine_tune(model, config, class_names, said.append)
+    fit._fine_tune(model, config, class_names, said.append)
     return flax_resnet.state_dict(model), said
 
 

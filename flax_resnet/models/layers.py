@@ -13,8 +13,8 @@ from flax import nnx
 from jax import lax
 
 from flax_resnet.config import InputError
-from flax_resnet.models import cpu_convolution
-from flax_resnet.models.cpu_sum import sum_of_pixels
+from flax_resnet.kernels import cpu_convolution
+from flax_resnet.kernels.cpu_sum import sum_of_pixels
 
 _CHUNK = 1 << 18
 

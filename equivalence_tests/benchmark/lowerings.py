@@ -1,0 +1,259 @@
+"""What a training step of JAX takes as it is, and with one part of it computed in another way.
+
+    python -m equivalence_tests.benchmark.lowerings --arch resnet18 --stem imagenet --image-size 32
+    python -m equivalence_tests.benchmark.lowerings --list
+
+All ways take turns in one process. Memory is kept between steps, as `scripts/train.py` does, where
+GLIBC_TUNABLES says so (`fresh_process.KEPT_MEMORY`). Of the statistics it also says how many
+digits each way loses where the mean of a channel is large.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from equivalence_tests.benchmark import timed_jax, timing
+from equivalence_tests.parity import inputs
+from flax_resnet.commands import cli
+from flax_resnet.devices.parallel import Engine
+from flax_resnet.kernels import cpu_convolution
+from flax_resnet.models import create_from_config, layers, resnet
+from flax_resnet.models.layers import BatchNorm
+from flax_resnet.runs import environment
+from flax_resnet.training import steps
+
+
+def window_max_pool(x, window, stride, *, padding=0):
+    return nnx.max_pool(x, (window, window), (stride, stride), [(padding, padding)] * 2)
+
+
+def loop_sum(x):
+    return x.sum(tuple(range(1, x.ndim - 1)))
+
+
+def normalize(x, mean, rstd, scale, bias, axis_name):
+    del axis_name
+    return layers._normalize(x, mean, rstd, scale, bias)
+
+
+def not_stopped(values):
+    return values
+
+
+def two_pass(norm: BatchNorm, x):
+    mean = norm._mean(x)
+    return mean, norm._mean(jnp.square(x - layers._along(mean, x))), np.prod(x.shape[:-1])
+
+
+def one_pass(norm: BatchNorm, x):
+    return _from_sums(x, jnp.zeros_like(norm.mean[...]))
+
+
+def shifted(norm: BatchNorm, x):
+    return _from_sums(x, norm.mean[...])
+
+
+def _from_sums(x, shift):
+    """E[(x - shift)^2] - E[x - shift]^2: both sums of one pass."""
+    distance, count = x - layers._along(shift, x), np.prod(x.shape[:-1])
+    mean, square = layers._sums(distance, jnp.square(distance)) / count
+    return mean + shift, square - jnp.square(mean), count
+
+
+def running(norm: BatchNorm, x):
+    """Not a way to train: what a step takes without statistics of the batch."""
+    return norm.mean[...], norm.var[...], np.prod(x.shape[:-1])
+
+
+STATISTICS = {
+    "two-pass": two_pass,
+    "one-pass": one_pass,
+    "shifted": shifted,
+    "running": running,
+}
+"""Instead of the corrected two-pass algorithm: (module, `[B, ..., C]`) -> mean, var, count."""
+
+
+def never(*_):
+    return False
+
+
+LIBRARY = {
+    "sums-of-products": [(cpu_convolution, "_winograd_is_faster", never)],
+    "library-convolution": [(cpu_convolution, "conv_general_dilated", lax.conv_general_dilated)],
+    "library-options": [(timed_jax, "COMPILER_OPTIONS", {})],
+    "library-max-pool": [(resnet, "max_pool", window_max_pool)],
+    "library-sums": [(layers, "sum_of_pixels", loop_sum)],
+    "library-relu": [(resnet, "relu", nnx.relu)],
+    "differentiated": [(layers, "_standardize", normalize), (lax, "stop_gradient", not_stopped)],
+}
+"""What JAX and Flax bring along, and BatchNorm's statistics with a gradient found operation by
+operation: (where, name, the other way)."""
+
+WAYS = (
+    {"as-is": []}
+    | LIBRARY
+    | {"library": sum(LIBRARY.values(), [])}
+    | {name: [(BatchNorm, "_batch_statistics", way)] for name, way in STATISTICS.items()}
+)
+
+
+class Step(NamedTuple):
+    """A compiled step, its state and its batch."""
+
+    compiled: jax.stages.Compiled
+    state: list
+    batch: tuple
+
+    def run(self):
+        state, metrics = self.compiled(self.state.pop(), *self.batch)
+        self.state.append(state)
+        return metrics
+
+
+@contextlib.contextmanager
+def computed(way: str):
+    """Inside, what is traced is computed in this way."""
+    with contextlib.ExitStack() as stack:
+        for place, name, other in WAYS[way]:
+            stack.enter_context(mock.patch.object(place, name, other))
+        jax.clear_caches()  # of what was traced in another way
+        yield
+
+
+def make_model(job: timing.Job) -> nnx.Module:
+    return create_from_config(timed_jax.make_config(job).model, in_channels=3)
+
+
+def compile_step(job: timing.Job, way: str, variables: nnx.State) -> Step:
+    config = timed_jax.make_config(job)
+    with computed(way):
+        model = nnx.eval_shape(lambda: make_model(job))
+        nnx.update(model, variables)
+        network = steps.Network(model)
+        step = steps.make_train_step(
+            network,
+            config,
+            inputs.AsGiven(),
+            num_classes=job.num_classes,
+            steps_per_epoch=1,
+        )
+        state = steps.make_state(network.initial, config)
+        jitted, state, batch = timed_jax.place(job, Engine(config.parallel), step, state)
+        return Step(jitted.lower(state, *batch).compile(), [state], batch)
+
+
+def measure(programs: dict[str, Step], job: timing.Job) -> dict[str, list[float]]:
+    """{way: seconds of a step of each block}, in a drawn order."""
+    seconds = {way: [] for way in programs}
+    order = np.random.default_rng(0)
+    for _ in range(job.blocks):
+        for way in order.permutation(list(programs)).tolist():
+            step = programs[way]
+            program = timing.Program(step.run, lambda s=step: jax.block_until_ready(s.state), list)
+            seconds[way].append(timing.repeat(program, job.steps))
+    return seconds
+
+
+def summary(seconds: dict[str, list[float]], losses: dict[str, float], batch_size: int) -> dict:
+    base = np.array(next(iter(seconds.values())))
+    return {
+        way: {
+            "milliseconds": float(1e3 * np.median(values)),
+            "images_per_second": float(batch_size / np.median(values)),
+            "times_as_long": float(np.median(np.array(values) / base)),
+            "first_loss": losses[way],
+        }
+        for way, values in seconds.items()
+    }
+
+
+def digits_lost(way: str) -> dict[str, float]:
+    """Largest relative error of a channel's variance where its mean is so many deviations large.
+
+    "+ running": once more with a running mean that is half a deviation away, as in the middle of a
+    training; at its start it is 0.
+    """
+    rng, found = np.random.default_rng(0), {}
+    standard = rng.standard_normal((64, 8, 8, 16))
+    with computed(way):
+        norm = BatchNorm(16)
+        for ratio, settled in itertools.product((0, 10, 1000, 100_000), (False, True)):
+            x = (ratio + standard).astype(np.float32)
+            norm.mean.set_value(jnp.full(16, ratio + 0.5 if settled else 0.0))
+            var = norm._batch_statistics(jnp.asarray(x))[1]
+            exact = x.astype(np.float64).var((0, 1, 2))
+            name = f"{ratio} deviations{' + running' if settled else ''}"
+            found[name] = float(np.max(np.abs(np.float64(var) / exact - 1)))
+    return found
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("ways", nargs="*", metavar="WAY", help="besides as-is; default: all")
+    parser.add_argument("--arch", default="resnet18")
+    parser.add_argument("--stem", choices=("imagenet", "cifar"), help="(that of the arch)")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--steps", type=int, default=3, help="of a block")
+    parser.add_argument("--blocks", type=int, default=7)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--list", action="store_true", help="say what the ways are")
+    args = parser.parse_args()
+    if unknown := set(args.ways) - set(WAYS):
+        parser.error(f"unknown {', '.join(sorted(unknown))}; --list names them all")
+    return args
+
+
+def make_job(args) -> timing.Job:
+    return timing.Job(
+        arch=args.arch,
+        stem=args.stem,
+        num_classes=10,
+        image_size=args.image_size,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        device=jax.default_backend(),
+        framework="jax",
+        variant="jit",
+        steps=args.steps,
+        blocks=args.blocks,
+    )
+
+
+def main():
+    args = parse()
+    if args.list:
+        return print("\n".join(WAYS))
+    ways = ["as-is", *(args.ways or list(WAYS)[1:])]
+    job = make_job(args)
+    timed_jax.configure(job)
+    variables, programs, losses = nnx.state(make_model(job)), {}, {}
+    for way in dict.fromkeys(ways):
+        programs[way] = compile_step(job, way, variables)
+        losses[way] = float(programs[way].run()["loss"])  # and warm
+    rows = summary(measure(programs, job), losses, job.batch_size)
+    lost = {way: digits_lost(way) for way in rows if way in {"as-is", *STATISTICS} - {"running"}}
+    for way, row in rows.items():
+        print(f"{way}: {row['milliseconds']:.1f} ms, {row['times_as_long']:.3f} times as long")
+    if args.json:
+        measured = {"command": cli.command_line(), "environment": environment.describe(1)}
+        measured["glibc_tunables"] = os.environ.get("GLIBC_TUNABLES")
+        measured |= {"rows": rows, "relative_error_of_variance": lost}
+        args.json.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

@@ -1,0 +1,142 @@
+"""What a step on many GPUs exchanges, and the scaling efficiency to expect of it: a prediction.
+
+    python -m equivalence_tests.benchmark.scaling        # results/scaling.json and results/scaling.png
+
+Bytes and numbers of all-reduces come from the model, as `test_compiled.py` counts them in the
+compiled program. Seconds come from the assumptions below; nothing here has run on a GPU.
+"""
+
+import math
+import sys
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from equivalence_tests import results
+from equivalence_tests.benchmark import roofline
+from flax_resnet import list_models
+from flax_resnet.models import create_model
+from flax_resnet.models.layers import BatchNorm
+from flax_resnet.runs import plots
+
+GPUS = tuple(2**n for n in range(11))
+BATCH_PER_GPU = 128
+GPUS_PER_HOST = 8
+CEILINGS = {"flops": 989e12, "bytes": 3.35e12}  # a second
+NVLINK, INFINIBAND = 450e9, 50e9  # bytes a second and GPU, in each direction
+START, NVLINK_HOP, INFINIBAND_HOP = 10e-6, 2e-6, 8e-6  # seconds
+FABRICS = {
+    "nvlink": "NVLink between all",
+    "infiniband": "InfiniBand between all",
+    "hosts": f"hosts of {GPUS_PER_HOST} with NVLink, InfiniBand between",
+}
+ASSUMPTIONS = {
+    "status": "a prediction from the model and data sheets; nothing of it was measured on GPUs",
+    "scaling": f"weak: {BATCH_PER_GPU} images a GPU however many there are, bfloat16 computation,"
+    " gradients and statistics exchanged in float32",
+    "images": "224 pixels and 1,000 classes for torchvision's ten networks, 32 pixels and 10"
+    " classes for the others",
+    "gpu": "H100 SXM at its data sheet's 989 TFLOP/s (bfloat16, dense) and 3.35 TB/s: a step takes"
+    " its roofline floor (roofline.py). Real steps take longer, which makes real efficiency higher",
+    "nvlink": "450 GB/s a GPU and direction (NVLink 4). As a fabric of its own: all GPUs in one"
+    " NVLink domain, which is built up to 8 GPUs a host and to 256 with NVLink switches",
+    "infiniband": "50 GB/s a GPU and direction: one NDR 400 Gb/s adapter a GPU, no"
+    " oversubscription",
+    "hosts": f"hosts of {GPUS_PER_HOST} GPUs with NVLink inside and InfiniBand between them:"
+    " reduce-scatter inside, all-reduce of the parts between hosts, all-gather inside",
+    "all_reduce": "a ring at full bandwidth: 2 (n - 1) / n times the bytes",
+    "latency_seconds": "of every all-reduce: 10e-6 to start, 2e-6 for every doubling of the GPUs"
+    " over NVLink, 8e-6 over InfiniBand (assumed)",
+    "overlap": "none: gradients are exchanged in one all-reduce after the backward pass, as the"
+    " compiled program does; BatchNorm's sums have to be there before the next layer",
+    "left_out": "reading images, evaluation, checkpoints, processes that wait for the slowest",
+}
+
+
+class Exchange(NamedTuple):
+    """All-reduces of one training step, on any number of devices."""
+
+    statistics: tuple[int, ...]
+    """Bytes of each that BatchNorm needs: two forward and one backward a layer."""
+
+    gradients: int
+    """Bytes of the last one: the other gradients, loss and accuracy."""
+
+    @property
+    def bytes(self) -> int:
+        """Of all."""
+        return sum(self.statistics) + self.gradients
+
+    @property
+    def times(self) -> int:
+        """How many there are."""
+        return len(self.statistics) + 1
+
+
+def exchange(arch: str, num_classes: int) -> Exchange:
+    """What a step of a network exchanges, in float32.
+
+    A channel of a BatchNorm takes three sums forward (in two all-reduces, the second needs the
+    first) and two backward, which are the gradients of its bias and its scale as well.
+    """
+    model = nnx.eval_shape(lambda: create_model(arch, num_classes))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    layers = [m for _, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)]
+    channels = [math.prod(layer.scale.shape) for layer in layers]
+    statistics = tuple(4 * passes * size for size in channels for passes in (1, 2, 2))
+    return Exchange(statistics, 4 * (parameters - 2 * sum(channels) + 2))
+
+
+def all_reduce_seconds(size: int, gpus: int, fabric: str) -> float:
+    """Of so many bytes among so many GPUs, by ASSUMPTIONS."""
+    inside = {"nvlink": gpus, "infiniband": 1, "hosts": min(gpus, GPUS_PER_HOST)}[fabric]
+    between = gpus // inside
+    if gpus == 1:
+        return 0.0
+    latency = START + NVLINK_HOP * math.log2(inside) + INFINIBAND_HOP * math.log2(between)
+    ring = 2 * (inside - 1) / inside * size / NVLINK
+    return latency + ring + 2 * (between - 1) / between * size / inside / INFINIBAND
+
+
+def efficiency(arch: str, image_size: int, num_classes: int) -> dict:
+    """The row of a network: what it exchanges, and {fabric: efficiency for each of GPUS}."""
+    layers = roofline.layers(arch, stem=None, num_classes=num_classes, image_size=image_size)
+    alone = roofline.floor_seconds(layers, "train", BATCH_PER_GPU, 2, CEILINGS)
+    step = exchange(arch, num_classes)
+
+    def share(gpus, fabric):
+        sizes = (*step.statistics, step.gradients)
+        return alone / (alone + sum(all_reduce_seconds(size, gpus, fabric) for size in sizes))
+
+    return {
+        "arch": arch,
+        "image_size": image_size,
+        "num_classes": num_classes,
+        "step_seconds_alone": alone,
+        "all_reduces": step.times,
+        "bytes": step.bytes,
+        "bytes_statistics": sum(step.statistics),
+        "efficiency": {
+            fabric: [round(share(gpus, fabric), 4) for gpus in GPUS] for fabric in FABRICS
+        },
+    }
+
+
+def settings(arch: str) -> tuple[int, int]:
+    """Image size and number of classes."""
+    small = arch in ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "basic_cnn")
+    return (32, 10) if small else (224, 1000)
+
+
+def main():
+    rows = [efficiency(arch, *settings(arch)) for arch in list_models()]
+    results.write("scaling", {"assumptions": ASSUMPTIONS, "gpus": GPUS, "rows": rows})
+    plots.scaling(results.FOLDER / "scaling.png", GPUS, rows, FABRICS)
+    for row in rows:
+        last = {fabric: values[-1] for fabric, values in row["efficiency"].items()}
+        print(f"{row['arch']:16} {row['all_reduces']:4} {row['bytes'] / 1e6:8.1f} MB", last)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""How long a training takes from its command to its first step, with an empty compilation cache and
+with that of the start before it.
+
+python -m equivalence_tests.benchmark.startup --arch resnet18 --json results/startup-cpu.json
+"""
+
+import argparse
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).parents[1]
+CLOCK = "STARTED_AT"  # seconds since the epoch, of the process whose first step is awaited
+STARTS = ("cold", "second", "third")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args, flags = parser.parse_known_args()
+    if CLOCK in os.environ:
+        return first_step(flags)
+    seconds = measure(flags)
+    print(", ".join(f"{name} start: first step after {s:.1f} s" for name, s in seconds.items()))
+    if args.json:
+        args.json.write_text(json.dumps(document(seconds), indent=1) + "\n")
+
+
+def measure(flags: list[str]) -> dict[str, float]:
+    """Seconds from the start of the process to the metrics of its first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {name: start(flags, Path(folder), name) for name in STARTS}
+
+
+def start(flags, folder: Path, name: str) -> float:
+    command = [sys.executable, "-m", "equivalence_tests.benchmark.startup", *flags]
+    command += ["--log-steps", "1", "--run-dir", str(folder / name)]
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder), CLOCK: str(time.time())}
+    for unusual in ("JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE"):  # as users have it
+        environment.pop(unusual, None)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr.strip())
+    return float(done.stdout.splitlines()[-1])
+
+
+def first_step(flags: list[str]):
+    """scripts/train.py, which ends when the metrics of its first step are there."""
+    sys.path.insert(0, str(ROOT / "scripts"))  # as for a script that is called
+    import _memory  # noqa: F401
+
+    from flax_resnet.devices.parallel import Engine
+
+    original = Engine.fetch_metrics
+
+    def fetch(engine, metrics):
+        original(engine, metrics)
+        print(f"\n{time.time() - float(os.environ[CLOCK])}", flush=True)
+        os._exit(0)
+
+    sys.argv = ["scripts/train.py", *flags]
+    with mock.patch.object(Engine, "fetch_metrics", fetch):
+        runpy.run_path(str(ROOT / "scripts/train.py"), run_name="__main__")
+
+
+def document(seconds: dict[str, float]) -> dict:
+    from flax_resnet.commands import cli
+    from flax_resnet.runs import environment
+
+    return {
+        "seconds_to_first_step": seconds,
+        "load_average_after": os.getloadavg()[0],
+        "command": cli.command_line(),
+        "environment": environment.describe(1),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""A case in JAX: `flax_resnet.training.steps.make_train_step`, with probes in it.
+
+The network that the step is made of reports its activations beside the running statistics, and
+adds zeros, an extra parameter, to the images: so their gradient comes out with the others'. Both
+are taken out again before the update.
+"""
+
+import contextlib
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import flax_resnet
+from equivalence_tests.parity import inputs, replay
+from equivalence_tests.parity.inputs import Case
+from equivalence_tests.parity.states import named, optimizer_state
+from flax_resnet.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from flax_resnet.kernels.cpu_convolution import COMPILER_OPTIONS
+from flax_resnet.models import cnn, resnet
+from flax_resnet.models.summary import recorded_activations
+from flax_resnet.training import losses, steps
+
+IMAGES = "images"
+FORWARD = "forward"
+
+
+def run(case: Case, dtype=np.float64, *, train=True, decisions=None, jit=False, edit=None) -> dict:
+    """A trace (`parity.run_jax`)."""
+    network, config, state = start(case, dtype, edit=edit)
+    probed = probed_train_step if train else probed_evaluation
+    step = probed(network, config, case.num_classes)
+    if jit:
+        step = jax.jit(step, compiler_options=COMPILER_OPTIONS)
+    values = {}
+    for index in range(len(case.images)):
+        batch = batch_of(case, index, dtype, decisions and decisions[index])
+        state, seen = step(state, batch)
+        values[f"loss of step {index}"] = np.asarray(seen.pop("loss"))
+    return trace(state, seen, values, config, train=train)
+
+
+def start(case: Case, dtype=np.float64, *, compute_dtype=None, edit=None):
+    """The network with the weights of the case, the config of its step and the first state."""
+    model = make_model(case, dtype, compute_dtype)
+    if edit:
+        edit(model)
+    rule = {"label_smoothing": 0.0} | case.rule  # the twin's step has none by itself
+    config = TrainConfig(
+        optimizer=OptimizerConfig(**rule), schedule=ScheduleConfig(schedule="constant")
+    )
+    network = ProbedNetwork(model)
+    state = steps.make_state(network.initial, config)
+    network.initial = None  # a second copy of up to 127 million numbers
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(dtype)}
+    return network, config, state
+
+
+def make_model(case: Case, dtype=np.float64, compute_dtype=None) -> nnx.Module:
+    """A model with the weights of the case, without the slow drawing of initial ones."""
+    model = nnx.eval_shape(
+        lambda: flax_resnet.create_model(
+            case.arch,
+            case.num_classes,
+            in_channels=case.images.shape[-1],
+            stem=case.stem,
+            shortcut=case.shortcut,
+            dropout=case.dropout,
+            dtype=compute_dtype,
+            param_dtype=dtype,
+        )
+    )
+    nnx.update(model, jax.tree.map(_blank, nnx.state(model)))
+    return flax_resnet.load_state_dict(model, case.arrays)
+
+
+def _blank(leaf):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key(0)
+    return jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def batch_of(case: Case, index: int, dtype=np.float64, decisions=None) -> dict:
+    """What the step takes, and what is replayed in it."""
+    return {
+        "image": jnp.asarray(case.images[index], dtype),
+        "label": jnp.asarray(case.labels[index], jnp.int32),
+        "index": jnp.arange(len(case.labels[index]), dtype=jnp.int32),
+        "mask": None if case.masks is None else jnp.asarray(case.masks[index]),
+        "decisions": None if decisions is None else replay.channels_last(decisions),
+    }
+
+
+class ProbedNetwork(steps.Network):
+    """Reports activations, and the gradient of images."""
+
+    def apply(self, variables, images, **options):
+        params = dict(variables.params)
+        images = images + params.pop(IMAGES)
+        with contextlib.ExitStack() as self._recording:
+            logits, stats = super().apply(variables._replace(params=params), images, **options)
+        return logits, stats | {FORWARD: self._outputs}
+
+    def _merge(self, variables):
+        model = super()._merge(variables)
+        self._outputs = self._recording.enter_context(recorded_activations(model))
+        self._recording.enter_context(recorded_pools(self._outputs))
+        return model
+
+
+@contextlib.contextmanager
+def recorded_pools(outputs: dict):
+    """Pools are functions in JAX; this adds their outputs under the names of torch's modules."""
+    counts = {}
+
+    def recording(function, name):
+        def call(*args, **kwargs):
+            output = function(*args, **kwargs)
+            counts[name] = counts.get(name, 0) + 1
+            outputs[name if counts[name] == 1 else f"{name}:{counts[name]}"] = output
+            return output
+
+        return call
+
+    pools = {
+        "max_pool": "maxpool",
+        "global_average_pool": "avgpool",
+        "adaptive_average_pool": "avgpool",
+    }
+    with contextlib.ExitStack() as stack:
+        for module in (resnet, cnn):
+            for function, name in pools.items():
+                if hasattr(module, function):
+                    patch = recording(getattr(module, function), name)
+                    stack.enter_context(mock.patch.object(module, function, patch))
+        yield
+
+
+def probed_train_step(network: ProbedNetwork, config: TrainConfig, num_classes: int):
+    """(state, batch) -> (state, {"forward", "loss", "gradient"})."""
+    step = steps.make_train_step(
+        network, config, inputs.AsGiven(), num_classes=num_classes, steps_per_epoch=1
+    )
+    update = steps._update
+
+    def probed(state, batch):
+        seen = {}
+
+        def without_probes(state, gradients, stats, *rest):
+            seen["gradient"], seen[FORWARD] = gradients, stats[FORWARD]
+            stats = {k: v for k, v in stats.items() if k != FORWARD}
+            return update(_unprobed(state), _without_images(gradients), stats, *rest)
+
+        with _replayed(batch), mock.patch.object(steps, "_update", without_probes):
+            new, metrics = step(_with_probe(state, batch), batch)
+        return new, seen | {"loss": metrics["loss"]}
+
+    return probed
+
+
+def probed_evaluation(network: ProbedNetwork, config: TrainConfig, num_classes: int):
+    """The same of a forward and backward pass in evaluation mode; the state stays."""
+    smoothing = config.optimizer.label_smoothing
+
+    def probed(state, batch):
+        def objective(params):
+            variables = steps.Variables(params, state.frozen, state.batch_stats)
+            logits, stats = network.apply(variables, batch["image"], train=False)
+            targets = losses.soft_targets(
+                batch["label"], num_classes, smoothing, batch["image"].dtype
+            )
+            return losses.cross_entropy(logits, targets).mean(), stats[FORWARD]
+
+        params = _with_probe(state, batch).params
+        with _replayed(batch):
+            (loss, forward), gradient = jax.value_and_grad(objective, has_aux=True)(params)
+        return state, {FORWARD: forward, "loss": loss, "gradient": gradient}
+
+    return probed
+
+
+def _with_probe(state, batch):
+    return state._replace(params=state.params | {IMAGES: jnp.zeros_like(batch["image"])})
+
+
+def _unprobed(state):
+    return state._replace(params=_without_images(state.params))
+
+
+def _without_images(tree):
+    return {k: v for k, v in tree.items() if k != IMAGES}
+
+
+@contextlib.contextmanager
+def _replayed(batch):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(replay.masked_jax(batch["mask"]))
+        if batch["decisions"] is not None:
+            stack.enter_context(replay.replayed_jax(batch["decisions"]))
+        yield
+
+
+def trace(state, seen: dict, values: dict, config: TrainConfig, *, train=True) -> dict:
+    """Everything under torch's names and in torch's layouts."""
+    gradients = named(_without_images(seen["gradient"]))
+    gradients[IMAGES] = np.asarray(seen["gradient"][IMAGES]).transpose(0, 3, 1, 2)
+    result = {
+        FORWARD: {n: _channels_first(a) for n, a in seen[FORWARD].items() if n},
+        "loss": values,
+        "gradient": gradients,
+    }
+    if not train:
+        return result
+    return result | {
+        "batch_norm": named(state.batch_stats),
+        "optimizer": optimizer_state(state.opt_state, config.optimizer.optimizer),
+        "parameters": named(state.params),
+    }
+
+
+def _channels_first(array) -> np.ndarray:
+    array = np.asarray(array)
+    if array.dtype == jnp.bfloat16:  # which NumPy cannot do arithmetic with
+        array = array.astype(np.float32)
+    return array.transpose(0, 3, 1, 2) if array.ndim == 4 else array

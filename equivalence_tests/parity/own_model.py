@@ -1,0 +1,84 @@
+"""A user's own PyTorch network, run and recorded under torchvision's names."""
+
+import importlib
+import sys
+
+import numpy as np
+import torch
+from torch import nn
+
+from equivalence_tests.parity import engine
+from equivalence_tests.parity.inputs import Case
+from flax_resnet.config import InputError
+from flax_resnet.interop import convert
+from torch_ref import checkpoint
+
+
+def load(place: str) -> nn.Module:
+    """ "package.module:callable" -> what the callable returns, dropout off.
+
+    Raises:
+      InputError: there is no such thing, or it makes no network.
+    """
+    module_name, _, name = place.partition(":")
+    sys.path.insert(0, "")  # a module in the working directory, as python -m has it
+    try:
+        model = getattr(importlib.import_module(module_name), name)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"--torch-model {place}: {error} (package.module:callable)") from None
+    if not isinstance(model, nn.Module):
+        raise InputError(f"--torch-model {place} returns {type(model).__name__}, no nn.Module")
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0  # its draws cannot be compared
+    return model.double()
+
+
+def weights(model: nn.Module) -> dict[str, np.ndarray]:
+    """Its parameters and statistics under torchvision's names, float64."""
+    return convert.translate_names(checkpoint.to_arrays(model.state_dict()))
+
+
+def fill(model: nn.Module, arrays: dict[str, np.ndarray]):
+    """Give it weights that stand under torchvision's names."""
+    model.load_state_dict(
+        {own: torch.from_numpy(np.array(arrays[ours])) for own, ours in _names(model).items()}
+    )
+
+
+def trace(model: nn.Module, case: Case, *, train: bool) -> engine.Trace:
+    """What it does with the images of a case; changes its weights in training.
+
+    Raises:
+      InputError: its forward pass raises something.
+    """
+    names = _names(model)
+    modules = {own.rpartition(".")[0]: ours.rpartition(".")[0] for own, ours in names.items()}
+    try:
+        raw = engine.run_torch(case, train=train, model=model)
+    except Exception as error:  # whatever the user's own code raises
+        size = "x".join(map(str, case.images.shape[1:]))
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"--torch-model: its forward pass of {size} raises {reason}") from error
+    return {
+        phase: {
+            _renamed(name, modules if phase == "forward" else names): array
+            for name, array in arrays.items()
+        }
+        for phase, arrays in raw.items()
+    }
+
+
+def _names(model) -> dict[str, str]:
+    """Its own names of parameters and statistics -> torchvision's."""
+    own = {name: name for name in model.state_dict()}
+    return {name: ours for ours, name in convert.translate_names(own).items()}
+
+
+def _renamed(name: str, names: dict) -> str:
+    """The name in front of a space or colon replaced."""
+    for mark in " ", ":":
+        head, found, tail = name.partition(mark)
+        if found:
+            return names.get(head, head) + mark + tail
+    return names.get(name, name)

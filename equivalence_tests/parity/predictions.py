@@ -1,0 +1,91 @@
+"""Whether two networks give the images of a data set the same classes, in float32."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import torch
+from torch import nn
+
+import flax_resnet
+from equivalence_tests.parity import torch_side
+from equivalence_tests.parity.inputs import Case
+from flax_resnet.config import DataConfig, InputError, ModelConfig, TrainConfig
+from flax_resnet.data import pipeline
+from flax_resnet.data.prepare import prepare
+from flax_resnet.training import steps
+
+BATCH = 250
+
+
+def agreement(case: Case, data: DataConfig, model: nn.Module | None) -> dict:
+    """Predictions of the test split in JAX and in PyTorch.
+
+    Args:
+      case: the weights.
+      data: the set, and its preprocessing where that is known.
+      model: the PyTorch side, if it is not the twin.
+
+    Raises:
+      InputError: the set has other classes or channels than the weights.
+    """
+    network = ModelConfig(
+        arch=case.arch, stem=case.stem, shortcut=case.shortcut, num_classes=case.num_classes
+    )
+    data = dataclasses.replace(data, cache="none")
+    prepared = prepare(TrainConfig(model=network, data=data, batch_size=1))
+    channels = case.arrays["conv1.weight"].shape[1]
+    if prepared.dataset.channels != channels:
+        raise InputError(f"{data.dataset} has {prepared.dataset.channels} channels, not {channels}")
+    ours, theirs = _jax_logits(case, prepared.config.data), _torch_logits(case, model)
+    labels, got, expected = [], [], []
+    for batch in pipeline.evaluation_batches(prepared.dataset.test, prepared.decoder, BATCH):
+        images, kept = batch["image"], batch["mask"]
+        labels.append(batch["label"][kept])
+        got.append(np.asarray(ours(images))[kept])
+        expected.append(theirs(_normalised(images, prepared.config.data))[kept])
+    return _summary(data.dataset, *map(np.concatenate, (labels, got, expected)))
+
+
+def _summary(dataset, labels, got, expected) -> dict:
+    classes, reference = got.argmax(1), expected.argmax(1)
+    return {
+        "dataset": dataset,
+        "images": len(labels),
+        "agree": int((classes == reference).sum()),
+        "accuracy": float((classes == labels).mean()),
+        "reference_accuracy": float((reference == labels).mean()),
+        "largest_difference": float(np.abs(got - expected).max()),
+    }
+
+
+def _jax_logits(case, data):
+    model = flax_resnet.create_model(
+        case.arch,
+        case.num_classes,
+        stem=case.stem,
+        shortcut=case.shortcut,
+        in_channels=len(data.mean),
+    )
+    network = steps.Network(flax_resnet.load_state_dict(model, case.arrays))
+    preprocess = steps.Preprocess(data.mean, data.std)
+    # Weights are an argument: as constants the compiler would compute with them beforehand.
+    logits = jax.jit(functools.partial(steps.predict_logits, network, preprocess))
+    return functools.partial(logits, network.initial)
+
+
+def _torch_logits(case, model):
+    model = (torch_side.make_model(case, np.float32) if model is None else model.float()).eval()
+
+    @torch.no_grad()
+    def logits(images):
+        return model(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()).numpy()
+
+    return logits
+
+
+def _normalised(images, data) -> np.ndarray:
+    """torchvision's ToTensor and Normalize."""
+    unit = images.astype(np.float32) / 255
+    return (unit - np.array(data.mean, np.float32)) / np.array(data.std, np.float32)

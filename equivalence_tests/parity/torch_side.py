@@ -1,0 +1,160 @@
+"""A case in PyTorch: `torch_ref.steps.train_step`, watched by hooks."""
+
+import contextlib
+import inspect
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import nn
+
+import torch_ref
+from equivalence_tests.parity import replay
+from equivalence_tests.parity.inputs import Case
+from torch_ref import checkpoint, losses, optim, steps, training_state
+
+optimizer_state = training_state.optimizer_arrays
+
+
+def run(
+    case: Case, dtype=np.float64, *, train=True, decisions=None, record=None, model=None
+) -> dict:
+    """A trace (`parity.run_torch`)."""
+    model = (model or make_model(case, dtype)).train(train)
+    optimizer = optim.make_optimizer(model, **chosen(case.rule, optim.make_optimizer))
+    seen = {"loss": {}}
+    for index in range(len(case.images)):
+        with _deciding(decisions and decisions[index], record):
+            one_step(model, optimizer, case, index, seen)
+    return trace(model, optimizer, seen, train=train)
+
+
+def make_model(case: Case, dtype=np.float64) -> nn.Module:
+    """The twin with the weights of the case."""
+    with torch.device("meta"):
+        model = torch_ref.create_model(
+            case.arch,
+            case.num_classes,
+            case.images.shape[-1],
+            stem=case.stem,
+            dropout=case.dropout,
+            shortcut=case.shortcut,
+        )
+    model.load_state_dict(checkpoint.to_tensors(case.arrays), assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.to(torch.from_numpy(np.zeros(0, dtype)).dtype)
+
+
+def one_step(model, optimizer, case: Case, index: int, seen: dict, *, autocast=None) -> None:
+    """One batch, forward and backward; in training mode it also moves the weights.
+
+    Args:
+      seen: filled with forward, loss and gradient.
+      autocast: torch.bfloat16 for mixed precision.
+    """
+    parameter = next(model.parameters())
+    images = torch.from_numpy(case.images[index]).permute(0, 3, 1, 2).to(parameter.dtype)
+    images = images.contiguous().requires_grad_()
+    labels = torch.from_numpy(case.labels[index])
+    mask = None if case.masks is None else case.masks[index]
+    with (
+        recorded_activations(model) as seen["forward"],
+        replay.masked_torch(mask),
+        _gradients_before_clipping(model, seen),
+    ):
+        if model.training:
+            options = chosen(case.rule, steps.train_step)
+            options.pop("optimizer", None)  # which is the name of the rule
+            dtype = autocast or parameter.dtype
+            loss = steps.train_step(
+                model, optimizer, images, labels, dtype=dtype, step=index, **options
+            )
+        else:
+            optimizer.zero_grad()
+            smoothing = case.rule.get("label_smoothing", 0.0)
+            loss = losses.cross_entropy(model(images), labels, label_smoothing=smoothing)
+            loss.backward()
+    seen["loss"][f"loss of step {index}"] = to_numpy(loss)
+    unclipped = seen.pop("unclipped", None) or gradients(model)
+    seen["gradient"] = unclipped | {"images": to_numpy(images.grad)}
+
+
+def gradients(model) -> dict[str, np.ndarray]:
+    """Of all parameters; the first layers come last in a backward pass."""
+    return {n: to_numpy(p.grad) for n, p in reversed(list(model.named_parameters()))}
+
+
+def _gradients_before_clipping(model, seen: dict):
+    """torch clips gradients where they lie."""
+    clip = nn.utils.clip_grad_norm_
+
+    def recording(parameters, max_norm):
+        seen["unclipped"] = gradients(model)
+        return clip(parameters, max_norm)
+
+    return mock.patch.object(nn.utils, "clip_grad_norm_", recording)
+
+
+def trace(model, optimizer, seen: dict, *, train=True) -> dict:
+    """What was seen and, after training, the state of everything; it shares the model's memory,
+    not the optimizer's."""
+    if not train:
+        return seen
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    return seen | {
+        "batch_norm": {n: a for n, a in state.items() if n not in parameters},
+        "optimizer": optimizer_state(optimizer, parameters),
+        "parameters": {n: a for n, a in state.items() if n in parameters},
+    }
+
+
+@contextlib.contextmanager
+def recorded_activations(model: nn.Module):
+    """Yields a dict that calls fill with outputs [B, C, ...] by module name, in order; the second
+    call of the same module is `name:2`."""
+    outputs, counts = {}, {}
+
+    def hook(name, output):
+        counts[name] = counts.get(name, 0) + 1
+        key = name if counts[name] == 1 else f"{name}:{counts[name]}"
+        # The global pool keeps [B, C, 1, 1], which JAX has as [B, C].
+        flat = output.ndim == 4 and output.shape[2:] == (1, 1) and name.endswith("pool")
+        outputs[key] = to_numpy(output.flatten(1) if flat else output)
+
+    handles = [
+        module.register_forward_hook(lambda m, i, output, name=name: hook(name, output))
+        for name, module in model.named_modules()
+        if name
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def to_numpy(tensor) -> np.ndarray:
+    """A copy; bfloat16 becomes float32."""
+    return checkpoint.to_arrays({"": tensor})[""]
+
+
+def _deciding(decisions, record):
+    if decisions is not None:
+        return replay.replayed_torch(decisions)
+    if record is not None:
+        return _recording(record)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _recording(record):
+    with replay.recorded_torch() as decisions:
+        yield
+    record.append(decisions)
+
+
+def chosen(options: dict, function) -> dict:
+    """Those options that a function has."""
+    return {k: v for k, v in options.items() if k in inspect.signature(function).parameters}

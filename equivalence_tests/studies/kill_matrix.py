@@ -1,0 +1,186 @@
+"""The suite proves itself: every mutant against the unchanged tests, and against the criteria by
+which other projects call a port correct.
+
+    python -m equivalence_tests.studies.kill_matrix                       # all; an hour on two cores
+    python -m equivalence_tests.studies.kill_matrix --only "no Nesterov"  # these rows of the table anew
+    python -m equivalence_tests.studies.kill_matrix --seeds 20          # false alarms instead
+    python -m equivalence_tests.studies.kill_matrix --seeds 20 --go-on  # where that was cut off
+
+Writes results/kill-matrix.json and .md. Exit status 1 if a mutant survives or a test fails on
+sound code.
+"""
+
+import argparse
+import concurrent.futures
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from equivalence_tests import mutants, results
+from equivalence_tests.studies import criteria
+from flax_resnet.commands import cli
+from flax_resnet.runs import environment
+
+ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "equivalence_tests" / "numerics"
+
+
+# Files whose tests a mutant of a group most likely fails, to be run first; then all others.
+FIRST = {
+    "layers": ("layers", "float64", "convert"),
+    "optimizers": ("optim", "float64"),
+    "schedules": ("schedules",),
+    "losses": ("losses_metrics", "layers", "float64"),
+    "images": ("images", "augment"),
+}
+
+
+def run_tests(*flags: str, first=()) -> tuple[int, dict[str, str]]:
+    """Runs the tests of equality; how many ran, and which of them failed, with their message."""
+    names = sorted(path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py"))
+    names.sort(key=lambda name: first.index(name) if name in first else len(first))
+    files = [str(TESTS / f"test_{name}.py") for name in names]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", *files]
+        command += ["-m", "quick and not control and not slow", "-p", "no:cacheprovider", "-n", "0"]
+        run = subprocess.run(
+            [*command, f"--junit-xml={report}", *flags], cwd=ROOT, capture_output=True, text=True
+        )
+        if run.returncode not in (0, 1, 2):
+            raise RuntimeError(f"pytest {' '.join(flags)}: {run.stdout[-2000:]}{run.stderr[-500:]}")
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    wrong = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    return len(cases), {f"{_file(case)}::{case.get('name')}": _message(case) for case in wrong}
+
+
+def _message(case) -> str:
+    fault = case.find("failure") if case.find("failure") is not None else case.find("error")
+    return fault.get("message", "").splitlines()[0][:200]
+
+
+def _file(case) -> str:
+    return (case.get("classname") or case.get("name")).rsplit("test_", 1)[-1]
+
+
+def row(mutant: mutants.Mutant) -> dict:
+    """The first test that fails on one mutant."""
+    started = time.monotonic()
+    group = next(name for name, group in mutants.GROUPS.items() if mutant in group)
+    count, failed = run_tests("-x", "--mutant", mutant.name, first=FIRST[group])
+    return {
+        "mutant": mutant.name,
+        "difference": mutant.difference,
+        "what": mutant.what,
+        "killed_by": next(iter(failed), None),
+        "message": next(iter(failed.values()), None),
+        "tests_run": count,
+        "seconds": round(time.monotonic() - started, 1),
+        "revision": environment.revision(),
+    }
+
+
+def measure(chosen: list[mutants.Mutant], jobs: int) -> list[dict]:
+    """A row for each; prints them as they come."""
+    rows = []
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for result in pool.map(row, chosen):
+            rows.append(result)
+            print(
+                f"{result['difference']:4s}{result['mutant']:36s}{result['killed_by']}", flush=True
+            )
+    seen_by_others = criteria.verdicts(chosen)
+    return [r | {"seen_by": seen_by_others[r["mutant"]]} for r in rows]
+
+
+def false_alarms(seeds: int, rows: dict[str, dict]) -> dict[str, dict]:
+    """seed of the inputs -> how many tests ran on sound code, and which failed.
+
+    Args:
+      rows: of seeds that are done; each row is written as it comes.
+    """
+    revision = environment.revision()  # before the first row is written
+    for seed in map(str, range(1, seeds + 1)):
+        if seed not in rows:
+            count, failed = run_tests("--inputs-seed", seed)
+            rows[seed] = {"tests": count, "failed": failed, "revision": revision}
+            results.write("false-alarms", {"seeds": rows})
+        print(
+            f"inputs {seed}: {rows[seed]['tests']} tests, failed {rows[seed]['failed']}", flush=True
+        )
+    return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    """The matrix as a table."""
+    others = list(criteria.CRITERIA)
+    lines = ["| no. | mutant | what it does | first test to fail | " + " | ".join(others) + " |"]
+    lines += ["|---" * (4 + len(others)) + "|"]
+    for r in sorted(rows, key=lambda r: _order(r["difference"])):
+        killer = f"`{r['killed_by']}`" if r["killed_by"] else "**survives**"
+        seen = ["sees it" if name in r["seen_by"] else "blind" for name in others]
+        cells = [r["difference"], r["mutant"], r["what"], killer, *seen]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _order(difference: str) -> tuple[int, str]:
+    number, letter = re.fullmatch(r"(\d+)(\w?)", difference).groups()
+    return int(number), letter
+
+
+def summary(rows: list[dict]) -> str:
+    """One sentence with all counts."""
+    killed = sum(bool(r["killed_by"]) for r in rows)
+    others = [f"{name} {sum(name in r['seen_by'] for r in rows)}" for name in criteria.CRITERIA]
+    return f"{killed} of {len(rows)} mutants killed. Seen by others' criteria: {', '.join(others)}."
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants only")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="test runs at a time")
+    parser.add_argument("--seeds", type=int, metavar="N", help="look for false alarms instead")
+    parser.add_argument("--go-on", action="store_true", help="keep the seeds that are done")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    if args.seeds:
+        done = results.read("false-alarms").get("seeds", {}) if args.go_on else {}
+        return int(any(row["failed"] for row in false_alarms(args.seeds, done).values()))
+    chosen = [mutants.MUTANTS[name] for name in args.only or mutants.MUTANTS]
+    rows = measure(chosen, args.jobs)
+    command = cli.command_line()
+    if args.only:
+        before = results.read("kill-matrix")
+        rows, command = _updated(before["rows"], rows), before["command"]
+    write({"command": command, "summary": summary(rows), "rows": rows})
+    print(summary(rows))
+    return int(not all(r["killed_by"] for r in rows))
+
+
+def _updated(before: list[dict], rows: list[dict]) -> list[dict]:
+    known = {r["mutant"]: r for r in before} | {r["mutant"]: r for r in rows}
+    return [known[name] for name in mutants.MUTANTS if name in known]
+
+
+def write(document: dict):
+    results.write("kill-matrix", document)
+    without = [f"- {n}: {why}" for n, why in mutants.NOT_APPLICABLE.items()]
+    (results.FOLDER / "kill-matrix.md").write_text(
+        f"# Kill matrix\n\n`{document['command']}`\n\n{document['summary']}\n\n"
+        + markdown(document["rows"])
+        + "\nThe criteria run on resnet18, and on resnext50_32x4d for 8a and 11b; faults of"
+        " optimizers, schedules, images and other networks are out of their reach. Without a"
+        " mutant:\n\n" + "\n".join(without) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Whether trainings in float32, which rounding drives apart, end equally good: test accuracies of
+20 paired trainings in JAX and PyTorch, by two one-sided t-tests (Schuirmann 1987).
+
+    python -m equivalence_tests.studies.paired_training                     # a quarter of an hour on one core
+    python -m equivalence_tests.studies.paired_training --mutant "NAME"     # the same with a known fault in JAX
+
+Writes results/tost.json, with a fault tost-its-name.json. Exit status 1 if they are not equivalent.
+"""
+
+import argparse
+import contextlib
+
+import numpy as np
+from scipy import stats
+
+from equivalence_tests import mutants, results
+from equivalence_tests.studies import trajectory
+from equivalence_tests.studies.reproduction import LEVEL, MARGIN
+from flax_resnet.commands import cli
+
+SEEDS = range(100, 120)
+"""Fixed before the first run. Five would have a power of 0.3."""
+
+
+def accuracies(seed: int) -> tuple[float, float]:
+    """Test accuracy of resnet20 on all digits, in JAX and in PyTorch, from the same weights and on
+    the same batches."""
+    config = trajectory.config(
+        seed=seed,
+        epochs=6,
+        model={"dtype": "float32"},
+        data={"train_images": None, "eval_images": None},
+        optimizer={"lr": 0.05},
+    )
+    courses = trajectory.both(config)
+    ours, theirs = (course.report["splits"]["test"]["accuracy"] for course in courses)
+    print(f"seed {seed}: JAX {ours:.4f}, torch {theirs:.4f}", flush=True)
+    return ours, theirs
+
+
+def equivalence(ours, theirs) -> dict:
+    """Two one-sided paired t-tests of |mean difference| < MARGIN."""
+    difference = np.subtract(ours, theirs)
+    low = stats.ttest_1samp(difference, -MARGIN, alternative="greater").pvalue
+    high = stats.ttest_1samp(difference, MARGIN, alternative="less").pvalue
+    interval = stats.t.interval(
+        1 - 2 * LEVEL, len(difference) - 1, difference.mean(), stats.sem(difference)
+    )
+    return {
+        "mean_difference": float(difference.mean()),
+        "standard_deviation": float(difference.std(ddof=1)),
+        "interval_90": [float(bound) for bound in interval],
+        "p_value": float(max(low, high)),
+        "equivalent": bool(max(low, high) < LEVEL),
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = cli.Parser(prog="tost", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--mutant", default="", metavar="NAME", help="put this fault into JAX")
+    args = parser.parse_args()
+    if args.mutant:
+        cli.check_choice("--mutant", args.mutant, mutants.MUTANTS)
+    return args
+
+
+def main() -> int:
+    name = parse().mutant
+    fault = mutants.injected(mutants.MUTANTS[name]) if name else contextlib.nullcontext()
+    with fault:
+        pairs = [accuracies(seed) for seed in SEEDS]
+    ours, theirs = zip(*pairs, strict=True)
+    outcome = equivalence(ours, theirs)
+    measured = {"margin": MARGIN, "seeds": list(SEEDS), "jax": ours, "torch": theirs}
+    results.write("-".join(["tost", *name.split()]), {"mutant": name, **measured, **outcome})
+    print(outcome)
+    return int(not outcome["equivalent"])
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

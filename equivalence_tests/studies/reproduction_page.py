@@ -1,0 +1,203 @@
+"""The table, the plots and the page of what all recipes reached."""
+
+import base64
+import html
+import json
+import re
+from pathlib import Path
+from string import Template
+
+from equivalence_tests.studies.reproduction import (
+    LEVEL,
+    MARGIN,
+    Run,
+    comparisons,
+    differences,
+    discussion,
+    finished,
+    score,
+    side_by_side,
+    table_rows,
+)
+from flax_resnet.recipes import RECIPES
+from flax_resnet.runs import plots
+from flax_resnet.runs.tables import read_rows
+
+
+def rebuild(folder: Path) -> list[dict]:
+    """FOLDER/recipes.{json,md,html} and a picture for each comparison, from FOLDER/recipes/."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = finished(folder / "recipes")
+    rows = table_rows(runs)
+    figures = {"rows": rows, "side_by_side": side_by_side(rows)}
+    (folder / "recipes.json").write_text(json.dumps(figures, indent=1) + "\n")
+    text = f"# Published figures, and ours\n\n{markdown(rows)}"
+    if pairs := pairs_markdown(rows):
+        text += f"\n## The same recipe in JAX and in PyTorch\n\n{PAIRS_METHOD}\n\n{pairs}"
+    (folder / "recipes.md").write_text(text)
+    for title, group in comparisons(runs).items():
+        courses = {run.recipe: read_rows(run.folder / "metrics.csv") for run in group}
+        plots.comparison(folder / picture_name(title), courses, title)
+    (folder / "recipes.html").write_text(page(folder, runs, rows))
+    return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    """The table; recipes that have not run say so."""
+    lines = [
+        "| recipe | figure | published | reached | seeds | epochs | minutes | hardware | data |",
+        "|---" * 9 + "|",
+    ]
+    for name, recipe in RECIPES.items():
+        own = [row for row in rows if row["recipe"] == name]
+        figures = list(recipe.published) or ["test_accuracy"]
+        lines += [_line(row, figure) for row in own for figure in figures]
+        if not own:
+            published = ", ".join(f"{v:.4f}" for v in recipe.published.values())
+            published, figures = published or "-", ", ".join(map(_words, figures))
+            lines.append(f"| `{name}` | {figures} | {published} | not run |" + " |" * 5)
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: dict, figure: str) -> str:
+    published = row["published"].get(figure)
+    marks = ["torch"] if row["framework"] == "torch" else []
+    cells = [
+        _marked(row["recipe"], marks, row["subset"]),
+        _words(figure),
+        f"{published:.4f}" if published else "-",
+        reached(row["figures"][figure]),
+        str(len(row["seeds"])),
+        "-".join(map(str, sorted({min(row["epochs"]), max(row["epochs"])}))),
+        f"{row['minutes']:.0f}",
+        row["hardware"],
+        row["data"],
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _marked(recipe: str, marks: list[str], subset: int | None) -> str:
+    marks = marks + ([f"{subset:,} images"] if subset else [])
+    return f"`{recipe}`" + (f" ({', '.join(marks)})" if marks else "")
+
+
+def _words(figure: str) -> str:
+    return figure.replace("_", " ")
+
+
+def reached(spread: dict) -> str:
+    """`0.8766` or `0.8766 ± 0.0012`."""
+    deviation = spread["deviation"]
+    return f"{spread['mean']:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+
+
+PAIRS_METHOD = f"""\
+Mean over the same seeds, which are two independent samples: weights, batches and augmentation are
+drawn by each framework. Equivalent is a difference of the means below {100 * MARGIN:.1f} points by
+two one-sided Welch tests at {100 * LEVEL:.0f}%; minutes are the median of a run."""
+
+
+def pairs_markdown(rows: list[dict]) -> str:
+    """What ran in both frameworks, a line each; nothing where none did."""
+    lines = [
+        "| recipe | seeds | test accuracy, JAX | PyTorch | minutes, JAX | PyTorch"
+        " | difference, points (90% interval) | equivalent |",
+        "|---" * 8 + "|",
+    ]
+    lines += map(_pair_line, side_by_side(rows))
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def _pair_line(pair: dict) -> str:
+    outcome = ["-", "not tested"]
+    if "p_value" in pair:
+        low, high = (f"{100 * bound:+.1f}" for bound in pair["interval_90"])
+        word = "yes" if pair["equivalent"] else "not shown"
+        outcome = [
+            f"{100 * pair['difference']:+.1f} ({low} to {high})",
+            f"{word}, p = {pair['p_value']:.2g}",
+        ]
+    cells = [
+        _marked(pair["recipe"], [], pair["subset"]),
+        str(len(pair["seeds"])),
+        *(reached(pair[framework]) for framework in ("jax", "torch")),
+        *(f"{pair[framework]['minutes']:.0f}" for framework in ("jax", "torch")),
+        *outcome,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def picture_name(title: str) -> str:
+    """`recipes-....png`."""
+    return "recipes-" + re.sub(r"\W+", "-", title.lower()).strip("-") + ".png"
+
+
+_PAGE = Template("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Published figures, and ours</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto;
+  padding: 0 1rem; color: #222 }
+h2 { margin-top: 2.5rem } img { max-width: 100% }
+table { border-collapse: collapse; font-size: .85rem }
+th { text-align: left; border-bottom: 2px solid #999 }
+td { border-bottom: 1px solid #ddd; padding: .2rem .7rem .2rem 0; vertical-align: top }
+code, pre { background: #f6f6f6; font-size: .85rem } pre { padding: .6rem; overflow-x: auto }
+</style>
+<h1>Published figures, and ours</h1>
+<p>Every figure is read from the report of a run; models are selected on validation images, the
+test split is read once, at the end.</p>
+$table
+$pairs
+$comparisons
+<h2>Every run</h2>
+$runs
+</html>
+""")
+
+
+def page(folder: Path, runs: list[Run], rows: list[dict]) -> str:
+    """One HTML file that needs nothing else."""
+    compared = [
+        f"<h2>{html.escape(title)}</h2><p>{html.escape(discussion(group))}</p>"
+        + f"<p>They differ in: {html.escape(differences([run.recipe for run in group]))}.</p>"
+        + _image(folder / picture_name(title), title)
+        for title, group in comparisons(runs).items()
+    ]
+    return _PAGE.substitute(
+        table=_html_table(markdown(rows)),
+        pairs=_pairs_section(rows),
+        comparisons="".join(compared),
+        runs="".join(map(_section, runs)),
+    )
+
+
+def _pairs_section(rows: list[dict]) -> str:
+    pairs = pairs_markdown(rows)
+    title = "<h2>The same recipe in JAX and in PyTorch</h2>"
+    return f"{title}<p>{PAIRS_METHOD}</p>{_html_table(pairs)}" if pairs else ""
+
+
+def _html_table(text: str) -> str:
+    lines = [line.strip("| ").split("|") for line in text.splitlines() if line.startswith("| ")]
+    cells = [[html.escape(cell.strip().replace("`", "")) for cell in line] for line in lines]
+    head, *body = cells
+    rows = "".join("<tr><td>" + "<td>".join(line) + "</tr>" for line in body)
+    return f"<table><tr><th>{'<th>'.join(head)}</tr>{rows}</table>"
+
+
+def _section(run: Run) -> str:
+    recipe = RECIPES[run.recipe]
+    pictures = [run.folder / name for name in ("curves.png", "confusion_matrix.png")]
+    return (
+        f"<details><summary>{html.escape(run.recipe)}, {run.folder.name}: test accuracy"
+        f" {score(run.report, 'test_accuracy'):.4f}</summary><p>{html.escape(recipe.method)}</p>"
+        f"<pre>{html.escape(run.report['command'])}</pre>"
+        + "".join(_image(path, path.stem) for path in pictures if path.exists())
+        + "</details>"
+    )
+
+
+def _image(path: Path, title: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'

@@ -1,0 +1,317 @@
+"""Flags from the config's fields, one-line errors, exit statuses."""
+
+import argparse
+import codecs
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pydantic
+
+from flax_resnet import errors
+from flax_resnet.config import INT32, InputError, TrainConfig, idle, nearest, to_dict
+from flax_resnet.errors import BAD_INPUT, DONE, FAILED  # noqa: F401
+from flax_resnet.runs.display import drop_output
+
+BAD_IMAGE = "skip: images that cannot be read are listed and left out, and end nothing"
+FOLD_BATCHNORM = "compute BatchNorm as part of the convolutions: faster, equal up to rounding"
+WEIGHTS_KEY = "which of the networks in a file: the key or prefix that it lies under"
+EMA = "the averaged weights of a file, where raw ones lie beside them"
+
+
+class CheckFailed(Exception):
+    """A check came out negative."""
+
+    exit_status = FAILED
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one line and the nearest valid name."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
+
+    def format_help(self):
+        """What the command does and examples, then how it is called, then its flags."""
+        words = [action.metavar or action.dest for action in self._get_positional_actions()]
+        self.usage = " ".join([self.prog, *words, "[flags]"])
+        about, self.description = self.description or "", None
+        flags, self.description = super().format_help(), about
+        return f"{about.strip()}\n\n{flags}"
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].split("=", 1)[0]
+            hint = nearest(word, self._option_string_actions) if word.startswith("-") else ""
+            raise InputError(f"unknown argument {word!r}{hint}")
+        return namespace
+
+    def error(self, message):
+        raise InputError(message)
+
+
+def add_config_flags(parser: argparse.ArgumentParser, only: tuple[str, ...] | None = None):
+    """One flag for every field of `TrainConfig` and its groups, or for those in `only`; none has
+    a default here."""
+    for group, fields in _fields().items():
+        fields = [field for field in fields if only is None or field.name in only]
+        section = parser.add_argument_group(group or "run") if fields else None
+        for field in fields:
+            section.add_argument(_flag(field.name), default=None, **_argument(field))
+
+
+def requested_values(args: argparse.Namespace) -> dict:
+    """The flags that were given, nested as in `config.to_dict`; values are still strings."""
+    values = {}
+    for group, fields in _fields().items():
+        given = {f.name: v for f in fields if (v := getattr(args, f.name, None)) is not None}
+        if given and group:
+            values[group] = given
+        else:
+            values.update(given)
+    return values
+
+
+def merge(base: TrainConfig, values: dict) -> TrainConfig:
+    """A config with some fields replaced; strings are converted to the fields' types.
+
+    Raises:
+      InputError: names the flag, what it may be and, for a name, the nearest valid one.
+    """
+    merged = to_dict(base)
+    for key, value in values.items():
+        merged[key] = merged[key] | value if isinstance(value, dict) else value
+    try:
+        return pydantic.TypeAdapter(TrainConfig).validate_python(merged)
+    except pydantic.ValidationError as error:
+        raise InputError(_faults(error)) from None
+
+
+def with_flags(base: TrainConfig, args: argparse.Namespace) -> TrainConfig:
+    """What a file or recipe says, and the flags. What the flags leave without effect of it takes
+    its default."""
+    config = merge(base, requested_values(args))
+    left = idle(config).keys() - idle(base).keys()
+    left = {name for name in left if getattr(args, name, None) is None}
+    groups = {k: v for k, v in to_dict(TrainConfig()).items() if isinstance(v, dict)}
+    return merge(config, {k: {n: v[n] for n in left & v.keys()} for k, v in groups.items()})
+
+
+def check_choice(flag: str, value: str, valid):
+    """Raises InputError, naming the nearest valid value, unless `value` is one."""
+    if value not in valid:
+        raise InputError(f"{flag}: unknown {value!r}{nearest(value, valid)}")
+
+
+def check_writable(flag: str, path: Path | None, inputs: Iterable[Path] = ()):
+    """Raises InputError unless a file can be written at `path` by its folder, which is none of the
+    inputs and in none of them; None is no file."""
+    if path and not path.absolute().parent.is_dir():
+        raise InputError(f"{flag}: the folder {path.absolute().parent} does not exist")
+    if path and path.is_dir():
+        raise InputError(f"{flag}: {path} is a directory")
+    if path:
+        written = Path(os.path.realpath(path))
+        read = {Path(os.path.realpath(entry)) for entry in inputs}
+        if read & {written, *written.parents}:
+            raise InputError(f"{flag}: {path} is one of the files that are read")
+
+
+@contextlib.contextmanager
+def output(path: Path) -> Iterator[typing.TextIO]:
+    """A text file in UTF-8 that gets its name when it is whole; "-" is standard output."""
+    if str(path) == "-":
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+        yield sys.stdout
+        return
+    path = Path(os.path.realpath(path))
+    how = {"mode": "w", "encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    if path.exists() and not path.is_file():  # a device or a pipe is not replaced
+        with path.open(**how) as file:
+            yield file
+        return
+    temporary = path.with_name(f".{path.name[-100:]}.{os.getpid()}.tmp")
+    try:
+        with temporary.open(**how) as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_folder(flag: str, path: Path | None):
+    """Raises InputError for what is there and no folder; None is none."""
+    if path and path.exists() and not path.is_dir():
+        raise InputError(f"{flag}: {path} is no directory")
+
+
+def check_positive(flag: str, value: int | None):
+    """Raises InputError below 1 or above 32 bits; None is left out."""
+    if value is not None and value < 1:
+        raise InputError(f"{flag}: at least 1, got {value}")
+    if value is not None and value > INT32:
+        raise InputError(f"{flag}: at most {INT32:,}, got {value}")
+
+
+def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
+    """Call a script's main and leave with the status that its outcome stands for."""
+    _open_closed_streams()
+    sys.stdout.reconfigure(errors=_BYTES_OR_ESCAPED)  # names of files are bytes, UTF-8 or not
+    status, line = _outcome(main)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        drop_output(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            status, line = errors.verdict(error)
+    if line:
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+def _outcome(main) -> tuple[int, str]:
+    try:
+        return main() or DONE, ""
+    except SystemExit as left:  # argparse has printed its help
+        return left.code or DONE, ""
+    except BrokenPipeError:  # whoever reads has seen enough
+        return DONE, ""
+    except pydantic.ValidationError as error:  # a field of a config, replaced by a flag
+        return errors.verdict(InputError(_faults(error)))
+    except (Exception, KeyboardInterrupt) as error:
+        return errors.verdict(error)
+
+
+def leave(status: int, line: str) -> typing.NoReturn:
+    """End the process with a line on stderr."""
+    print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+def _bytes_or_escaped(error: UnicodeEncodeError):
+    """A byte of a file's name as that byte, other characters that the terminal lacks as escapes."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+_BYTES_OR_ESCAPED = "bytes or escaped"
+codecs.register_error(_BYTES_OR_ESCAPED, _bytes_or_escaped)
+
+
+def _open_closed_streams():
+    """Standard streams that the caller has closed drop what is written; the next file to be opened
+    would get their number."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or open(1, "w")
+    sys.stderr = sys.stderr or open(2, "w")
+
+
+def extra_needed(what: str, error: ModuleNotFoundError, extra: str) -> str:
+    """What to do about a package that is not installed by default."""
+    return f"{what} needs {error.name}: uv run --extra {extra} {command_line()}"
+
+
+def command_line() -> str:
+    """How this process was called, without the place where the project lies."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None:
+        name = spec.name.removesuffix(".__main__")
+        return shlex.join(["python", "-m", name, *sys.argv[1:]])
+    script = Path(sys.argv[0])
+    name = f"scripts/{script.name}" if script.parent.name == "scripts" else sys.argv[0]
+    return shlex.join(["python", name, *sys.argv[1:]])
+
+
+def _fields() -> dict[str, list[dataclasses.Field]]:
+    """{group: its fields}; "" holds those of the run itself."""
+    groups = {"": []}
+    for field in dataclasses.fields(TrainConfig):
+        if dataclasses.is_dataclass(field.type):
+            groups[field.name] = list(dataclasses.fields(field.type))
+        else:
+            groups[""].append(field)
+    return groups
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+_METAVARS = {int: "INT", float: "FLOAT", "dataset": "NAME[:PATH]", "init_from": "PATH"}
+
+
+def _argument(field: dataclasses.Field) -> dict:
+    """Help text and shape of a flag; pydantic checks the value later."""
+    kind = _unwrap(field.type)
+    default = field.default if field.default is not dataclasses.MISSING else None
+    default = getattr(default, "default", default)
+    text = _help_texts()[field.name].replace("%", "%%").replace("\n", " ")
+    text += "" if default is None else f" (default: {_plain(default)})"
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": text}
+    if typing.get_origin(kind) is tuple:
+        (item, *_) = typing.get_args(kind)
+        return {"nargs": "+", "metavar": _METAVARS[_unwrap(item)], "help": text}
+    if typing.get_origin(kind) is typing.Literal:
+        names = typing.get_args(kind)
+        if len(names) > 6:
+            return {"metavar": "NAME", "help": f"{text}: {', '.join(names)}"}
+        return {"metavar": "|".join(map(str, names)), "help": text}
+    return {"metavar": _METAVARS.get(kind) or _METAVARS.get(field.name, "NAME"), "help": text}
+
+
+@functools.cache
+def _help_texts() -> dict[str, str]:
+    """The docstrings under the fields, which pydantic has collected."""
+    schema = pydantic.TypeAdapter(TrainConfig).json_schema()
+    definitions = [schema, *schema["$defs"].values()]
+    return {
+        name: properties.get("description", "")
+        for definition in definitions
+        for name, properties in definition["properties"].items()
+    }
+
+
+def _unwrap(kind):
+    """Annotated[X | None, ...] -> X."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return _unwrap(typing.get_args(kind)[0])
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return _unwrap(next(a for a in typing.get_args(kind) if a is not type(None)))
+    return kind
+
+
+def _plain(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _faults(error: pydantic.ValidationError) -> str:
+    return "; ".join(map(_describe, error.errors()))
+
+
+def _describe(fault: dict) -> str:
+    names = [part for part in fault["loc"] if isinstance(part, str)]
+    message = fault["msg"].removeprefix("Value error, ")
+    if not names or (len(names) == 1 and names[0] in _fields()):
+        return message  # of a whole group: it names the fields
+    flag = _flag(names[-1])
+    if fault["type"] == "literal_error":
+        valid = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+        return f"{flag}: unknown {fault['input']!r}{nearest(fault['input'], valid)}"
+    return f"{flag}: {message}, got {fault['input']!r}"

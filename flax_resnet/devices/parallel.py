@@ -1,0 +1,215 @@
+"""One step function under one device, a mesh, or pmap; where state and batch live.
+
+Under jit the state is replicated over a mesh and the batch split along its "data" axis: the
+compiler turns every mean into one of the global batch, BatchNorm's included. Under pmap the
+step itself says so (`axis_name`). A mesh may span processes; each then holds its rows of the batch.
+
+With shard_parameters every large array of the state (parameters, the optimizer's, the average)
+lies in equal parts on the devices between steps. A step puts the parameters together for the
+forward and backward pass, and each device updates its part.
+"""
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_resnet.config import InputError, ParallelConfig
+from flax_resnet.kernels import cpu_convolution
+
+AXIS = "data"
+SMALLEST_SHARDED = 4096  # elements; BatchNorm's vectors are smaller and stay whole
+
+
+class Engine:
+    """Places arrays on the devices and compiles steps for them."""
+
+    def __init__(self, config: ParallelConfig, *, deterministic: bool = False):
+        self.devices = _choose_devices(config.devices)
+        self.pmap = config.parallel == "pmap"
+        self.shard_parameters = config.shard_parameters
+        if self.pmap and config.shard_parameters:
+            raise InputError("--shard-parameters: pmap keeps whole parameters; use --parallel jit")
+        if self.pmap and deterministic:
+            raise InputError("--deterministic: pmap takes no such option; use --parallel jit")
+        self.several = jax.process_count() > 1
+        if self.pmap and self.several:
+            raise InputError("--parallel pmap: several processes need --parallel jit")
+        self.mesh = Mesh(np.array(self.devices), (AXIS,))
+        self._whole = NamedSharding(self.mesh, PartitionSpec())
+        self._by_row = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        on_cpu = self.devices[0].platform == "cpu"
+        self._steps_per_dispatch = config.steps_per_dispatch
+        self._options = cpu_convolution.COMPILER_OPTIONS if on_cpu else {}
+        if deterministic and not on_cpu:
+            self._options = {"xla_gpu_deterministic_ops": True}
+
+    def steps_per_dispatch(self, *, resident: bool) -> int:
+        """How many steps are sent at once: many only where that sends no images."""
+        on_cpu = self.devices[0].platform == "cpu"
+        return self._steps_per_dispatch or (20 if resident and not on_cpu else 1)
+
+    @property
+    def axis_name(self) -> str | None:
+        """What the step and BatchNorm have to be told."""
+        return AXIS if self.pmap else None
+
+    def check_batch_size(self, batch_size: int):
+        """Raises InputError unless the devices can share a batch evenly."""
+        if batch_size % len(self.devices):
+            raise InputError(
+                f"batch size {batch_size} cannot be divided among {len(self.devices)} devices"
+            )
+
+    def local_rows(self, batch_size: int) -> slice:
+        """The rows of a batch that go to the devices of this process."""
+        places = self._by_row.addressable_devices_indices_map((batch_size,)).values()
+        rows = [place[0].indices(batch_size) for place in places]
+        return slice(min(start for start, *_ in rows), max(stop for _, stop, _ in rows))
+
+    def replicate(self, tree):
+        """The same arrays on every device; under pmap with a leading axis of devices."""
+        if self.pmap:
+            return jax.device_put(jax.tree.map(self._repeated, tree), self._by_row)
+        return self._place(tree, jax.tree.map(lambda _: self._whole, tree))
+
+    def _repeated(self, x):
+        """`[...]` -> `[D, ...]` on the host, without a copy: on a device it would be D of them."""
+        return np.broadcast_to(np.asarray(x), (len(self.devices), *np.shape(x)))
+
+    def place_state(self, state):
+        """`TrainState` -> the same where the compiled step takes and leaves it."""
+        if self.pmap:
+            return self.replicate(state)
+        places = jax.tree.map(lambda x: self._sharding(x.shape), state)
+        return self._place(state, places)
+
+    def _place(self, tree, places):
+        """What every process has alike -> on the devices of all of them."""
+        if not self.several:
+            return jax.device_put(tree, places)
+        host = jax.tree.map(np.asarray, tree)
+        return jax.tree.map(
+            lambda x, place: jax.make_array_from_callback(x.shape, place, lambda i: x[i]),
+            host,
+            places,
+        )
+
+    def _place_rows(self, tree, place):
+        """Rows of a batch, of several processes the `local_rows` of each -> on all devices."""
+        if not self.several:
+            return jax.device_put(tree, place)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
+
+    def state_like(self, state):
+        """Shapes, types and places of a `TrainState`, for a checkpoint to restore into."""
+
+        def like(x):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding(x.shape))
+
+        return jax.tree.map(like, state)
+
+    def gather(self, tree):
+        """Inside a step: whole arrays of those that are in parts. Its gradient is in parts."""
+        if not self.shard_parameters:
+            return tree
+        return lax.with_sharding_constraint(self._in_parts(tree), self._whole)
+
+    def _in_parts(self, tree):
+        places = jax.tree.map(lambda x: self._sharding(x.shape), tree)
+        return lax.with_sharding_constraint(tree, places)
+
+    def _sharding(self, shape) -> NamedSharding:
+        """Where an array of the state lives: in parts along its largest axis that divides."""
+        axes = [a for a, size in enumerate(shape) if size % len(self.devices) == 0]
+        if not (self.shard_parameters and axes and np.prod(shape) >= SMALLEST_SHARDED):
+            return self._whole
+        largest = max(axes, key=lambda a: shape[a])
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * largest, AXIS))
+
+    def single(self, tree):
+        """One copy of what `replicate` made: same values, no axis of devices."""
+        return jax.tree.map(lambda x: x[0], tree) if self.pmap else tree
+
+    def shard(self, batches: list[dict]):
+        """Batches of `[B, ...]` -> what the compiled step takes: `[(K,) (D,) B / D, ...]`.
+
+        K, the number of steps of one dispatch, is there if there are several; D, the number of
+        devices, under pmap. Of several processes each gives its `local_rows` of the batches.
+        """
+        several = len(batches) > 1
+        stacked = jax.tree.map(lambda *x: np.stack(x) if several else x[0], *batches)
+        if self.pmap:
+            return jax.tree.map(lambda x: self._split(x, several), stacked)
+        spec = PartitionSpec(None, AXIS) if several else PartitionSpec(AXIS)
+        return self._place_rows(stacked, NamedSharding(self.mesh, spec))
+
+    def _split(self, x, several):
+        shape = x.shape[: 1 if several else 0] + (len(self.devices), -1)
+        x = x.reshape(*shape, *x.shape[len(shape) - 1 :])
+        return np.swapaxes(x, 0, 1) if several else x
+
+    def compile_train(self, train_step, num_steps: int):
+        """(state, resident data, batches) -> (state, metrics), the state donated.
+
+        Args:
+          train_step: `steps.make_train_step`'s, made with `gather` and `axis_name` of this engine.
+          num_steps: steps of one dispatch; with more than 1 the metrics are `[K]` each.
+
+        Batches are without images where resident data ({"image", "label"} of the whole split)
+        holds them.
+        """
+
+        def step(state, resident, batch):
+            new, metrics = train_step(state, look_up(resident, batch))
+            return (new if self.pmap else self._in_parts(new)), metrics
+
+        def run(state, resident, batches):
+            if num_steps == 1:
+                return step(state, resident, batches)
+            return lax.scan(lambda s, batch: step(s, resident, batch), state, batches)
+
+        if self.pmap:
+            return jax.pmap(run, AXIS, donate_argnums=0, devices=self.devices)
+        return jax.jit(run, donate_argnums=0, compiler_options=self._options)
+
+    def compile_eval(self, eval_step):
+        """(variables, batch) -> sums over the batch; never under pmap."""
+        return jax.jit(eval_step, compiler_options=self._options)
+
+    def shard_eval(self, batch: dict):
+        """A batch of an evaluation, split along the mesh; of several processes as in `shard`."""
+        return self._place_rows(batch, self._by_row)
+
+    def whole(self, tree):
+        """Whole arrays of those that are in parts, for many steps of an evaluation."""
+        if not self.shard_parameters:
+            return tree
+        return jax.jit(lambda x: x, out_shardings=self._whole)(tree)
+
+    def fetch_metrics(self, metrics) -> dict[str, np.ndarray]:
+        """Metrics of one dispatch as `[K]` arrays on the host."""
+        return {k: np.atleast_1d(v) for k, v in jax.device_get(self.single(metrics)).items()}
+
+
+def _choose_devices(count: int | None) -> list:
+    """The first so many devices, of several processes equally many of each, in their order."""
+    several = range(jax.process_count())
+    own = [[d for d in jax.devices() if d.process_index == process] for process in several]
+    sizes = [len(devices) for devices in own]
+    count = count or sum(sizes)
+    if count > sum(sizes):
+        raise InputError(f"--devices {count}: there are {sum(sizes)}")
+    if len(set(sizes)) > 1:
+        raise InputError(f"the processes have different numbers of devices: {sizes}")
+    if count % len(own):
+        raise InputError(f"--devices {count} cannot be divided among {len(own)} processes")
+    return [device for devices in own for device in devices[: count // len(own)]]
+
+
+def look_up(resident: dict, batch: dict) -> dict:
+    """A batch of numbers -> with the images and labels that they stand for."""
+    if not resident:
+        return batch
+    index = batch["index"]
+    return {"image": resident["image"][index], "label": resident["label"][index], "index": index}

@@ -1,0 +1,293 @@
+"""PyTorch's weights <-> NNX leaves: one table, used both ways, a strict bijection.
+
+Images of a name: torch `layer1.0.conv1.weight` [O, I, kh, kw] <-> NNX `layer1.0.conv1.kernel`
+[kh, kw, I, O]. Every crossing copies, so that neither side can write into the other.
+"""
+
+import functools
+import itertools
+import re
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flax_resnet.config import InputError
+from flax_resnet.interop import names
+from flax_resnet.models import create_model, has_shortcut_choice, has_stem_choice, list_models
+from flax_resnet.models.resnet import CONSTRUCTORS
+from flax_resnet.text import listed, printable
+
+# NNX leaf and rank -> torch leaf, axes that bring a torch array to NNX (and their inverse back).
+_LEAVES = {
+    ("kernel", 4): ("weight", (2, 3, 1, 0)),  # OIHW -> HWIO; I is already I / groups in both
+    ("kernel", 2): ("weight", (1, 0)),
+    ("scale", 1): ("weight", (0,)),
+    ("bias", 1): ("bias", (0,)),
+    ("mean", 1): ("running_mean", (0,)),
+    ("var", 1): ("running_var", (0,)),
+    ("num_batches_tracked", 0): ("num_batches_tracked", ()),
+}
+
+TORCH_SUFFIXES = (".pth", ".pt", ".th", ".pth.tar", ".ckpt", ".bin")
+
+MOST_CLASSES, MOST_CHANNELS = 1_000_000, 1_000
+MOST_FAULTS = 5
+
+# The order of torch's definitions; nnx.merge brings attributes into that of the alphabet.
+_ORDER = """conv1 bn1 conv2 bn2 conv3 bn3 downsample layers layer1 layer2 layer3 layer4 fc1 fc
+kernel scale bias mean var num_batches_tracked""".split()
+
+
+def torch_name(path: tuple, rank: int) -> str:
+    """An NNX path such as ("layer1", 0, "conv1", "kernel") -> "layer1.0.conv1.weight"."""
+    leaf, _ = _LEAVES[path[-1], rank]
+    # A Projection keeps its two layers in a list that torch's Sequential does not name.
+    return ".".join(str(part) for part in (*path[:-1], leaf) if part != "layers")
+
+
+def torch_shape(path: tuple, shape: tuple) -> tuple[int, ...]:
+    """The shape of one NNX leaf in torch's layout."""
+    _, axes = _LEAVES[path[-1], len(shape)]
+    return tuple(shape[axis] for axis in np.argsort(axes))
+
+
+def to_torch_layout(path: tuple, value) -> np.ndarray:
+    """A copy of one NNX leaf in torch's layout, contiguous."""
+    value = np.asarray(value)
+    _, axes = _LEAVES[path[-1], value.ndim]
+    return np.array(value.transpose(np.argsort(axes)), order="C")
+
+
+def to_nnx_layout(path: tuple, value) -> np.ndarray:
+    """A copy of one torch array in NNX's layout, contiguous; the inverse of `to_torch_layout`."""
+    value = np.asarray(value)
+    _, axes = _LEAVES[path[-1], value.ndim]
+    return np.array(value.transpose(axes), order="C")
+
+
+def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
+    """All parameters and running statistics under torchvision's names, in torch's layouts.
+
+    Returns:
+      Copies, in torch's order of names: conv `[O, I, kh, kw]`, linear `[O, I]`, BatchNorm `[C]`;
+      `num_batches_tracked` is int64 as in torch.
+    """
+    return {
+        (name := torch_name(path, variable[...].ndim)): _widen(
+            to_torch_layout(path, variable[...]), name
+        )
+        for path, variable in sorted(_variables(model), key=_position)
+    }
+
+
+def state_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of `state_dict`, in its order; the model may be of `nnx.eval_shape`."""
+    leaves = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    return {
+        torch_name(path, len(leaf.shape)): torch_shape(path, leaf.shape)
+        for path, leaf in sorted(leaves, key=_position)
+    }
+
+
+def load_state_dict(model: nnx.Module, arrays: dict[str, np.ndarray]) -> nnx.Module:
+    """Fill a model with weights from PyTorch.
+
+    Args:
+      model: any of ours; changed in place.
+      arrays: torchvision's names, or timm's, Hugging Face's, pytorch-cifar's, with or without the
+        prefixes of Lightning, DataParallel and torch.compile. Half precision is widened.
+        `num_batches_tracked` may be missing throughout, as in files older than torch 0.4.1.
+
+    Returns:
+      The model.
+
+    Raises:
+      InputError: all missing, unexpected, misshaped and non-finite entries, in one message with
+        the nearest architecture; nothing is loaded then.
+    """
+    arrays = conform(arrays, state_shapes(model))
+    variables = [(torch_name(path, v[...].ndim), path, v) for path, v in _variables(model)]
+    types = {name: variable[...].dtype for name, _, variable in variables}
+    if beyond := [name for name in types if not _fits(arrays[name], types[name])]:
+        raise InputError(f"too large for {types[beyond[0]]}: {listed(beyond)}")
+    for name, path, variable in variables:
+        value = to_nnx_layout(path, arrays[name])
+        variable[...] = jnp.array(value, dtype=types[name])  # jnp.array always copies
+    return model
+
+
+def conform(arrays: dict[str, np.ndarray], shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
+    """Weights in any dialect -> exactly the names and shapes of `state_shapes`, in its order.
+
+    Returns:
+      Contiguous copies; half precision as float32, counts as int64.
+
+    Raises:
+      InputError: as `load_state_dict`.
+    """
+    arrays = translate_names(arrays)
+    if not any(map(_is_count, arrays)):
+        arrays |= {name: np.zeros((), np.int64) for name in filter(_is_count, shapes)}
+    if found := faults(shapes, arrays):
+        found.append(f"the nearest architecture is {_describe_nearest(arrays)}")
+        raise InputError("weights do not fit the model: " + "; ".join(found))
+    return {name: _widen(np.array(arrays[name], order="C"), name) for name in shapes}
+
+
+class Architecture(NamedTuple):
+    """What `create_model` has to be told of a network."""
+
+    arch: str
+    num_classes: int
+    in_channels: int
+    stem: str | None
+    shortcut: str | None = None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """`state_shapes` of the network, which is not made for it."""
+        return _architecture_shapes(self)
+
+    def __str__(self):
+        stem = f", stem {self.stem}" if self.stem else ""
+        shortcut = f", shortcut {self.shortcut}" if self.shortcut else ""
+        kind = f"{self.num_classes} classes, {self.in_channels} channels{stem}{shortcut}"
+        return f"{self.arch} ({kind})"
+
+
+def has_head(arrays: dict[str, np.ndarray]) -> bool:
+    """Whether the last linear layer is among these (torchvision's names)."""
+    return any(name.startswith("fc.") for name in arrays)
+
+
+def has_body(arrays: dict[str, np.ndarray], shapes: dict[str, tuple]) -> bool:
+    """Whether more than half of a network's entries are among these."""
+    return 2 * len(shapes.keys() & arrays.keys()) > len(shapes)
+
+
+def describe(
+    arrays: dict[str, np.ndarray], arch: str, stem: str | None = None, shortcut: str | None = None
+) -> Architecture:
+    """Classes, channels and, where they are left open, the stem and the shortcut that weights speak
+    of."""
+    head, first = (np.shape(arrays.get(name)) for name in ("fc.weight", "conv1.weight"))
+    if stem is None and has_stem_choice(arch):
+        stem = "cifar" if first[2:] == (3, 3) else "imagenet"
+    # Whatever a strange file says: this much can be made, and what differs from it is told.
+    in_channels = min(max(1, first[1]), MOST_CHANNELS) if len(first) == 4 else 3
+    num_classes = min(max(1, head[0]), MOST_CLASSES) if len(head) == 2 else 10
+    projects = has_shortcut_choice(arch) and any(".downsample." in name for name in arrays)
+    shortcut = shortcut or ("projection" if projects else None)
+    return Architecture(arch, num_classes, in_channels, stem, shortcut)
+
+
+def nearest_architecture(arrays: dict[str, np.ndarray]) -> Architecture:
+    """The one of our networks whose names and shapes differ least from these (torchvision's)."""
+    depths = _depths(arrays)
+    distances = {arch: _distance(depths, _DEPTHS[arch]) for arch in list_models()}
+    # Shapes take a tenth of a second to a second a network: only the nearest depths are compared.
+    close = [arch for arch, d in distances.items() if d == min(distances.values())]
+    candidates = [describe(arrays, arch) for arch in close]
+    return min(candidates, key=lambda c: len(differing(c.shapes(), arrays)))
+
+
+def differing(shapes: dict[str, tuple], arrays: dict[str, np.ndarray]) -> set[str]:
+    """Names that one side lacks or has in another shape; counts of batches aside."""
+    given = {name: np.shape(array) for name, array in arrays.items()}
+    return {name for name, _ in shapes.items() ^ given.items() if not _is_count(name)}
+
+
+def translate_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same arrays under torchvision's names, whatever dialect and prefix they came in."""
+    return names.translated(names.without_prefix(arrays))
+
+
+def faults(shapes: dict[str, tuple], arrays: dict[str, np.ndarray]) -> list[str]:
+    """Everything in which arrays are not finite numbers of these names and shapes."""
+    missing, extra = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
+    found = [f"missing {listed(missing)}"] if missing else []
+    found += [f"unexpected {listed(extra)}"] if extra else []
+    both = sorted(shapes.keys() & arrays.keys())
+    wrong = [fault for name in both if (fault := _fault(name, arrays[name], shapes[name]))]
+    return found + wrong[:MOST_FAULTS] + _more(len(wrong) - MOST_FAULTS)
+
+
+def _fault(name: str, array, shape: tuple) -> str | None:
+    """What is wrong with one entry."""
+    array, name = np.asarray(array), printable(name)
+    whole, floating = (jnp.issubdtype(array.dtype, kind) for kind in (jnp.integer, jnp.floating))
+    if array.shape != shape:
+        return f"{name} has shape {array.shape} instead of {shape}"
+    if not (floating or (whole and _is_count(name))):
+        return f"{name} has type {array.dtype} instead of a floating one"
+    if not np.isfinite(array).all():
+        return f"{name} has non-finite values"
+    if _is_count(name) and ((array < 0) | (array >= 2.0**63) | (array != np.floor(array))).any():
+        return f"{name} is {array}, no count"
+    if name.endswith("running_var") and (array < 0).any():
+        return f"{name} has negative values"
+    return None
+
+
+def _more(count: int) -> list[str]:
+    return [f"{count:,} more"] if count > 0 else []
+
+
+def _is_count(name: str) -> bool:
+    return name.rpartition(".")[-1] in ("num_batches_tracked", "step")
+
+
+def _describe_nearest(arrays) -> str:
+    nearest = nearest_architecture(arrays)
+    count = len(differing(nearest.shapes(), arrays))
+    return f"{nearest}, " + (f"with {count} other entries" if count else "which has these shapes")
+
+
+@functools.cache
+def _architecture_shapes(architecture: Architecture) -> dict:
+    return state_shapes(nnx.eval_shape(lambda: create_model(**architecture._asdict())))
+
+
+_DEPTHS = {arch: CONSTRUCTORS[arch].args[-1] for arch in CONSTRUCTORS} | {"basic_cnn": ()}
+
+
+def _fits(array: np.ndarray, dtype) -> bool:
+    limits = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype)
+    return not array.size or float(np.abs(array).max()) <= float(limits.max)
+
+
+def _depths(arrays) -> tuple[int, ...]:
+    """Blocks a stage. Numbers of more digits than any network has are not blocks."""
+    found = {}
+    for name in arrays:
+        if m := re.match(r"layer(\d)\.(\d{1,2})\.", name):
+            found[int(m[1])] = max(found.get(int(m[1]), 0), int(m[2]) + 1)
+    return tuple(found.get(stage, 0) for stage in range(1, max(found, default=0) + 1))
+
+
+def _distance(depths, others) -> int:
+    pairs = itertools.zip_longest(depths, others, fillvalue=0)
+    return sum(abs(one - other) for one, other in pairs)
+
+
+def _position(item) -> list[int]:
+    """Where torch has a (path, variable)."""
+    return [part if isinstance(part, int) else _ORDER.index(part) for part in item[0]]
+
+
+def _widen(value: np.ndarray, name: str) -> np.ndarray:
+    if _is_count(name):
+        return value.astype(np.int64)
+    return value.astype(np.float32) if value.dtype.itemsize < 4 else value
+
+
+def _variables(module, prefix=()):
+    """(path, variable) of all parameters and statistics."""
+    children = enumerate(module) if isinstance(module, nnx.List) else vars(module).items()
+    for name, child in children:
+        if isinstance(child, nnx.Param | nnx.BatchStat):
+            if child[...] is not None:
+                yield (*prefix, name), child
+        elif isinstance(child, nnx.Module):
+            yield from _variables(child, (*prefix, name))

@@ -1,0 +1,97 @@
+"""Files of weights -> arrays. What a file is its first bytes say, not its name."""
+
+import hashlib
+import json
+import re
+import stat
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from flax_resnet.config import InputError
+from flax_resnet.interop import names, torch_file
+
+_NOTHING_WE_READ = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the file: git lfs pull",
+    b"\x89HDF": "an HDF5 file; weights of Keras are not read",
+    b"\x80": "a pickle, but not of torch.save",
+}
+
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], bool]:
+    """All tensors of a file under their own names, those of nested mappings joined by "/"; and
+    whether the file has checksums, so that damage would have been noticed.
+
+    Raises:
+      InputError: there is no such file, or it is of no kind that is read, damaged or cut off.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path} is no regular file")
+        with path.open("rb") as file:
+            start = file.read(64)
+        if start.startswith((torch_file.ZIP_START, torch_file.LEGACY_START)):
+            return torch_file.read(path), start.startswith(torch_file.ZIP_START)
+        if start[8:9] == b"{":
+            return _read_safetensors(path), False
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    what = next((text for magic, text in _NOTHING_WE_READ.items() if start.startswith(magic)), "")
+    what = what or ("" if start else "it is empty")
+    kinds = "neither a file of torch.save nor a .safetensors file"
+    raise InputError(f"{path}: {kinds}{': ' * bool(what)}{what}")
+
+
+def load(path: Path, key: str | None = None, *, ema: bool = False) -> tuple[dict, str]:
+    """The weights in a file under torchvision's names, and what there is to say about them; "" is
+    nothing.
+
+    Raises:
+      InputError: as `read` and `names.choose`.
+    """
+    arrays, has_checksums = read(path)
+    if not arrays:
+        raise InputError(f"{path}: there is no tensor in it")
+    try:
+        choice = names.choose(arrays, key, ema=ema)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    said = [str(choice), "" if has_checksums else _checked_by_name(path)]
+    said = "; ".join(filter(None, said))
+    return choice.arrays, f"{path.name}: {said}" if said else ""
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file:
+            length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+            header = json.loads(file.read(length)) if length <= size - 8 else None
+        if header is None:
+            raise InputError(f"{path}: truncated, its table of contents is not whole")
+        entries = [value for name, value in header.items() if name != "__metadata__"]
+        if len(entries) > torch_file.MOST_TENSORS:
+            raise InputError(f"{path}: more than {torch_file.MOST_TENSORS:,} tensors")
+        if size != 8 + length + max((e["data_offsets"][1] for e in entries), default=0):
+            raise InputError(f"{path}: truncated, or longer than its table of contents says")
+        return load_file(path)
+    except (InputError, OSError):
+        raise
+    except Exception:  # safetensors raises its own, without a common base
+        raise InputError(
+            f"{path}: a damaged .safetensors file, or one of types that are not read"
+        ) from None
+
+
+def _checked_by_name(path: Path) -> str:
+    """A word where a file of a kind without checksums has one in its name, as torch.hub's do."""
+    hashes = re.findall(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.", path.name)
+    if not hashes:
+        return ""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest.startswith(hashes[-1]):
+        return "its SHA-256 is that of its name"
+    return f"DAMAGED OR RENAMED: its name says SHA-256 {hashes[-1]}, it has {digest[:8]}"

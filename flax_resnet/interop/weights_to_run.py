@@ -1,0 +1,122 @@
+"""Weights from elsewhere -> a run: what has to be known beside them, from flags or from data."""
+
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from unicodedata import normalize
+
+import numpy as np
+
+from flax_resnet.config import InputError, TrainConfig
+from flax_resnet.data.prepare import prepare
+from flax_resnet.interop import convert
+from flax_resnet.interop.loaded_run import LoadedRun
+from flax_resnet.models import create_from_config
+from flax_resnet.text import listed
+from flax_resnet.training import steps
+
+NO_DATA = "folder:left-out"  # of a run made from sizes and statistics alone
+
+
+class OtherClasses(InputError):
+    """The weights have another number of classes than the data."""
+
+
+def with_model_of(
+    config: TrainConfig, architecture: convert.Architecture, arrays: dict[str, np.ndarray]
+) -> TrainConfig:
+    """The config with what the weights say of the model; without a head they say no classes."""
+    model = replace(
+        config.model,
+        arch=architecture.arch,
+        stem=architecture.stem,
+        shortcut=architecture.shortcut,
+        num_classes=architecture.num_classes if convert.has_head(arrays) else None,
+        dtype="float64" if arrays["conv1.weight"].dtype == np.float64 else config.model.dtype,
+    )
+    return replace(config, model=model)
+
+
+def with_data(config: TrainConfig, channels: int | None) -> tuple[TrainConfig, object]:
+    """The config with the sizes and statistics of its data set, and the data set.
+
+    Args:
+      channels: of the weights; None takes any data.
+
+    Raises:
+      InputError: the data is missing, or of other channels or classes.
+    """
+    # Nothing is trained: no batch has to fit, no image has to be kept.
+    loose = replace(config, batch_size=1, data=replace(config.data, cache="none"))
+    prepared = prepare(replace(loose, model=replace(config.model, num_classes=None)))
+    dataset, classes = prepared.dataset, config.model.num_classes
+    if classes not in (None, len(dataset.class_names)):
+        raise OtherClasses(
+            f"the weights are of {classes} classes, {config.data.dataset} has"
+            f" {len(dataset.class_names)}"
+        )
+    if channels not in (None, dataset.channels):
+        raise InputError(
+            f"the weights are for {channels} channels, {config.data.dataset} has {dataset.channels}"
+        )
+    data = replace(prepared.config.data, cache=config.data.cache)
+    return replace(prepared.config, batch_size=config.batch_size, data=data), dataset
+
+
+def without_data(config: TrainConfig, dataset: str | None, channels: int) -> TrainConfig:
+    """The config with its sizes filled in where no data is at hand.
+
+    Args:
+      dataset: its name, kept for later; None where there is none.
+
+    Raises:
+      InputError: image size or statistics are missing, or do not fit the channels.
+    """
+    data = config.data
+    if None in (data.image_size, data.mean, data.std):
+        raise InputError("without --dataset, --image-size, --mean and --std are needed")
+    if len(data.mean) != channels or len(data.std) != channels:
+        raise InputError(f"--mean and --std need {channels} values, one a channel of the weights")
+    resize = data.resize_size or data.image_size
+    return replace(config, data=replace(data, dataset=dataset or NO_DATA, resize_size=resize))
+
+
+def class_names(text: str, num_classes: int | None) -> tuple[str, ...]:
+    """A file's lines, or the words between commas; as many as there are where that is left open.
+
+    Raises:
+      InputError: no readable text, not as many names as classes, or a name twice.
+    """
+    is_file = os.path.isfile(text)  # False, too, of a list that is too long to name a file
+    try:
+        # A byte order mark, which Windows puts first, is no part of a name.
+        lines = Path(text).read_text("utf-8-sig").split("\n") if is_file else text.split(",")
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"--class-names: {text} is no readable text") from None
+    names = tuple(normalize("NFC", line.strip()) for line in lines if line.strip())
+    if len(names) != (num_classes or len(names)):
+        where = text if is_file else f"{text} (a list: there is no such file)"
+        raise InputError(
+            f"--class-names: {len(names)} names in {where}, the weights have {num_classes}"
+        )
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"--class-names: given twice: {listed(twice)}")
+    return names
+
+
+def as_run(
+    arrays: dict[str, np.ndarray], config: TrainConfig, names: tuple[str, ...], channels: int
+) -> LoadedRun:
+    """A run of these weights, with a new head where they have none; its config is complete, as
+    `with_data` leaves it."""
+    if not convert.has_head(arrays):
+        config = replace(config, model=replace(config.model, num_classes=len(names)))
+    model = create_from_config(config.model, in_channels=channels)
+    if not convert.has_head(arrays):
+        own = convert.state_dict(model)
+        arrays = arrays | {name: own[name] for name in own if name.startswith("fc.")}
+    network = steps.Network(
+        convert.load_state_dict(model, arrays), freeze_backbone=config.freeze_backbone
+    )
+    return LoadedRun(config, names, channels, network, network.initial)

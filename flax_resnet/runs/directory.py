@@ -1,0 +1,280 @@
+"""The files of a run: lock, config.json, metrics.csv, timings.csv, TensorBoard, report.json."""
+
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import re
+import stat
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from flax_resnet import metrics
+from flax_resnet.config import InputError, TrainConfig, finite, to_dict
+from flax_resnet.devices.distributed import RunLost
+from flax_resnet.runs import tables
+from flax_resnet.runs.checkpoint import steps_in
+from flax_resnet.runs.owned import DIGESTS, LOCK, RESULTS, clear
+from flax_resnet.runs.tables import Table, read_rows
+from flax_resnet.runs.views import Say, own_config, warn
+
+TABLES = ("metrics.csv", "timings.csv")
+
+
+class RunDirectory:
+    """Owns a directory while it lives: a second process is refused, a dead one leaves no lock."""
+
+    def __init__(self, path: Path | str, *, resume=False, overwrite=False, say: Say = warn):
+        self.path = Path(path)
+        check_usable(self.path, resume=resume, overwrite=overwrite)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path, say)
+        check_usable(self.path, resume=resume, overwrite=overwrite)  # another run may have ended
+        if overwrite and not resume:
+            clear(self.path)
+        if os.path.lexists(self.checkpoints) and not self.checkpoints.is_dir():
+            raise InputError(f"{self.checkpoints} is not a directory")
+        self._say, self._writer = say, None
+        names = {name: (self.path / name, self.checkpoints / name) for name in TABLES}
+        self._tables = {name: Table(*copies) for name, copies in names.items()}
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    def check(self):
+        """Raises RunLost where the directory is no longer the one that this run locked."""
+        try:
+            there = os.stat(self.path / LOCK)
+        except (FileNotFoundError, NotADirectoryError):
+            there = None
+        if there is None or not os.path.samestat(there, os.fstat(self._lock.fileno())):
+            raise RunLost(
+                f"{self.path} was moved, deleted or replaced while its run went on; the run ends"
+            )
+
+    def write_config(self, config: TrainConfig):
+        """config.json, which --config reads."""
+        content = as_json(to_dict(config))
+        self._write_digests({"config.json": content})  # first: without a config there is no run
+        tables.write(self.path / "config.json", content)
+
+    def start_logs(self, document: dict | None, after_step: int):
+        """Tables and events as they were at the checkpoint that the run goes on from.
+
+        Args:
+          document: of the checkpoint; None where the run begins.
+        """
+        self.check()
+        self.checkpoints.mkdir(exist_ok=True)
+        for name, table in self._tables.items():
+            table.start(self._recovered(name, document) if document else b"")
+        self._writer = _summary_writer(self.path, after_step + 1)
+
+    def _recovered(self, name: str, document: dict) -> bytes:
+        if "tables" not in document:
+            return _rows_of_an_earlier_version(self.path / name, document, self._say)
+        content = self._tables[name].recover(document["tables"][name])
+        if content is None:
+            self._say(f"{self.path / name}: both copies are damaged; its rows so far are lost")
+        return content or b""
+
+    def marks(self) -> dict:
+        """What a checkpoint remembers of the tables."""
+        return {name: table.mark() for name, table in self._tables.items()}
+
+    def log_step(self, step: int, values: dict):
+        """Scalars of one step, for TensorBoard alone."""
+        self.check()
+        for name, value in values.items():
+            self._writer.add_scalar(f"step/{name}", value, step)
+
+    def log_epoch(self, step: int, row: dict, timing: dict):
+        """One row of metrics.csv (numbers that a resumed run repeats) and one of timings.csv."""
+        self.check()
+        for table, new in zip(self._tables.values(), (row, timing), strict=True):
+            table.append(new)
+        for name, value in (row | timing).items():
+            self._writer.add_scalar(f"epoch/{name}", value, step)
+        self._writer.flush()
+
+    def rows(self) -> list[dict]:
+        """metrics.csv so far."""
+        return self._tables["metrics.csv"].rows()
+
+    def timings(self) -> list[dict]:
+        """timings.csv so far."""
+        return self._tables["timings.csv"].rows()
+
+    def write_results(self, report: dict, confusion: np.ndarray, class_names):
+        """per_class.csv, the pictures and, last, report.json."""
+        from flax_resnet.runs import plots  # Matplotlib's start would delay the first step
+
+        self.check()
+        write_per_class(self.path / "per_class.csv", confusion, class_names)
+        plots.curves(self.path / "curves.png", self.rows(), report["best_epoch"])
+        plots.confusion_matrix(self.path / "confusion_matrix.png", confusion, class_names)
+        self.write_report(report)
+
+    def write_report(self, report: dict):
+        """report.json, which makes the run a finished one."""
+        content = as_json(report)
+        files = {name: tables.read(self.path / name) for name in ("config.json", *RESULTS)}
+        self._write_digests(files | {"report.json": content})
+        tables.write(self.path / "report.json", content)
+
+    def _write_digests(self, contents: dict[str, bytes | None]):
+        """As `sha256sum` writes and checks them."""
+        self.check()
+        lines = [
+            f"{hashlib.sha256(content).hexdigest()}  {name}\n"
+            for name, content in contents.items()
+            if content is not None
+        ]
+        tables.write(self.path / DIGESTS, "".join(lines).encode())
+
+    def close(self):
+        """Give up the lock."""
+        if self._writer is not None:
+            self._writer.close()
+        self._lock.close()
+
+
+class SharedDirectory(RunDirectory):
+    """The run directory as the other processes of a run have it: the first writes for all."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        if not (self.path / LOCK).exists():
+            raise InputError(f"{self.path} is not on a file system that all processes share")
+
+    def _nothing(self, *_, **__):
+        pass
+
+    check = write_config = start_logs = marks = _nothing
+    log_step = log_epoch = write_results = close = _nothing
+
+
+def reserve(config: TrainConfig) -> Path:
+    """Make runs/ARCH-DATASET, with a number where that is taken: no two runs get the same."""
+    scheme, _, place = config.data.dataset.partition(":")
+    own = {"folder": Path(os.path.expanduser(place)).resolve().name, "tfds": place}
+    name = re.sub(r"\W+", "-", f"{config.model.arch}-{own.get(scheme, scheme)}")
+    for number in itertools.count(1):
+        path = Path("runs") / (name + (f"-{number}" if number > 1 else ""))
+        path.parent.mkdir(exist_ok=True)
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            pass
+
+
+def check_usable(run_dir: Path, *, resume: bool, overwrite: bool):
+    """Raises InputError where a run may not begin, go on or replace what is there."""
+    if os.path.lexists(run_dir) and not run_dir.is_dir():
+        raise InputError(f"{run_dir} is not a directory")
+    if not run_dir.exists() or _names(run_dir) <= {LOCK}:
+        return
+    _check_is_run(run_dir)
+    if not (resume or overwrite):
+        raise InputError(
+            f"{run_dir} exists: continue it with --resume, or replace it with --overwrite"
+        )
+
+
+def _check_is_run(run_dir: Path):
+    """Raises InputError unless a run has checkpoints or a config there, or died before."""
+    config, checkpoints, fault = run_dir / "config.json", run_dir / "checkpoints", ""
+    if any((checkpoints / str(step) / "manifest.json").is_file() for step in steps_in(checkpoints)):
+        return
+    if os.path.lexists(config):
+        try:
+            own_config(config)
+            if os.path.lexists(run_dir / LOCK):  # other programs have a config.json too
+                return
+        except InputError as error:
+            fault = f" ({error})"
+    if not _names(run_dir) <= {LOCK, DIGESTS, "SHA256SUMS.tmp", "config.tmp"}:
+        raise InputError(f"{run_dir} is no run and not empty{fault}; choose another directory")
+
+
+def _names(directory: Path) -> set[str]:
+    return {entry.name for entry in directory.iterdir()}
+
+
+def _summary_writer(path: Path, purge_step: int):
+    """tensorboardX imports torch where it finds it, for seconds, and needs none of it here."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter(str(path), purge_step=purge_step)
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems without
+
+
+def _lock(directory: Path, say: Say):
+    """The kernel drops the lock with the process, so a stale one cannot be left behind."""
+    file = _open_lock(directory / LOCK)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = file.read().decode(errors="replace").strip() or "unknown"
+        raise InputError(f"{directory} is in use by a running process (pid {owner})") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        say(f"{directory}: no lock ({error.strerror}); see to it that one run at a time is there")
+    file.truncate(0)
+    file.write(str(os.getpid()).encode())
+    return file
+
+
+def _open_lock(path: Path):
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        file = open(os.open(path, flags, 0o666), "r+b", buffering=0)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise InputError(f"{path} is no regular file") from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InputError(f"{path} is no regular file")
+    return file
+
+
+def as_json(value) -> bytes:
+    """A JSON file, with null for what is no finite number."""
+    return (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode()
+
+
+def write_per_class(path: Path, confusion: np.ndarray, class_names):
+    """precision, recall, F1 and support of every class."""
+    scores = metrics.per_class(confusion)
+    rows = [
+        {"class": name, **{key: values[i].item() for key, values in scores.items()}}
+        for i, name in enumerate(class_names)
+    ]
+    tables.write(path, tables.as_csv(rows))
+
+
+def _rows_of_an_earlier_version(path: Path, document: dict, say: Say) -> bytes:
+    """Whose checkpoints know nothing of the tables: what the file has up to their epoch."""
+    try:
+        rows = [row for row in read_rows(path) if row["epoch"] <= document["progress"]["epoch"]]
+    except (InputError, KeyError, OSError) as error:
+        say(f"{path}: its rows so far are lost: {error}")
+        return b""
+    return tables.as_csv(rows) if rows else b""

@@ -1,0 +1,169 @@
+"""A run as it is read. What counts is what its newest sound checkpoint says: the files beside the
+checkpoints are views of it, compared with it here and never believed instead."""
+
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from flax_resnet.config import InputError, TrainConfig, flat, from_dict
+from flax_resnet.runs import tables
+from flax_resnet.runs.checkpoint import damage, newest_document, steps_in
+from flax_resnet.runs.owned import DIGESTS, RESULTS
+from flax_resnet.text import listed
+
+Say = Callable[[str], None]
+
+
+@functools.cache
+def warn(line: str):
+    """A line on stderr, where results do not go; the same one once."""
+    print(line, file=sys.stderr)
+
+
+def is_begun(run_dir: Path) -> bool:
+    """Whether there is a run to go on with."""
+    return (run_dir / "config.json").exists() or bool(steps_in(run_dir / "checkpoints"))
+
+
+def read_config(run_dir: Path | str, say: Say = warn) -> TrainConfig:
+    """The config of a run, as it was resolved: its newest sound checkpoint has it, and as long as
+    there is none, config.json.
+
+    Args:
+      say: told where config.json is otherwise than the checkpoint, and of damaged checkpoints.
+
+    Raises:
+      InputError: there is no run there, or its config does not decode or is not as it was written.
+    """
+    run_dir = Path(run_dir)
+    document = newest_document(run_dir / "checkpoints", say)
+    if document is None:
+        return _config_without_checkpoint(run_dir)
+    for fault in config_faults(run_dir, document):
+        say(fault)
+    return from_dict(document["config"])
+
+
+def _config_without_checkpoint(run_dir: Path) -> TrainConfig:
+    path = run_dir / "config.json"
+    config = own_config(path)
+    if "config.json" in _changed(run_dir):
+        raise InputError(
+            f"{path} is not as the run wrote it, and there is no checkpoint to go on from: begin"
+            " again with --overwrite"
+        )
+    return config
+
+
+def own_config(path: Path) -> TrainConfig:
+    """As `config_from_file`, of a run, which writes files alone."""
+    if path.exists() and not path.is_file():  # a pipe would wait for ever
+        raise InputError(f"{path} is no file")
+    return config_from_file(path)
+
+
+def is_trained(run_dir: Path) -> bool:
+    """Whether the training of a run has come to its end, as its newest sound checkpoint says; that
+    of converted weights never began."""
+    document = newest_document(run_dir / "checkpoints", lambda line: None) or {}
+    progress = document.get("progress", {})
+    return bool(progress) and (
+        progress["epoch"] == document["config"]["epochs"] or progress.get("stopped_early", False)
+    )
+
+
+def config_faults(run_dir: Path, document: dict) -> list[str]:
+    """In what config.json is otherwise than a checkpoint's document has it, in a line."""
+    path, own = run_dir / "config.json", from_dict(document["config"])
+    try:
+        seen = own_config(path)
+    except InputError as error:
+        return [f"{error}; the checkpoint's config counts"]
+    if different := differences(seen, own):
+        said = listed(different.values())
+        return [f"{path} says {said}: the run's own config counts"]
+    return []
+
+
+def differences(other: TrainConfig, own: TrainConfig) -> dict[str, str]:
+    """The fields in which a config is otherwise than that of a run, and how."""
+    before = flat(own)
+    return {
+        name: f"{name} {value!r} (the run has {before[name]!r})"
+        for name, value in flat(other).items()
+        if value != before[name]
+    }
+
+
+def faults(run_dir: Path | str) -> list[str]:
+    """Which files beside the checkpoints are not as the newest sound checkpoint has them, or as the
+    run wrote them: a line each. Nothing is written."""
+    run_dir = Path(run_dir)
+    document = newest_document(run_dir / "checkpoints", lambda line: None)
+    if document is None:
+        return []
+    finished = (run_dir / "report.json").exists()
+    whole = finished and not damaged_steps(run_dir)
+    found = config_faults(run_dir, document)
+    changed = _changed(run_dir) if finished else _changed(run_dir) & {"config.json"}
+    if finished and "tables" in document and tables.read(run_dir / DIGESTS) is None:
+        found.append(f"{run_dir / DIGESTS} is missing")
+    changed -= {"config.json"} if found else set()
+    for name, mark in document.get("tables", {}).items():
+        copies = (run_dir / name, run_dir / "checkpoints" / name)
+        found += [fault for copy in copies for fault in _table_faults(copy, mark, whole=whole)]
+    return found + [f"{run_dir / name} is not as the run wrote it" for name in sorted(changed)]
+
+
+def damaged_steps(run_dir: Path) -> list[str]:
+    """The checkpoints of a run that are damaged, a line each."""
+    checkpoints = run_dir / "checkpoints"
+    found = {step: damage(checkpoints / str(step)) for step in steps_in(checkpoints)}
+    return [f"checkpoint of step {step}: {fault}" for step, fault in found.items() if fault]
+
+
+def _table_faults(path: Path, mark: dict, *, whole: bool) -> list[str]:
+    """Of a finished run a table is what the checkpoint knows; before that it may be longer."""
+    content = tables.read(path) or b""
+    if tables.at(path, mark) is None or (whole and len(content) > mark["bytes"]):
+        return [f"{path} is {'not as the run wrote it' if path.exists() else 'missing'}"]
+    return []
+
+
+def _changed(run_dir: Path) -> set[str]:
+    """The files that are not as SHA256SUMS has them; runs of earlier versions have none."""
+    sums = tables.read(run_dir / DIGESTS)
+    if sums is None:
+        return set()
+    written = {name: digest for digest, _, name in (x.partition(b"  ") for x in sums.split(b"\n"))}
+    names = ("config.json", *RESULTS, "report.json")
+    return {name for name in names if written.get(name.encode()) != _digest(run_dir / name)}
+
+
+def _digest(path: Path) -> bytes | None:
+    content = tables.read(path)
+    return None if content is None else hashlib.sha256(content).hexdigest().encode()
+
+
+_LONGEST_CONFIG = 2**24  # characters: a device has no end
+
+
+def config_from_file(path: Path | str) -> TrainConfig:
+    """A config from a JSON file, strictly: every key known, every value of its type."""
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            values = json.loads(file.read(_LONGEST_CONFIG))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not readable as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no JSON object")
+    try:
+        return from_dict(values)
+    except (InputError, RecursionError) as error:
+        raise InputError(f"{path}: {error}") from None

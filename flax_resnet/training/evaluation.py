@@ -1,0 +1,55 @@
+"""A split -> metrics; images -> probabilities."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_resnet import metrics
+from flax_resnet.config import InputError
+from flax_resnet.kernels.cpu_convolution import COMPILER_OPTIONS
+from flax_resnet.training import steps
+
+
+def evaluate(engine, eval_fn, variables, batches: Iterable[dict]) -> tuple[dict, np.ndarray]:
+    """Exact metrics of a split, whatever the batch size.
+
+    Args:
+      engine: `parallel.Engine`.
+      eval_fn: `engine.compile_eval(steps.make_eval_step(...))`.
+      batches: `pipeline.evaluation_batches`.
+
+    Returns:
+      {"loss", "accuracy", "top5_accuracy", "precision_macro", ...} and the confusion matrix
+      `[K, K]`, row = true class. Loss in nats an image.
+
+    Raises:
+      InputError: there is no batch.
+    """
+    variables = engine.whole(variables)
+    counts, losses = None, []
+    for batch in batches:
+        sums = eval_fn(variables, engine.shard_eval(batch))
+        losses.append(sums.pop("loss"))
+        counts = sums if counts is None else jax.tree.map(jnp.add, counts, sums)
+    if counts is None:
+        raise InputError("none of the images can be read")
+    counts = jax.device_get(counts)
+    loss = float(np.sum(jax.device_get(losses), dtype=np.float64)) / int(counts["count"])
+    summary = metrics.summarize(counts["confusion"])
+    top5 = int(counts["top5"]) / int(counts["count"])
+    accuracy = summary.pop("accuracy")
+    return {"loss": loss, "accuracy": accuracy, "top5_accuracy": top5, **summary}, counts[
+        "confusion"
+    ]
+
+
+def make_predict(network, preprocess):
+    """A compiled function (variables, uint8 images `[B, H, W, C]`) -> probabilities `[B, K]`."""
+
+    def predict(variables, images):
+        return jax.nn.softmax(steps.predict_logits(network, preprocess, variables, images))
+
+    options = COMPILER_OPTIONS if jax.default_backend() == "cpu" else {}
+    return jax.jit(predict, compiler_options=options)

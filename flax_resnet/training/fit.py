@@ -1,0 +1,191 @@
+"""Training: `fit` brings devices, data and network together and runs them."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flax_resnet.config import EarlyStoppingConfig, InputError, TrainConfig, flat, idle
+from flax_resnet.data.prepare import Prepared, fingerprint, prepare
+from flax_resnet.devices import distributed
+from flax_resnet.devices.parallel import Engine
+from flax_resnet.interop import convert
+from flax_resnet.interop.loaded_run import load_weights
+from flax_resnet.models import create_from_config
+from flax_resnet.models.cnn import SMALLEST
+from flax_resnet.runs import environment
+from flax_resnet.runs.checkpoint import check_space, steps_in
+from flax_resnet.runs.directory import RunDirectory, SharedDirectory, reserve
+from flax_resnet.runs.display import Display
+from flax_resnet.runs.views import faults, is_begun, read_config
+from flax_resnet.training import steps
+from flax_resnet.training.loop import Run
+
+
+def fit(
+    config: TrainConfig,
+    run_dir: Path | str | None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    command: str = "",
+    display: Display | None = None,
+) -> dict:
+    """Train, evaluate and write a run directory. Of several processes all call it, and the first
+    alone writes and prints.
+
+    Args:
+      config: what to do; a run that is resumed keeps its own, but for devices, workers and, where
+        it has moved, the place of its data.
+      run_dir: a new directory, or that of the run to resume or overwrite; None: a new one,
+        runs/ARCH-DATASET with a number where that is taken.
+      command: how it was called, for the report.
+
+    Returns:
+      The report, as in report.json; its "splits" in the other processes.
+
+    Raises:
+      InputError: bad input; nothing has been written then.
+      NonFiniteLoss: names the step and the checkpoint to go on from.
+      Interrupted: after SIGTERM, SIGHUP or Ctrl-C in the main thread, with the work saved.
+      RunLost: the run directory was moved, deleted or replaced.
+    """
+    display = display or Display(quiet=not distributed.is_first())
+    run_dir = None if run_dir is None else Path(run_dir)
+    if resume and run_dir is None:
+        raise InputError("a run to resume has a directory")
+    if resume and is_begun(run_dir):
+        for fault in faults(run_dir):
+            display.say(f"{fault}; it is written anew")
+        config = as_begun(config, read_config(run_dir, say=lambda line: None))
+    several = jax.process_count() > 1
+    if several:
+        asked = {"run_dir": str(run_dir), "resume": resume, "overwrite": overwrite}
+        distributed.check_agreement(asked | environment.code() | flat(config))
+    engine, prepared, network = distributed.together(
+        lambda: _begin(config, run_dir, resume, display)
+    )
+    if several:
+        distributed.check_agreement(fingerprint(prepared) | _weights_digest(network))
+    how = {"resume": resume, "overwrite": overwrite, "say": display.say}
+    directory = _open_directory(run_dir, config, **how)
+    try:
+        for line in prepared.dataset.remarks():
+            display.say(line)
+        run = Run(prepared, engine, network, directory, display, command)
+        return run.execute()
+    except Exception:
+        directory.check()  # what is written into a directory that is gone fails in many ways
+        raise
+    finally:
+        display.stop()
+        directory.close()
+
+
+def as_begun(config: TrainConfig, own: TrainConfig) -> TrainConfig:
+    """The config of a run to resume: where and how it runs may change, what it computes may not.
+    Data may have moved within their kind: what they are is compared with the checkpoint."""
+    data = dataclasses.replace(own.data, num_workers=config.data.num_workers)
+    if _kind(config) == _kind(own):
+        data = dataclasses.replace(data, dataset=config.data.dataset)
+    how = {"parallel": config.parallel, "eval_batch_size": config.eval_batch_size}
+    return dataclasses.replace(own, data=data, **how)
+
+
+def _kind(config: TrainConfig) -> str:
+    return config.data.dataset.partition(":")[0]
+
+
+def _begin(
+    config: TrainConfig, run_dir: Path | None, resume: bool, display: Display
+) -> tuple[Engine, Prepared, steps.Network]:
+    """Devices, data and network; nothing is written."""
+    begun = resume and steps_in(run_dir / "checkpoints")
+    if not begun and (faults := idle(config)):
+        raise InputError("; ".join(faults.values()))
+    environment.configure_jax(config)
+    engine = Engine(config.parallel, deterministic=config.deterministic)
+    engine.check_batch_size(config.batch_size)
+    prepared = prepare(config)
+    model = _initial_model(prepared, engine)
+    if config.init_from and not begun:
+        _fine_tune(model, prepared.config, prepared.dataset.class_names, display.say)
+    network = steps.Network(model, freeze_backbone=config.freeze_backbone)
+    _check_images(network, prepared, engine.axis_name)
+    state = jax.eval_shape(lambda: steps.make_state(network.initial, config))
+    check_space(run_dir or Path("runs"), state)
+    return engine, prepared, network
+
+
+def _check_images(network: steps.Network, prepared: Prepared, axis_name: str | None):
+    """Raises InputError for images and batches too small for the network. Only the smallest are
+    tried: a deep network takes seconds to trace."""
+    batch_size = prepared.config.batch_size
+    if batch_size > 1 and prepared.config.data.image_size >= SMALLEST:
+        return
+    images = jax.ShapeDtypeStruct((1, batch_size, *prepared.image_shape), jnp.float32)
+    apply = functools.partial(network.apply, train=True)
+    jax.eval_shape(jax.vmap(apply, (None, 0), axis_name=axis_name), network.initial, images)
+
+
+def _weights_digest(network: steps.Network) -> dict:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(jax.device_get(network.initial)):
+        digest.update(leaf.tobytes())
+    return {"the initial weights": digest.hexdigest()}
+
+
+def _open_directory(run_dir: Path | None, config: TrainConfig, **how) -> RunDirectory:
+    """The first process makes and owns it; the others have to find it."""
+
+    def owned():
+        return distributed.is_first() and RunDirectory(run_dir or reserve(config), **how)
+
+    own = distributed.together(owned)
+    path = distributed.exchange(str(own.path) if own else None)[0]
+    return distributed.together(lambda: own or SharedDirectory(path))
+
+
+def _check_nothing_is_watched(config: TrainConfig):
+    stopping = config.early_stopping
+    watching = {
+        "early stopping": stopping.patience,
+        "the plateau schedule": config.schedule.schedule == "plateau",
+        f"monitor {stopping.monitor}": stopping.monitor != EarlyStoppingConfig().monitor,
+    }
+    for what, asked in watching.items():
+        if asked:
+            raise InputError(f"{what} needs a validation split (validation_fraction is 0)")
+
+
+def _initial_model(prepared: Prepared, engine: Engine) -> nnx.Module:
+    config, dataset = prepared.config, prepared.dataset
+    if not len(dataset.validation):
+        _check_nothing_is_watched(config)
+    return create_from_config(
+        config.model,
+        in_channels=dataset.channels,
+        seed=config.seed,
+        bn_axis_name=engine.axis_name,
+    )
+
+
+def _fine_tune(model, config: TrainConfig, class_names: Sequence[str], say: Callable):
+    """Weights of another run or file, but for the head where it has to be new."""
+    options = {"ema": config.ema, "class_names": class_names, "say": say}
+    arrays = load_weights(config.init_from, config.weights_key, **options)
+    own = convert.state_dict(model)
+    head = {name: array for name, array in own.items() if name.startswith("fc.")}
+    fits = all(n in arrays and np.shape(arrays[n]) == array.shape for n, array in head.items())
+    if config.new_head or not fits:
+        body = {name: array for name, array in arrays.items() if not name.startswith("fc.")}
+        convert.load_state_dict(model, body | head)
+        say(f"the head is new: {config.model.num_classes} classes")
+    else:
+        convert.load_state_dict(model, arrays)
