@@ -28,7 +28,7 @@ from flax_resnet.recipes import RECIPES
 MODES = ("end_to_end", "time_to_accuracy")
 PROGRAMS = {"jax": ["scripts/train.py"], "torch": ["-m", "torch_ref.train"]}
 VARIANTS = {"jax": "jit", "torch": "eager"}
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.02
 
 

@@ -15,19 +15,19 @@ from pathlib import Path
 from equivalence_tests.benchmark.timing import Job, Kept
 from flax_resnet.runs.environment import describe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 KEPT_MEMORY = ":".join(
     f"glibc.malloc.{option}"
     for option in ("arena_max=1", "mmap_max=0", f"trim_threshold={2**31 - 1}")
 )
-"""What `scripts/train.py` tells the allocator of a CPU (`scripts/_memory.py`)."""
+"""What `scripts/train.py` tells the allocator of a CPU (`commands/memory.py`)."""
 
 
 _TIMED = (
-    "flax_resnet/**/*.py", "torch_ref/*.py", "scripts/train.py", "scripts/_memory.py",
-    *(f"equivalence_tests/{name}.py" for name in (
-        "timing", "timed_*", "fresh_process", "end_to_end", "inputs"
+    "flax_resnet/**/*.py", "torch_ref/*.py", "equivalence_tests/parity/inputs.py",
+    *(f"equivalence_tests/benchmark/{name}.py" for name in (
+        "timing", "timed_*", "fresh_process", "end_to_end"
     )),
 )  # fmt: skip
 """The code that an outcome depends on."""

@@ -1,9 +1,9 @@
 """All that needs a GPU, one stage after the other, each with its log.
 
     python -m equivalence_tests.benchmark.gpu --list
-    python -m equivalence_tests.benchmark.gpu --cifar10 folder:DIR          # all of them, into runs/gpu
-    python -m equivalence_tests.benchmark.gpu parity resnet50           # these
-    python -m equivalence_tests.benchmark.gpu --minutes 9               # as far as that goes
+    python -m equivalence_tests.benchmark.gpu --cifar10 folder:DIR  # all of them, into runs/gpu
+    python -m equivalence_tests.benchmark.gpu parity resnet50  # these
+    python -m equivalence_tests.benchmark.gpu --minutes 9  # as far as that goes
 
 A stage that is done is skipped and one that was cut off goes on where it can, so the same command
 again and again gets through them all on a machine that is lent for minutes. Exit status: 0 all
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from flax_resnet.recipes import CIFAR10, RECIPES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NUMERICS = "equivalence_tests/numerics"
 LIMIT_SECONDS = 3600
 """Of a stage, so that one that hangs does not keep the others."""

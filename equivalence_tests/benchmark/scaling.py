@@ -1,6 +1,6 @@
 """What a step on many GPUs exchanges, and the scaling efficiency to expect of it: a prediction.
 
-    python -m equivalence_tests.benchmark.scaling        # results/scaling.json and results/scaling.png
+    python -m equivalence_tests.benchmark.scaling  # results/scaling.json and .png
 
 Bytes and numbers of all-reduces come from the model, as `test_compiled.py` counts them in the
 compiled program. Seconds come from the assumptions below; nothing here has run on a GPU.

@@ -7,7 +7,6 @@ python -m equivalence_tests.benchmark.startup --arch resnet18 --json results/sta
 import argparse
 import json
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLOCK = "STARTED_AT"  # seconds since the epoch, of the process whose first step is awaited
 STARTS = ("cold", "second", "third")
 
@@ -52,9 +51,7 @@ def start(flags, folder: Path, name: str) -> float:
 
 def first_step(flags: list[str]):
     """scripts/train.py, which ends when the metrics of its first step are there."""
-    sys.path.insert(0, str(ROOT / "scripts"))  # as for a script that is called
-    import _memory  # noqa: F401
-
+    from flax_resnet.commands import main
     from flax_resnet.devices.parallel import Engine
 
     original = Engine.fetch_metrics
@@ -66,7 +63,7 @@ def first_step(flags: list[str]):
 
     sys.argv = ["scripts/train.py", *flags]
     with mock.patch.object(Engine, "fetch_metrics", fetch):
-        runpy.run_path(str(ROOT / "scripts/train.py"), run_name="__main__")
+        main.run("train")
 
 
 def document(seconds: dict[str, float]) -> dict:

@@ -1,6 +1,6 @@
 """What a step costs beyond its arithmetic under plain jit, a mesh and pmap.
 
-    JAX_NUM_CPU_DEVICES=8 python -m equivalence_tests.benchmark.step_cost      # results/step-cost.json
+    JAX_NUM_CPU_DEVICES=8 python -m equivalence_tests.benchmark.step_cost  # results/step-cost.json
 
 "empty" is a step that takes and leaves the whole state of a training and only counts: the fixed
 cost of a call. "training" is a real one; on the CPU jit has compiler options that pmap cannot take,

@@ -8,7 +8,8 @@ from equivalence_tests.parity import inputs, jax_side, tolerances, torch_side
 from flax_resnet.config import InputError, OptimizerConfig, ScheduleConfig, TrainConfig
 from flax_resnet.interop import training_state
 from flax_resnet.training import steps
-from torch_ref import optim, training_state
+from torch_ref import optim
+from torch_ref import training_state as torch_state
 
 STEPS, CROSSING = 6, 3
 SLOW = "adam, two batches an update"
@@ -55,11 +56,11 @@ class Torch:
     @property
     def arrays(self) -> dict:
         state = self.model, self.optimizer, self.ema
-        return training_state.training_arrays(*state, self.step)
+        return torch_state.training_arrays(*state, self.step)
 
     def load(self, arrays: dict) -> "Torch":
         state = self.model, self.optimizer, self.ema
-        self.step = training_state.load_training_arrays(arrays, *state, self.accumulate)
+        self.step = torch_state.load_training_arrays(arrays, *state, self.accumulate)
         return self
 
 
@@ -192,9 +193,9 @@ def test_files_of_torchs_trainings(tmp_path, x64):
     case = make_case(RULES["adamw"])
     there, here = Torch(case).train(2), Torch(case)
     state = there.model, there.optimizer, there.ema
-    training_state.save(tmp_path / "a.pt", *state, 2)
-    step = training_state.load(tmp_path / "a.pt", here.model, here.optimizer, here.ema)
+    torch_state.save(tmp_path / "a.pt", *state, 2)
+    step = torch_state.load(tmp_path / "a.pt", here.model, here.optimizer, here.ema)
     here.step = step
     assert step == 2 and differences(here.arrays, there.arrays) == []
     with pytest.raises(ValueError, match="model, optimizer and step"):
-        training_state.load(tmp_path / "a.pt", here.model, here.optimizer)
+        torch_state.load(tmp_path / "a.pt", here.model, here.optimizer)

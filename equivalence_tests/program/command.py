@@ -19,10 +19,9 @@ class Outcome(NamedTuple):
 
 def run_script(name: str, *arguments) -> Outcome:
     """`python scripts/NAME ARGUMENTS...` -> exit status, standard output and error."""
-    argv, path = sys.argv, list(sys.path)
+    argv = sys.argv
     out, err = _stream("strict"), _stream("backslashreplace")
     sys.argv = [f"scripts/{name}", *map(str, arguments)]
-    sys.path.insert(0, str(ROOT / "scripts"))
     status = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -30,7 +29,7 @@ def run_script(name: str, *arguments) -> Outcome:
     except SystemExit as exit:
         status = exit.code or 0
     finally:
-        sys.argv, sys.path[:] = argv, path
+        sys.argv = argv
     return Outcome(status, *(os.fsdecode(stream.buffer.getvalue()) for stream in (out, err)))
 
 

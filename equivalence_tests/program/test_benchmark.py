@@ -1,9 +1,9 @@
 """The benchmark at a tiny size: what it writes, and that it never times two different things."""
 
 import argparse
+import importlib
 import json
 import os
-import runpy
 import subprocess
 import sys
 import time
@@ -24,6 +24,7 @@ from equivalence_tests.benchmark import (
 )
 from equivalence_tests.program.command import refused, run_script
 from flax_resnet.commands import cli
+from flax_resnet.commands.main import COMMANDS
 from flax_resnet.config import TrainConfig
 from flax_resnet.runs import environment
 from torch_ref import train as torch_train
@@ -83,9 +84,8 @@ def test_whole_trainings_are_timed_too(tmp_path):
 
 
 def called(script: str, words, monkeypatch) -> tuple[dict, argparse.Namespace]:
-    """The names of a script, and what it makes of a command line."""
-    monkeypatch.syspath_prepend(gpu.ROOT / "scripts")
-    names = runpy.run_path(gpu.ROOT / "scripts" / script)
+    """The names of a command's module, and what it makes of a command line."""
+    names = vars(importlib.import_module(COMMANDS[Path(script).stem][0]))
     monkeypatch.setattr(sys, "argv", [script, *words])
     return names, names["parse"]()
 

@@ -5,7 +5,6 @@ import errno
 import io
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from equivalence_tests.program.command import ROOT, refused, run_script, train
 from flax_resnet import errors
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, predict
 from flax_resnet.config import USED_WITH, InputError, TrainConfig, idle, to_dict
 from flax_resnet.data import sources
 from flax_resnet.data.workers import WorkerDied
@@ -595,8 +594,6 @@ def test_predict_writes_to_standard_output_and_nothing_else_there(insects, some_
 
 def test_predict_prints_each_row_when_it_comes(capsys, monkeypatch):
     """A table of 50,000 rows, made at the end, took longer for each row the more there were."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    write_all = runpy.run_path(str(ROOT / "scripts/predict.py"))["write_all"]
     likely = [{"class": "ant", "probability": 0.5}]
 
     def rows():
@@ -604,7 +601,7 @@ def test_predict_prints_each_row_when_it_comes(capsys, monkeypatch):
             yield {"image": f"{number}.png", "predictions": likely}
             assert capsys.readouterr().out == f"{number}.png: ant 50.0%\n"
 
-    assert write_all(rows(), None, None) == 0
+    assert predict.write_all(rows(), None, None) == 0
 
 
 def test_predict_says_what_lies_on_its_side(insects, tmp_path):

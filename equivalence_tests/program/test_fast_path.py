@@ -154,8 +154,7 @@ def test_without_a_home_no_programs_are_kept(monkeypatch, place):
 CALLS = """
 import resource, sys
 if sys.argv[1] == "kept":
-    sys.path.insert(0, "scripts")
-    import _memory
+    from flax_resnet.commands import memory
 import jax, jax.numpy as jnp
 f = jax.jit(lambda x: x + 1)
 x = jnp.ones(25_000_000)  # 100 MB, 24,414 pages

@@ -154,7 +154,7 @@ def test_a_limit_of_file_size_ends_a_run_in_one_line(tmp_path):
     limited += " runpy.run_path(sys.argv[0], run_name='__main__')"
     words = ["scripts/train.py", "--smoke", "--arch", "basic_cnn", "--no-compilation-cache"]
     words += ["--devices", "1", "--run-dir", str(tmp_path / "run")]
-    code = f"import sys; sys.argv = {words!r}; sys.path.insert(0, 'scripts'); {limited}"
+    code = f"import sys; sys.argv = {words!r}; {limited}"
     command = [sys.executable, "-c", code]
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert outcome.returncode == 2, outcome.stderr

@@ -1,7 +1,6 @@
 """scripts/parity.py: says what is equal, and where and why something is not."""
 
 import json
-import runpy
 import sys
 
 import pytest
@@ -9,8 +8,8 @@ import torch
 from torch import nn
 
 import torch_ref
-from equivalence_tests.parity import inputs
-from equivalence_tests.program.command import ROOT, refused, run_script
+from equivalence_tests.parity import command, inputs
+from equivalence_tests.program.command import refused, run_script
 from flax_resnet.commands import cli
 from flax_resnet.config import TrainConfig
 from flax_resnet.data.sources import open_dataset
@@ -142,14 +141,13 @@ def test_predictions_are_of_the_whole_test_split(tmp_path, monkeypatch):
     """However few of its images the run looked at."""
     few = cli.merge(TrainConfig(), {"data": {"dataset": "digits", "eval_images": 5}})
     RunDirectory(tmp_path).write_config(few)
-    names = runpy.run_path(ROOT / "scripts" / "parity.py")
     words = ["parity.py", "--checkpoint", str(tmp_path), "--dataset", "digits"]
     monkeypatch.setattr(sys, "argv", words)
-    assert len(open_dataset(names["data_config"](names["parse"]())).test) == 360
+    assert len(open_dataset(command.data_config(command.parse())).test) == 360
 
 
 def test_without_torch_the_extra_is_named(monkeypatch):
-    for name in [n for n in sys.modules if n.startswith(("torch_ref", "equivalence_tests.own"))]:
+    for name in [n for n in sys.modules if n.startswith(("torch_ref", "equivalence_tests.parity"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(
         "equivalence_tests.parity.engine.own_model", raising=False

@@ -165,9 +165,8 @@ def test_parameters_in_parts_are_the_same(tmp_path, short):
 
 
 WRONG_SHARD = f"""
-import runpy, sys
-from flax_resnet.parallel import Engine
-sys.path.insert(0, {str(ROOT / "scripts")!r})
+import runpy
+from flax_resnet.devices.parallel import Engine
 Engine.local_rows = lambda self, size: slice(0, size // 2)
 runpy.run_path({TRAIN!r}, run_name="__main__")
 """

@@ -26,8 +26,7 @@ from flax_resnet.models import create_model
 from flax_resnet.runs import owned, tables, views
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in
 from flax_resnet.runs.directory import RunDirectory, as_json, reserve
-from flax_resnet.training import fit
-from flax_resnet.training.fit import fit
+from flax_resnet.training.fit import _open_directory, fit
 from flax_resnet.training.loop import Run
 
 HUGGING_FACE = '{"model_type": "bert", "hidden_size": 768}'
@@ -205,10 +204,10 @@ def test_runs_that_begin_at_once_get_directories_of_their_own(tmp_path, monkeypa
 
 def test_the_other_processes_of_a_run_go_where_the_first_one_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = fit._open_directory(None, TrainConfig())
+    first = _open_directory(None, TrainConfig())
     monkeypatch.setattr(distributed, "is_first", lambda: False)
     monkeypatch.setattr(distributed, "exchange", lambda value: [str(first.path), value])
-    assert fit._open_directory(None, TrainConfig()).path == first.path
+    assert _open_directory(None, TrainConfig()).path == first.path
     assert list(Path("runs").iterdir()) == [first.path]
     first.close()
 

@@ -31,7 +31,7 @@ from flax_resnet.interop import loaded_run
 from flax_resnet.runs.checkpoint import Checkpoints
 from flax_resnet.runs.tables import read_rows
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 EPOCHS = 8
 FLAGS = (

@@ -1,9 +1,9 @@
 """What a folder of a million files costs against one of 20,000: an image of a training batch and of
 an evaluation, what a worker process is sent, and the way to the first step.
 
-python -m equivalence_tests.studies.growth            # results/growth.json, 10 minutes, 1.2 million links
+python -m equivalence_tests.studies.growth  # 10 minutes, 1.2 million links
 
-The files are links to a few small JPEGs.
+The files are links to a few small JPEGs. Writes results/growth.json.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import json
 import os
 import pickle
 import resource
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from PIL import Image
 
 from equivalence_tests import results
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZES = (20_000, 1_000_000)
 CLASSES = 100
 BATCHES, BATCH_SIZE = 100, 128
@@ -123,9 +122,7 @@ def timed(function):
 
 def first_step(folder: str) -> dict:
     """CPU seconds and memory of scripts/train.py until the metrics of its first step are there."""
-    sys.path.insert(0, str(ROOT / "scripts"))  # as for a script that is called
-    import _memory  # noqa: F401
-
+    from flax_resnet.commands import main
     from flax_resnet.devices.parallel import Engine
 
     fetch_metrics = Engine.fetch_metrics
@@ -140,7 +137,7 @@ def first_step(folder: str) -> dict:
     with tempfile.TemporaryDirectory() as run, mock.patch.object(Engine, "fetch_metrics", fetch):
         flags = ["--arch", "basic_cnn", "--dataset", f"folder:{folder}", "--cache", "none"]
         sys.argv = ["scripts/train.py", *flags, "--log-steps", "1", "--run-dir", f"{run}/run"]
-        runpy.run_path(str(ROOT / "scripts/train.py"), run_name="__main__")
+        main.run("train")
 
 
 PARTS = {"costs": costs, "first_step": first_step}

@@ -1,9 +1,9 @@
 """The suite proves itself: every mutant against the unchanged tests, and against the criteria by
 which other projects call a port correct.
 
-    python -m equivalence_tests.studies.kill_matrix                       # all; an hour on two cores
-    python -m equivalence_tests.studies.kill_matrix --only "no Nesterov"  # these rows of the table anew
-    python -m equivalence_tests.studies.kill_matrix --seeds 20          # false alarms instead
+    python -m equivalence_tests.studies.kill_matrix  # all; an hour on two cores
+    python -m equivalence_tests.studies.kill_matrix --only "no Nesterov"  # these rows anew
+    python -m equivalence_tests.studies.kill_matrix --seeds 20  # false alarms instead
     python -m equivalence_tests.studies.kill_matrix --seeds 20 --go-on  # where that was cut off
 
 Writes results/kill-matrix.json and .md. Exit status 1 if a mutant survives or a test fails on
@@ -25,7 +25,7 @@ from equivalence_tests.studies import criteria
 from flax_resnet.commands import cli
 from flax_resnet.runs import environment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "equivalence_tests" / "numerics"
 
 

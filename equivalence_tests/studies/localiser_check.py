@@ -1,8 +1,8 @@
 """How often the localiser names the right module and phase: every mutant of a training step, put
 into every layer of resnet18 that can have it and into 20 drawn layers of resnet50.
 
-    python -m equivalence_tests.studies.localiser_check                    # all; an hour on two cores
-    python -m equivalence_tests.studies.localiser_check --archs resnet50   # these rows of the table anew
+    python -m equivalence_tests.studies.localiser_check  # all; an hour on two cores
+    python -m equivalence_tests.studies.localiser_check --archs resnet50  # these rows anew
 
 Compiled operations pile up, to 14 GB after 200 trials of 359: with less, an architecture at a time.
 

@@ -1,8 +1,8 @@
 """Whether trainings in float32, which rounding drives apart, end equally good: test accuracies of
 20 paired trainings in JAX and PyTorch, by two one-sided t-tests (Schuirmann 1987).
 
-    python -m equivalence_tests.studies.paired_training                     # a quarter of an hour on one core
-    python -m equivalence_tests.studies.paired_training --mutant "NAME"     # the same with a known fault in JAX
+    python -m equivalence_tests.studies.paired_training  # 15 minutes of a core
+    python -m equivalence_tests.studies.paired_training --mutant "NAME"  # with a fault in JAX
 
 Writes results/tost.json, with a fault tost-its-name.json. Exit status 1 if they are not equivalent.
 """

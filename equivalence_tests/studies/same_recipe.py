@@ -1,7 +1,7 @@
 """A recipe by both `fit`s on real images, from the same weights and on the same batches, in
 float64: what is left of the difference of two trainings when chance and rounding are taken away.
 
-    python -m equivalence_tests.studies.same_recipe imagenette-resnet18 --dataset folder:DIR --images 1280
+    python -m equivalence_tests.studies.same_recipe NAME --dataset folder:DIR --images 1280
 
 Augmentation and dropout, which draw their own numbers in each framework, are off. Writes
 results/same-RECIPE.json; exit status 1 if the weights differ by more than half the digits of

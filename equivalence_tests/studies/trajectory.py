@@ -1,7 +1,6 @@
-"""The same whole training in both frameworks: `flax_resnet.training.fit.fit` and `torch_ref.train.fit`,
-from the same weights, on the same batches, in float64.
+"""The same whole training by both `fit`s, from the same weights, on the same batches, in float64.
 
-    python -m equivalence_tests.studies.trajectory          # how rounding grows with the learning rate
+    python -m equivalence_tests.studies.trajectory  # how rounding grows with the learning rate
 
 Writes results/error-growth.json and .png.
 """

@@ -1,0 +1,273 @@
+"""Time a network in JAX and in PyTorch, side by side in one run.
+
+python scripts/benchmark.py --arch resnet18 --image-size 32 --batch-size 128
+python scripts/benchmark.py --arch resnet50 --batch-size 256 --dtype bfloat16 --json resnet50.json
+python scripts/benchmark.py --arch resnet18 --frameworks jax --variants jit multi_step
+python scripts/benchmark.py --arch resnet20 --dataset folder:DIR --modes end_to_end --epochs 3
+python scripts/benchmark.py --recipe cifar10-fast --dataset folder:DIR --modes time_to_accuracy
+
+The weights, the batch, the optimizer and the precision are the same, and the logits are compared
+before anything is timed. --json FILE writes a chart beside it. With --keep DIR what is measured
+lies in DIR, and the same command goes on where it was cut off, with the same code and device.
+Exit status: 0 done, 1 the two do not compute the same or nothing was measured, 2 bad input.
+"""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # of this process: the GPU's memory is for those it starts
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from equivalence_tests.benchmark import agreement, end_to_end, throughput
+from equivalence_tests.benchmark.timing import VARIANTS, Job
+from flax_resnet import list_models
+from flax_resnet.commands import cli
+from flax_resnet.config import InputError
+from flax_resnet.models import STEMS, check_stem, has_stem_choice
+from flax_resnet.recipes import RECIPES
+from flax_resnet.runs import environment, plots
+from flax_resnet.runs.display import Display
+
+DTYPES = ("float32", "bfloat16", "float64")
+DEVICES = ("cpu", "gpu")
+MODES = (*throughput.MODES, *end_to_end.MODES)
+LEAST_TWIN = 0.97
+"""Of torchvision's speed, below which the twin is no fair rival."""
+
+REPEATS = {  # a step on a CPU takes seconds
+    "cpu": {"warmup": 2, "blocks": 3, "steps": 4, "steps_per_dispatch": 4},
+    "gpu": {"warmup": 10, "blocks": 3, "steps": 40, "steps_per_dispatch": 20},
+}
+
+
+def parse():
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("--recipe", metavar="NAME", help="network, batch and trainings of a recipe")
+    parser.add_argument("--arch", default="resnet18", metavar="NAME")
+    parser.add_argument("--stem", metavar="|".join(STEMS))
+    parser.add_argument("--image-size", type=int, metavar="N", help="pixels (default: the arch's)")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="default: 10, or 1000")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N")
+    parser.add_argument("--dtype", default="float32", metavar="|".join(DTYPES))
+    parser.add_argument("--device", metavar="cpu|gpu", help="default: gpu if there is one")
+    parser.add_argument("--frameworks", default="jax,torch", metavar="jax,torch")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=throughput.MODES,
+        metavar="NAME",
+        help=f"of {', '.join(MODES)} (default: the first two)",
+    )
+    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="fresh processes each")
+    for name, text in (
+        ("warmup", "steps before a round is timed"),
+        ("blocks", "timed blocks a round"),
+        ("steps", "steps a block"),
+        ("steps-per-dispatch", "of multi_step"),
+    ):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    course = end_to_end.Course()
+    section = parser.add_argument_group("trainings on real images")
+    for name, kind, default, text in (
+        ("dataset", str, course.dataset, "digits or folder:DIR"),
+        ("epochs", int, course.epochs, "of a training"),
+        ("target-accuracy", float, course.target, "of validation, for time_to_accuracy"),
+        ("workers", int, course.workers, "of PyTorch's DataLoader"),
+    ):
+        section.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=text)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and a chart")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="outcomes: the same command goes on from there"
+    )
+    start_from_recipe(parser)
+    args = parser.parse_args()
+    check(args)
+    return args
+
+
+def start_from_recipe(parser):
+    """What a recipe says is the default of the flags."""
+    name = parser.parse_known_args()[0].recipe
+    if name is None:
+        return
+    cli.check_choice("--recipe", name, RECIPES)
+    config = RECIPES[name].config
+    names = ("arch", "stem", "dtype", "image_size", "batch_size", "epochs")
+    groups = (config.model, config.data, config)
+    parser.set_defaults(
+        **{n: getattr(group, n) for n in names for group in groups if hasattr(group, n)}
+    )
+
+
+def check(args):
+    cli.check_choice("--arch", args.arch, list_models())
+    cli.check_choice("--dtype", args.dtype, DTYPES)
+    check_stem(args.arch, args.stem)
+    for flag, value, valid in (
+        ("--device", args.device, DEVICES),
+        *(("--frameworks", name, VARIANTS) for name in args.frameworks.split(",")),
+        *(("--modes", name, MODES) for name in args.modes),
+        *(("--variants", name, sum(VARIANTS.values(), ())) for name in args.variants or ()),
+    ):
+        if value is not None:
+            cli.check_choice(flag, value, valid)
+    for name in ("image_size", "num_classes", "batch_size", "rounds", "epochs", *REPEATS["cpu"]):
+        cli.check_positive(f"--{name.replace('_', '-')}", getattr(args, name))
+    cli.check_writable("--json", args.json)
+    cli.check_folder("--keep", args.keep)
+
+
+def make_settings(args) -> throughput.Settings:
+    device = args.device or ("gpu" if Path("/dev/nvidiactl").exists() else "cpu")
+    large = has_stem_choice(args.arch) and args.stem != "cifar"
+    size = args.image_size or (224 if large else 32)
+    given = {name: getattr(args, name) for name in REPEATS[device]}
+    repeats = REPEATS[device] | {k: v for k, v in given.items() if v is not None}
+    job = Job(
+        arch=args.arch,
+        stem=(args.stem or "imagenet") if has_stem_choice(args.arch) else None,
+        num_classes=args.num_classes or (1000 if size > 64 else 10),
+        image_size=size,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        device=device,
+        **repeats,
+    )
+    variants = {
+        name: tuple(v for v in VARIANTS[name] if v in (args.variants or (v,)))
+        for name in args.frameworks.split(",")
+    }
+    course = end_to_end.Course(
+        dataset=args.dataset,
+        epochs=args.epochs,
+        target=args.target_accuracy,
+        workers=args.workers,
+        recipe=args.recipe,
+    )
+    return throughput.Settings(
+        job=job,
+        variants=variants,
+        modes=tuple(args.modes),
+        course=course,
+        rounds=args.rounds,
+        keep=args.keep,
+    )
+
+
+def table(document: dict, job: Job, mode: str) -> Table:
+    title = f"{mode}: {job.arch}, {job.image_size} pixels, {job.dtype}, {job.device}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.caption, table.caption_justify = "\n".join(notes(document, mode)), "left"
+    table.add_column("variant", no_wrap=True)
+    for name in ("images/s", "iqr", "compile", "warm", "GiB", "MFU", "roof"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in document["rows"]:
+        if row["mode"] == mode:
+            table.add_row(label(row), *cells(row))
+    return table
+
+
+def course_table(document: dict, job: Job, mode: str) -> Table:
+    """Of a mode that trains on real images."""
+    title = f"{mode}: {job.arch}, {job.image_size} pixels, {job.dtype}, {job.device}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.caption, table.caption_justify = "\n".join(notes(document, mode)), "left"
+    for name in ("program", "images/s", "iqr", "first epoch", "to accuracy", "cold", "accuracy"):
+        table.add_column(name, justify="left" if name == "program" else "right", no_wrap=True)
+    for row in (row for row in document["rows"] if row["mode"] == mode):
+        cold, warm = end_to_end.split_seconds(row)
+        table.add_row(
+            row["framework"],
+            f"{row['images_per_second']:,.1f}",
+            f"{row['images_per_second_iqr'] / row['images_per_second']:.0%}",
+            f"{min(row['seconds_to_first_epoch']):.1f} s",
+            median_seconds(warm),
+            median_seconds(cold),
+            f"{np.median(row['validation_accuracy']):.4f}",
+        )
+    return table
+
+
+def median_seconds(rounds: list[float | None]) -> str:
+    if None in rounds:
+        return "not reached"
+    return f"{np.median(rounds):.1f} s" if rounds else ""
+
+
+def cells(row: dict) -> list[str]:
+    warm, memory = row["compile_seconds_warm_cache"], row["peak_memory_bytes"]
+    return [
+        f"{row['images_per_second']:,.1f}",
+        f"{row['images_per_second_iqr'] / row['images_per_second']:.0%}",
+        f"{row['compile_seconds']:.1f} s",
+        "" if warm is None else f"{warm:.1f} s",
+        "" if memory is None else f"{memory / 2**30:.2f}",
+        f"{row['model_flop_utilisation']:.0%}",
+        f"{row['roofline_share']:.0%}",
+    ]
+
+
+def notes(document: dict, mode: str) -> list[str]:
+    """What stands below the table: what was skipped and why, what to doubt, ratios."""
+    lines = [
+        f"{label(row)}: skipped, {row['reason']}"
+        for row in document["skipped"]
+        if row["mode"] == mode
+    ]
+    rows = [row for row in document["rows"] if row["mode"] == mode]
+    lines += [
+        f"{label(row)}: out of memory at batch {row['requested_batch_size']}, halved to"
+        f" {row['batch_size']}"
+        for row in rows
+        if row["batch_size"] != row.get("requested_batch_size", row["batch_size"])
+    ]
+    shares = ("model_flop_utilisation", "roofline_share")
+    if above := [label(row) for row in rows if max(row.get(share, 0) for share in shares) > 1]:
+        reached = "the ceilings are what one product and one copy reached"
+        lines.append(f"above 100%: {', '.join(above)}; {reached}")
+    return lines + comparisons(document, mode)
+
+
+def comparisons(document: dict, mode: str) -> list[str]:
+    lines = []
+    if found := document["ratios"].get(mode):
+        best = f"JAX ({found['best_jax']}) is {found['best_to_best']:.2f} x PyTorch"
+        lines.append(f"{best} ({found['best_torch']})")
+    if ratio := document["torchvision"].get(mode, {}).get("ratio"):
+        lines.append(f"our PyTorch net is {ratio:.2f} x torchvision's, both eager")
+        if ratio < LEAST_TWIN:
+            lines.append("warning: that is slow, and so may be what JAX is compared with")
+    if mode == "end_to_end" and (share := document["ratios"].get("real_to_synthetic")):
+        lines.append(f"JAX trains on real images at {share:.2f} x its speed on synthetic ones")
+    return lines
+
+
+def label(row: dict) -> str:
+    return f"{row['framework']} {row['variant']}"
+
+
+def main():
+    args = parse()
+    settings, display = make_settings(args), Display()
+    about = {"command": cli.command_line(), "environment": environment.describe(1)}
+    try:
+        document = throughput.measure(settings, display.say)
+    except agreement.Disagreement as error:
+        raise cli.CheckFailed(str(error)) from None
+    except end_to_end.Failed as error:
+        raise InputError(str(error)) from None
+    document |= about
+    for mode in settings.modes:
+        show = course_table if mode in end_to_end.MODES else table
+        display.show(show(document, settings.job, mode))
+    if args.json:
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        if document["rows"]:
+            plots.throughput(args.json.with_suffix(".png"), document["rows"])
+    if not document["rows"]:
+        raise cli.CheckFailed("nothing was measured; the reasons stand above")

@@ -1,0 +1,255 @@
+"""Hold a network in JAX against PyTorch, tensor by tensor, in float64 on the CPU.
+
+python scripts/parity.py --arch resnet18                           # random weights and our twin
+python scripts/parity.py --checkpoint mine.pth --report out/        # your weights
+python scripts/parity.py --torch-model my_package.nets:make_resnet  # your own PyTorch network
+python scripts/parity.py --checkpoint RUN_DIR --dataset folder:DIR  # and their predictions
+
+Exit status: 0 equal, 1 divergent, 2 bad input.
+"""
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from rich import box
+from rich.table import Table
+
+from flax_resnet import list_models
+from flax_resnet.commands import cli
+from flax_resnet.config import DataConfig, InputError
+from flax_resnet.interop import convert, loaded_run
+from flax_resnet.models import SHORTCUTS, STEMS, check_shortcut, check_stem
+from flax_resnet.runs import environment
+from flax_resnet.runs.display import Display
+from flax_resnet.runs.views import read_config
+
+try:
+    from equivalence_tests.parity import causes, engine, localise, own_model, predictions, report
+    from equivalence_tests.parity.inputs import (
+        case_of_weights,
+        make_case,
+        random_numbers,
+        random_state,
+    )
+except ModuleNotFoundError as error:
+    cli.leave(cli.BAD_INPUT, f"error: {cli.extra_needed('a comparison', error, 'torch')}")
+
+VERDICTS = ("equal", "rounding", "semantic")
+COLUMNS = {
+    "forward": "forward",
+    "gradient": "backward",
+    "batch_norm": "norm",
+    "optimizer": "optim",
+    "parameters": "params",
+}
+NEEDED = (
+    ("stem", "arch"), ("shortcut", "arch"), ("mean", "dataset"), ("std", "dataset"),
+    ("weights_key", "checkpoint"), ("ema", "checkpoint"),
+)  # fmt: skip
+MODES = {"evaluation": False, "training": True}
+
+
+def parse():
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("--arch", metavar="NAME", help="left out: told from the weights")
+    parser.add_argument("--stem", metavar="|".join(STEMS), help="with --arch")
+    parser.add_argument("--shortcut", metavar="|".join(SHORTCUTS), help="with --arch")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights file or run directory")
+    parser.add_argument("--weights-key", metavar="KEY", help=cli.WEIGHTS_KEY)
+    parser.add_argument("--ema", action="store_true", help=cli.EMA)
+    parser.add_argument("--torch-model", metavar="MODULE:CALLABLE", help="your own network")
+    parser.add_argument("--image-size", type=int, nargs="+", metavar="N", help="height [width]")
+    parser.add_argument("--dataset", metavar="TEXT", help="compare predictions on its test split")
+    parser.add_argument("--mean", type=float, nargs="+", metavar="X", help="of its channels")
+    parser.add_argument("--std", type=float, nargs="+", metavar="X", help="of its channels")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write parity.json and .html")
+    args = parser.parse_args()
+    if args.checkpoint and args.torch_model:
+        raise InputError("--checkpoint and --torch-model exclude each other")
+    if not (args.arch or args.checkpoint or args.torch_model):
+        raise InputError("give --arch, --checkpoint or --torch-model")
+    for flag, needed in NEEDED:
+        if getattr(args, flag) and not getattr(args, needed):
+            raise InputError(f"--{flag.replace('_', '-')}: only with --{needed}")
+    if args.image_size and (len(args.image_size) > 2 or min(args.image_size) < 1):
+        raise InputError("--image-size: a height and a width of 1 or more, or one for both")
+    cli.check_folder("--report", args.report)
+    if args.arch:
+        cli.check_choice("--arch", args.arch, list_models())
+        check_stem(args.arch, args.stem)
+        check_shortcut(args.arch, args.shortcut)
+    return args
+
+
+def build_case(args, model):
+    """What both sides run on."""
+    size = tuple(args.image_size * 2)[:2] if args.image_size else None
+    try:
+        if args.checkpoint or model:
+            return own_case(args, model, size)
+        kind = {"stem": args.stem, "shortcut": args.shortcut}
+        return make_case(args.arch, **kind, size=size, batch=4)
+    except InputError:
+        raise
+    except ValueError as error:
+        word = "--image-size" if size else args.checkpoint
+        raise InputError(f"{word}: {error}") from None
+
+
+def own_case(args, model, size):
+    """Of the user's weights, or of drawn ones in the user's network."""
+    if model:
+        arrays = own_model.weights(model)
+    else:
+        arrays = loaded_run.load_weights(args.checkpoint, args.weights_key, ema=args.ema, say=print)
+    arch = args.arch or convert.nearest_architecture(arrays).arch
+    kind = convert.describe(arrays, arch, args.stem, args.shortcut)
+    arrays = convert.conform(arrays, kind.shapes())
+    if model:  # fresh weights hide differences that drawn ones show
+        arrays = random_state(kind.shapes(), random_numbers(1))
+        own_model.fill(model, arrays)
+    return case_of_weights(arrays, kind.arch, kind.stem, kind.shortcut, size=size)
+
+
+def compare(case, model) -> tuple[dict, dict | None]:
+    """Rows of both modes, and the first divergence."""
+    rows, first = {}, None
+    for mode, train in MODES.items():
+        ours = engine.run_jax(case, train=train, jit=True)
+        if model:  # which is the side that may be wrong: ours is proven
+            subject, standard = own_model.trace(model, case, train=train), ours
+            standard = engine.shared(standard, subject)
+            subject = engine.shared(subject, standard)
+        else:
+            subject, standard = ours, engine.run_torch(case, train=train)
+        rows[mode] = [
+            row._asdict() | {"verdict": localise.verdict(row, case.arch)}
+            for row in engine.compare(subject, standard)
+        ]
+        finding = first is None and localise.first_divergence(subject, standard, case)
+        if finding:
+            first = {**finding.row._asdict(), "mode": mode}
+            first |= {"module": finding.module, "causes": finding.causes}
+    return rows, first
+
+
+def data_config(args) -> DataConfig:
+    """The data set for predictions, preprocessed as the run was if there is one."""
+    options = {k: v for k in ("mean", "std") if (v := getattr(args, k))}
+    options = {name: tuple(values) for name, values in options.items()}
+    base = DataConfig()
+    if args.checkpoint and Path(args.checkpoint).is_dir():
+        base = read_config(args.checkpoint).data
+    return replace(base, dataset=args.dataset, train_images=None, eval_images=None, **options)
+
+
+def predicted(case, data: DataConfig, place: str | None) -> dict:
+    """Predictions of both sides; a network of the user's has its own weights again."""
+    own = own_model.load(place) if place else None
+    if own:
+        shapes = {name: array.shape for name, array in case.arrays.items()}
+        case = replace(case, arrays=convert.conform(own_model.weights(own), shapes))
+    return predictions.agreement(case, data, own)
+
+
+def layer_table(rows: dict) -> Table:
+    """A line a layer: its largest relative difference in each phase of a training step."""
+    title = "one step of training: largest relative differences"
+    table = Table(title=title, box=box.SIMPLE, padding=0)  # within 80 columns
+    table.add_column("layer", no_wrap=True)
+    for name in (*COLUMNS.values(), "ulp"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for layer, part in by_layer(rows["training"]).items():
+        cells = [_largest(r["max_relative"] for r in part if r["phase"] == p) for p in COLUMNS]
+        worst = max((r["verdict"] for r in part), key=VERDICTS.index)
+        table.add_row(layer, *cells, f"{max(r['ulp'] for r in part):.2g}", worst)
+    return table
+
+
+def by_layer(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows of one module each, in the order of the forward pass."""
+    layers = {}
+    for row in rows:
+        if row["phase"] in COLUMNS:
+            name = causes.module_of(engine.Row(**{k: row[k] for k in engine.Row._fields}))
+            layers.setdefault(name or row["name"], []).append(row)
+    return layers
+
+
+def _largest(values) -> str:
+    values = list(values)
+    return f"{max(values):.0e}" if values else ""
+
+
+def main():
+    args = parse()
+    data = data_config(args) if args.dataset else None
+    model = own_model.load(args.torch_model) if args.torch_model else None
+    case = build_case(args, model)
+    rows, first = compare(case, model)
+    document = {
+        "subject": args.torch_model or f"flax_resnet's {case.arch}",
+        "standard": f"flax_resnet's {case.arch}" if model else "its PyTorch twin",
+        "what": f"{case.arch}, {args.checkpoint or args.torch_model or 'random weights'}, images"
+        f" {'x'.join(map(str, case.images.shape[1:]))}, float64",
+        "verdict": "equal" if first is None else "divergent",
+        "first_divergence": first,
+        "largest": max(r["norm_relative"] for part in rows.values() for r in part),
+        "rows": rows,
+    }
+    if data:
+        document["predictions"] = predicted(case, data, args.torch_model)
+    document |= {"command": cli.command_line(), "environment": environment.describe(1)}
+    show(document)
+    if args.report:
+        write(args.report, document)
+    if document["verdict"] == "divergent":
+        raise cli.CheckFailed(sentence(document))
+
+
+def show(document: dict):
+    display = Display()
+    display.show(layer_table(document["rows"]))
+    if found := document.get("predictions"):
+        display.say(
+            f"{found['agree']:,} of {found['images']:,} predictions agree; accuracy"
+            f" {found['accuracy']:.4f} and {found['reference_accuracy']:.4f}"
+        )
+    if document["verdict"] == "equal":
+        display.say(sentence(document))
+
+
+def sentence(document: dict) -> str:
+    first = document["first_divergence"]
+    if first is None:
+        return f"equal: every tensor agrees to rounding, {document['largest']:.1e} at most"
+    causes = " or ".join(first["causes"]) or "unknown"
+    return (
+        f"divergent, first in {first['phase']} of {first['module'] or first['name']}"
+        f" ({first['mode']} mode, relative difference {first['norm_relative']:.1e});"
+        f" likely cause: {causes}"
+    )
+
+
+def finite(value):
+    """The same document with "inf" and "nan" as words: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(folder: Path, document: dict):
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(finite(document), indent=1, allow_nan=False)
+    (folder / "parity.json").write_text(text + "\n")
+    (folder / "parity.html").write_text(report.page(document))
+    report.picture(folder / "parity.png", document["rows"]["training"])
+    print(folder / "parity.html")

@@ -1,0 +1,125 @@
+"""Run recipes over seeds and rebuild the table of results from the files of their runs.
+
+python scripts/reproduce.py --table                      # only rebuild the table
+python scripts/reproduce.py imagenette-cnn --imagenette folder:DIR
+python scripts/reproduce.py cifar10-resnet20-short --cifar10 folder:DIR --seeds 0 1 2 --torch
+
+What is done is skipped, what was cut off goes on. Without names: all recipes; those that would take
+a CPU hours, on 512 images of each split if there is no GPU.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from equivalence_tests.studies import reproduction, reproduction_page
+from equivalence_tests.studies.reproduction import folder_name
+from flax_resnet.commands import cli
+from flax_resnet.config import InputError
+from flax_resnet.recipes import CIFAR10, IMAGENETTE, RECIPES
+
+ROOT = Path(__file__).parents[2]
+SUBSET = 512
+
+
+def parse():
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="RECIPE", help="(all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
+    parser.add_argument("--torch", action="store_true", help="run the PyTorch twin as well")
+    parser.add_argument(
+        "--subset", type=int, metavar="N", help="use N images of each split; marked so"
+    )
+    parser.add_argument("--cifar10", default=CIFAR10, metavar="DATASET", help="(%(default)s)")
+    parser.add_argument("--imagenette", default=IMAGENETTE, metavar="DATASET", help="(%(default)s)")
+    parser.add_argument("--runs", default="runs/recipes", metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--results", default=str(ROOT / "results"), metavar="DIR")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    cli.check_positive("--subset", args.subset)
+    return args
+
+
+def chosen(args) -> list[str]:
+    """The recipes to run, each after what it starts from."""
+    for name in args.names:
+        cli.check_choice("RECIPE", name, RECIPES)
+    return list(dict.fromkeys(step for name in args.names or RECIPES for step in lineage(name)))
+
+
+def lineage(name: str) -> list[str]:
+    """The recipe, after all that it goes back to."""
+    source = RECIPES[name].starts_from
+    return [*(lineage(source) if source else []), name]
+
+
+def subset(args, name: str) -> int | None:
+    """Images of each split to be used, None for all: who names a recipe means the whole."""
+    too_long = RECIPES[name].gpu and not args.names and jax.default_backend() != "gpu"
+    return args.subset or (SUBSET if too_long else None)
+
+
+def run(args, name: str, seed: int, framework: str):
+    """One run in a process of its own, to its end; then its files go to the results."""
+    place = Path(name) / folder_name(seed, framework, subset(args, name))
+    run_dir = Path(args.runs) / place
+    if not (run_dir / "report.json").exists():
+        command = train_command if framework == "jax" else torch_command
+        words = command(name, run_dir)
+        if source := RECIPES[name].starts_from:
+            start = folder_name(seed, framework, subset(args, source))
+            words += ["--init-from", str(Path(args.runs) / source / start)]
+        words += ["--dataset", dataset(args, name), "--seed", str(seed), "--run-dir", str(run_dir)]
+        if count := subset(args, name):
+            words += ["--train-images", str(count), "--eval-images", str(count)]
+        print(f"{place}: running", flush=True)
+        status = subprocess.run([sys.executable, *words]).returncode
+        if status:
+            sys.exit(status)
+    kept = Path(args.results) / "recipes" / place
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in filter(Path.exists, (run_dir / name for name in reproduction.KEPT)):
+        shutil.copyfile(file, kept / file.name)
+
+
+def train_command(name: str, run_dir: Path) -> list[str]:
+    del run_dir  # a run that is there goes on
+    return [str(ROOT / "scripts" / "train.py"), "--recipe", name, "--resume"]
+
+
+def torch_command(name: str, run_dir: Path) -> list[str]:
+    """The same settings as flags of the twin, which cannot resume: a run cut off starts anew."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    return ["-m", "torch_ref.train", *reproduction.twin_flags(RECIPES[name].config)]
+
+
+def dataset(args, name: str) -> str:
+    return args.cifar10 if RECIPES[name].config.data.dataset == CIFAR10 else args.imagenette
+
+
+def check_datasets(args, names: list[str]):
+    """What the twin cannot read is told before the first run."""
+    for name in names:
+        place = dataset(args, name)
+        readable = place == "digits" or place.startswith("folder:")
+        if args.torch and not readable:
+            raise InputError(
+                f"--torch: {name} is on {place}, and torch_ref.train reads digits and folders: give"
+                " --cifar10 or --imagenette as folder:DIR"
+            )
+
+
+def main():
+    args = parse()
+    names = [] if args.table else chosen(args)
+    check_datasets(args, names)
+    for name in names:
+        for seed in args.seeds:
+            for framework in ("jax", "torch")[: 1 + args.torch]:
+                run(args, name, seed, framework)
+    rows = reproduction_page.rebuild(Path(args.results))
+    print(reproduction_page.markdown(rows))
+    print(reproduction_page.pairs_markdown(rows))

@@ -1,0 +1,269 @@
+"""Convert weights between PyTorch's files, safetensors and run directories, and write programs for
+serving.
+
+python scripts/convert.py resnet50.pth resnet50.safetensors
+python scripts/convert.py runs/resnet20-birds birds.pth                 # the best weights
+python scripts/convert.py runs/resnet20-birds birds.stablehlo           # with its preprocessing
+python scripts/convert.py runs/resnet20-birds birds.onnx --fold-batchnorm
+python scripts/convert.py resnet20.th runs/pretrained --dataset folder:DIR
+python scripts/convert.py resnet50.pth runs/imagenet --class-names NAMES.txt --image-size 224 \\
+    --resize-size 256 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225
+python scripts/convert.py runs/resnet20-birds birds.pt --training       # optimizer and all
+python scripts/convert.py birds.pt runs/birds --training --config runs/resnet20-birds/config.json
+"""
+
+import hashlib
+import shlex
+from pathlib import Path
+
+import numpy as np
+
+from flax_resnet.commands import cli, convert_torch
+from flax_resnet.config import InputError, TrainConfig
+from flax_resnet.data import pipeline
+from flax_resnet.interop import convert, export, loaded_run, training_state, weights_to_run
+from flax_resnet.interop.convert import TORCH_SUFFIXES
+from flax_resnet.interop.loaded_run import LoadedRun
+from flax_resnet.runs import environment
+from flax_resnet.runs.directory import check_usable
+from flax_resnet.runs.views import config_from_file, read_config
+from flax_resnet.training import steps
+
+PROGRAM_SUFFIXES = (".stablehlo", ".onnx")
+SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *PROGRAM_SUFFIXES)
+MODEL_FLAGS = ("arch", "stem", "shortcut")
+DATA_FLAGS = ("dataset", "image_size", "resize_size", "grayscale", "exif_transpose", "mean", "std")
+
+
+def parse():
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("input", type=Path, metavar="IN", help="run directory or weights file")
+    parser.add_argument(
+        "output",
+        type=Path,
+        metavar="OUT",
+        help=f"a file named *{', *'.join(SUFFIXES)}; a name without such an end becomes a run"
+        " directory",
+    )
+    parser.add_argument("--weights-key", metavar="KEY", help=cli.WEIGHTS_KEY)
+    parser.add_argument("--ema", action="store_true", help=cli.EMA)
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parser.add_argument("--fold-batchnorm", action="store_true", help=cli.FOLD_BATCHNORM)
+    parser.add_argument(
+        "--training",
+        action="store_true",
+        help="a training in its middle: run directory <-> .pt with optimizer, average and step;"
+        " best epoch and early stopping begin anew",
+    )
+    parser.add_argument("--config", metavar="FILE", help="run directory: start from this config")
+    parser.add_argument(
+        "--class-names",
+        metavar="FILE|A,B,...",
+        help="run directory: the classes, one a line, where --dataset is not at hand",
+    )
+    cli.add_config_flags(parser, MODEL_FLAGS + DATA_FLAGS)
+    args = parser.parse_args()
+    args.suffix = suffix_of(args.output)
+    if args.input.exists() and args.output.exists() and args.input.samefile(args.output):
+        raise InputError(f"IN and OUT are the same, {args.input}, which would lose its training")
+    check_output(args.output, args.suffix, args.overwrite)
+    check_flags(args)
+    if args.training and (args.weights_key or args.ema):
+        raise InputError("--weights-key and --ema choose weights; --training takes all of a file")
+    if args.fold_batchnorm and args.suffix not in PROGRAM_SUFFIXES:
+        raise InputError(f"--fold-batchnorm: only into {' and '.join(PROGRAM_SUFFIXES)}")
+    return args
+
+
+def suffix_of(path: Path) -> str:
+    """The one of ours that a name ends with, in any case, or what it ends with instead."""
+    name = path.name.lower()
+    return max((s for s in SUFFIXES if name.endswith(s)), key=len, default=path.suffix)
+
+
+def check_output(path: Path, suffix: str, overwrite: bool):
+    """Before any work is done."""
+    if suffix and suffix not in SUFFIXES:
+        raise InputError(
+            f"{path}: unknown suffix {suffix!r}; supported: {', '.join(SUFFIXES)}, and a name"
+            " without one for a run directory"
+        )
+    if suffix and not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: the folder {path.absolute().parent} does not exist")
+    if not path.exists():
+        return
+    if not overwrite:
+        raise InputError(f"{path} exists; replace it with --overwrite")
+    if path.is_dir() and (suffix or not any(path.iterdir())):
+        raise InputError(f"{path} is a directory and no run: it is not replaced")
+    if path.is_dir():
+        check_usable(path, resume=False, overwrite=True)
+
+
+def check_flags(args):
+    """Files of weights have no place for what these flags say."""
+    if not args.suffix or args.suffix in PROGRAM_SUFFIXES:
+        return
+    for name in ("config", "class_names", *DATA_FLAGS, *(MODEL_FLAGS if args.training else ())):
+        if getattr(args, name) is not None:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag}: not into {args.suffix}, which does not hold it")
+
+
+def requested_config(args) -> TrainConfig:
+    """What --config or else the run says, and the flags."""
+    if args.config:
+        config = config_from_file(args.config)
+    else:
+        config = read_config(args.input) if args.input.is_dir() else TrainConfig()
+    return cli.merge(config, cli.requested_values(args))
+
+
+def make_run(args, arrays, architecture: convert.Architecture) -> LoadedRun:
+    """A run of these weights, with as much of data as the flags ask for."""
+    config, channels = requested_config(args), architecture.in_channels
+    config, names = weights_to_run.with_model_of(config, architecture, arrays), ()
+    described = args.dataset or args.class_names or args.config
+    if args.input.is_dir() and not described:
+        names = loaded_run.load_run(args.input).class_names
+    elif args.class_names or (args.suffix and not described):
+        config = weights_to_run.without_data(config, args.dataset, channels)
+        if args.class_names:
+            names = weights_to_run.class_names(args.class_names, config.model.num_classes)
+    else:
+        config, dataset = with_data(args, config, channels)
+        names = dataset.class_names
+    environment.configure_jax(config)
+    return weights_to_run.as_run(arrays, config, names, channels)
+
+
+def with_data(args, config: TrainConfig, channels: int):
+    """`adopt.with_data`, which names the command for data of other classes than the weights."""
+    try:
+        return weights_to_run.with_data(config, channels)
+    except weights_to_run.OtherClasses as error:
+        model = config.model
+        flags = {"arch": model.arch, "stem": model.stem, "shortcut": model.shortcut}
+        flags |= {"dataset": config.data.dataset}
+        flags |= {"init-from": args.input, "weights-key": args.weights_key}
+        words = [w for k, v in flags.items() if v is not None for w in (f"--{k}", str(v))]
+        command = shlex.join(["python", "scripts/train.py", *words, *["--ema"] * args.ema])
+        raise InputError(f"{error}; to train them with a new head: {command}") from None
+
+
+def write_run(path: Path, run: LoadedRun, source: str):
+    """A finished run."""
+    arrays = convert.state_dict(run.network.to_model(run.variables))
+    report = {
+        "splits": {},
+        "converted_from": source,
+        "weights_sha256": digest(arrays),
+        "command": cli.command_line(),
+        "environment": environment.describe(num_devices=1),
+    }
+    export.write_run(
+        path,
+        run.config,
+        steps.make_state(run.variables, run.config),
+        class_names=run.class_names,
+        channels=run.channels,
+        progress={},
+        report=report,
+    )
+
+
+def digest(arrays: dict[str, np.ndarray]) -> str:
+    """Of names and numbers, in torch's order."""
+    sha = hashlib.sha256()
+    for name, array in arrays.items():
+        sha.update(name.encode() + array.tobytes())
+    return sha.hexdigest()
+
+
+def convert_weights(args):
+    out, suffix = args.output, args.suffix
+    arrays = loaded_run.load_weights(args.input, args.weights_key, ema=args.ema, say=print)
+    arch = args.arch or convert.nearest_architecture(arrays).arch
+    architecture = convert.describe(arrays, arch, args.stem, args.shortcut)
+    shapes = architecture.shapes()
+    if not convert.has_head(arrays) and convert.has_body(arrays, shapes):
+        if suffix:
+            raise InputError(
+                f"{args.input}: no head (fc) in it; a run directory gets a new one, with"
+                " --dataset or --class-names"
+            )
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("fc.")}
+    arrays = convert.conform(arrays, shapes)
+    if suffix == ".safetensors":
+        export.write_safetensors(out, arrays)
+    elif suffix in TORCH_SUFFIXES:
+        convert_torch.write_weights(out, arrays)
+    elif suffix:
+        write_program(args, make_run(args, arrays, architecture))
+    else:
+        run = make_run(args, arrays, architecture)
+        write_run(out, run, args.input.name)
+        architecture = architecture._replace(num_classes=len(run.class_names))
+    print(f"{architecture}{'' if 'fc.bias' in arrays else ', its head new and untrained'}: {out}")
+
+
+def write_program(args, run: LoadedRun):
+    if args.suffix == ".onnx":
+        convert_torch.write_onnx(args.output, run, fold_batchnorm=args.fold_batchnorm)
+    else:
+        served = run.without_batchnorm() if args.fold_batchnorm else run
+        export.write_stablehlo(args.output, served, run)
+
+
+def training_to_run(args) -> int:
+    """A training of PyTorch -> a run that goes on with train.py --resume.
+
+    Which epoch was the best, and how long early stopping has waited, is not in PyTorch's file: the
+    run looks for the best among the epochs that are left.
+    """
+    if not args.config or args.class_names:
+        raise InputError("--training needs --config FILE of the run that is to go on, and its data")
+    config, dataset = weights_to_run.with_data(requested_config(args), None)
+    environment.configure_jax(config)
+    arrays = convert_torch.read_training(args.input, config, dataset.channels)
+    run = weights_to_run.as_run(arrays["model"], config, dataset.class_names, dataset.channels)
+    state = steps.make_state(run.variables, config)
+    state = training_state.load_training_arrays(state, arrays, config.optimizer)
+    per_epoch = pipeline.steps_per_epoch(len(dataset.train), config.batch_size)
+    epoch, step = divmod(arrays["step"], max(1, per_epoch))
+    if epoch >= config.epochs:
+        raise InputError(
+            f"{args.input}: its {arrays['step']} steps are all {config.epochs} epochs of"
+            f" {args.config}: nothing is left to train; give a config of more epochs, or convert"
+            " the weights alone, without --training"
+        )
+    export.write_run(
+        args.output,
+        config,
+        state,
+        class_names=run.class_names,
+        channels=run.channels,
+        progress={"epoch": epoch, "step_in_epoch": step},
+    )
+    return arrays["step"]
+
+
+def convert_a_training(args):
+    if args.input.is_dir() and args.suffix in TORCH_SUFFIXES:
+        step = convert_torch.write_training(args.output, args.input)
+    elif not args.input.is_dir() and not args.suffix:
+        step = training_to_run(args)
+    else:
+        raise InputError("--training goes from a run directory to .pt, or from .pt to one")
+    print(f"training after {step} steps: {args.output}")
+
+
+def main():
+    args = parse()
+    try:
+        if args.training:
+            convert_a_training(args)
+        else:
+            convert_weights(args)
+    except export.DamagedExport as error:
+        raise cli.CheckFailed(str(error)) from None

@@ -1,0 +1,43 @@
+"""The console command: `flax-resnet SUBCOMMAND [flags]`. `scripts/` call the same modules."""
+
+import importlib
+import sys
+
+from flax_resnet.commands import (
+    cli,
+    memory,  # noqa: F401 - before any import that starts threads
+)
+
+COMMANDS = {
+    "train": ("flax_resnet.commands.train", "train a network and write a run directory"),
+    "evaluate": ("flax_resnet.commands.evaluate", "evaluate a run on a split of a data set"),
+    "predict": ("flax_resnet.commands.predict", "classify images with a run"),
+    "convert": ("flax_resnet.commands.convert", "convert weights and export programs"),
+    "parity": ("equivalence_tests.parity.command", "compare a network in JAX with PyTorch"),
+    "benchmark": ("equivalence_tests.benchmark.command", "time JAX and PyTorch side by side"),
+    "reproduce": ("equivalence_tests.studies.reproduce", "run recipes and make their table"),
+}
+"""{subcommand: (its module, what it does)}; only the module that is called is imported."""
+
+
+def run(name: str):
+    """Run a subcommand with the flags in `sys.argv` and end the process with its status."""
+    cli.run_command(lambda: importlib.import_module(COMMANDS[name][0]).main())
+
+
+def main():
+    """Entry point of `flax-resnet`."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        sys.argv = [f"flax-resnet {name}", *sys.argv[2:]]
+        run(name)
+    cli.run_command(lambda: _no_subcommand(name))
+
+
+def _no_subcommand(name: str):
+    if name not in ("-h", "--help"):
+        cli.check_choice("SUBCOMMAND", name, COMMANDS)
+    print("flax-resnet SUBCOMMAND [flags]\n")
+    for command, (_, purpose) in COMMANDS.items():
+        print(f"  {command:12s}{purpose}")
+    print("\nflax-resnet SUBCOMMAND --help tells the flags")

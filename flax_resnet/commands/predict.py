@@ -1,0 +1,150 @@
+"""Classify images with a run: files, or folders of them.
+
+python scripts/predict.py runs/resnet18-birds sparrow.jpg --top-k 3
+python scripts/predict.py runs/resnet18-birds photos/ --json predictions.json
+python scripts/predict.py runs/resnet18-birds photos/ --on-bad-image skip --csv - | head
+"""
+
+import contextlib
+import csv
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from flax_resnet.commands import cli
+from flax_resnet.config import InputError
+from flax_resnet.data.folders import is_passed_over
+from flax_resnet.data.image_files import SUFFIXES, BadImage, is_turned, reason
+from flax_resnet.data.sources import AS_TRAINED, turned_remark
+from flax_resnet.interop.loaded_run import load_run, predict_files
+from flax_resnet.text import printable
+
+
+def parse():
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("--top-k", type=int, default=5, metavar="N", help="classes an image")
+    parser.add_argument("--on-bad-image", default="error", metavar="error|skip", help=cli.BAD_IMAGE)
+    parser.add_argument("--fold-batchnorm", action="store_true", help=cli.FOLD_BATCHNORM)
+    for flag, what in (("--json", "write them there"), ("--csv", "write a row a class there")):
+        parser.add_argument(flag, type=Path, metavar="FILE", help=f"{what}; - is stdout")
+    args = parser.parse_args()
+    if args.top_k < 1:
+        raise InputError("--top-k: at least 1")
+    cli.check_choice("--on-bad-image", args.on_bad_image, ("error", "skip"))
+    outputs = (("--json", args.json), ("--csv", args.csv))
+    for flag, path in outputs:
+        cli.check_writable(flag, path, [args.run_dir])
+    args.inputs = image_files(args.inputs)
+    for flag, path in outputs:
+        cli.check_writable(flag, path, args.inputs)
+    if args.json and args.csv and os.path.realpath(args.json) == os.path.realpath(args.csv):
+        raise InputError(f"--json and --csv: both to {args.json}")
+    return args
+
+
+def image_files(inputs: list[Path]) -> list[Path]:
+    """The files as given, and the visible images below the folders, sorted."""
+    files = []
+    for path in inputs:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if is_visible_image(p.relative_to(path)))
+            if not found:
+                raise InputError(f"{path} has no images in it")
+            files += found
+        elif path.exists():
+            files.append(path)
+        else:
+            raise InputError(f"{path} does not exist")
+    return files
+
+
+def is_visible_image(path: Path) -> bool:
+    """As in training: neither the file nor a folder on the way to it is passed over."""
+    return path.suffix.lower() in SUFFIXES and not any(map(is_passed_over, path.parts))
+
+
+def as_row(path: Path, outcome: np.ndarray | BadImage, class_names, top_k: int) -> dict:
+    """The likeliest classes of an image, likeliest first, or its fault."""
+    if isinstance(outcome, BadImage):
+        return {"image": str(path), "error": reason(outcome)}
+    if not np.isfinite(outcome).all():
+        raise cli.CheckFailed(f"{printable(path)}: what the network says of it is not finite")
+    order = np.argsort(-outcome, kind="stable")[:top_k]
+    likely = [{"class": class_names[i], "probability": float(outcome[i])} for i in order]
+    return {"image": str(path), "predictions": likely}
+
+
+def print_row(row: dict):
+    shown = row.get("error") or ", ".join(
+        f"{printable(p['class'])} {p['probability']:.1%}" for p in row["predictions"]
+    )
+    print(f"{printable(row['image'])}: {shown}")
+
+
+@contextlib.contextmanager
+def json_rows(path: Path) -> Iterator[Callable[[dict], None]]:
+    """A function that writes a row; together they are one array."""
+    with cli.output(path) as file:
+        before = "["
+
+        def write(row: dict):
+            nonlocal before
+            file.write(
+                f"{before}\n{textwrap.indent(json.dumps(row, indent=2, allow_nan=False), '  ')}"
+            )
+            before = ","
+
+        yield write
+        file.write("[]\n" if before == "[" else "\n]\n")
+
+
+@contextlib.contextmanager
+def csv_rows(path: Path) -> Iterator[Callable[[dict], None]]:
+    """A function that writes a row of the CSV for each class, or one with the fault."""
+    with cli.output(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image", "rank", "class", "probability", "error"])
+
+        def write(row: dict):
+            for rank, p in enumerate(row.get("predictions", ()), 1):
+                writer.writerow([row["image"], rank, p["class"], p["probability"], ""])
+            if "error" in row:
+                writer.writerow([row["image"], "", "", "", row["error"]])
+
+        yield write
+
+
+def write_all(rows: Iterable[dict], json_path: Path | None, csv_path: Path | None) -> int:
+    """Each row to where it shall go, when it comes; the number of rows with a fault."""
+    with contextlib.ExitStack() as files:
+        outputs = ((json_rows, json_path), (csv_rows, csv_path))
+        write = [files.enter_context(rows_of(path)) for rows_of, path in outputs if path]
+        left_out = 0
+        for row in rows:
+            left_out += "error" in row
+            for function in write or [print_row]:
+                function(row)
+    return left_out
+
+
+def main():
+    args = parse()
+    run = load_run(args.run_dir)
+    run = run.without_batchnorm() if args.fold_batchnorm else run
+    files = args.inputs
+    outcomes = predict_files(run, files, skip_bad=args.on_bad_image == "skip")
+    rows = (as_row(path, outcome, run.class_names, args.top_k) for path, outcome in outcomes)
+    left_out = write_all(rows, args.json, args.csv)
+    if left_out:
+        print(f"left out: {left_out:,} of {len(files):,} images", file=sys.stderr)
+    if left_out == len(files):
+        raise cli.CheckFailed("no image can be read")
+    if not run.config.data.exif_transpose and (turned := sum(map(is_turned, files))):
+        print(turned_remark(turned, len(files), AS_TRAINED), file=sys.stderr)

@@ -1,0 +1,136 @@
+"""Train a network and write a run directory.
+
+python scripts/train.py --arch resnet18                        # digits, no download: a minute
+python scripts/train.py --arch resnet20 --dataset folder:DIR --epochs 20 --horizontal-flip 0.5
+python scripts/train.py --resume --run-dir runs/resnet18-digits
+"""
+
+from pathlib import Path
+
+from flax_resnet.commands import cli
+from flax_resnet.config import InputError, TrainConfig, flat
+from flax_resnet.devices import distributed
+from flax_resnet.recipes import RECIPES
+from flax_resnet.runs.views import (
+    config_from_file,
+    damaged_steps,
+    differences,
+    faults,
+    is_begun,
+    is_trained,
+    read_config,
+)
+from flax_resnet.text import listed
+from flax_resnet.training import fit
+
+SMOKE = {"epochs": "1", "batch_size": "16", "data": {"train_images": "32", "eval_images": "32"}}
+
+
+def parse():
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("--config", metavar="PATH", help="start from this config.json")
+    parser.add_argument("--recipe", metavar="NAME", help="start from this recipe")
+    parser.add_argument("--list-recipes", action="store_true", help="print the recipes and leave")
+    parser.add_argument("--run-dir", metavar="PATH", help="default: runs/ARCH-DATASET[-N]")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir")
+    parser.add_argument("--smoke", action="store_true", help="every stage on 32 images, in seconds")
+    several = parser.add_argument_group("several processes, each started with the same flags")
+    several.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of process 0; auto: as the cluster says, which srun and mpirun need not be told",
+    )
+    several.add_argument("--num-processes", metavar="INT", type=int, help="how many take part")
+    several.add_argument("--process-id", metavar="INT", type=int, help="which this is, from 0 on")
+    several.add_argument(
+        "--connect-timeout", metavar="INT", type=int, default=300, help="seconds (default: 300)"
+    )
+    cli.add_config_flags(parser)
+    args = parser.parse_args()
+    cli.check_positive("--connect-timeout", args.connect_timeout)
+    return args
+
+
+def starting_point(args, otherwise: TrainConfig) -> TrainConfig:
+    """What --config or --recipe say, before the flags."""
+    if args.config and args.recipe:
+        raise InputError("--config and --recipe exclude each other")
+    if args.recipe:
+        cli.check_choice("--recipe", args.recipe, RECIPES)
+        return RECIPES[args.recipe].config
+    return config_from_file(args.config) if args.config else otherwise
+
+
+def build_config(args, otherwise: TrainConfig) -> TrainConfig:
+    config = cli.merge(starting_point(args, otherwise), SMOKE if args.smoke else {})
+    return cli.with_flags(config, args)
+
+
+def resumed_config(args) -> TrainConfig:
+    """A run is resumed as it was begun; only where it runs, and its data lie, may change."""
+    own = read_config(args.run_dir, say=lambda line: None)
+    asked = fit.as_begun(own, build_config(args, own))
+    left_open = {name for name, value in flat(asked).items() if value is None}
+    if other := [line for name, line in differences(asked, own).items() if name not in left_open]:
+        raise InputError(
+            f"{args.run_dir} was begun with other flags: {listed(other)}; --resume takes only"
+            " those of devices, --num-workers and --dataset where the same data have moved; to"
+            f" train otherwise or longer, begin a new run with --init-from {args.run_dir}"
+        )
+    return cli.merge(own, cli.requested_values(args))
+
+
+def runs_here() -> str:
+    """Those that could be meant by a --resume alone."""
+    found = sorted(path.parent for path in Path("runs").glob("*/config.json"))
+    return f"; in runs/ there are {listed(found)}" if found else ""
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether there is nothing left to do: what of a finished run is not as it was written is
+    said, and where its training is done it can be written anew."""
+    if not (run_dir / "report.json").exists():
+        return False
+    views, steps = faults(run_dir), damaged_steps(run_dir)
+    if views and not steps and is_trained(run_dir):
+        return False
+    if distributed.is_first():
+        print(*views, *steps, f"{run_dir} is finished; nothing to do", sep="\n")
+    return True
+
+
+def described(name: str) -> str:
+    """A recipe in a line."""
+    recipe = RECIPES[name]
+    figures = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in recipe.published.items()]
+    published = f" (published: {', '.join(figures)})" if figures else ""
+    reached = [f"{v:.4f} in {recipe.minutes:.0f} minutes" for v in recipe.reached.values()]
+    ours = f"; reached {', '.join(reached)}" if reached else "; not run"
+    return f"{name:28s}{recipe.method}{published}{ours}"
+
+
+def main():
+    args = parse()
+    if args.list_recipes:
+        print("\n".join(map(described, RECIPES)))
+        return
+    if args.resume and not args.run_dir:
+        raise InputError(f"--resume needs --run-dir{runs_here()}")
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    config = build_config(args, TrainConfig())
+    processes = (args.coordinator, args.num_processes, args.process_id)
+    with distributed.joined(*processes, timeout=args.connect_timeout):
+        run(args, config)
+
+
+def run(args, config: TrainConfig):
+    run_dir = Path(args.run_dir) if args.run_dir else None
+    if args.resume and is_begun(run_dir):
+        config = resumed_config(args)
+        if is_finished(run_dir):
+            return
+    fit.fit(
+        config, run_dir, resume=args.resume, overwrite=args.overwrite, command=cli.command_line()
+    )
