@@ -1,0 +1,1 @@
+"""The proof that `flax_resnet` equals PyTorch, and the tools that measure both."""

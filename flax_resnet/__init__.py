@@ -1,6 +1,47 @@
 """ResNets in Flax NNX and Optax, equal to PyTorch's."""
 
-from flax_resnet.interop.convert import load_state_dict, state_dict
-from flax_resnet.models import create_model, list_models
+import importlib
+from typing import TYPE_CHECKING
 
-__all__ = ["create_model", "list_models", "load_state_dict", "state_dict"]
+if TYPE_CHECKING:
+    from flax_resnet.config import TrainConfig
+    from flax_resnet.errors import InputError
+    from flax_resnet.interop.loaded_run import LoadedRun, load_run
+    from flax_resnet.models import create_model, list_models
+    from flax_resnet.training.fit import fit
+    from flax_resnet.weights.convert import load_state_dict, state_dict
+
+__all__ = [
+    "InputError",
+    "LoadedRun",
+    "TrainConfig",
+    "create_model",
+    "fit",
+    "list_models",
+    "load_run",
+    "load_state_dict",
+    "state_dict",
+]
+
+_MODULES = {
+    "InputError": "errors",
+    "LoadedRun": "interop.loaded_run",
+    "TrainConfig": "config",
+    "create_model": "models",
+    "fit": "training.fit",
+    "list_models": "models",
+    "load_run": "interop.loaded_run",
+    "load_state_dict": "weights.convert",
+    "state_dict": "weights.convert",
+}
+
+
+def __getattr__(name: str):
+    """Import a public name when it is first used: the config alone needs no JAX."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__():
+    return __all__

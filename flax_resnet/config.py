@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
+from flax_resnet.errors import InputError
+
 Architecture = Literal[
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
     "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d",
@@ -25,13 +27,6 @@ Architecture = Literal[
 
 WITH_SHORTCUTS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 """Of He et al. 2015, who tried padded channels and projections."""
-
-
-class InputError(ValueError):
-    """Bad input from the user: a file, a flag, a data set. The commands print its one line and
-    leave with status 2."""
-
-    exit_status = 2
 
 
 def nearest(word: str, valid) -> str:

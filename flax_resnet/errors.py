@@ -26,6 +26,13 @@ _OUT_OF_MEMORY = (
 _SIGNS_OF_NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory")
 
 
+class InputError(ValueError):
+    """Bad input from the user: a file, a flag, a data set. The commands print its one line and
+    leave with status 2."""
+
+    exit_status = BAD_INPUT
+
+
 def verdict(error: BaseException) -> tuple[int, str]:
     """Exit status, and the line that says what went wrong.
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from equivalence_tests.benchmark import fresh_process
 from equivalence_tests.benchmark.timing import CHECKED_IMAGES, PLAIN, VARIANTS, Job, Kept
-from equivalence_tests.parity.tolerances import BUDGET_FACTOR, BUDGET_ULPS
+from equivalence_tests.parity.tolerances import BUDGET_FACTOR, BUDGET_ULPS, relative_error
 
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float64": 2.0**-52}
 
@@ -42,7 +42,7 @@ def compare_logits(settings, files, missing, kept: Kept, say) -> dict | None:
                 return None
             raise Disagreement(f"the logits of {each.framework}: {outcome}")
         logits[name] = np.array(outcome["values"])
-    errors = {name: relative(logits[name], logits["truth"]) for name in VARIANTS}
+    errors = {name: relative_error(logits[name], logits["truth"]) for name in VARIANTS}
     bound = BUDGET_FACTOR * errors["torch"] + BUDGET_ULPS * EPSILON[settings.job.dtype]
     if not errors["jax"] <= bound:
         raise Disagreement(
@@ -66,7 +66,7 @@ def compare_losses(settings, files, kept: Kept, say) -> dict:
         if "values" not in outcome:
             raise Disagreement(f"the losses of {name}: {outcome}")
     jax, torch = (np.array(outcomes[name]["values"]) for name in VARIANTS)
-    if not (distance := relative(jax, torch)) <= SAME_LOSS["float64"]:
+    if not (distance := relative_error(jax, torch)) <= SAME_LOSS["float64"]:
         raise Disagreement(
             f"losses disagree: in float64 JAX is {distance:.1e} from PyTorch; nothing was timed"
         )
@@ -103,15 +103,10 @@ def deviation(job: Job, outcome: dict, first: dict) -> str | None:
     if "values" not in outcome:
         return None
     other, expected = first.setdefault((job.mode, job.batch_size), (job, outcome["values"]))
-    distance = relative(np.array(outcome["values"]), np.array(expected))
+    distance = relative_error(np.array(outcome["values"]), np.array(expected))
     if distance <= SAME_LOSS[job.dtype]:
         return None
     why = f"its values are {distance:.1e} from those of {other.framework} {other.variant}"
     if {(j.framework, j.variant) for j in (job, other)} == set(PLAIN.items()):
         raise Disagreement(f"{job.mode}: {job.framework} {job.variant}: {why}")
     return why
-
-
-def relative(got, reference) -> float:
-    """Norm of the difference over the norm of the reference."""
-    return float(np.linalg.norm(got - reference) / np.linalg.norm(reference))

@@ -26,7 +26,7 @@ from equivalence_tests.benchmark import agreement, end_to_end, throughput
 from equivalence_tests.benchmark.timing import VARIANTS, Job
 from flax_resnet import list_models
 from flax_resnet.commands import cli
-from flax_resnet.config import InputError
+from flax_resnet.errors import InputError
 from flax_resnet.models import STEMS, check_stem, has_stem_choice
 from flax_resnet.recipes import RECIPES
 from flax_resnet.runs import environment, plots

@@ -20,7 +20,7 @@ import numpy as np
 from equivalence_tests.benchmark import agreement, end_to_end, fresh_process, roofline
 from equivalence_tests.benchmark.timing import PLAIN, VARIANTS, Job, Kept
 from equivalence_tests.parity import inputs
-from flax_resnet.interop.convert import Architecture
+from flax_resnet.weights.convert import Architecture
 
 MODES = ("train", "inference")
 

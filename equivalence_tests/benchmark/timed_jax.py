@@ -21,11 +21,11 @@ from flax_resnet.config import (
     TrainConfig,
 )
 from flax_resnet.devices.parallel import Engine
-from flax_resnet.interop import convert
 from flax_resnet.kernels.cpu_convolution import COMPILER_OPTIONS
 from flax_resnet.models import create_from_config
 from flax_resnet.models.folding import fold_batchnorm
 from flax_resnet.training import steps
+from flax_resnet.weights import convert
 
 
 def build(job: Job) -> Program:

@@ -11,8 +11,8 @@ from jax import lax
 
 from equivalence_tests.mutants.mutant import LayerFault, Mutant
 from flax_resnet import models
-from flax_resnet.interop import convert
 from flax_resnet.models import cnn, layers, resnet
+from flax_resnet.weights import convert
 
 
 def _becomes(**methods):

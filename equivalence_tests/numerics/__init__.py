@@ -1,0 +1,1 @@
+"""Test files that hold numbers: what JAX computes equals what PyTorch computes."""

@@ -17,9 +17,9 @@ from flax import nnx
 import flax_resnet
 import torch_ref
 from equivalence_tests.parity import engine, inputs, jax_side, tolerances, torch_side
-from flax_resnet.config import InputError
-from flax_resnet.interop import convert
+from flax_resnet.errors import InputError
 from flax_resnet.models import has_stem_choice
+from flax_resnet.weights import convert
 from torch_ref import checkpoint
 
 CHECKPOINTS = Path(__file__).parents[2].parent / "shared/data/checkpoints"

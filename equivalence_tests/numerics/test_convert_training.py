@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from equivalence_tests.parity import inputs, jax_side, tolerances, torch_side
-from flax_resnet.config import InputError, OptimizerConfig, ScheduleConfig, TrainConfig
+from flax_resnet.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from flax_resnet.errors import InputError
 from flax_resnet.interop import training_state
 from flax_resnet.training import steps
 from torch_ref import optim

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from equivalence_tests.parity import engine, inputs, tolerances
-from flax_resnet.interop import convert
 from flax_resnet.models import create_model, folding
 from flax_resnet.training import steps
+from flax_resnet.weights import convert
 
 SMALL = ["resnet20", "basic_cnn"]  # without projections; without BatchNorm
 LARGE = [
@@ -30,16 +30,12 @@ def logits(case, dtype, *, folded: bool) -> np.ndarray:
     return np.asarray(forward(network.initial, images), np.float64)
 
 
-def distance(got, reference) -> float:
-    return np.linalg.norm(got - reference) / np.linalg.norm(reference)
-
-
 @pytest.mark.parametrize("arch", [*SMALL, "resnet18", *LARGE])
 def test_in_float64_the_logits_stay(x64, arch):
     case = inputs.make_case(arch)
-    assert distance(*(logits(case, np.float64, folded=f) for f in (True, False))) < (
-        tolerances.float64(arch, "forward")
-    )
+    assert tolerances.relative_error(
+        *(logits(case, np.float64, folded=f) for f in (True, False))
+    ) < (tolerances.float64(arch, "forward"))
 
 
 @pytest.mark.parametrize("arch", [*SMALL, *LARGE])
@@ -47,9 +43,9 @@ def test_in_float32_the_error_is_within_the_budget(arch):
     case = inputs.make_case(arch, batch=4)
     truth = engine.run_torch(case, train=False)["forward"]["fc"]
     reference = engine.run_torch(case, np.float32, train=False)["forward"]["fc"]
-    bound = tolerances.BUDGET_FACTOR * distance(reference, truth)
+    bound = tolerances.BUDGET_FACTOR * tolerances.relative_error(reference, truth)
     bound += tolerances.BUDGET_ULPS * np.finfo(np.float32).eps
-    assert distance(logits(case, np.float32, folded=True), truth) <= bound
+    assert tolerances.relative_error(logits(case, np.float32, folded=True), truth) <= bound
 
 
 def test_the_model_itself_stays_as_it_is():
@@ -71,6 +67,6 @@ def test_eps_left_out_shows(x64):
     case = inputs.make_case("resnet20")
     with mock.patch.object(folding, "_fold", without_eps):
         wrong = logits(case, np.float64, folded=True)
-    assert distance(wrong, logits(case, np.float64, folded=False)) > (
+    assert tolerances.relative_error(wrong, logits(case, np.float64, folded=False)) > (
         1000 * tolerances.float64("resnet20", "forward")
     )

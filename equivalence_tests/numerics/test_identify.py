@@ -5,8 +5,8 @@ import pytest
 
 import flax_resnet
 from equivalence_tests.parity import inputs
-from flax_resnet.interop import convert
 from flax_resnet.models import has_stem_choice
+from flax_resnet.weights import convert
 
 ALL = [
     (arch, stem)

@@ -20,8 +20,8 @@ import torch_ref.optim
 from equivalence_tests.parity import inputs, tolerances, torch_side
 from equivalence_tests.parity.states import named, optimizer_state
 from flax_resnet.config import OptimizerConfig, TrainConfig
-from flax_resnet.interop import convert
 from flax_resnet.training import optim, steps
+from flax_resnet.weights import convert
 
 pytestmark = pytest.mark.quick
 

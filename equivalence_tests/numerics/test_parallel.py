@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from equivalence_tests.parity import inputs
-from equivalence_tests.parity.tolerances import PARALLEL
+from equivalence_tests.parity.tolerances import PARALLEL, largest_error
 from flax_resnet.commands import cli
 from flax_resnet.config import ParallelConfig, TrainConfig
 from flax_resnet.devices.parallel import Engine
@@ -74,48 +74,38 @@ def one_device() -> dict:
     return run("jit", 1)
 
 
-def worst(got: dict, expected: dict) -> float:
-    """Largest relative error of any array, by its norm."""
-    assert got.keys() == expected.keys()
-    errors = []
-    for name, value in expected.items():
-        value, other = np.asarray(value, float), np.asarray(got[name], float)
-        errors.append(np.linalg.norm(other - value) / max(np.linalg.norm(value), 1e-300))
-    return np.max(errors)  # max() would pass over what is no number
-
-
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_the_number_of_devices_does_not_matter(mode, devices, x64):
-    assert worst(run(mode, devices), one_device()) <= PARALLEL
+    assert largest_error(run(mode, devices), one_device()) <= PARALLEL
 
 
 @pytest.mark.parametrize("devices", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 def test_sharded_parameters_do_not_matter(devices, x64):
-    assert worst(run("jit", devices, shard=True), one_device()) <= PARALLEL
+    assert largest_error(run("jit", devices, shard=True), one_device()) <= PARALLEL
 
 
 def test_pmap_of_one_device_is_plain(x64):
-    assert worst(run("pmap", 1), one_device()) <= PARALLEL
+    assert largest_error(run("pmap", 1), one_device()) <= PARALLEL
 
 
 @pytest.mark.slow  # XLA:CPU runs convolutions inside a scan tens of times slower
 @pytest.mark.parametrize("mode,devices", [("jit", 1), ("jit", 2), ("pmap", 2)])
 def test_several_steps_a_dispatch_are_the_same_steps(mode, devices, x64):
-    assert worst(run(mode, devices, steps_per_dispatch=5), one_device()) <= PARALLEL
+    assert largest_error(run(mode, devices, steps_per_dispatch=5), one_device()) <= PARALLEL
 
 
 @pytest.mark.control
 def test_what_is_no_number_is_noticed():
     good = {"a": np.ones(2), "b": np.ones(2)}
     for name in good:
-        assert not worst(good | {name: np.full(2, np.nan)}, good) <= PARALLEL
+        assert not largest_error(good | {name: np.full(2, np.nan)}, good) <= PARALLEL
 
 
 @pytest.mark.control
 def test_statistics_of_a_shard_are_noticed(x64):
     """Negative control: BatchNorm without the other devices."""
-    assert worst(run("pmap", 2, share_statistics=False), one_device()) > 1e6 * PARALLEL
+    assert largest_error(run("pmap", 2, share_statistics=False), one_device()) > 1e6 * PARALLEL
 
 
 @pytest.mark.control
@@ -128,4 +118,4 @@ def test_draws_of_the_device_are_noticed(x64, monkeypatch):
         return original(key, data % 7)
 
     monkeypatch.setattr(jax.random, "fold_in", by_position)
-    assert worst(run("jit", 2), expected) > 1e6 * PARALLEL
+    assert largest_error(run("jit", 2), expected) > 1e6 * PARALLEL

@@ -21,12 +21,14 @@ from rich.table import Table
 
 from flax_resnet import list_models
 from flax_resnet.commands import cli
-from flax_resnet.config import DataConfig, InputError
-from flax_resnet.interop import convert, loaded_run
+from flax_resnet.config import DataConfig
+from flax_resnet.errors import InputError
 from flax_resnet.models import SHORTCUTS, STEMS, check_shortcut, check_stem
 from flax_resnet.runs import environment
 from flax_resnet.runs.display import Display
 from flax_resnet.runs.views import read_config
+from flax_resnet.training import restore
+from flax_resnet.weights import convert
 
 try:
     from equivalence_tests.parity import causes, engine, localise, own_model, predictions, report
@@ -106,7 +108,7 @@ def own_case(args, model, size):
     if model:
         arrays = own_model.weights(model)
     else:
-        arrays = loaded_run.load_weights(args.checkpoint, args.weights_key, ema=args.ema, say=print)
+        arrays = restore.load_weights(args.checkpoint, args.weights_key, ema=args.ema, say=print)
     arch = args.arch or convert.nearest_architecture(arrays).arch
     kind = convert.describe(arrays, arch, args.stem, args.shortcut)
     arrays = convert.conform(arrays, kind.shapes())

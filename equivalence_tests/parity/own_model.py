@@ -9,8 +9,8 @@ from torch import nn
 
 from equivalence_tests.parity import engine
 from equivalence_tests.parity.inputs import Case
-from flax_resnet.config import InputError
-from flax_resnet.interop import convert
+from flax_resnet.errors import InputError
+from flax_resnet.weights import convert
 from torch_ref import checkpoint
 
 

@@ -11,9 +11,10 @@ from torch import nn
 import flax_resnet
 from equivalence_tests.parity import torch_side
 from equivalence_tests.parity.inputs import Case
-from flax_resnet.config import DataConfig, InputError, ModelConfig, TrainConfig
+from flax_resnet.config import DataConfig, ModelConfig, TrainConfig
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import prepare
+from flax_resnet.errors import InputError
 from flax_resnet.training import steps
 
 BATCH = 250

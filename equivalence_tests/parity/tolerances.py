@@ -3,6 +3,21 @@ difference over the norm of the reference, per tensor."""
 
 import re
 
+import numpy as np
+
+
+def relative_error(got, reference) -> float:
+    """Norm of the difference over the norm of the reference, in float64; arrays of one shape."""
+    got, reference = np.asarray(got, np.float64), np.asarray(reference, np.float64)
+    return float(np.linalg.norm(got - reference) / max(np.linalg.norm(reference), 1e-300))
+
+
+def largest_error(got: dict, reference: dict) -> float:
+    """The largest `relative_error` of arrays by name; NaN where one is no number."""
+    assert got.keys() == reference.keys()
+    return float(np.max([relative_error(got[name], reference[name]) for name in reference]))
+
+
 FORWARD = 1e-11
 """Float64, activations, loss and BatchNorm statistics. Rounding gives 1e-15 to 1e-12 in all 16
 nets; the smallest known difference of definition that a forward pass shows is 1e-6."""

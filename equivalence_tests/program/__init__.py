@@ -1,0 +1,1 @@
+"""Test files that hold the program: commands, files, failures, packaging."""

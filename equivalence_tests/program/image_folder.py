@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_resnet.config import DataConfig, InputError
+from flax_resnet.config import DataConfig
 from flax_resnet.data.sources import open_dataset
+from flax_resnet.errors import InputError
 
 
 def picture(seed=0, size=(12, 9), mode="RGB"):

@@ -23,9 +23,10 @@ from rich.table import Table
 from equivalence_tests.program.command import ROOT, refused, run_script, train
 from flax_resnet import errors
 from flax_resnet.commands import cli, predict
-from flax_resnet.config import USED_WITH, InputError, TrainConfig, idle, to_dict
+from flax_resnet.config import USED_WITH, TrainConfig, idle, to_dict
 from flax_resnet.data import sources
 from flax_resnet.data.workers import WorkerDied
+from flax_resnet.errors import InputError
 from flax_resnet.interop.loaded_run import load_run, predict_files
 from flax_resnet.recipes import RECIPES
 from flax_resnet.runs.directory import RunDirectory

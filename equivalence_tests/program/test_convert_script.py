@@ -20,9 +20,11 @@ from torchvision.transforms import v2
 import torch_ref
 from equivalence_tests.parity import inputs
 from equivalence_tests.program.command import refused, run_script, train
-from flax_resnet.interop import convert, export, loaded_run, training_state
+from flax_resnet.interop import export, loaded_run, training_state
 from flax_resnet.models import create_model
 from flax_resnet.runs.checkpoint import Checkpoints
+from flax_resnet.training import restore
+from flax_resnet.weights import convert
 from torch_ref import checkpoint
 
 NAMES = "a,b,c,d,e,f,g"
@@ -54,7 +56,7 @@ def sources(weights, tmp_path_factory) -> dict[str, Path]:
 
 def read(path: Path) -> dict:
     if path.is_dir():
-        return loaded_run.load_weights(path)
+        return restore.load_weights(path)
     if path.suffix == ".safetensors":
         return load_file(path)
     return {n: t.numpy() for n, t in torch.load(path, weights_only=True).items()}
@@ -322,7 +324,7 @@ def test_without_torch_the_extra_is_named(sources, tmp_path, monkeypatch):
 
 def last_state(run_dir: Path) -> dict:
     """Weights, optimizer, moving average and step of the newest checkpoint."""
-    _, config, _, state = loaded_run.restore(run_dir, Checkpoints.latest)
+    _, config, _, state = restore.restore(run_dir, Checkpoints.latest)
     return training_state.flat(training_state.training_arrays(state, config.optimizer))
 
 

@@ -15,9 +15,11 @@ import pytest
 from PIL import Image
 
 from equivalence_tests.parity import inputs
+from equivalence_tests.parity.tolerances import relative_error
 from equivalence_tests.program.command import refused, run_script
-from flax_resnet.interop import convert, export, loaded_run
+from flax_resnet.interop import export, loaded_run
 from flax_resnet.models import create_model, folding
+from flax_resnet.weights import convert
 from torch_ref import checkpoint
 
 LOOKS = ["--class-names", "a,b,c,d,e,f,g", "--image-size", 32]
@@ -71,10 +73,6 @@ def run_onnx(path: Path):
 PROGRAMS = {".stablehlo": run_stablehlo, ".onnx": run_onnx}
 
 
-def distance(got, reference) -> float:
-    return np.linalg.norm(np.asarray(got) - reference) / np.linalg.norm(reference)
-
-
 @pytest.fixture(scope="module")
 def programs(run_dir, tmp_path_factory) -> dict[str, Path]:
     """The run as both kinds of programs, as it is and folded."""
@@ -93,13 +91,13 @@ def test_programs_compute_what_the_run_does(programs, weights):
         for number in (1, 2, 5):
             got = program(images(number))
             assert got.dtype == np.float32
-            assert distance(got, expected(weights, images(number))) < CLOSE, path
+            assert relative_error(got, expected(weights, images(number))) < CLOSE, path
 
 
 def test_a_program_can_be_made_of_a_file_of_weights(run_dir, weights, tmp_path):
     source, out = run_dir.parent / "weights.pth", tmp_path / "net.stablehlo"
     assert run_script("convert.py", source, out, *LOOKS[2:]).status == 0
-    assert distance(run_stablehlo(out)(images(2)), expected(weights, images(2))) < CLOSE
+    assert relative_error(run_stablehlo(out)(images(2)), expected(weights, images(2))) < CLOSE
 
 
 def test_stablehlo_is_for_both_platforms_and_any_batch(programs):
@@ -132,7 +130,7 @@ def test_the_snippet_of_the_readme_runs_as_it_is(programs, weights, tmp_path, mo
     names = {}
     exec(code.split("```")[0], names)
     for logits in (names["logits"], names["onnx_logits"]):
-        assert distance(logits, expected(weights, names["images"])) < CLOSE
+        assert relative_error(logits, expected(weights, names["images"])) < CLOSE
 
 
 class SlowToFold:

@@ -21,10 +21,10 @@ from equivalence_tests.program.command import run_script
 from equivalence_tests.program.test_train import EVERYTHING, digest, quiet, small, weights
 from equivalence_tests.studies import faults
 from equivalence_tests.studies.faults import ROOT
-from flax_resnet.config import InputError
-from flax_resnet.interop import loaded_run
+from flax_resnet.errors import InputError
 from flax_resnet.runs.checkpoint import Checkpoints
 from flax_resnet.runs.directory import RunDirectory
+from flax_resnet.training import restore
 from flax_resnet.training.fit import fit
 from flax_resnet.training.loop import Run
 from flax_resnet.training.progress import Interrupted, SignalFlag
@@ -54,7 +54,7 @@ def test_a_run_that_is_told_to_stop_comes_back_to_the_same_bits(straight, tmp_pa
 @pytest.mark.control
 def test_one_bit_of_an_average_is_noticed(straight, monkeypatch):
     """Negative control: the fingerprint of the same run with the smallest change there is."""
-    original = loaded_run.restore
+    original = restore.restore
 
     def one_bit_off(*arguments):
         *rest, state = original(*arguments)
@@ -62,7 +62,7 @@ def test_one_bit_of_an_average_is_noticed(straight, monkeypatch):
         state.ema["fc"]["bias"] = np.nextafter(bias, np.float32("inf"))
         return *rest, state
 
-    monkeypatch.setattr(loaded_run, "restore", one_bit_off)
+    monkeypatch.setattr(restore, "restore", one_bit_off)
     changed = faults.fingerprint(straight.run_dir)
     assert [n for n in changed if changed[n] != straight.fingerprint[n]] == ["state"]
 

@@ -10,10 +10,11 @@ import torchvision
 from PIL import Image
 
 from equivalence_tests.program.image_folder import fill, picture, refused, upright
-from flax_resnet.config import DataConfig, InputError
+from flax_resnet.config import DataConfig
 from flax_resnet.data.pipeline import Decoder, decode_all
 from flax_resnet.data.shared import Names
 from flax_resnet.data.sources import FolderSource, Subset, open_dataset
+from flax_resnet.errors import InputError
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from PIL import Image
 from rich.table import Table
 
 from equivalence_tests.program.command import refused, run_script
-from flax_resnet.config import InputError
 from flax_resnet.data import cifar10
+from flax_resnet.errors import InputError
 from flax_resnet.interop.weights_to_run import class_names
 from flax_resnet.runs import plots
 from flax_resnet.runs.display import Display

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from equivalence_tests.program.image_folder import encoded, picture, tiff, upright
-from flax_resnet.config import InputError
 from flax_resnet.data import image_files
 from flax_resnet.data.image_files import decode_image, is_turned
 from flax_resnet.data.sources import read_image
+from flax_resnet.errors import InputError
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".png", ".webp", ".bmp", ".gif", ".tiff"])

@@ -12,7 +12,8 @@ from flax import nnx
 
 import flax_resnet
 import torch_ref
-from flax_resnet.config import InputError, ModelConfig
+from flax_resnet.config import ModelConfig
+from flax_resnet.errors import InputError
 from flax_resnet.models import has_stem_choice, layers, summary
 
 TORCHVISION = [name for name in flax_resnet.list_models() if has_stem_choice(name)]

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_resnet.commands import cli
-from flax_resnet.config import InputError, TrainConfig
+from flax_resnet.config import TrainConfig
 from flax_resnet.data import pipeline, prepare
 from flax_resnet.data.image_files import BadImage
 from flax_resnet.data.pipeline import BatchOrder, Decoder
 from flax_resnet.data.sources import ArraySource, Subset
+from flax_resnet.errors import InputError
 from torch_ref import data
 
 

@@ -20,14 +20,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from equivalence_tests.numerics.test_parallel import worst
-from equivalence_tests.parity.tolerances import PARALLEL, TRAINING
+from equivalence_tests.parity.tolerances import PARALLEL, TRAINING, largest_error
 from equivalence_tests.program.command import ROOT, run_script
-from flax_resnet.config import InputError
 from flax_resnet.devices import distributed
-from flax_resnet.interop import loaded_run
+from flax_resnet.errors import InputError
 from flax_resnet.runs.checkpoint import Checkpoints
 from flax_resnet.runs.tables import read_rows
+from flax_resnet.training import restore
 from flax_resnet.training.loop import Run
 
 # Splits that do not divide; float64, in which only the order of summation differs.
@@ -124,7 +123,7 @@ def numbers(run_dir) -> dict:
     for split, values in report["splits"].items():
         found |= {f"{split} {name}": value for name, value in values.items()}
     try:
-        state = loaded_run.restore(run_dir, Checkpoints.latest)[-1]
+        state = restore.restore(run_dir, Checkpoints.latest)[-1]
         leaves = jax.tree.flatten_with_path(state)[0]
         return found | {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
     finally:
@@ -147,21 +146,21 @@ def long(tmp_path_factory):
 
 def test_two_processes_are_one(tmp_path, short):
     run(tmp_path / "run", SHORT, SHORT)
-    assert worst(numbers(tmp_path / "run"), short) <= PARALLEL
+    assert largest_error(numbers(tmp_path / "run"), short) <= PARALLEL
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_many_processes_are_one(tmp_path, long, count):
     run(tmp_path / "run", *[LONG] * count)
-    assert worst(numbers(tmp_path / "run"), long) <= TRAINING
+    assert largest_error(numbers(tmp_path / "run"), long) <= TRAINING
 
 
 @pytest.mark.slow
 def test_parameters_in_parts_are_the_same(tmp_path, short):
     flags = [*SHORT, "--shard-parameters"]
     run(tmp_path / "run", flags, flags)
-    assert worst(numbers(tmp_path / "run"), short) <= PARALLEL
+    assert largest_error(numbers(tmp_path / "run"), short) <= PARALLEL
 
 
 WRONG_SHARD = f"""
@@ -177,7 +176,7 @@ runpy.run_path({TRAIN!r}, run_name="__main__")
 def test_a_process_with_the_wrong_shard_is_noticed(tmp_path, short):
     """Negative control: the second process reads what the first one does."""
     run(tmp_path / "run", SHORT, SHORT, program=("-c", WRONG_SHARD))
-    assert worst(numbers(tmp_path / "run"), short) > 1e6 * PARALLEL
+    assert largest_error(numbers(tmp_path / "run"), short) > 1e6 * PARALLEL
 
 
 @pytest.mark.slow
@@ -190,10 +189,10 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path, long):
         outcomes = ends(started)
     assert [outcome.status for outcome in outcomes] == [143, 143], outcomes
     assert all("the work is saved" in outcome.last for outcome in outcomes)
-    document = loaded_run.restore(run_dir, Checkpoints.latest)[0]
+    document = restore.restore(run_dir, Checkpoints.latest)[0]
     assert document["num_devices"] == 2 and 2 <= document["progress"]["epoch"] < 12
     alone(run_dir, "--resume")
-    assert worst(numbers(run_dir), long) <= TRAINING
+    assert largest_error(numbers(run_dir), long) <= TRAINING
 
 
 @pytest.mark.slow
@@ -210,7 +209,7 @@ def test_one_process_stops_and_two_go_on(tmp_path, long, monkeypatch):
         alone(tmp_path / "run", *LONG, status=143)
     flags = ["--resume", "--devices", 2]
     run(tmp_path / "run", flags, flags)
-    assert worst(numbers(tmp_path / "run"), long) <= TRAINING
+    assert largest_error(numbers(tmp_path / "run"), long) <= TRAINING
 
 
 @pytest.mark.slow

@@ -9,13 +9,12 @@ import pytest
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.image_folder import fill
 from equivalence_tests.program.test_train import cut_at, digest, quiet, small
-from flax_resnet.config import InputError
 from flax_resnet.devices import distributed
-from flax_resnet.interop import loaded_run
+from flax_resnet.errors import InputError
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in
 from flax_resnet.runs.tables import read_rows
 from flax_resnet.runs.views import read_config
-from flax_resnet.training import early_stopping
+from flax_resnet.training import early_stopping, restore
 from flax_resnet.training.fit import fit
 from flax_resnet.training.progress import Interrupted
 
@@ -30,7 +29,7 @@ def test_the_time_before_a_cut_counts(tmp_path, monkeypatch):
     """A row of an epoch that was cut off has all of its steps and seconds."""
     config = small(epochs="2")
     cut(config, tmp_path, monkeypatch)
-    document = loaded_run.restore(tmp_path, Checkpoints.latest)[0]
+    document = restore.restore(tmp_path, Checkpoints.latest)[0]
     before = document["progress"]["seconds"]
     assert before > 0
     fit(config, tmp_path, resume=True, display=quiet())
@@ -109,7 +108,7 @@ def test_a_source_does_not_switch_the_compilation_cache_on(tmp_path):
     assert before is not None
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        loaded_run.load_weights(tmp_path)
+        restore.load_weights(tmp_path)
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

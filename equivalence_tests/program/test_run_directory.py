@@ -18,16 +18,18 @@ from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.test_train import digest, quiet, small
 from equivalence_tests.studies import flips
 from flax_resnet.commands import cli
-from flax_resnet.config import InputError, TrainConfig, to_dict
+from flax_resnet.config import TrainConfig, to_dict
 from flax_resnet.devices import distributed
 from flax_resnet.devices.distributed import RunLost
-from flax_resnet.interop import convert, export
+from flax_resnet.errors import InputError
+from flax_resnet.interop import export
 from flax_resnet.models import create_model
 from flax_resnet.runs import owned, tables, views
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in
 from flax_resnet.runs.directory import RunDirectory, as_json, reserve
 from flax_resnet.training.fit import _open_directory, fit
 from flax_resnet.training.loop import Run
+from flax_resnet.weights import convert
 
 HUGGING_FACE = '{"model_type": "bert", "hidden_size": 768}'
 

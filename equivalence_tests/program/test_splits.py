@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from flax_resnet.config import DataConfig, InputError
+from flax_resnet.config import DataConfig
 from flax_resnet.data import sources
 from flax_resnet.data.sources import ArraySource, open_dataset
+from flax_resnet.errors import InputError
 
 
 def test_digits():

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from equivalence_tests.program.image_folder import encoded, picture, refused
-from flax_resnet.config import DataConfig, InputError
+from flax_resnet.config import DataConfig
 from flax_resnet.data.sources import open_dataset
+from flax_resnet.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from torchvision.transforms import v2
 
 from equivalence_tests.program.image_folder import encoded, fill, picture, upright
 from equivalence_tests.program.test_image_files import AS_SHOWN, BROKEN, NOT_SAID
-from flax_resnet.config import DataConfig, InputError
+from flax_resnet.config import DataConfig
 from flax_resnet.data.image_files import read_image
 from flax_resnet.data.sources import open_dataset
+from flax_resnet.errors import InputError
 from torch_ref import data, image_folder
 
 SPLITS = ("train", "val", "test")

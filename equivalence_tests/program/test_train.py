@@ -16,9 +16,10 @@ from rich.console import Console
 
 from equivalence_tests.program.command import run_script, train
 from flax_resnet.commands import cli
-from flax_resnet.config import InputError, TrainConfig, from_dict
-from flax_resnet.interop import convert, export, training_state
-from flax_resnet.interop.loaded_run import load_run, restore
+from flax_resnet.config import TrainConfig, from_dict
+from flax_resnet.errors import InputError
+from flax_resnet.interop import export, training_state
+from flax_resnet.interop.loaded_run import load_run
 from flax_resnet.models import create_model
 from flax_resnet.runs import plots
 from flax_resnet.runs.checkpoint import Checkpoints
@@ -29,6 +30,8 @@ from flax_resnet.training import steps
 from flax_resnet.training.fit import fit
 from flax_resnet.training.loop import Run
 from flax_resnet.training.progress import Interrupted
+from flax_resnet.training.restore import restore
+from flax_resnet.weights import convert
 
 SMALL = {
     "epochs": "3",

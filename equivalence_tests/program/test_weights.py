@@ -23,9 +23,11 @@ import torch_ref
 from equivalence_tests.parity import inputs
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.studies import weight_flips
-from flax_resnet.config import InputError, ModelConfig, TrainConfig
-from flax_resnet.interop import convert, loaded_run, names, torch_file, weights
+from flax_resnet.config import ModelConfig, TrainConfig
+from flax_resnet.errors import InputError
+from flax_resnet.interop import loaded_run
 from flax_resnet.training import fit
+from flax_resnet.weights import convert, files, names, torch_file
 from torch_ref import checkpoint
 
 LOOKS = ["--image-size", 32, "--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.2, 1]
@@ -81,7 +83,7 @@ def test_the_content_of_a_file_says_what_it_is(arrays, tensors, tmp_path, name):
     weight_flips.save_legacy(legacy, arrays)
     save_file(arrays, safe)
     for path in (new, legacy, safe):
-        assert same(weights.load(path)[0], arrays)
+        assert same(files.load(path)[0], arrays)
 
 
 def test_a_file_of_training_is_read_as_torch_reads_it(tmp_path):
@@ -105,7 +107,7 @@ def test_a_file_of_training_is_read_as_torch_reads_it(tmp_path):
         path = saved(tmp_path, content, _use_new_zipfile_serialization=not legacy)
         got = torch_file.read(path)
         assert len([name for name in got if name.startswith("optimizer/state/")]) == 3 * 59
-        assert same(weights.load(path)[0], net.state_dict())
+        assert same(files.load(path)[0], net.state_dict())
         for name in ("random", "parameter", "transposed", "part"):
             assert np.array_equal(got[name], content[name].detach().numpy())
         for number, tensor in enumerate(content["narrow"]):
@@ -129,14 +131,14 @@ def test_files_of_another_kind_are_named(kind, tmp_path):
     content, words = NO_WEIGHTS[kind]
     (tmp_path / "weights.pth").write_bytes(content)
     with pytest.raises(InputError, match="weights.pth: ") as error:
-        weights.load(tmp_path / "weights.pth")
+        files.load(tmp_path / "weights.pth")
     assert words in str(error.value)
 
 
 def test_what_is_no_file_is_not_read():
     for place in ("/dev/zero", "/dev/null"):
         with pytest.raises(InputError, match=f"{place} is no regular file"):
-            weights.load(Path(place))
+            files.load(Path(place))
 
 
 @pytest.mark.parametrize("kind", weight_flips.KINDS)
@@ -146,13 +148,13 @@ def test_a_file_that_is_cut_off_is_called_truncated(kind, arrays, tmp_path):
     for length in (200, len(whole) // 2, len(whole) - 1000, len(whole) - 1):
         (tmp_path / "cut").write_bytes(whole[:length])
         with pytest.raises(InputError, match="truncated"):
-            weights.load(tmp_path / "cut")
+            files.load(tmp_path / "cut")
 
 
 def test_no_flipped_bit_of_a_pth_gives_other_weights():
     """Few numbers, so that many of the bits are those of names, sizes and the zip itself."""
     few = {"layer1.0.conv1.weight": np.ones((2, 1, 1, 1), "f4"), "fc.bias": np.arange(9.0)}
-    found = weight_flips.count(".pth", few, 400, lambda path: weights.load(path)[0])
+    found = weight_flips.count(".pth", few, 400, lambda path: files.load(path)[0])
     assert found["other weights"] == 0 and found["refused"] > 200
     network = weight_flips.count(".pth", weight_flips.network(), 30)
     assert network["other weights"] == 0 and network["refused"] > 25
@@ -161,19 +163,19 @@ def test_no_flipped_bit_of_a_pth_gives_other_weights():
 def test_flipped_bits_in_formats_without_checksums_never_end_in_another_error():
     few = {"layer1.0.conv1.weight": np.ones((2, 1, 1, 1), "f4"), "fc.bias": np.arange(9.0)}
     for kind in (".pth before PyTorch 1.6", ".safetensors"):
-        found = weight_flips.count(kind, few, 300, lambda path: weights.load(path)[0])
+        found = weight_flips.count(kind, few, 300, lambda path: files.load(path)[0])
         assert found["refused"] > 50
 
 
 def test_a_checksum_in_the_name_is_held_against_the_file(arrays, tmp_path):
     weight_flips.save_legacy(tmp_path / "a-0123abcd.th", arrays)
-    assert "DAMAGED OR RENAMED" in weights.load(tmp_path / "a-0123abcd.th")[1]
+    assert "DAMAGED OR RENAMED" in files.load(tmp_path / "a-0123abcd.th")[1]
     content = (tmp_path / "a-0123abcd.th").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     path = (tmp_path / "a-0123abcd.th").rename(tmp_path / f"a-{digest}.th")
-    assert weights.load(path)[1] == "a-" + digest + ".th: its SHA-256 is that of its name"
+    assert files.load(path)[1] == "a-" + digest + ".th: its SHA-256 is that of its name"
     path = path.rename(tmp_path / "a-20240131.th")  # a date
-    assert weights.load(path)[1] == ""
+    assert files.load(path)[1] == ""
 
 
 # What a file must not hold.
@@ -206,7 +208,7 @@ def test_what_is_neither_tensor_nor_plain_is_named(kind, legacy, tensors, tmp_pa
     path = saved(tmp_path, content(tensors), _use_new_zipfile_serialization=not legacy)
     capsys.readouterr()
     with pytest.raises(InputError) as error:
-        weights.load(path)
+        files.load(path)
     message = str(error.value)
     assert name in message and "torch.save(model.state_dict(), FILE)" in message
     assert message.isprintable() and capsys.readouterr().out == ""
@@ -226,7 +228,7 @@ def test_torchscript_is_named(tmp_path):
         archive.writestr("archive/constants.pkl", b"\x80\2).")
         archive.writestr("archive/code/net.py", "class Net: pass", zipfile.ZIP_DEFLATED)
     with pytest.raises(InputError, match=r"a TorchScript program.*torch.jit.load\(FILE\)"):
-        weights.load(path)
+        files.load(path)
 
 
 def deep(levels: int) -> bytes:
@@ -254,7 +256,7 @@ TRAPS = {
 def test_traps_are_refused_at_once(trap, tmp_path):
     path, started = forged(tmp_path / "trap.pth", TRAPS[trap]), time.monotonic()
     with pytest.raises(InputError, match="trap.pth: "):
-        weights.load(path)
+        files.load(path)
     assert time.monotonic() - started < 5
 
 
@@ -270,16 +272,16 @@ def tensor_of_one_number(offset: int, size: int, stride: int) -> bytes:
 
 def test_tensors_that_reach_out_of_their_storage_are_refused(tmp_path):
     path = forged(tmp_path / "a.pth", tensor_of_one_number(0, 1, 1))
-    assert same(weights.load(path)[0], {"fc.bias": np.zeros(1)})
+    assert same(files.load(path)[0], {"fc.bias": np.zeros(1)})
     for numbers in ((0, 2, 1), (1, 1, 1), (-1, 1, 1), (0, 2, -1), (0, -1, 1)):
         with pytest.raises(InputError, match="damaged: a tensor"):
-            weights.load(forged(path, tensor_of_one_number(*numbers)))
+            files.load(forged(path, tensor_of_one_number(*numbers)))
 
 
 def test_networks_whose_names_collapse_are_refused(tmp_path):
     torch.save({1: {"w": torch.zeros(1)}, "1": {"w": torch.ones(1)}}, tmp_path / "a.pth")
     with pytest.raises(InputError, match="two entries are called '1/w'"):
-        weights.load(tmp_path / "a.pth")
+        files.load(tmp_path / "a.pth")
 
 
 STRANGE = {
@@ -350,30 +352,30 @@ FORMS = {
 def test_the_weights_are_found_and_what_was_taken_is_said(form, arrays, tensors, tmp_path):
     wrap, said = FORMS[form]
     path = saved(tmp_path, wrap(tensors))
-    got, line = weights.load(path)
+    got, line = files.load(path)
     assert same(got, arrays)
     assert line == (f"weights.pth: {said}" if said else "")
 
 
 def test_the_average_is_taken_where_it_is_asked_for(tensors, tmp_path):
     path = saved(tmp_path, {"model": tensors, "model_ema": other(tensors)})
-    assert same(weights.load(path, ema=True)[0], other(tensors))
-    assert same(weights.load(path, "model_ema")[0], other(tensors))
-    assert same(weights.load(path, "model")[0], tensors)
+    assert same(files.load(path, ema=True)[0], other(tensors))
+    assert same(files.load(path, "model_ema")[0], other(tensors))
+    assert same(files.load(path, "model")[0], tensors)
     path = saved(tmp_path, {"model": tensors})
     with pytest.raises(InputError, match="--ema: no averaged weights; there are model"):
-        weights.load(path, ema=True)
+        files.load(path, ema=True)
 
 
 def test_of_several_networks_none_is_guessed(tensors, tmp_path):
     path = saved(tmp_path, {"student": {"net": tensors}, "critic": other(tensors)})
     with pytest.raises(InputError, match="several networks: student.net, critic; .*--weights-key"):
-        weights.load(path)
+        files.load(path)
     for key in ("critic", "student", "student.net", "student/net", "net"):
         expected = other(tensors) if key == "critic" else tensors
-        assert same(weights.load(path, key)[0], expected)
+        assert same(files.load(path, key)[0], expected)
     with pytest.raises(InputError, match="no network under 'x'; there are student.net, critic"):
-        weights.load(path, "x")
+        files.load(path, "x")
 
 
 def test_what_was_taken_is_printed_by_the_command(tensors, arrays, tmp_path):
@@ -383,7 +385,7 @@ def test_what_was_taken_is_printed_by_the_command(tensors, arrays, tmp_path):
         outcome = run_script("convert.py", path, out, "--overwrite", *flags)
         assert outcome.status == 0, outcome.err
         assert outcome.out.startswith("weights.pth: under 'net")
-        assert same(weights.load(out)[0], expected)
+        assert same(files.load(out)[0], expected)
     refused(run_script("convert.py", path, tmp_path / "no.pth", "--weights-key", "x"), "'x'", "net")
 
 
@@ -520,4 +522,4 @@ def test_impossible_numbers_are_refused_and_nothing_is_loaded(kind, arrays):
 def test_reading_weights_needs_no_torch(tensors, arrays, tmp_path, monkeypatch):
     path = saved(tmp_path, collections.OrderedDict(tensors))
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert same(weights.load(path)[0], arrays)
+    assert same(files.load(path)[0], arrays)

@@ -1,0 +1,1 @@
+"""Measurements about the proof and the trainings, each a command that writes to `results/`."""

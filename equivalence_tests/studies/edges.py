@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import pydantic
 
 from flax_resnet.commands import cli
-from flax_resnet.config import INT32, SMALLEST, InputError, TrainConfig, from_dict, to_dict
+from flax_resnet.config import INT32, SMALLEST, TrainConfig, from_dict, to_dict
 from flax_resnet.data import augment
+from flax_resnet.errors import InputError
 from flax_resnet.models import create_from_config
 from flax_resnet.training import optim, steps
 

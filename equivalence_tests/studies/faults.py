@@ -27,9 +27,9 @@ import jax
 import numpy as np
 
 from equivalence_tests import results
-from flax_resnet.interop import loaded_run
 from flax_resnet.runs.checkpoint import Checkpoints
 from flax_resnet.runs.tables import read_rows
+from flax_resnet.training import restore
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +73,7 @@ def finish(run_dir: Path, *flags: str) -> str:
 def fingerprint(run_dir: Path) -> dict:
     """What has to come back: SHA-256 of model, optimizer, BatchNorm and averages, of metrics.csv
     and per_class.csv, and the epochs at which it was best and stopped."""
-    document, _, _, state = loaded_run.restore(run_dir, Checkpoints.latest)
+    document, _, _, state = restore.restore(run_dir, Checkpoints.latest)
     sha = hashlib.sha256()
     for path, leaf in jax.tree.flatten_with_path(state)[0]:
         sha.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
@@ -200,7 +200,7 @@ def checkpoint_cost(folder: Path, dataset: str) -> dict:
     flags = ["--arch", "resnet18", "--stem", "imagenet", "--dataset", dataset, "--epochs", "2"]
     finish(folder / "cost", *flags)
     timing = read_rows(folder / "cost" / "timings.csv")[1]
-    *_, state = loaded_run.restore(folder / "cost", Checkpoints.latest)
+    *_, state = restore.restore(folder / "cost", Checkpoints.latest)
     checkpoints, before = Checkpoints(folder / "alone"), time.monotonic()
     checkpoints.save(1, state, {}, improvement=False)
     checkpoints.wait()

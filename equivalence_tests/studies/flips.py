@@ -21,7 +21,8 @@ from pathlib import Path
 
 from equivalence_tests import results
 from equivalence_tests.studies import faults
-from flax_resnet.config import InputError, to_dict
+from flax_resnet.config import to_dict
+from flax_resnet.errors import InputError
 from flax_resnet.runs import views
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in
 from flax_resnet.runs.directory import TABLES

@@ -18,7 +18,7 @@ import jax
 from equivalence_tests.studies import reproduction, reproduction_page
 from equivalence_tests.studies.reproduction import folder_name
 from flax_resnet.commands import cli
-from flax_resnet.config import InputError
+from flax_resnet.errors import InputError
 from flax_resnet.recipes import CIFAR10, IMAGENETTE, RECIPES
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from flax_resnet.config import InputError, TrainConfig, to_dict
+from flax_resnet.config import TrainConfig, to_dict
+from flax_resnet.errors import InputError
 from flax_resnet.recipes import COMPARISONS, RECIPES
 
 KEPT = ("config.json", "report.json", "metrics.csv", "timings.csv", "per_class.csv",

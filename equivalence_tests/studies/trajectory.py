@@ -29,13 +29,13 @@ from flax_resnet.commands import cli
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import Prepared, prepare
-from flax_resnet.interop import convert
-from flax_resnet.interop.loaded_run import load_weights
 from flax_resnet.models import create_from_config
 from flax_resnet.runs import environment
 from flax_resnet.runs.directory import RunDirectory
 from flax_resnet.runs.display import Display
 from flax_resnet.training import fit
+from flax_resnet.training.restore import load_weights
+from flax_resnet.weights import convert
 from torch_ref import checkpoint, optim
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)

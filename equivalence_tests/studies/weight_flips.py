@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 
 from equivalence_tests import results
 from equivalence_tests.parity import inputs
-from flax_resnet.config import InputError
-from flax_resnet.interop import convert, weights
+from flax_resnet.errors import InputError
+from flax_resnet.weights import convert, files
 from torch_ref import checkpoint
 
 Arrays = dict[str, np.ndarray]
@@ -48,7 +48,7 @@ def network() -> Arrays:
 
 def read_network(path: Path) -> Arrays:
     """As convert.py does."""
-    arrays, _ = weights.load(path)
+    arrays, _ = files.load(path)
     return convert.conform(arrays, convert.nearest_architecture(arrays).shapes())
 
 

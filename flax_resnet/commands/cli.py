@@ -17,8 +17,8 @@ from pathlib import Path
 import pydantic
 
 from flax_resnet import errors
-from flax_resnet.config import INT32, InputError, TrainConfig, idle, nearest, to_dict
-from flax_resnet.errors import BAD_INPUT, DONE, FAILED  # noqa: F401
+from flax_resnet.config import INT32, TrainConfig, idle, nearest, to_dict
+from flax_resnet.errors import BAD_INPUT, DONE, FAILED, InputError  # noqa: F401
 from flax_resnet.runs.display import drop_output
 
 BAD_IMAGE = "skip: images that cannot be read are listed and left out, and end nothing"

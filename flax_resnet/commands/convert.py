@@ -19,15 +19,17 @@ from pathlib import Path
 import numpy as np
 
 from flax_resnet.commands import cli, convert_torch
-from flax_resnet.config import InputError, TrainConfig
+from flax_resnet.config import TrainConfig
 from flax_resnet.data import pipeline
-from flax_resnet.interop import convert, export, loaded_run, training_state, weights_to_run
-from flax_resnet.interop.convert import TORCH_SUFFIXES
+from flax_resnet.errors import InputError
+from flax_resnet.interop import export, loaded_run, training_state, weights_to_run
 from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.runs import environment
 from flax_resnet.runs.directory import check_usable
 from flax_resnet.runs.views import config_from_file, read_config
-from flax_resnet.training import steps
+from flax_resnet.training import restore, steps
+from flax_resnet.weights import convert
+from flax_resnet.weights.convert import TORCH_SUFFIXES
 
 PROGRAM_SUFFIXES = (".stablehlo", ".onnx")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *PROGRAM_SUFFIXES)
@@ -182,7 +184,7 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
 
 def convert_weights(args):
     out, suffix = args.output, args.suffix
-    arrays = loaded_run.load_weights(args.input, args.weights_key, ema=args.ema, say=print)
+    arrays = restore.load_weights(args.input, args.weights_key, ema=args.ema, say=print)
     arch = args.arch or convert.nearest_architecture(arrays).arch
     architecture = convert.describe(arrays, arch, args.stem, args.shortcut)
     shapes = architecture.shapes()

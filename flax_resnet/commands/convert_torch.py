@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from flax_resnet.commands import cli
-from flax_resnet.config import InputError, TrainConfig
-from flax_resnet.interop import convert, export, loaded_run, training_state
+from flax_resnet.config import TrainConfig
+from flax_resnet.errors import InputError
+from flax_resnet.interop import export, training_state
 from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.runs.checkpoint import Checkpoints
+from flax_resnet.training import restore
+from flax_resnet.weights import convert
 
 
 def torch_ref():
@@ -102,7 +105,7 @@ def make_training(config: TrainConfig, channels: int):
 
 def write_training(path: Path, run_dir: Path) -> int:
     """The latest state of a run -> a file of `torch_ref.training_state`. Returns the steps done."""
-    document, config, _, state = loaded_run.restore(run_dir, Checkpoints.latest)
+    document, config, _, state = restore.restore(run_dir, Checkpoints.latest)
     arrays = training_state.training_arrays(state, config.optimizer)
     parts = make_training(config, document["channels"])
     files = torch_ref().training_state

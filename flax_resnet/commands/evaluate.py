@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from flax_resnet.commands import cli
-from flax_resnet.config import InputError
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import SPLITS, check_contents, contents, evaluation_decoder
 from flax_resnet.data.sources import AS_TRAINED, open_dataset
 from flax_resnet.devices.parallel import Engine
+from flax_resnet.errors import InputError
 from flax_resnet.interop.loaded_run import LoadedRun, load_run
 from flax_resnet.runs.display import Display
 from flax_resnet.text import listed

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from flax_resnet.commands import cli
-from flax_resnet.config import InputError
 from flax_resnet.data.folders import is_passed_over
 from flax_resnet.data.image_files import SUFFIXES, BadImage, is_turned, reason
 from flax_resnet.data.sources import AS_TRAINED, turned_remark
+from flax_resnet.errors import InputError
 from flax_resnet.interop.loaded_run import load_run, predict_files
 from flax_resnet.text import printable
 

@@ -8,8 +8,9 @@ python scripts/train.py --resume --run-dir runs/resnet18-digits
 from pathlib import Path
 
 from flax_resnet.commands import cli
-from flax_resnet.config import InputError, TrainConfig, flat
+from flax_resnet.config import TrainConfig, flat
 from flax_resnet.devices import distributed
+from flax_resnet.errors import InputError
 from flax_resnet.recipes import RECIPES
 from flax_resnet.runs.views import (
     config_from_file,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resnet.config import InputError
+from flax_resnet.errors import InputError
 
 ARCHIVE_MD5 = {
     "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from unicodedata import normalize
 
-from flax_resnet.config import InputError
 from flax_resnet.data.image_files import SUFFIXES
+from flax_resnet.errors import InputError
 from flax_resnet.text import listed, printable
 
 _SPLITS = {

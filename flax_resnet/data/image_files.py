@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from flax_resnet.config import InputError
+from flax_resnet.errors import InputError
 from flax_resnet.text import printable
 
 SUFFIXES = tuple(

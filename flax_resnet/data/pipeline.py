@@ -16,9 +16,9 @@ import grain
 import numpy as np
 from PIL import Image
 
-from flax_resnet.config import InputError
 from flax_resnet.data import workers
 from flax_resnet.data.image_files import MEMORY, BadImage, refusal
+from flax_resnet.errors import InputError
 
 _THREADS = 16  # for decoding; Pillow lets go of the GIL
 _AT_ONCE = 256  # images in a list

@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from flax_resnet.config import INT32, DataConfig, InputError, TrainConfig
+from flax_resnet.config import INT32, DataConfig, TrainConfig
 from flax_resnet.data import pipeline
 from flax_resnet.data.pipeline import Decoder
 from flax_resnet.data.sources import DataSet, open_dataset
 from flax_resnet.devices import distributed
+from flax_resnet.errors import InputError
 from flax_resnet.models import has_stem_choice
 
 SPLITS = ("train", "validation", "test")

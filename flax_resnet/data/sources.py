@@ -16,11 +16,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from flax_resnet.config import DataConfig, InputError
+from flax_resnet.config import DataConfig
 from flax_resnet.data import cifar10
 from flax_resnet.data.folders import HIDDEN_FOLDER, Listing, list_splits
 from flax_resnet.data.image_files import bad_images, decode_image, is_turned, read_image
 from flax_resnet.data.shared import Names, SharedArrays
+from flax_resnet.errors import InputError
 from flax_resnet.text import listed, printable
 
 _LOOKED_AT = 300

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from flax_resnet import errors
-from flax_resnet.config import InputError
+from flax_resnet.errors import InputError
 
 T = TypeVar("T")
 

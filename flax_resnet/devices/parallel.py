@@ -14,7 +14,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flax_resnet.config import InputError, ParallelConfig
+from flax_resnet.config import ParallelConfig
+from flax_resnet.errors import InputError
 from flax_resnet.kernels import cpu_convolution
 
 AXIS = "data"

@@ -1,32 +1,28 @@
 """A finished run, taken up again: its network, weights, preprocessing and class names."""
 
-import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_resnet.config import InputError, TrainConfig, from_dict
+from flax_resnet.config import TrainConfig
 from flax_resnet.data.image_files import BadImage
 from flax_resnet.data.pipeline import ahead, decoded, whole
 from flax_resnet.data.prepare import evaluation_decoder
 from flax_resnet.data.shared import Names
 from flax_resnet.data.sources import FolderSource
-from flax_resnet.interop import convert, weights
-from flax_resnet.models import create_from_config
+from flax_resnet.errors import InputError
 from flax_resnet.models.folding import fold_batchnorm
-from flax_resnet.runs import environment
-from flax_resnet.runs.checkpoint import Checkpoints, steps_in
-from flax_resnet.runs.views import config_faults, own_config, warn
 from flax_resnet.text import printable
 from flax_resnet.training import steps
 from flax_resnet.training.evaluation import make_predict
 from flax_resnet.training.progress import NonFiniteLoss
+from flax_resnet.training.restore import chosen_step, restore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,99 +85,11 @@ def load_run(run_dir: Path | str) -> LoadedRun:
     Raises:
       InputError: there is no run, or none of its checkpoints is sound.
     """
-    document, config, network, state = restore(run_dir, _of_the_weights_that_count)
+    document, config, network, state = restore(run_dir, chosen_step)
     variables = jax.tree.map(jnp.asarray, steps.evaluation_variables(state))
     class_names, channels = tuple(document["class_names"]), document["channels"]
     contents = document.get("contents", {})
     return LoadedRun(config, class_names, channels, network, variables, contents)
-
-
-def _of_the_weights_that_count(checkpoints: Checkpoints) -> int | None:
-    latest = checkpoints.latest()
-    if latest is None:
-        return None
-    config = from_dict(checkpoints.document(latest)["config"])
-    return checkpoints.best() if config.early_stopping.restore_best else latest
-
-
-def restore(
-    run_dir: Path | str, choose: Callable[[Checkpoints], int | None]
-) -> tuple[dict, TrainConfig, steps.Network, steps.TrainState]:
-    """The checkpoint of a run that `choose` names: document, config, network and state.
-
-    Raises:
-      InputError: as `load_run`.
-    """
-    run_dir = Path(run_dir)
-    if not steps_in(run_dir / "checkpoints"):
-        own_config(run_dir / "config.json")  # says what is missing where this is no run directory
-        raise InputError(f"{run_dir} has no checkpoint yet")
-    checkpoints = Checkpoints(run_dir / "checkpoints", say=warn)
-    try:
-        step = choose(checkpoints)
-        if step is None:
-            raise InputError(f"{run_dir}: none of its checkpoints is sound")
-        for fault in config_faults(run_dir, checkpoints.document(checkpoints.latest())):
-            warn(fault)
-        document = checkpoints.document(step)
-        config = from_dict(document["config"])
-        environment.configure_jax(config)
-        network = steps.Network(
-            create_from_config(config.model, in_channels=document["channels"]),
-            freeze_backbone=config.freeze_backbone,
-        )
-        like = jax.eval_shape(lambda: steps.make_state(network.initial, config))
-        return document, config, network, checkpoints.restore(step, like)
-    finally:
-        checkpoints.close()
-
-
-def load_weights(
-    path: Path | str,
-    key: str | None = None,
-    *,
-    ema: bool = False,
-    class_names: Sequence[str] = (),
-    say: Callable[[str], object] = lambda line: None,
-) -> dict[str, np.ndarray]:
-    """Weights of a run directory or a file, under torchvision's names and in torch's layouts.
-
-    Args:
-      key, ema: which of the networks in a file, as `names.choose` takes them.
-      class_names: in whose order the head is wanted, of a run with the same classes in another.
-      say: is told in a line what was taken, where there is anything to tell.
-
-    Raises:
-      InputError: there are none, or they are damaged.
-    """
-    path = Path(path)
-    if path.is_dir():
-        if key is not None or ema:
-            raise InputError(f"{path} is a run, which has one network: no --weights-key, no --ema")
-        with _kept_settings():
-            run = load_run(path)
-            arrays = convert.state_dict(run.network.to_model(run.variables))
-        if tuple(class_names) == run.class_names or sorted(class_names) != sorted(run.class_names):
-            return arrays
-        say(f"{path}: the same classes in another order, matched by name")
-        order = [run.class_names.index(name) for name in class_names]
-        return arrays | {name: arrays[name][order] for name in ("fc.weight", "fc.bias")}
-    arrays, said = weights.load(path, key, ema=ema)
-    if said:
-        say(said)
-    return arrays
-
-
-@contextlib.contextmanager
-def _kept_settings():
-    """Reading a run sets JAX as the run had it; who only wants its weights has settings of own."""
-    names = ("jax_enable_x64", "jax_compilation_cache_dir")
-    before = {name: getattr(jax.config, name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
 
 
 def predict_files(

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flax_resnet.config import InputError, OptimizerConfig
-from flax_resnet.interop import convert
+from flax_resnet.config import OptimizerConfig
+from flax_resnet.errors import InputError
 from flax_resnet.training.steps import TrainState
+from flax_resnet.weights import convert
 
 # Fields of Optax's states -> names of torch's.
 _ADAM = {"mu": "exp_avg", "nu": "exp_avg_sq", "count": "step"}

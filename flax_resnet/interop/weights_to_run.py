@@ -8,13 +8,14 @@ from unicodedata import normalize
 
 import numpy as np
 
-from flax_resnet.config import InputError, TrainConfig
+from flax_resnet.config import TrainConfig
 from flax_resnet.data.prepare import prepare
-from flax_resnet.interop import convert
+from flax_resnet.errors import InputError
 from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.models import create_from_config
 from flax_resnet.text import listed
 from flax_resnet.training import steps
+from flax_resnet.weights import convert
 
 NO_DATA = "folder:left-out"  # of a run made from sizes and statistics alone
 

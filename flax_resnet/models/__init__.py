@@ -5,7 +5,8 @@ from typing import get_args
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_resnet.config import Architecture, InputError, ModelConfig, nearest
+from flax_resnet.config import Architecture, ModelConfig, nearest
+from flax_resnet.errors import InputError
 from flax_resnet.models.cnn import BasicCNN
 from flax_resnet.models.resnet import CONSTRUCTORS
 

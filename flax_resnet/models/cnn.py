@@ -6,7 +6,7 @@ Any image of at least 8x8 pixels: the last map is brought to 8x8, which is what 
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_resnet.config import InputError
+from flax_resnet.errors import InputError
 from flax_resnet.models.layers import (
     Dropout,
     adaptive_average_pool,

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from flax_resnet.config import InputError
+from flax_resnet.errors import InputError
 from flax_resnet.kernels import cpu_convolution
 from flax_resnet.kernels.cpu_sum import sum_of_pixels
 

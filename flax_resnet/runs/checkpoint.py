@@ -28,8 +28,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flax_resnet.config import InputError, finite
+from flax_resnet.config import finite
 from flax_resnet.devices import distributed
+from flax_resnet.errors import InputError
 from flax_resnet.runs.owned import foreign
 from flax_resnet.text import listed, printable
 

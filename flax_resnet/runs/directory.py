@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from flax_resnet import metrics
-from flax_resnet.config import InputError, TrainConfig, finite, to_dict
+from flax_resnet.config import TrainConfig, finite, to_dict
 from flax_resnet.devices.distributed import RunLost
+from flax_resnet.errors import InputError
 from flax_resnet.runs import tables
 from flax_resnet.runs.checkpoint import steps_in
 from flax_resnet.runs.owned import DIGESTS, LOCK, RESULTS, clear

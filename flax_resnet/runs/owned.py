@@ -5,8 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from flax_resnet.config import InputError
-from flax_resnet.errors import LOG
+from flax_resnet.errors import LOG, InputError
 from flax_resnet.text import listed
 
 LOCK = "run.lock"

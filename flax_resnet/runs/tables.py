@@ -8,7 +8,7 @@ import io
 import os
 from pathlib import Path
 
-from flax_resnet.config import InputError
+from flax_resnet.errors import InputError
 
 
 class Table:

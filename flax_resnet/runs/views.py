@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from flax_resnet.config import InputError, TrainConfig, flat, from_dict
+from flax_resnet.config import TrainConfig, flat, from_dict
+from flax_resnet.errors import InputError
 from flax_resnet.runs import tables
 from flax_resnet.runs.checkpoint import damage, newest_document, steps_in
 from flax_resnet.runs.owned import DIGESTS, RESULTS

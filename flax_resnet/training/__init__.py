@@ -1,0 +1,1 @@
+"""The training: step, optimizer, schedules, loop and `fit`. Nothing here parses flags."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_resnet import metrics
-from flax_resnet.config import InputError
+from flax_resnet.errors import InputError
 from flax_resnet.kernels.cpu_convolution import COMPILER_OPTIONS
 from flax_resnet.training import steps
 

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_resnet.config import EarlyStoppingConfig, InputError, TrainConfig, flat, idle
+from flax_resnet.config import EarlyStoppingConfig, TrainConfig, flat, idle
 from flax_resnet.data.prepare import Prepared, fingerprint, prepare
 from flax_resnet.devices import distributed
 from flax_resnet.devices.parallel import Engine
-from flax_resnet.interop import convert
-from flax_resnet.interop.loaded_run import load_weights
+from flax_resnet.errors import InputError
 from flax_resnet.models import create_from_config
 from flax_resnet.models.cnn import SMALLEST
 from flax_resnet.runs import environment
@@ -26,6 +25,8 @@ from flax_resnet.runs.display import Display
 from flax_resnet.runs.views import faults, is_begun, read_config
 from flax_resnet.training import steps
 from flax_resnet.training.loop import Run
+from flax_resnet.training.restore import load_weights
+from flax_resnet.weights import convert
 
 
 def fit(

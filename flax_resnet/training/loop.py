@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_resnet.config import InputError, to_dict
+from flax_resnet.config import to_dict
 from flax_resnet.data import pipeline, workers
 from flax_resnet.data.prepare import SPLITS, Prepared, check_contents, contents
 from flax_resnet.devices import distributed
 from flax_resnet.devices.parallel import Engine
+from flax_resnet.errors import InputError
 from flax_resnet.models.summary import stage_rows, summary_table
 from flax_resnet.runs import environment
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in

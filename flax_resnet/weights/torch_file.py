@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from flax_resnet.config import InputError
+from flax_resnet.errors import InputError
 from flax_resnet.text import listed, printable
 
 ZIP_START = b"PK\x03\x04"

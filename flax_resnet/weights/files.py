@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from flax_resnet.config import InputError
-from flax_resnet.interop import names, torch_file
+from flax_resnet.errors import InputError
+from flax_resnet.weights import names, torch_file
 
 _NOTHING_WE_READ = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file: git lfs pull",

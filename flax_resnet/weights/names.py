@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-from flax_resnet.config import InputError
+from flax_resnet.errors import InputError
 from flax_resnet.text import listed, printable
 
 MOST_ENTRIES = 10_000
