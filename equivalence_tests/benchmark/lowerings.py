@@ -32,6 +32,7 @@ from flax_resnet.models import create_from_config, layers, resnet
 from flax_resnet.models.layers import BatchNorm
 from flax_resnet.runs import environment
 from flax_resnet.training import steps
+from flax_resnet.training.network import Network
 
 
 def window_max_pool(x, window, stride, *, padding=0):
@@ -141,7 +142,7 @@ def compile_step(job: timing.Job, way: str, variables: nnx.State) -> Step:
     with computed(way):
         model = nnx.eval_shape(lambda: make_model(job))
         nnx.update(model, variables)
-        network = steps.Network(model)
+        network = Network(model)
         step = steps.make_train_step(
             network,
             config,

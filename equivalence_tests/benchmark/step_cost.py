@@ -22,6 +22,7 @@ from flax_resnet.config import ParallelConfig, TrainConfig
 from flax_resnet.devices.parallel import Engine, look_up
 from flax_resnet.models import create_model
 from flax_resnet.training import steps
+from flax_resnet.training.network import Network, Preprocess
 
 BATCH, CLASSES, NUM_IMAGES = 16, 10, 64
 STEPS = {"empty": 200, "training": 10}  # of a turn
@@ -37,14 +38,14 @@ class Variant:
         self.engine = Engine(ParallelConfig(parallel=parallel, devices=devices))
         config = cli.merge(TrainConfig(), {"batch_size": BATCH})
         model = create_model("basic_cnn", CLASSES, bn_axis_name=self.engine.axis_name)
-        network = steps.Network(model)
+        network = Network(model)
         step = (
             count_only
             if kind == "empty"
             else steps.make_train_step(
                 network,
                 config,
-                steps.Preprocess((0.4,) * 3, (0.2,) * 3),
+                Preprocess((0.4,) * 3, (0.2,) * 3),
                 num_classes=CLASSES,
                 steps_per_epoch=3,
                 axis_name=self.engine.axis_name,

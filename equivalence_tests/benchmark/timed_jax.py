@@ -25,6 +25,7 @@ from flax_resnet.kernels.cpu_convolution import COMPILER_OPTIONS
 from flax_resnet.models import create_from_config
 from flax_resnet.models.folding import fold_batchnorm
 from flax_resnet.training import steps
+from flax_resnet.training.network import Network
 from flax_resnet.weights import convert
 
 
@@ -35,7 +36,7 @@ def build(job: Job) -> Program:
     model = create_from_config(config.model, in_channels=3, bn_axis_name=engine.axis_name)
     with np.load(job.weights) as arrays:
         model = convert.load_state_dict(model, dict(arrays))
-    network = steps.Network(fold_batchnorm(model) if job.variant == "folded" else model)
+    network = Network(fold_batchnorm(model) if job.variant == "folded" else model)
     return (training if job.mode == "train" else inference)(job, config, engine, network)
 
 

@@ -93,10 +93,11 @@ def _clockwise(images, angles, **options):
     return _ROTATE(images, -angles, **options)
 
 
-def _erased_before_normalising(key, keys, batch, config, preprocess, *rest):
+def _erased_before_normalising(state, batch, config, preprocess, **options):
     late = types.SimpleNamespace(to_unit=preprocess.to_unit, normalize=lambda images: images)
-    images, targets = _AUGMENTED(key, keys, batch, config, late, *rest)
-    return preprocess.normalize(images), targets  # mixing images up does not mind
+    prepared = _PREPARE_BATCH(state, batch, config, late, **options)
+    images = preprocess.normalize(prepared.images)  # mixing images up does not mind
+    return prepared._replace(images=images)
 
 
 def _mixed_with_the_reversed_batch(batch, lam, **options):
@@ -113,7 +114,8 @@ def _areas_of_a_quarter(image, rng):
 
 
 _ADJUST, _COLOR_JITTER = augment._adjust, augment.color_jitter
-_ROTATE, _AUGMENTED, _RANDOM_AREA = augment.rotate, steps._augmented, pipeline._random_area
+_ROTATE, _RANDOM_AREA = augment.rotate, pipeline._random_area
+_PREPARE_BATCH = steps.prepare_batch
 
 MUTANTS = [
     Mutant(
@@ -198,7 +200,7 @@ MUTANTS = [
         name="erased before normalising",
         difference="34d",
         what="random erasing leaves black instead of the mean colour",
-        patches=[(steps, "_augmented", _erased_before_normalising)],
+        patches=[(steps, "prepare_batch", _erased_before_normalising)],
     ),
     Mutant(
         name="mixed with the reversed batch",

@@ -26,10 +26,10 @@ def _mean_of_means(network, preprocess, *, num_classes):
 
 
 def _last_of_equals(logits, labels):
-    return _AHEAD(logits[:, ::-1], logits.shape[1] - 1 - labels)
+    return _LABEL_RANK(logits[:, ::-1], logits.shape[1] - 1 - labels)
 
 
-_SOFT_TARGETS, _EVAL_STEP, _AHEAD = losses.soft_targets, steps.make_eval_step, steps._ahead
+_SOFT_TARGETS, _EVAL_STEP, _LABEL_RANK = losses.soft_targets, steps.make_eval_step, steps.label_rank
 
 MUTANTS = [
     Mutant(
@@ -55,6 +55,6 @@ MUTANTS = [
         name="last of equals",
         difference="33b",
         what="of equal logits the last comes first in the top five",
-        patches=[(steps, "_ahead", _last_of_equals)],
+        patches=[(steps, "label_rank", _last_of_equals)],
     ),
 ]

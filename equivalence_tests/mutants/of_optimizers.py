@@ -110,13 +110,13 @@ def _averaged_buffers(state, gradients, stats, config, *rest):
             state.batch_stats,
             stats,
         )
-    return _STEP_UPDATE(state, gradients, stats, config, *rest)
+    return _APPLY_GRADIENTS(state, gradients, stats, config, *rest)
 
 
 _MAKE_OPTIMIZER = optim.make_optimizer
 _TRACE, _ADAM = optax.trace, optax.scale_by_adam
 _RMS, _STDDEV = optax.scale_by_rms, optax.scale_by_stddev
-_EMA, _STEP_UPDATE = steps._moving_average, steps._update
+_EMA, _APPLY_GRADIENTS = steps._moving_average, steps.apply_gradients
 
 MUTANTS = [
     Mutant(
@@ -220,6 +220,6 @@ MUTANTS = [
         name="averaged buffers",
         difference="28d",
         what="running statistics are averaged too instead of copied",
-        patches=[(steps, "_update", _averaged_buffers)],
+        patches=[(steps, "apply_gradients", _averaged_buffers)],
     ),
 ]

@@ -16,6 +16,7 @@ from equivalence_tests.parity import inputs
 from flax_resnet.config import AugmentConfig, TrainConfig
 from flax_resnet.data import augment as A
 from flax_resnet.training import steps
+from flax_resnet.training.network import Preprocess, Variables
 
 pytestmark = pytest.mark.quick
 
@@ -187,10 +188,10 @@ def test_erasing_exact():
 def test_erasing_comes_after_normalising():
     """What is erased is 0, the mean colour, as behind torchvision's Normalize; not black."""
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-    batch = {"image": jnp.asarray(pixels()), "label": jnp.zeros(B, int)}
+    batch = {"image": jnp.asarray(pixels()), "label": jnp.zeros(B, int), "index": jnp.arange(B)}
     config = TrainConfig(augment=AugmentConfig(random_crop=0, random_erasing=1.0))
-    arguments = config, steps.Preprocess(mean, std), 10, jnp.dtype("float32"), None
-    actual, _ = steps._augmented(jax.random.key(0), keys(B), batch, *arguments)
+    state = steps.make_state(Variables({"weight": jnp.ones(1)}, {}, {}), config)
+    actual = steps.prepare_batch(state, batch, config, Preprocess(mean, std), num_classes=10).images
     whole = from_torch(F.normalize(to_torch(to_jax(pixels())), mean, std))
     erased = (np.abs(actual - whole) > FLOAT).any(-1)
     assert erased.any((1, 2)).all() and erased.mean() < 0.4

@@ -9,6 +9,7 @@ from flax_resnet.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from flax_resnet.errors import InputError
 from flax_resnet.interop import training_state
 from flax_resnet.training import steps
+from flax_resnet.training.network import Network
 from torch_ref import optim
 from torch_ref import training_state as torch_state
 
@@ -72,7 +73,7 @@ class Jax:
         self.case = case
         constant = ScheduleConfig(schedule="constant")
         self.config = TrainConfig(optimizer=OptimizerConfig(**case.rule), schedule=constant)
-        self.network = steps.Network(jax_side.make_model(case))
+        self.network = Network(jax_side.make_model(case))
         self.state = steps.make_state(self.network.initial, self.config)
         self.train_step = jax.jit(
             steps.make_train_step(

@@ -10,7 +10,7 @@ import pytest
 
 from equivalence_tests.parity import engine, inputs, tolerances
 from flax_resnet.models import create_model, folding
-from flax_resnet.training import steps
+from flax_resnet.training.network import Network
 from flax_resnet.weights import convert
 
 SMALL = ["resnet20", "basic_cnn"]  # without projections; without BatchNorm
@@ -23,7 +23,7 @@ LARGE = [
 def logits(case, dtype, *, folded: bool) -> np.ndarray:
     model = create_model(case.arch, case.num_classes, param_dtype=dtype)
     convert.load_state_dict(model, case.arrays).eval()
-    network = steps.Network(folding.fold_batchnorm(model) if folded else model)
+    network = Network(folding.fold_batchnorm(model) if folded else model)
     assert bool(network.initial.batch_stats) == (not folded and case.arch != "basic_cnn")
     images = jnp.asarray(case.images[0], dtype)
     forward = jax.jit(lambda variables, x: network.apply(variables, x, train=False)[0])

@@ -15,6 +15,7 @@ from equivalence_tests.parity import inputs, tolerances
 from flax_resnet import metrics
 from flax_resnet.config import EarlyStoppingConfig
 from flax_resnet.training import early_stopping, losses, steps
+from flax_resnet.training.network import Variables
 
 pytestmark = pytest.mark.quick
 
@@ -161,7 +162,7 @@ class Logits:
 def evaluated(logits, labels, split) -> dict:
     """Sums of `eval_step` over batches of these sizes, padded to the largest."""
     step = steps.make_eval_step(Logits(), inputs.AsGiven(), num_classes=NUM_CLASSES)
-    variables = steps.Variables({"w": jnp.zeros((), jnp.float64)}, {}, {})
+    variables = Variables({"w": jnp.zeros((), jnp.float64)}, {}, {})
     total, start = None, 0
     for size in split:
         rows = slice(start, start + size)
@@ -228,7 +229,7 @@ def test_top_5_with_few_classes(k, x64):
     step = steps.make_eval_step(Logits(), inputs.AsGiven(), num_classes=k)
     batch = {"image": jnp.asarray(logits)[:, None, None], "label": jnp.asarray(labels)}
     batch["mask"] = jnp.ones(len(labels), bool)
-    sums = step(steps.Variables({"w": jnp.zeros((), jnp.float64)}, {}, {}), batch)
+    sums = step(Variables({"w": jnp.zeros((), jnp.float64)}, {}, {}), batch)
     ranked = torch.tensor(logits).topk(min(5, k)).indices.numpy()
     assert sums["top5"] == (ranked == labels[:, None]).sum()
 

@@ -21,6 +21,7 @@ from equivalence_tests.parity import inputs, tolerances, torch_side
 from equivalence_tests.parity.states import named, optimizer_state
 from flax_resnet.config import OptimizerConfig, TrainConfig
 from flax_resnet.training import optim, steps
+from flax_resnet.training.network import Variables
 from flax_resnet.weights import convert
 
 pytestmark = pytest.mark.quick
@@ -110,12 +111,12 @@ def run_torch(rule: dict) -> list[dict]:
 
 
 def run_jax(rule: dict) -> list[dict]:
-    """The same by `flax_resnet.training.steps._update`, which is what a training step calls."""
+    """The same by `steps.apply_gradients`, which a training step calls."""
     params, gradients = numbers()
     options = {name: value for name, value in rule.items() if name != CYCLED}
     config = TrainConfig(optimizer=OptimizerConfig(**options))
-    state = steps.make_state(steps.Variables(tree(params), {}, {}), config)
-    update = jax.jit(lambda state, g, *rates: steps._update(state, g, {}, config, *rates))
+    state = steps.make_state(Variables(tree(params), {}, {}), config)
+    update = jax.jit(lambda state, g, *rates: steps.apply_gradients(state, g, {}, config, *rates))
     seen = []
     cycle = momenta() if CYCLED in rule else [None] * STEPS
     for gradient, lr, momentum in zip(gradients, rates(), cycle, strict=True):

@@ -17,6 +17,7 @@ from flax_resnet.config import ParallelConfig, TrainConfig
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.models import create_model
 from flax_resnet.training import steps
+from flax_resnet.training.network import Network, Preprocess
 
 NUM_STEPS, BATCH = 5, 16
 CONFIG = {
@@ -47,9 +48,9 @@ def run(
         "resnet20", 5, dropout=config.model.dropout, param_dtype="float64",
         bn_axis_name=engine.axis_name if share_statistics else None,
     )  # fmt: skip
-    network = steps.Network(model)
+    network = Network(model)
     train_step = steps.make_train_step(
-        network, config, steps.Preprocess((0.4,) * 3, (0.2,) * 3), num_classes=5,
+        network, config, Preprocess((0.4,) * 3, (0.2,) * 3), num_classes=5,
         steps_per_epoch=2, axis_name=engine.axis_name, gather=engine.gather,
     )  # fmt: skip
     images, labels = images_and_labels()

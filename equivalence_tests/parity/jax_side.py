@@ -1,8 +1,8 @@
-"""A case in JAX: `flax_resnet.training.steps.make_train_step`, with probes in it.
+"""A case in JAX: the three functions of `flax_resnet.training.steps`, with probes between them.
 
-The network that the step is made of reports its activations beside the running statistics, and
-adds zeros, an extra parameter, to the images: so their gradient comes out with the others'. Both
-are taken out again before the update.
+The network reports its activations beside the running statistics, and adds zeros, an extra
+parameter, to the images: their gradient comes out with the others'. Both are taken out again
+before the gradients are applied.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from flax_resnet.kernels.cpu_convolution import COMPILER_OPTIONS
 from flax_resnet.models import cnn, resnet
 from flax_resnet.models.summary import recorded_activations
 from flax_resnet.training import losses, steps
+from flax_resnet.training.network import Network, Variables
 
 IMAGES = "images"
 FORWARD = "forward"
@@ -93,7 +94,7 @@ def batch_of(case: Case, index: int, dtype=np.float64, decisions=None) -> dict:
     }
 
 
-class ProbedNetwork(steps.Network):
+class ProbedNetwork(Network):
     """Reports activations, and the gradient of images."""
 
     def apply(self, variables, images, **options):
@@ -140,22 +141,20 @@ def recorded_pools(outputs: dict):
 
 def probed_train_step(network: ProbedNetwork, config: TrainConfig, num_classes: int):
     """(state, batch) -> (state, {"forward", "loss", "gradient"})."""
-    step = steps.make_train_step(
-        network, config, inputs.AsGiven(), num_classes=num_classes, steps_per_epoch=1
-    )
-    update = steps._update
 
     def probed(state, batch):
-        seen = {}
-
-        def without_probes(state, gradients, stats, *rest):
-            seen["gradient"], seen[FORWARD] = gradients, stats[FORWARD]
-            stats = {k: v for k, v in stats.items() if k != FORWARD}
-            return update(_unprobed(state), _without_images(gradients), stats, *rest)
-
-        with _replayed(batch), mock.patch.object(steps, "_update", without_probes):
-            new, metrics = step(_with_probe(state, batch), batch)
-        return new, seen | {"loss": metrics["loss"]}
+        prepared = steps.prepare_batch(
+            state, batch, config, inputs.AsGiven(), num_classes=num_classes
+        )
+        with _replayed(batch):
+            gradients, forward = steps.loss_and_gradients(
+                network, _with_probe(state, batch), prepared, config
+            )
+        stats = dict(forward.batch_stats)
+        seen = {FORWARD: stats.pop(FORWARD), "gradient": gradients, "loss": forward.loss}
+        learning_rate = jnp.asarray(config.optimizer.lr, state.lr_scale.dtype)
+        new = steps.apply_gradients(state, _without_images(gradients), stats, config, learning_rate)
+        return new, seen
 
     return probed
 
@@ -166,7 +165,7 @@ def probed_evaluation(network: ProbedNetwork, config: TrainConfig, num_classes: 
 
     def probed(state, batch):
         def objective(params):
-            variables = steps.Variables(params, state.frozen, state.batch_stats)
+            variables = Variables(params, state.frozen, state.batch_stats)
             logits, stats = network.apply(variables, batch["image"], train=False)
             targets = losses.soft_targets(
                 batch["label"], num_classes, smoothing, batch["image"].dtype
@@ -183,10 +182,6 @@ def probed_evaluation(network: ProbedNetwork, config: TrainConfig, num_classes: 
 
 def _with_probe(state, batch):
     return state._replace(params=state.params | {IMAGES: jnp.zeros_like(batch["image"])})
-
-
-def _unprobed(state):
-    return state._replace(params=_without_images(state.params))
 
 
 def _without_images(tree):

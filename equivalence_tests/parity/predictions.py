@@ -15,7 +15,7 @@ from flax_resnet.config import DataConfig, ModelConfig, TrainConfig
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import prepare
 from flax_resnet.errors import InputError
-from flax_resnet.training import steps
+from flax_resnet.training.network import Network, Preprocess, predict_logits
 
 BATCH = 250
 
@@ -69,10 +69,10 @@ def _jax_logits(case, data):
         shortcut=case.shortcut,
         in_channels=len(data.mean),
     )
-    network = steps.Network(flax_resnet.load_state_dict(model, case.arrays))
-    preprocess = steps.Preprocess(data.mean, data.std)
+    network = Network(flax_resnet.load_state_dict(model, case.arrays))
+    preprocess = Preprocess(data.mean, data.std)
     # Weights are an argument: as constants the compiler would compute with them beforehand.
-    logits = jax.jit(functools.partial(steps.predict_logits, network, preprocess))
+    logits = jax.jit(functools.partial(predict_logits, network, preprocess))
     return functools.partial(logits, network.initial)
 
 

@@ -19,6 +19,7 @@ from flax_resnet.models import create_model
 from flax_resnet.models.layers import BatchNorm
 from flax_resnet.runs.checkpoint import Checkpoints
 from flax_resnet.training import steps
+from flax_resnet.training.network import Network, Preprocess, predict_logits
 
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
@@ -35,8 +36,8 @@ class Program:
         self.engine = Engine(parallel)
         model = create_model(arch, CLASSES, dropout=0.1, bn_axis_name=self.engine.axis_name)
         self.batch_norms = [m for _, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)]
-        network = steps.Network(model)
-        preprocess = steps.Preprocess((0.4,) * 3, (0.2,) * 3)
+        network = Network(model)
+        preprocess = Preprocess((0.4,) * 3, (0.2,) * 3)
         self.train_step = steps.make_train_step(
             network, config, preprocess, num_classes=CLASSES, steps_per_epoch=3,
             axis_name=self.engine.axis_name, gather=self.engine.gather,
@@ -183,8 +184,8 @@ def test_an_exchange_too_many_is_counted():
     plain = program.eval_step
 
     def with_top_k(variables, batch):
-        logits = steps.predict_logits(
-            program.network, steps.Preprocess((0.4,) * 3, (0.2,) * 3), variables, batch["image"]
+        logits = predict_logits(
+            program.network, Preprocess((0.4,) * 3, (0.2,) * 3), variables, batch["image"]
         )
         return plain(variables, batch) | {"top": jax.lax.top_k(logits, 2)[1].sum()}
 
@@ -196,7 +197,7 @@ def test_a_checkpoint_loads_on_another_number_of_devices(tmp_path):
     """Whole or in parts, from one to eight and back: the same bits in the place asked for."""
     layouts = [(1, False), (8, False), (8, True)]
     engines = [Engine(ParallelConfig(devices=n, shard_parameters=s)) for n, s in layouts]
-    network = steps.Network(create_model("basic_cnn", CLASSES))
+    network = Network(create_model("basic_cnn", CLASSES))
     state = steps.make_state(network.initial, TrainConfig())
     for number, writer in enumerate(engines):
         checkpoints = Checkpoints(tmp_path / str(number))

@@ -29,6 +29,7 @@ from flax_resnet.runs.views import config_from_file, read_config
 from flax_resnet.training import steps
 from flax_resnet.training.fit import fit
 from flax_resnet.training.loop import Run
+from flax_resnet.training.network import Variables
 from flax_resnet.training.progress import Interrupted
 from flax_resnet.training.restore import restore
 from flax_resnet.weights import convert
@@ -350,11 +351,11 @@ def test_frozen_batchnorm_keeps_its_statistics(tmp_path):
 def test_weights_and_average_move_together_after_a_batch_is_skipped():
     """Two batches make an update; the first is not finite, so the third completes one."""
     config = small(optimizer={"accumulate_steps": "2", "ema_decay": ".9"}, skip_nonfinite="1")
-    state = steps.make_state(steps.Variables({"fc": {"bias": jnp.zeros(3)}}, {}, {}), config)
+    state = steps.make_state(Variables({"fc": {"bias": jnp.zeros(3)}}, {}, {}), config)
     moved = []
     for finite in (False, True, True, True, True):
         gradient = {"fc": {"bias": jnp.where(finite, jnp.arange(3.0), jnp.nan)}}
-        new = steps._update(state, gradient, {}, config, 0.1, None)
+        new = steps.apply_gradients(state, gradient, {}, config, 0.1, None)
         new = steps._unless_finite(finite, new, state)
         pairs = ((state.params, new.params), (state.ema, new.ema))
         moved.append([bool((old["fc"]["bias"] != now["fc"]["bias"]).any()) for old, now in pairs])
@@ -369,10 +370,10 @@ def test_weights_and_average_move_together_after_a_batch_is_skipped():
 
 def test_the_average_begins_with_the_first_update_that_is_not_skipped():
     config = small(optimizer={"ema_decay": ".9"}, skip_nonfinite="1")
-    state = steps.make_state(steps.Variables({"fc": {"bias": jnp.zeros(3)}}, {}, {}), config)
+    state = steps.make_state(Variables({"fc": {"bias": jnp.zeros(3)}}, {}, {}), config)
     for finite in (False, True):
         gradient = {"fc": {"bias": jnp.where(finite, jnp.ones(3), jnp.nan)}}
-        new = steps._update(state, gradient, {}, config, 0.1, None)
+        new = steps.apply_gradients(state, gradient, {}, config, 0.1, None)
         state = steps._unless_finite(finite, new, state)
     assert (state.params["fc"]["bias"] < 0).all()
     np.testing.assert_array_equal(state.ema["fc"]["bias"], state.params["fc"]["bias"])

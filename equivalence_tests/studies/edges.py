@@ -22,6 +22,7 @@ from flax_resnet.data import augment
 from flax_resnet.errors import InputError
 from flax_resnet.models import create_from_config
 from flax_resnet.training import optim, steps
+from flax_resnet.training.network import Network, Preprocess
 
 ARCHITECTURES = ("basic_cnn",) * 8 + ("resnet20", "resnet18")
 FIXED = ("new_head", "freeze_backbone", "ema", "mean", "std", "num_classes")
@@ -100,11 +101,11 @@ def trace(config: TrainConfig, steps_per_epoch: int):
 
 def _first_step(config, steps_per_epoch, batch):
     model = create_from_config(config.model, in_channels=1, seed=config.seed, bn_axis_name=None)
-    network = steps.Network(model)
+    network = Network(model)
     step = steps.make_train_step(
         network,
         config,
-        steps.Preprocess((0.5,), (0.5,)),
+        Preprocess((0.5,), (0.5,)),
         num_classes=config.model.num_classes,
         steps_per_epoch=steps_per_epoch,
     )

@@ -21,6 +21,7 @@ from flax_resnet.models.folding import fold_batchnorm
 from flax_resnet.text import printable
 from flax_resnet.training import steps
 from flax_resnet.training.evaluation import make_predict
+from flax_resnet.training.network import Network, Preprocess, Variables, predict_logits
 from flax_resnet.training.progress import NonFiniteLoss
 from flax_resnet.training.restore import chosen_step, restore
 
@@ -38,19 +39,19 @@ class LoadedRun:
     channels: int
     """Of the images: 1 or 3."""
 
-    network: steps.Network
+    network: Network
     """The model's graph."""
 
-    variables: steps.Variables
+    variables: Variables
     """The best weights, or the last where there is no best or the run was not to restore it."""
 
     contents: dict = dataclasses.field(default_factory=dict)
     """Of the data that it was trained on (`data.prepare.contents`); empty: not known."""
 
     @property
-    def preprocess(self) -> steps.Preprocess:
+    def preprocess(self) -> Preprocess:
         """Channel statistics of the training split."""
-        return steps.Preprocess(self.config.data.mean, self.config.data.std)
+        return Preprocess(self.config.data.mean, self.config.data.std)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -71,11 +72,11 @@ class LoadedRun:
             raise InputError(
                 f"images are uint8 [{expected}], with pixels from 0 to 255: got {dtype} [{found}]"
             )
-        return steps.predict_logits(self.network, self.preprocess, self.variables, images)
+        return predict_logits(self.network, self.preprocess, self.variables, images)
 
     def without_batchnorm(self) -> "LoadedRun":
         """The same run with BatchNorm folded into the convolutions."""
-        network = steps.Network(fold_batchnorm(self.network.to_model(self.variables)))
+        network = Network(fold_batchnorm(self.network.to_model(self.variables)))
         return dataclasses.replace(self, network=network, variables=network.initial)
 
 

@@ -14,7 +14,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.models import create_from_config
 from flax_resnet.text import listed
-from flax_resnet.training import steps
+from flax_resnet.training.network import Network
 from flax_resnet.weights import convert
 
 NO_DATA = "folder:left-out"  # of a run made from sizes and statistics alone
@@ -117,7 +117,7 @@ def as_run(
     if not convert.has_head(arrays):
         own = convert.state_dict(model)
         arrays = arrays | {name: own[name] for name in own if name.startswith("fc.")}
-    network = steps.Network(
+    network = Network(
         convert.load_state_dict(model, arrays), freeze_backbone=config.freeze_backbone
     )
     return LoadedRun(config, names, channels, network, network.initial)

@@ -9,7 +9,7 @@ import numpy as np
 from flax_resnet import metrics
 from flax_resnet.errors import InputError
 from flax_resnet.kernels.cpu_convolution import COMPILER_OPTIONS
-from flax_resnet.training import steps
+from flax_resnet.training.network import predict_logits
 
 
 def evaluate(engine, eval_fn, variables, batches: Iterable[dict]) -> tuple[dict, np.ndarray]:
@@ -49,7 +49,7 @@ def make_predict(network, preprocess):
     """A compiled function (variables, uint8 images `[B, H, W, C]`) -> probabilities `[B, K]`."""
 
     def predict(variables, images):
-        return jax.nn.softmax(steps.predict_logits(network, preprocess, variables, images))
+        return jax.nn.softmax(predict_logits(network, preprocess, variables, images))
 
     options = COMPILER_OPTIONS if jax.default_backend() == "cpu" else {}
     return jax.jit(predict, compiler_options=options)

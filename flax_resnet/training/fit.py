@@ -25,6 +25,7 @@ from flax_resnet.runs.display import Display
 from flax_resnet.runs.views import faults, is_begun, read_config
 from flax_resnet.training import steps
 from flax_resnet.training.loop import Run
+from flax_resnet.training.network import Network
 from flax_resnet.training.restore import load_weights
 from flax_resnet.weights import convert
 
@@ -105,7 +106,7 @@ def _kind(config: TrainConfig) -> str:
 
 def _begin(
     config: TrainConfig, run_dir: Path | None, resume: bool, display: Display
-) -> tuple[Engine, Prepared, steps.Network]:
+) -> tuple[Engine, Prepared, Network]:
     """Devices, data and network; nothing is written."""
     begun = resume and steps_in(run_dir / "checkpoints")
     if not begun and (faults := idle(config)):
@@ -117,14 +118,14 @@ def _begin(
     model = _initial_model(prepared, engine)
     if config.init_from and not begun:
         _fine_tune(model, prepared.config, prepared.dataset.class_names, display.say)
-    network = steps.Network(model, freeze_backbone=config.freeze_backbone)
+    network = Network(model, freeze_backbone=config.freeze_backbone)
     _check_images(network, prepared, engine.axis_name)
     state = jax.eval_shape(lambda: steps.make_state(network.initial, config))
     check_space(run_dir or Path("runs"), state)
     return engine, prepared, network
 
 
-def _check_images(network: steps.Network, prepared: Prepared, axis_name: str | None):
+def _check_images(network: Network, prepared: Prepared, axis_name: str | None):
     """Raises InputError for images and batches too small for the network. Only the smallest are
     tried: a deep network takes seconds to trace."""
     batch_size = prepared.config.batch_size
@@ -135,7 +136,7 @@ def _check_images(network: steps.Network, prepared: Prepared, axis_name: str | N
     jax.eval_shape(jax.vmap(apply, (None, 0), axis_name=axis_name), network.initial, images)
 
 
-def _weights_digest(network: steps.Network) -> dict:
+def _weights_digest(network: Network) -> dict:
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(jax.device_get(network.initial)):
         digest.update(leaf.tobytes())

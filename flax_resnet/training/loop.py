@@ -23,6 +23,7 @@ from flax_resnet.runs.display import Display
 from flax_resnet.training import early_stopping, optim, sanity, steps
 from flax_resnet.training.early_stopping import EarlyStopping
 from flax_resnet.training.evaluation import evaluate
+from flax_resnet.training.network import Network, Preprocess
 from flax_resnet.training.progress import Interrupted, NonFiniteLoss, Progress, SignalFlag
 
 _AHEAD = 4
@@ -42,7 +43,7 @@ class Run:
         self,
         prepared: Prepared,
         engine: Engine,
-        network: steps.Network,
+        network: Network,
         directory: RunDirectory,
         display: Display,
         command: str,
@@ -51,7 +52,7 @@ class Run:
         self.config, self.dataset = prepared.config, prepared.dataset
         self.directory, self.display, self.command = directory, display, command
         self.network, self.contents = network, contents(self.dataset)
-        self.preprocess = steps.Preprocess(self.config.data.mean, self.config.data.std)
+        self.preprocess = Preprocess(self.config.data.mean, self.config.data.std)
         self.stages = stage_rows(network.to_model(network.initial), prepared.image_shape)
         self.num_train = len(self.dataset.train)
         self.steps_per_epoch = pipeline.steps_per_epoch(self.num_train, self.config.batch_size)

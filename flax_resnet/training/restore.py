@@ -14,6 +14,7 @@ from flax_resnet.runs import environment
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in
 from flax_resnet.runs.views import config_faults, own_config, warn
 from flax_resnet.training import steps
+from flax_resnet.training.network import Network
 from flax_resnet.weights import convert, files
 
 
@@ -29,7 +30,7 @@ def chosen_step(checkpoints: Checkpoints) -> int | None:
 
 def restore(
     run_dir: Path | str, choose: Callable[[Checkpoints], int | None]
-) -> tuple[dict, TrainConfig, steps.Network, steps.TrainState]:
+) -> tuple[dict, TrainConfig, Network, steps.TrainState]:
     """The checkpoint of a run that `choose` names: document, config, network and state.
 
     Raises:
@@ -49,7 +50,7 @@ def restore(
         document = checkpoints.document(step)
         config = from_dict(document["config"])
         environment.configure_jax(config)
-        network = steps.Network(
+        network = Network(
             create_from_config(config.model, in_channels=document["channels"]),
             freeze_backbone=config.freeze_backbone,
         )
