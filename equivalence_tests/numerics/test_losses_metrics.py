@@ -14,7 +14,7 @@ import torch_ref.losses
 from equivalence_tests.parity import inputs, tolerances
 from flax_resnet import metrics
 from flax_resnet.config import EarlyStoppingConfig
-from flax_resnet.training import early_stopping, losses, steps
+from flax_resnet.training import losses, selection, steps
 from flax_resnet.training.network import Variables
 
 pytestmark = pytest.mark.quick
@@ -248,20 +248,22 @@ COURSES = [
 
 
 def stops(config, values):
-    """Of every epoch: whether to stop, the best value and its epoch."""
-    state, seen = early_stopping.EarlyStopping(), []
+    """Of every epoch: whether to stop, epochs without improvement, the best value and its epoch."""
+    state, seen = selection.Selection(), []
     for epoch, value in enumerate(values, start=1):
-        state, stop = early_stopping.update(state, value, epoch, config)
-        seen.append((stop, state.best, state.best_epoch or None, state.bad_epochs))
+        state = selection.update(state, value, epoch, config)
+        stop = state.should_stop(config.patience)
+        seen.append((stop, state.bad_epochs, state.best, state.best_epoch or None))
     return seen
 
 
 def stops_of_torch(config, values):
-    options = dict(mode=config.mode, patience=config.patience, min_delta=config.min_delta)
-    state, seen = torch_ref.early_stopping.EarlyStopping(**options), []
+    twin = torch_ref.early_stopping.EarlyStopping
+    state = twin(mode=config.mode, patience=config.patience, min_delta=config.min_delta)
+    best, seen = twin(mode=config.mode), []
     for epoch, value in enumerate(values, start=1):
-        state = state.update(value, epoch)
-        seen.append((state.stop, state.best, state.best_epoch, state.bad_epochs))
+        state, best = state.update(value, epoch), best.update(value, epoch)
+        seen.append((state.stop, state.bad_epochs, best.best, best.best_epoch))
     return seen
 
 
@@ -278,8 +280,15 @@ def test_early_stopping_is_the_twins(monitor, patience, min_delta):
     "monitor, patience, min_delta, values, stop, best",
     [
         ("validation_loss", 2, 0.0, [1.0, 0.5, 0.6, 0.5], 4, 2),  # as good is not better
-        ("validation_loss", 1, 0.1, [1.0, 0.95, 0.5], 2, 1),
-        ("validation_loss", 2, 0.1, [1.0, 0.95, 0.89, 0.9], None, 3),  # against the best
+        ("validation_loss", 1, 0.1, [1.0, 0.95, 0.5], 2, 2),
+        (
+            "validation_loss",
+            2,
+            0.1,
+            [1.0, 0.95, 0.89, 0.9],
+            None,
+            3,
+        ),  # of the reference
         ("validation_accuracy", 2, 0.0, [0.1, 0.3, 0.2, 0.3, 0.4], 4, 2),
         ("validation_accuracy", 0, 0.0, [0.9] + [0.1] * 50, None, 1),
         ("validation_accuracy", 1, 0.0, [NAN, 0.2], 1, None),
@@ -291,4 +300,4 @@ def test_early_stopping_by_hand(monitor, patience, min_delta, values, stop, best
     seen = stops(config, values)
     flags = [row[0] for row in seen]
     assert (flags.index(True) + 1 if True in flags else None) == stop
-    assert seen[(stop or len(values)) - 1][2] == best
+    assert seen[(stop or len(values)) - 1][3] == best

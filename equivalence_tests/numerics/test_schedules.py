@@ -135,11 +135,11 @@ def torch_cuts(options: dict, mode: str, values: list) -> list[float]:
 
 def jax_cuts(options: dict, mode: str, values: list) -> list[float]:
     config = ScheduleConfig(schedule="plateau", **options)
-    state, seen = {}, []
+    state, seen = optim.Plateau(), []
     for epoch, value in enumerate(values, 1):
         warmth = optim.warmth(config, epoch * UPDATES, UPDATES)
-        state, factor = optim.plateau(state, value, config, 0.4, mode, warmth)
-        seen.append(0.4 * warmth * factor)
+        state = optim.plateau(state, value, config, 0.4, mode, warmth)
+        seen.append(state.lr * warmth)
     return seen
 
 

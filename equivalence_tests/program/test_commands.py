@@ -31,7 +31,8 @@ from flax_resnet.interop.loaded_run import load_run, predict_files
 from flax_resnet.recipes import RECIPES
 from flax_resnet.runs.directory import RunDirectory
 from flax_resnet.runs.display import Display
-from flax_resnet.training.progress import Interrupted, NonFiniteLoss
+from flax_resnet.training.guard import NonFiniteLoss
+from flax_resnet.training.progress import Interrupted
 
 CLASSES = ("ant", "bee")
 

@@ -19,8 +19,8 @@ from flax_resnet.data.pipeline import Decoder
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.runs import environment
 from flax_resnet.runs.display import Display
+from flax_resnet.training import loop
 from flax_resnet.training.fit import fit
-from flax_resnet.training.loop import Run
 
 SMALL = {
     "epochs": "2",
@@ -39,7 +39,7 @@ def watched(request, tmp_path_factory):
     config = cli.merge(TrainConfig(), SMALL)
     config = cli.merge(config, {"data": {"cache": request.param, "train_images": "640"}})
     counts, decodings, sent, resident = Counter(), Counter(), [], {}
-    shard, drain, decode = Engine.shard, Run._drain, Decoder.__call__
+    shard, drain, decode = Engine.shard, loop.log_steps, Decoder.__call__
     wait = jax.block_until_ready
 
     def counted_shard(engine, batches):
@@ -61,7 +61,7 @@ def watched(request, tmp_path_factory):
 
     with (
         mock.patch.object(Engine, "shard", counted_shard),
-        mock.patch.object(Run, "_drain", counted_drain),
+        mock.patch.object(loop, "log_steps", counted_drain),
         mock.patch.object(Decoder, "__call__", counted_decoding),
         mock.patch.object(jax, "block_until_ready", counted_wait),
     ):

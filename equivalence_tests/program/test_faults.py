@@ -24,9 +24,8 @@ from equivalence_tests.studies.faults import ROOT
 from flax_resnet.errors import InputError
 from flax_resnet.runs.checkpoint import Checkpoints
 from flax_resnet.runs.directory import RunDirectory
-from flax_resnet.training import restore
+from flax_resnet.training import loop, restore
 from flax_resnet.training.fit import fit
-from flax_resnet.training.loop import Run
 from flax_resnet.training.progress import Interrupted, SignalFlag
 
 
@@ -102,17 +101,17 @@ def test_a_run_in_a_thread_leaves_signals_to_the_main_one():
 
 def broken_at(step, monkeypatch, where):
     """The next training fails at this step, or after it in the validation."""
-    original = getattr(Run, where)
+    original = getattr(loop, where)
 
-    def failing(self, *arguments):
-        if self._global_step() >= step:
+    def failing(run, *arguments):
+        if run.global_step >= step:
             raise RuntimeError("a fault of the program")
-        return original(self, *arguments)
+        return original(run, *arguments)
 
-    monkeypatch.setattr(Run, where, failing)
+    monkeypatch.setattr(loop, where, failing)
 
 
-@pytest.mark.parametrize("where", ["_columns", "_validate"])
+@pytest.mark.parametrize("where", ["_next_batches", "_validate"])
 def test_a_run_that_fails_is_saved_and_ends_the_same(tmp_path, monkeypatch, where):
     """In the middle of an epoch, and in its validation, with steps not yet looked at."""
     config = small(**EVERYTHING, log_steps="50")
@@ -185,15 +184,15 @@ def test_what_is_saved_is_the_state_of_that_moment(tmp_path):
 
 def cut(config, run_dir, step, monkeypatch):
     """A run that is told to stop after so many steps."""
-    original = Run._at_log_step
+    original = loop.at_log_step
 
-    def at_log_step(self, count):
-        if self._global_step() == step:
-            self.signum = signal.SIGTERM
-        return original(self, count)
+    def at_log_step(run, count):
+        if run.global_step == step:
+            run.signum = signal.SIGTERM
+        return original(run, count)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Run, "_at_log_step", at_log_step)
+        patch.setattr(loop, "at_log_step", at_log_step)
         fit(config, run_dir, display=quiet())
 
 

@@ -26,8 +26,7 @@ from flax_resnet.devices import distributed
 from flax_resnet.errors import InputError
 from flax_resnet.runs.checkpoint import Checkpoints
 from flax_resnet.runs.tables import read_rows
-from flax_resnet.training import restore
-from flax_resnet.training.loop import Run
+from flax_resnet.training import loop, restore
 
 # Splits that do not divide; float64, in which only the order of summation differs.
 SHORT = (
@@ -197,15 +196,15 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path, long):
 
 @pytest.mark.slow
 def test_one_process_stops_and_two_go_on(tmp_path, long, monkeypatch):
-    original = Run._at_log_step
+    original = loop.at_log_step
 
-    def stop_at_21(self, count):
-        if self._global_step() == 21:
-            self.signum = signal.SIGTERM
-        return original(self, count)
+    def stop_at_21(run, count):
+        if run.global_step == 21:
+            run.signum = signal.SIGTERM
+        return original(run, count)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_at_log_step", stop_at_21)
+        patch.setattr(loop, "at_log_step", stop_at_21)
         alone(tmp_path / "run", *LONG, status=143)
     flags = ["--resume", "--devices", 2]
     run(tmp_path / "run", flags, flags)

@@ -14,7 +14,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in
 from flax_resnet.runs.tables import read_rows
 from flax_resnet.runs.views import read_config
-from flax_resnet.training import early_stopping, restore
+from flax_resnet.training import restore, selection
 from flax_resnet.training.fit import fit
 from flax_resnet.training.progress import Interrupted
 
@@ -116,7 +116,7 @@ def test_a_source_does_not_switch_the_compilation_cache_on(tmp_path):
 
 def test_the_report_names_the_epoch_that_was_evaluated(tmp_path, monkeypatch):
     """Where the best checkpoint is damaged, that is the newest."""
-    monkeypatch.setattr(early_stopping, "is_improvement", lambda best, *_: best is None)
+    monkeypatch.setattr(selection, "improves", lambda value, before, *_: before is None)
     report = fit(small(epochs="3"), tmp_path, display=quiet())
     assert report["best_epoch"] == report["evaluated_epoch"] == 1
     (tmp_path / "checkpoints" / "20" / "manifest.json").unlink()
@@ -138,6 +138,6 @@ def test_the_config_is_there_before_the_checkpoints(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("flax_resnet.training.loop.Checkpoints", killed)
+        patch.setattr("flax_resnet.training.fit.Checkpoints", killed)
         fit(small(epochs="1"), tmp_path / "run", display=quiet())
     assert fit(small(epochs="1"), tmp_path / "run", resume=True, display=quiet())["epochs"] == 1

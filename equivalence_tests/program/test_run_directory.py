@@ -27,8 +27,8 @@ from flax_resnet.models import create_model
 from flax_resnet.runs import owned, tables, views
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in
 from flax_resnet.runs.directory import RunDirectory, as_json, reserve
+from flax_resnet.training import loop
 from flax_resnet.training.fit import _open_directory, fit
-from flax_resnet.training.loop import Run
 from flax_resnet.weights import convert
 
 HUGGING_FACE = '{"model_type": "bert", "hidden_size": 768}'
@@ -275,15 +275,15 @@ def test_a_run_ends_where_its_directory_is_gone(tmp_path, fate):
 
 
 def test_a_training_ends_where_its_directory_is_gone(tmp_path, monkeypatch, capsys):
-    original = Run._finish_epoch
+    original = loop.finish_epoch
 
-    def finish_epoch(self):
-        if self.progress.epoch == 1:
-            self.checkpoints.wait()
+    def finish_epoch(run):
+        if run.progress.epoch == 1:
+            run.checkpoints.wait()
             moved(tmp_path / "run")
-        original(self)
+        original(run)
 
-    monkeypatch.setattr(Run, "_finish_epoch", finish_epoch)
+    monkeypatch.setattr(loop, "finish_epoch", finish_epoch)
     config = small(epochs="3", data={"train_images": "96"})
     with pytest.raises(SystemExit) as left:
         cli.run_command(lambda: fit(config, tmp_path / "run", display=quiet()) and 0)

@@ -26,9 +26,8 @@ from flax_resnet.runs.checkpoint import Checkpoints
 from flax_resnet.runs.directory import reserve
 from flax_resnet.runs.display import Display
 from flax_resnet.runs.views import config_from_file, read_config
-from flax_resnet.training import steps
+from flax_resnet.training import loop, steps
 from flax_resnet.training.fit import fit
-from flax_resnet.training.loop import Run
 from flax_resnet.training.network import Variables
 from flax_resnet.training.progress import Interrupted
 from flax_resnet.training.restore import restore
@@ -193,20 +192,14 @@ EVERYTHING = {
 
 def cut_at(step, monkeypatch):
     """The next trainings are told to stop at this step."""
-    original = Run._train_epoch
+    original = loop.at_log_step
 
-    def cut(self):
-        log = self._at_log_step
+    def at_log_step(run, count):
+        if run.global_step == step:
+            run.signum = 15
+        return original(run, count)
 
-        def at_log_step(count):
-            if self._global_step() == step:
-                self.signum = 15
-            return log(count)
-
-        self._at_log_step = at_log_step
-        return original(self)
-
-    monkeypatch.setattr(Run, "_train_epoch", cut)
+    monkeypatch.setattr(loop, "at_log_step", at_log_step)
 
 
 @pytest.mark.parametrize("cache", ["device", "none"])

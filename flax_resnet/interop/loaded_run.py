@@ -21,8 +21,8 @@ from flax_resnet.models.folding import fold_batchnorm
 from flax_resnet.text import printable
 from flax_resnet.training import steps
 from flax_resnet.training.evaluation import make_predict
+from flax_resnet.training.guard import NonFiniteLoss
 from flax_resnet.training.network import Network, Preprocess, Variables, predict_logits
-from flax_resnet.training.progress import NonFiniteLoss
 from flax_resnet.training.restore import chosen_step, restore
 
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterable
 from typing import TextIO
 
 from rich.console import Console
@@ -58,6 +59,11 @@ class Display:
     def say(self, text: str):
         """One line, without the characters that steer a terminal."""
         self.show(Text(text))
+
+    def warn(self, warnings: Iterable[str]):
+        """A line for each warning."""
+        for warning in warnings:
+            self.say(f"warning: {warning}")
 
     def show(self, renderable):
         """A table, the same way."""

@@ -1,4 +1,4 @@
-"""A split -> metrics; images -> probabilities."""
+"""Evaluating a split, and classifying images."""
 
 from collections.abc import Iterable
 
@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_resnet import metrics
+from flax_resnet.data import pipeline
 from flax_resnet.errors import InputError
 from flax_resnet.kernels.cpu_convolution import COMPILER_OPTIONS
+from flax_resnet.training import steps
 from flax_resnet.training.network import predict_logits
 
 
@@ -43,6 +45,24 @@ def evaluate(engine, eval_fn, variables, batches: Iterable[dict]) -> tuple[dict,
     return {"loss": loss, "accuracy": accuracy, "top5_accuracy": top5, **summary}, counts[
         "confusion"
     ]
+
+
+def evaluate_split(run, split: str, variables=None) -> tuple[dict, np.ndarray]:
+    """`evaluate` on a split of a run's data.
+
+    Args:
+      run: `setup.Run`.
+      split: "train", "validation" or "test".
+      variables: `network.Variables`; by default those of the run's state.
+    """
+    if variables is None:
+        variables = steps.evaluation_variables(run.engine.single(run.state))
+    source, images = getattr(run.dataset, split), run.prepared.images.get(split)
+    devices = len(run.engine.devices)
+    size = -(-run.config.eval_batch_size // devices) * devices
+    rows = run.engine.local_rows(size)
+    batches = pipeline.evaluation_batches(source, run.prepared.decoder, size, images, rows)
+    return evaluate(run.engine, run.eval_fn, variables, batches)
 
 
 def make_predict(network, preprocess):

@@ -1,5 +1,6 @@
 """Training: `fit` brings devices, data and network together and runs them."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,21 +13,25 @@ import numpy as np
 from flax import nnx
 
 from flax_resnet.config import EarlyStoppingConfig, TrainConfig, flat, idle
-from flax_resnet.data.prepare import Prepared, fingerprint, prepare
+from flax_resnet.data.prepare import SPLITS, Prepared, fingerprint, prepare
 from flax_resnet.devices import distributed
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.errors import InputError
 from flax_resnet.models import create_from_config
 from flax_resnet.models.cnn import SMALLEST
+from flax_resnet.models.summary import stage_rows, summary_table
 from flax_resnet.runs import environment
-from flax_resnet.runs.checkpoint import check_space, steps_in
+from flax_resnet.runs.checkpoint import Checkpoints, check_space, steps_in
 from flax_resnet.runs.directory import RunDirectory, SharedDirectory, reserve
 from flax_resnet.runs.display import Display
 from flax_resnet.runs.views import faults, is_begun, read_config
-from flax_resnet.training import steps
-from flax_resnet.training.loop import Run
+from flax_resnet.training import sanity, steps
+from flax_resnet.training.loop import rescue, train
 from flax_resnet.training.network import Network
+from flax_resnet.training.progress import SignalFlag
+from flax_resnet.training.report import report
 from flax_resnet.training.restore import load_weights
+from flax_resnet.training.setup import set_up
 from flax_resnet.weights import convert
 
 
@@ -80,14 +85,64 @@ def fit(
     try:
         for line in prepared.dataset.remarks():
             display.say(line)
-        run = Run(prepared, engine, network, directory, display, command)
-        return run.execute()
+        _announce(prepared, engine, network, directory, display)
+        return _run(prepared, engine, network, directory, display, command)
     except Exception:
         directory.check()  # what is written into a directory that is gone fails in many ways
         raise
     finally:
         display.stop()
         directory.close()
+
+
+def _announce(
+    prepared: Prepared, engine: Engine, network: Network, directory: RunDirectory, display: Display
+):
+    """Print what is about to be trained."""
+    config, dataset = prepared.config, prepared.dataset
+    model, data = config.model, config.data
+    sizes = [len(getattr(dataset, split)) for split in SPLITS]
+    stages = stage_rows(network.to_model(network.initial), prepared.image_shape)
+    display.show(summary_table(model.arch, stages))
+    display.say(
+        f"{data.dataset}: {sizes[0]:,} training, {sizes[1]:,} validation, {sizes[2]:,} test"
+        f" images, {model.num_classes} classes; {model.arch}"
+        + (f", stem {model.stem}" if model.stem else "")
+        + (f", shortcut {model.shortcut}" if model.shortcut else "")
+        + f", images {data.image_size}x{data.image_size}x{dataset.channels}"
+    )
+    display.warn(sanity.of_training(sizes[0], config.batch_size))
+    if data.num_workers and "train" in prepared.images:
+        display.warn(["num_workers has no effect: the training images are cached"])
+    kind = jax.devices()[0].device_kind
+    display.say(f"on {len(engine.devices)} x {kind}, run {directory.path}")
+
+
+def _run(
+    prepared: Prepared,
+    engine: Engine,
+    network: Network,
+    directory: RunDirectory,
+    display: Display,
+    command: str,
+) -> dict:
+    """Set up or take up, train, report; what a failure would lose is saved first."""
+    directory.write_config(prepared.config)
+    checkpoints, run = Checkpoints(directory.checkpoints, say=display.say), None
+    try:
+        run = set_up(prepared, engine, network, directory, display, checkpoints)
+        with SignalFlag(run):
+            train(run)
+            return report(run, command)
+    except Exception as error:
+        with contextlib.suppress(AttributeError):  # a few exceptions take no notes
+            error.run_dir = directory.path
+            error.saved = run is not None and rescue(run, error)
+        raise
+    finally:
+        if run is not None:
+            run.close()
+        checkpoints.close()
 
 
 def as_begun(config: TrainConfig, own: TrainConfig) -> TrainConfig:

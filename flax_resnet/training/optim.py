@@ -4,6 +4,8 @@ Where the two differ, PyTorch's definition is taken and the difference named on 
 end by multiplying with the learning rate, so schedules and plateau cuts act outside of them.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -150,25 +152,38 @@ def _float(step):
     return jnp.asarray(step).astype(jnp.result_type(float))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plateau:
+    """What the plateau schedule remembers between two epochs; plain numbers, as in JSON."""
+
+    best: float | None = None
+    """Best value so far."""
+
+    bad_epochs: int = 0
+    """Epochs since then, without those of a cooldown."""
+
+    cooldown: int = 0
+    """Epochs for which bad ones do not count."""
+
+    lr: float | None = None
+    """Learning rate in force, without the factor of a warm-up; None: that at the start."""
+
+
 def plateau(
-    state: dict, value: float, config: ScheduleConfig, lr: float, mode: str, warmth: float = 1.0
-) -> tuple[dict, float]:
+    state: Plateau, value: float, config: ScheduleConfig, lr: float, mode: str, warmth: float = 1.0
+) -> Plateau:
     """torch's ReduceLROnPlateau, once an epoch.
 
     Cuts when `bad > patience` (Optax's at `==`, one epoch earlier), and only by more than 1e-8;
     this and min_lr are of the rate in force, which a warm-up has brought to its `warmth`.
 
     Args:
-      state: {} at first; {"best", "bad_epochs", "cooldown", "lr"} afterwards.
-      value: what is watched; `mode` says whether less ("min") or more ("max") is better.
+      value: the watched value; `mode` says whether less ("min") or more ("max") is better.
       lr: learning rate at the start.
-      warmth: of the next update.
-
-    Returns:
-      The new state, and the factor by which the learning rate at the start is to be multiplied.
+      warmth: `warmth` of the next update.
     """
-    best, bad = state.get("best"), state.get("bad_epochs", 0)
-    cooldown, current = state.get("cooldown", 0), state.get("lr", lr)
+    best, bad, cooldown = state.best, state.bad_epochs, state.cooldown
+    current = lr if state.lr is None else state.lr
     sign = 1 if mode == "min" else -1
     start = sign * float("inf")  # which an infinite loss does not beat
     threshold = start if best is None else best * (1 - sign * config.plateau_threshold)
@@ -182,5 +197,4 @@ def plateau(
         reduced = max(current * config.gamma, config.min_lr / warmth)
         current = reduced if (current - reduced) * warmth > 1e-8 else current
         cooldown, bad = config.plateau_cooldown, 0
-    state = {"best": best, "bad_epochs": bad, "cooldown": cooldown, "lr": current}
-    return state, current / lr
+    return Plateau(best=best, bad_epochs=bad, cooldown=cooldown, lr=current)

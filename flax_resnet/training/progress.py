@@ -1,17 +1,13 @@
-"""What the host knows of a run, and how one ends before its time."""
+"""How far a run is, and how a signal ends it."""
 
 import dataclasses
 import signal
 import threading
 
 from flax_resnet.devices import distributed
-from flax_resnet.training.early_stopping import EarlyStopping
-
-
-class NonFiniteLoss(distributed.Everywhere):
-    """The loss, the gradient or what a network gives is no longer a number."""
-
-    exit_status = 1
+from flax_resnet.errors import InputError
+from flax_resnet.training import optim
+from flax_resnet.training.selection import Selection
 
 
 class Interrupted(distributed.Everywhere):
@@ -26,49 +22,70 @@ class Interrupted(distributed.Everywhere):
 
 @dataclasses.dataclass(kw_only=True)
 class Progress:
-    """What the host knows of a run; plain numbers, saved with every checkpoint."""
+    """How far a run is, as the host knows it: plain numbers, saved with every checkpoint."""
 
     epoch: int = 0
     """Epochs done."""
 
     step_in_epoch: int = 0
-    """Steps done of the next one."""
+    """Steps done of the next epoch."""
 
     loss_sum: float = 0.0
-    """Of these steps."""
+    """Sum of the losses of these steps, of those that were finite."""
 
     accuracy_sum: float = 0.0
-    """Of these steps."""
-
-    seconds: float = 0.0
-    """Spent on these steps."""
-
-    data_wait: float = 0.0
-    """Seconds of these in which the devices had no batch."""
+    """Sum of the accuracies of the same steps."""
 
     counted_steps: int = 0
-    """Of these steps, those with a finite loss."""
+    """Number of the same steps."""
+
+    seconds: float = 0.0
+    """Time spent on these steps."""
+
+    data_wait: float = 0.0
+    """Seconds of it in which the devices had no batch."""
 
     bad_steps: int = 0
     """Steps in a row whose loss or gradient was not finite."""
 
     learning_rate: float = 0.0
-    """Of the last step."""
+    """Learning rate of the last step."""
 
-    stopping: dict = dataclasses.field(default_factory=lambda: dataclasses.asdict(EarlyStopping()))
-    """Early stopping's state."""
+    selection: Selection = Selection()
+    """The best epoch, and what early stopping remembers."""
 
-    best: float | None = None
-    """Best value of what is monitored."""
-
-    best_epoch: int = 0
-    """Its epoch, from 1; 0: none yet."""
-
-    plateau: dict = dataclasses.field(default_factory=dict)
-    """The plateau schedule's state."""
+    plateau: optim.Plateau = optim.Plateau()
+    """What the plateau schedule remembers."""
 
     stopped_early: bool = False
     """Whether early stopping ended the run."""
+
+    @classmethod
+    def from_document(cls, values: dict) -> "Progress":
+        """The inverse of `dataclasses.asdict`; missing fields are at their start.
+
+        Raises:
+          InputError: a field that this version does not know.
+        """
+        try:
+            selection = Selection(**values.get("selection", {}))
+            plateau = optim.Plateau(**values.get("plateau", {}))
+            return cls(**values | {"selection": selection, "plateau": plateau})
+        except TypeError as error:
+            raise InputError(f"the run was begun by another version: {error}") from None
+
+    def count(self, row: dict):
+        """Add the metrics of a step to the sums of its epoch."""
+        if row["finite"]:
+            self.loss_sum += float(row["loss"])
+            self.accuracy_sum += float(row["accuracy"])
+            self.counted_steps += 1
+
+    def next_epoch(self):
+        """Begin the sums anew."""
+        self.epoch += 1
+        self.step_in_epoch = self.counted_steps = 0
+        self.loss_sum = self.accuracy_sum = self.seconds = self.data_wait = 0.0
 
 
 class SignalFlag:

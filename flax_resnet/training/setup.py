@@ -1,0 +1,206 @@
+"""What a training works with, from the start of its process to its first step."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+
+from flax_resnet.data import pipeline, workers
+from flax_resnet.data.prepare import Prepared, check_contents, contents
+from flax_resnet.devices import distributed
+from flax_resnet.devices.parallel import Engine
+from flax_resnet.errors import InputError
+from flax_resnet.runs.checkpoint import Checkpoints, steps_in
+from flax_resnet.runs.directory import RunDirectory
+from flax_resnet.runs.display import Display
+from flax_resnet.training import steps
+from flax_resnet.training.network import Network, Preprocess
+from flax_resnet.training.progress import Progress
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """A training under way: what it works with, and how far it is."""
+
+    prepared: Prepared
+    """The data set, and the config as it was resolved for it."""
+
+    contents: dict
+    """What the data set holds (`data.prepare.contents`)."""
+
+    engine: Engine
+    network: Network
+    directory: RunDirectory
+    display: Display
+    checkpoints: Checkpoints
+
+    progress: Progress
+    """How far it is."""
+
+    state: steps.TrainState
+    """On the devices."""
+
+    batches: Iterator
+    """This process's batches, from the next step on."""
+
+    resident: dict
+    """Images and labels of the training split on the devices; {} where batches bring their own."""
+
+    steps_per_dispatch: int
+
+    train_fns: dict
+    """{steps a dispatch: compiled function}."""
+
+    eval_fn: object
+    """The compiled evaluation of a batch."""
+
+    in_flight: list = dataclasses.field(default_factory=list)
+    """Metrics that have not been fetched from the devices."""
+
+    last_finite: dict | None = None
+    """Metrics of the last step that was finite."""
+
+    saveable: Progress | None = None
+    """The progress that belongs to the state, while a checkpoint of both could be resumed."""
+
+    checkpoint_seconds: float = 0.0
+    """Time that saves have taken since the last row of timings."""
+
+    signum: int | None = None
+    """The signal that asked the run to stop."""
+
+    @property
+    def config(self):
+        """The resolved `TrainConfig`."""
+        return self.prepared.config
+
+    @property
+    def dataset(self):
+        """`data.sources.DataSet`."""
+        return self.prepared.dataset
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches an epoch, over all devices."""
+        return pipeline.steps_per_epoch(len(self.dataset.train), self.config.batch_size)
+
+    @property
+    def global_step(self) -> int:
+        """Steps done since the first epoch."""
+        return self.progress.epoch * self.steps_per_epoch + self.progress.step_in_epoch
+
+    def close(self):
+        """End the worker processes."""
+        if isinstance(self.batches, workers.InTurn):
+            self.batches.close()
+
+
+def set_up(
+    prepared: Prepared,
+    engine: Engine,
+    network: Network,
+    directory: RunDirectory,
+    display: Display,
+    checkpoints: Checkpoints,
+) -> Run:
+    """A fresh run, or one that goes on from its newest sound checkpoint; nothing is compiled yet.
+
+    Raises:
+      InputError: the data are others than before, or no checkpoint of a fine-tuning is sound.
+    """
+    config = prepared.config
+    step = checkpoints.latest()
+    distributed.check_agreement({"checkpoint": step})
+    state, progress = steps.make_state(network.initial, config), Progress()
+    document, found = None, contents(prepared.dataset)
+    if step is not None:
+        document = checkpoints.document(step)
+        check_contents(found, document.get("contents", {}))
+        progress = Progress.from_document(document["progress"])
+        _say_resumed(display, step, document, engine)
+        state = checkpoints.restore(step, engine.state_like(state))
+    elif config.init_from and steps_in(checkpoints.directory):
+        raise InputError(
+            f"{directory.path}: none of its checkpoints is sound, and its weights came"
+            f" from {config.init_from}: begin again with --overwrite"
+        )
+    checkpoints.delete_after(step)
+    batches = _batches(prepared, engine, start=step or 0)
+    directory.start_logs(document, step or 0)
+    resident = _resident(prepared, engine)
+    return Run(
+        prepared=prepared,
+        contents=found,
+        engine=engine,
+        network=network,
+        directory=directory,
+        display=display,
+        checkpoints=checkpoints,
+        progress=progress,
+        state=engine.place_state(state),
+        batches=batches,
+        resident=resident,
+        **_functions(prepared, engine, network, resident),
+    )
+
+
+def _say_resumed(display: Display, step: int, document: dict, engine: Engine):
+    display.say(f"resumed at step {step}, epoch {document['progress']['epoch'] + 1}")
+    before, now = document["num_devices"], len(engine.devices)
+    if before != now:
+        display.say(
+            f"the run had {before} device(s) and now has {now}: it goes on equal up to"
+            " rounding, not bit for bit"
+        )
+
+
+def _batches(prepared: Prepared, engine: Engine, start: int) -> Iterator:
+    """Batches from step `start` on: indices where the images are cached, else images."""
+    config, train = prepared.config, prepared.dataset.train
+    order = pipeline.BatchOrder(
+        num_images=len(train),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        epochs=config.epochs,
+        rows=engine.local_rows(config.batch_size),
+    )
+    if "train" in prepared.images:
+        return pipeline.index_iterator(order, start=start)
+    workers = config.data.num_workers
+    decoder = prepared.training_decoder
+    return pipeline.image_iterator(train, decoder, order, num_workers=workers, start=start)
+
+
+def _resident(prepared: Prepared, engine: Engine) -> dict:
+    if "train" not in prepared.images:
+        return {}
+    labels = prepared.dataset.train.labels.astype("int32")
+    return engine.replicate({"image": prepared.images["train"], "label": labels})
+
+
+def _functions(prepared: Prepared, engine: Engine, network: Network, resident: dict) -> dict:
+    """The compiled functions of a run; XLA compiles each when it is first called."""
+    config = prepared.config
+    preprocess = Preprocess(config.data.mean, config.data.std)
+    num_classes = config.model.num_classes
+    train_step = steps.make_train_step(
+        network,
+        config,
+        preprocess,
+        num_classes=num_classes,
+        steps_per_epoch=pipeline.steps_per_epoch(len(prepared.dataset.train), config.batch_size),
+        axis_name=engine.axis_name,
+        gather=engine.gather,
+    )
+    eval_step = steps.make_eval_step(network, preprocess, num_classes=num_classes)
+    count = engine.steps_per_dispatch(resident=bool(resident))
+    return {
+        "steps_per_dispatch": count,
+        "train_fns": {k: engine.compile_train(train_step, k) for k in {1, count}},
+        "eval_fn": engine.compile_eval(eval_step),
+    }
+
+
+def abstract_state(run: Run) -> steps.TrainState:
+    """Shapes and types of the state as it is saved."""
+    return jax.eval_shape(lambda: run.engine.single(run.state))
