@@ -369,7 +369,16 @@ class ParallelConfig:
 
 @_dataclass
 class TrainConfig:
-    """A whole run."""
+    """All settings of a run; every field has a default, and the whole is checked when it is made.
+
+    Raises:
+      pydantic.ValidationError: a value out of range or settings that exclude each other.
+
+    Example:
+      >>> config = flax_resnet.TrainConfig(epochs=2, data={"dataset": "folder:birds"})
+      >>> config.optimizer.lr
+      0.04
+    """
 
     epochs: Epochs = 16
     """Passes over the training split."""

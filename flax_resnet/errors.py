@@ -27,8 +27,16 @@ _SIGNS_OF_NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate me
 
 
 class InputError(ValueError):
-    """Bad input from the user: a file, a flag, a data set. The commands print its one line and
-    leave with status 2."""
+    """Bad input from the user: a file, a setting, a data set. The commands print its one line and
+    leave with status 2.
+
+    Example:
+      >>> try:
+      ...     flax_resnet.create_model("resnet19")
+      ... except flax_resnet.InputError as error:
+      ...     print(error)
+      unknown architecture 'resnet19'; did you mean 'resnet18'?
+    """
 
     exit_status = BAD_INPUT
 

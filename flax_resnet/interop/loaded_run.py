@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from flax_resnet.config import TrainConfig
 from flax_resnet.data.image_files import BadImage
@@ -18,6 +19,7 @@ from flax_resnet.data.shared import Names
 from flax_resnet.data.sources import FolderSource
 from flax_resnet.errors import InputError
 from flax_resnet.models.folding import fold_batchnorm
+from flax_resnet.models.resnet import Identity
 from flax_resnet.text import printable
 from flax_resnet.training import steps
 from flax_resnet.training.evaluation import make_predict
@@ -59,12 +61,78 @@ class LoadedRun:
         size = self.config.data.image_size
         return size, size, self.channels
 
+    @property
+    def model(self) -> nnx.Module:
+        """The network with the run's weights, in evaluation mode; a new copy at every access."""
+        return self.network.to_model(self.variables)
+
+    def predict(self, images) -> np.ndarray:
+        """Probabilities of the classes, `[B, K]`, in the order of `class_names`.
+
+        Args:
+          images: uint8 `[B, H, W, C]` of the run's size and channels, or paths of image files,
+            which are resized and cropped as in the run's evaluations.
+
+        Raises:
+          InputError: images of another type or shape, or files that are no readable images.
+          NonFiniteLoss: the run's numbers overflow.
+
+        Example:
+          >>> run = flax_resnet.load_run("runs/digits")
+          >>> run.predict(["seven.png"]).shape
+          (1, 10)
+        """
+        if isinstance(images, str | os.PathLike):
+            images = [images]
+        if isinstance(images, Sequence):
+            rows = [row for _, row in predict_files(self, images)]
+            return np.stack(rows) if rows else np.zeros((0, len(self.class_names)), np.float32)
+        return self._in_batches(self._probabilities, images)
+
+    def features(self, images) -> np.ndarray:
+        """What goes into the last layer, `[B, D]`; `images` as `predict` takes arrays.
+
+        Raises:
+          InputError: images of another type or shape.
+
+        Example:
+          >>> run = flax_resnet.load_run("runs/digits")
+          >>> run.features(np.zeros((2, *run.image_shape), np.uint8)).shape
+          (2, 64)
+        """
+        return self._in_batches(self._features, images)
+
+    def _in_batches(self, function, images) -> np.ndarray:
+        """Call a function on batches of one size, which it is compiled for once."""
+        self._check(images)
+        size = min(self.config.eval_batch_size, max(len(images), 1))
+        missing = -len(images) % size if len(images) else 1
+        whole = np.concatenate([images, np.zeros((missing, *self.image_shape), np.uint8)])
+        parts = [function(whole[start : start + size]) for start in range(0, len(whole), size)]
+        return np.concatenate(parts)[: len(images)]
+
+    @functools.cached_property
+    def _probabilities(self):
+        return functools.partial(make_predict(self.network, self.preprocess), self.variables)
+
+    @functools.cached_property
+    def _features(self):
+        headless = self.model
+        headless.fc = Identity()
+        network = Network(headless)
+        forward = jax.jit(functools.partial(predict_logits, network, self.preprocess))
+        return functools.partial(forward, network.initial)
+
     def logits(self, images) -> jax.Array:
         """uint8 `[B, H, W, C]`, of the run's size and channels -> `[B, K]`, float32 or wider.
 
         Raises:
           InputError: images of another type or shape: the network would take them for others.
         """
+        self._check(images)
+        return predict_logits(self.network, self.preprocess, self.variables, images)
+
+    def _check(self, images):
         shape, dtype = getattr(images, "shape", ()), getattr(images, "dtype", type(images))
         if dtype != np.uint8 or len(shape) != 4 or tuple(shape[1:]) != self.image_shape:
             expected = ", ".join(map(str, ("B", *self.image_shape)))
@@ -72,7 +140,6 @@ class LoadedRun:
             raise InputError(
                 f"images are uint8 [{expected}], with pixels from 0 to 255: got {dtype} [{found}]"
             )
-        return predict_logits(self.network, self.preprocess, self.variables, images)
 
     def without_batchnorm(self) -> "LoadedRun":
         """The same run with BatchNorm folded into the convolutions."""
@@ -85,6 +152,10 @@ def load_run(run_dir: Path | str) -> LoadedRun:
 
     Raises:
       InputError: there is no run, or none of its checkpoints is sound.
+
+    Example:
+      >>> flax_resnet.load_run("runs/digits").class_names[:3]
+      ('0', '1', '2')
     """
     document, config, network, state = restore(run_dir, chosen_step)
     variables = jax.tree.map(jnp.asarray, steps.evaluation_variables(state))

@@ -15,7 +15,12 @@ SHORTCUTS = ("pad", "projection")
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` takes."""
+    """The names that `create_model` takes.
+
+    Example:
+      >>> len(flax_resnet.list_models())
+      16
+    """
     return list(get_args(Architecture))
 
 
@@ -76,6 +81,12 @@ def create_model(
 
     Raises:
       InputError: an unknown name (the nearest valid one is named), stem, shortcut or option.
+
+    Example:
+      >>> model = flax_resnet.create_model("resnet18", num_classes=3, stem="cifar")
+      >>> model.eval()
+      >>> model(jnp.zeros((1, 32, 32, 3))).shape
+      (1, 3)
     """
     if arch not in list_models():
         raise InputError(f"unknown architecture {arch!r}{nearest(arch, list_models())}")

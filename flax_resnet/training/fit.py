@@ -62,6 +62,12 @@ def fit(
       NonFiniteLoss: names the step and the checkpoint to go on from.
       Interrupted: after SIGTERM, SIGHUP or Ctrl-C in the main thread, with the work saved.
       RunLost: the run directory was moved, deleted or replaced.
+
+    Example:
+      >>> config = flax_resnet.TrainConfig(epochs=1, model={"arch": "basic_cnn"})
+      >>> report = flax_resnet.fit(config, "runs/short")
+      >>> sorted(report["splits"])
+      ['test', 'train', 'validation']
     """
     display = display or Display(quiet=not distributed.is_first())
     run_dir = None if run_dir is None else Path(run_dir)

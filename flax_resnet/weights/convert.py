@@ -73,6 +73,11 @@ def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
     Returns:
       Copies, in torch's order of names: conv `[O, I, kh, kw]`, linear `[O, I]`, BatchNorm `[C]`;
       `num_batches_tracked` is int64 as in torch.
+
+    Example:
+      >>> model = flax_resnet.create_model("resnet20", num_classes=10)
+      >>> flax_resnet.state_dict(model)["conv1.weight"].shape
+      (16, 3, 3, 3)
     """
     return {
         (name := torch_name(path, variable[...].ndim)): _widen(
@@ -106,6 +111,10 @@ def load_state_dict(model: nnx.Module, arrays: dict[str, np.ndarray]) -> nnx.Mod
     Raises:
       InputError: all missing, unexpected, misshaped and non-finite entries, in one message with
         the nearest architecture; nothing is loaded then.
+
+    Example:
+      >>> arrays = flax_resnet.state_dict(flax_resnet.create_model("resnet20"))
+      >>> model = flax_resnet.load_state_dict(flax_resnet.create_model("resnet20"), arrays)
     """
     arrays = conform(arrays, state_shapes(model))
     variables = [(torch_name(path, v[...].ndim), path, v) for path, v in _variables(model)]

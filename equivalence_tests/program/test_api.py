@@ -1,0 +1,121 @@
+"""The Python interface, as a notebook uses it."""
+
+import doctest
+import inspect
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from rich.console import Console
+
+import flax_resnet
+from flax_resnet.config import DataConfig, ModelConfig
+from flax_resnet.errors import InputError
+from flax_resnet.runs.display import Display
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of one short epoch on digits, by the public names alone."""
+    config = flax_resnet.TrainConfig(
+        epochs=1,
+        model=ModelConfig(arch="resnet20"),
+        data=DataConfig(train_images=256, eval_images=64, image_size=16),
+    )
+    run_dir = tmp_path_factory.mktemp("api") / "run"
+    report = flax_resnet.fit(config, run_dir, display=Display(Console(quiet=True)))
+    assert report["epochs"] == 1
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def run(run_dir):
+    return flax_resnet.load_run(run_dir)
+
+
+def images(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 1)).astype(np.uint8)
+
+
+def test_public_names_are_there_and_documented():
+    for name in flax_resnet.__all__:
+        assert inspect.getdoc(getattr(flax_resnet, name)), name
+    assert set(flax_resnet.__all__) == set(dir(flax_resnet))
+    with pytest.raises(AttributeError, match="no attribute 'load_runs'"):
+        flax_resnet.load_runs  # noqa: B018
+
+
+def test_predictions_are_probabilities_whatever_the_batch(run):
+    whole = run.predict(images(300))  # more than a batch of evaluation
+    assert whole.shape == (300, 10) and whole.dtype == np.float32
+    np.testing.assert_allclose(whole.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(run.predict(images(300)[:3]), whole[:3], atol=1e-6)
+    assert run.predict(images(0)).shape == (0, 10)
+
+
+def test_a_file_is_predicted_as_its_pixels(run, tmp_path):
+    [pixels] = images(1)
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "a.png")
+    expected = run.predict(pixels[None])
+    for paths in ([tmp_path / "a.png"], tmp_path / "a.png", str(tmp_path / "a.png")):
+        np.testing.assert_allclose(run.predict(paths), expected, atol=1e-6)
+    assert run.predict([]).shape == (0, 10)
+
+
+def test_the_last_layer_on_the_features_gives_the_logits(run):
+    features = run.features(images(5))
+    assert features.shape == (5, 64)
+    weights = flax_resnet.state_dict(run.model)
+    logits = features @ weights["fc.weight"].T + weights["fc.bias"]
+    np.testing.assert_allclose(logits, run.logits(images(5)), atol=1e-4)
+    assert np.abs(features @ weights["fc.weight"].T - run.logits(images(5))).max() > 1e-3
+
+
+def test_the_model_is_a_module_in_evaluation_mode(run):
+    assert isinstance(run.model, nnx.Module)
+    one = jnp.ones((1, 16, 16, 1))
+    np.testing.assert_array_equal(run.model(one), run.model(one))
+
+
+@pytest.mark.parametrize("wrong", [images(2) / 255.0, images(2)[..., 0], images(2)[:, :8], 3])
+def test_other_images_are_refused(run, wrong):
+    for function in (run.predict, run.features):
+        with pytest.raises(InputError, match=r"uint8 \[B, 16, 16, 1\]"):
+            function(wrong)
+
+
+class SomeOutput(doctest.OutputChecker):
+    """Compares where an example shows an output; a training prints more than one would show."""
+
+    def check_output(self, want, got, flags):
+        return not want or super().check_output(want, got.splitlines(keepends=True)[-1], flags)
+
+
+def examples() -> list[doctest.DocTest]:
+    """Those of every public name and of the public methods of classes."""
+    names = {"flax_resnet": flax_resnet, "jnp": jnp, "np": np}
+    things = [getattr(flax_resnet, name) for name in flax_resnet.__all__]
+    methods = [flax_resnet.LoadedRun.predict, flax_resnet.LoadedRun.features]
+    found = [
+        doctest.DocTestParser().get_doctest(inspect.getdoc(t), names, t.__qualname__, None, 0)
+        for t in [*things, *methods]
+    ]
+    return [each for each in found if each.examples]
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda example: example.name)
+def test_the_example_of_a_docstring_runs(example, run, run_dir, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/digits").symlink_to(run_dir)
+    Image.fromarray(images(1)[0, ..., 0]).save(tmp_path / "seven.png")
+    monkeypatch.chdir(tmp_path)
+    said = []
+    doctest.DocTestRunner(SomeOutput()).run(example, out=said.append)
+    assert not said, "".join(said)
+
+
+def test_every_public_name_has_an_example():
+    shown = {example.name.partition(".")[0] for example in examples()}
+    assert shown == set(flax_resnet.__all__)
