@@ -6,15 +6,8 @@ or take a GPU. `python scripts/reproduce.py NAME` runs them over seeds and makes
 """
 
 import dataclasses
-from typing import Any
 
 from flax_resnet.config import (
-    AugmentConfig,
-    DataConfig,
-    EarlyStoppingConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ScheduleConfig,
     TrainConfig,
 )
 
@@ -40,30 +33,11 @@ class Recipe:
     source: str = ""
     """Whose figures they are."""
 
-    reached: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Ours, the means in results/recipes.json; empty: not run."""
-
-    minutes: float | None = None
-    """A run took in that table."""
-
     starts_from: str | None = None
     """The recipe whose weights are fine-tuned."""
 
     gpu: bool = False
     """Hours on a CPU, minutes on a GPU."""
-
-
-def _config(**groups: Any) -> TrainConfig:
-    """A config from the fields of its groups."""
-    kinds = dict(
-        model=ModelConfig,
-        data=DataConfig,
-        augment=AugmentConfig,
-        optimizer=OptimizerConfig,
-        schedule=ScheduleConfig,
-        early_stopping=EarlyStoppingConfig,
-    )
-    return TrainConfig(**{k: kinds[k](**v) if k in kinds else v for k, v in groups.items()})
 
 
 FLIP = dict(horizontal_flip=0.5, random_crop=0)
@@ -86,7 +60,7 @@ def _resnet18_32(**optimizer) -> dict:
 
 def _enlarged(epochs, lr, pixels=64, validation_fraction=0.1, **groups) -> TrainConfig:
     """The same network on CIFAR-10 enlarged, from scratch or fine-tuned."""
-    return _config(
+    return TrainConfig(
         epochs=epochs,
         model=dict(arch="resnet18", stem="imagenet"),
         data=dict(dataset=CIFAR10, image_size=pixels, validation_fraction=validation_fraction),
@@ -98,7 +72,7 @@ def _enlarged(epochs, lr, pixels=64, validation_fraction=0.1, **groups) -> Train
 
 def _regularized(dropout=0.0, weight_decay=0.0, patience=0) -> TrainConfig:
     """Without early stopping the last weights count: going back to the best would be half of it."""
-    return _config(
+    return TrainConfig(
         epochs=40,
         model=dict(arch="resnet18", stem="cifar", dropout=dropout),
         data=dict(dataset=CIFAR10, image_size=32),
@@ -124,7 +98,7 @@ def _at_224(arch, **changes) -> TrainConfig:
         optimizer=ADAM,
         schedule=dict(schedule="constant"),
     )
-    return _config(**{k: groups.get(k, {}) | v if isinstance(v, dict) else v
+    return TrainConfig(**{k: groups.get(k, {}) | v if isinstance(v, dict) else v
                       for k, v in (groups | changes).items()})  # fmt: skip
 
 
@@ -136,7 +110,7 @@ def _bottleneck_224(arch, epochs) -> TrainConfig:
 def _he(arch) -> TrainConfig:
     """He et al. 2015, section 4.2: 64,000 steps of 128 images, cut after 32,000 and 48,000."""
     warm_up = dict(warmup_epochs=1, warmup_factor=0.1) if arch == "resnet110" else {}
-    return _config(
+    return TrainConfig(
         epochs=182,
         model=dict(arch=arch),
         data=dict(dataset=CIFAR10),
@@ -148,7 +122,7 @@ def _he(arch) -> TrainConfig:
 
 
 def _short_resnet20(epochs, lr, pixels=32, **groups) -> TrainConfig:
-    return _config(
+    return TrainConfig(
         epochs=epochs,
         model=dict(arch="resnet20"),
         data=dict(dataset=CIFAR10, image_size=pixels, validation_fraction=0.04),
@@ -170,24 +144,20 @@ def _he_recipe(depth: int, error: float) -> Recipe:
 
 def _imagenette(**groups) -> TrainConfig:
     data = dict(dataset=IMAGENETTE, image_size=64)
-    return _config(**groups | {"data": data | groups.get("data", {})})
+    return TrainConfig(**groups | {"data": data | groups.get("data", {})})
 
 
 RECIPES = {
     "cifar10-resnet18": Recipe(
-        config=_config(**_resnet18_32(l1=1e-5)),
+        config=TrainConfig(**_resnet18_32(l1=1e-5)),
         method="7x7 stem at 32 px, flip, L1, one-cycle, batch 128, std 0.5",
         published={"test_accuracy": 0.8766},
-        reached={"test_accuracy": 0.8073},
-        minutes=89,
         source="a public ResNet-18 on CIFAR-10 in PyTorch",
     ),
     "cifar10-resnet18-64px": Recipe(
         config=_enlarged(12, lr=0.1),
         method="the same net, images enlarged to 64 px: the stem keeps four times the pixels",
         published={"test_accuracy": 0.85},
-        reached={"test_accuracy": 0.8475},
-        minutes=120,
         source="the same, by epoch 12",
     ),
     "cifar10-resnet18-48px-start": Recipe(
@@ -200,8 +170,6 @@ RECIPES = {
             early_stopping=BEST_ACCURACY | dict(restore_best=False),
         ),
         method="the first 6 epochs at 48 px, 48,000 images: what the next one starts from",
-        reached={"test_accuracy": 0.7213},
-        minutes=39,
     ),
     "cifar10-resnet18-48-to-80px": Recipe(
         config=_enlarged(
@@ -210,8 +178,6 @@ RECIPES = {
         starts_from="cifar10-resnet18-48px-start",
         method="5 more at 80 px: the pixels that cost most are paid for last",
         published={"test_accuracy": 0.85},
-        reached={"test_accuracy": 0.856},
-        minutes=78,
         source="the same, by epoch 12",
     ),
     "cifar10-resnet18-48-to-64px": Recipe(
@@ -224,8 +190,6 @@ RECIPES = {
         ),
         starts_from="cifar10-resnet18-48px-start",
         method="10 more at 64 px: what the next one starts from",
-        reached={"test_accuracy": 0.7511},
-        minutes=60,
     ),
     "cifar10-resnet18-64-to-80px": Recipe(
         config=_enlarged(
@@ -234,8 +198,6 @@ RECIPES = {
         starts_from="cifar10-resnet18-48-to-64px",
         method="8 more at 80 px, 24 epochs in all",
         published={"test_accuracy": 0.8766},
-        reached={"test_accuracy": 0.8877},
-        minutes=73,
         source="the same, by epoch 46",
     ),
     "resnet18-regularized": Recipe(
@@ -289,8 +251,6 @@ RECIPES = {
         ),
         method="3 convolutions, 2 dense layers, dropout 0.3, grayscale, 64 px, Adam, flip, cosine",
         published={"test_accuracy": 0.6308},
-        reached={"test_accuracy": 0.6539},
-        minutes=12,
         source="a public CNN and ResNet-18 on Imagenette in PyTorch",
     ),
     "imagenette-cnn-plain": Recipe(
@@ -304,8 +264,6 @@ RECIPES = {
         ),
         method="the source's own settings: without flip and schedule",
         published={"test_accuracy": 0.6308},
-        reached={"test_accuracy": 0.6074},
-        minutes=11,
         source="the same",
     ),
     "imagenette-resnet18": Recipe(
@@ -320,12 +278,10 @@ RECIPES = {
         ),
         method="7x7 stem, grayscale at 64 px, Adam, early stopping",
         published={"test_accuracy": 0.5640},
-        reached={"test_accuracy": 0.5808},
-        minutes=14,
         source="the same",
     ),
     "cifar10-resnet18-dropout": Recipe(
-        config=_config(
+        config=TrainConfig(
             epochs=20,
             model=dict(arch="resnet18", stem="cifar", dropout=0.5),
             data=dict(dataset=CIFAR10),
@@ -348,16 +304,12 @@ RECIPES = {
             early_stopping=BEST_ACCURACY,
         ),
         method="Imagenette at 64 px: what the next ones start from",
-        reached={"test_accuracy": 0.7842},
-        minutes=45,
     ),
     "transfer": Recipe(
         config=_enlarged(5, lr=0.02),
         starts_from="transfer-source",
         method="fine-tuned on CIFAR-10 at 64 px from Imagenette",
         published={"validation_accuracy": 0.834},
-        reached={"validation_accuracy": 0.7872},
-        minutes=48,
         source="a public transfer from Imagenette to CIFAR-10 in PyTorch",
     ),
     "transfer-12-epochs": Recipe(
@@ -365,16 +317,12 @@ RECIPES = {
         starts_from="transfer-source",
         method="the same, 12 epochs: as long as cifar10-resnet18-64px",
         published={"validation_accuracy": 0.834},
-        reached={"validation_accuracy": 0.8344},
-        minutes=132,
         source="the same",
     ),
     "transfer-scratch": Recipe(
         config=_enlarged(5, lr=0.05),
         method="5 epochs from random weights",
         published={"validation_accuracy": 0.786},
-        reached={"validation_accuracy": 0.7904},
-        minutes=59,
         source="the same",
     ),
     "cifar10-resnet50-224": Recipe(
@@ -400,8 +348,6 @@ RECIPES = {
         config=_short_resnet20(30, lr=0.2),
         method="one-cycle up to 0.2, a sixth of the epochs: for two CPU cores",
         published={"test_accuracy": 0.9125},
-        reached={"test_accuracy": 0.8689},
-        minutes=150,
         source="He et al. 2015, table 6",
     ),
     "cifar10-resnet20-24px-start": Recipe(
@@ -413,20 +359,16 @@ RECIPES = {
             early_stopping=BEST_ACCURACY | dict(restore_best=False),
         ),
         method="the first 18 epochs at 24 px: what the next one starts from",
-        reached={"test_accuracy": 0.6496},
-        minutes=28,
     ),
     "cifar10-resnet20-24-to-32px": Recipe(
         config=_short_resnet20(18, lr=0.1, schedule=dict(schedule="cosine")),
         starts_from="cifar10-resnet20-24px-start",
         method="18 more at 32 px",
         published={"test_accuracy": 0.9125},
-        reached={"test_accuracy": 0.8749},
-        minutes=47,
         source="He et al. 2015, table 6",
     ),
     "cifar10-fast": Recipe(
-        config=_config(
+        config=TrainConfig(
             epochs=18,
             batch_size=512,
             model=dict(arch="resnet18", stem="cifar", dtype="bfloat16"),

@@ -26,7 +26,7 @@ LOOKS = ["--class-names", "a,b,c,d,e,f,g", "--image-size", 32]
 LOOKS += ["--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.3, 0.4]
 MEAN, STD = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4])
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "docs/convert.md").read_text()
 
 CLOSE = 1e-5
 """Relative difference of logits of two float32 programs; test_folding.py is exact."""

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from equivalence_tests import results
 from equivalence_tests.program.command import run_script
 from equivalence_tests.program.test_train import EVERYTHING, digest, quiet, small, weights
 from equivalence_tests.studies import faults
@@ -243,10 +242,3 @@ def test_one_run_a_directory(tmp_path):
                 RunDirectory(tmp_path, **how)
         first.kill()
     RunDirectory(tmp_path, resume=True).close()
-
-
-def test_the_readme_quotes_the_measured_figures():
-    measured, readme = results.read("faults"), (ROOT / "README.md").read_text()
-    for name, of_it in (("SIGKILL", measured["SIGKILL"]), ("SIGTERM", measured["SIGTERM"])):
-        assert f"{of_it['same_bits_after_resume']} of {of_it['struck']}" in readme, name
-    assert measured["SIGKILL"]["in_a_save"] >= 5

@@ -181,7 +181,7 @@ def test_a_run_of_an_unknown_name_is_named(tmp_path):
 
 
 def test_what_is_committed_is_what_the_runs_say():
-    """The table of the results and that of the README, from the reports of the runs."""
+    """The table of the results, from the reports of the runs."""
     results = ROOT / "results"
     rows = reproduction.table_rows(reproduction.finished(results / "recipes"))
     pairs = reproduction.side_by_side(rows)
@@ -191,18 +191,6 @@ def test_what_is_committed_is_what_the_runs_say():
     }
     for table in (reproduction_page.markdown(rows), reproduction_page.pairs_markdown(rows)):
         assert table in (results / "recipes.md").read_text()
-        assert table in (ROOT / "README.md").read_text()
-
-
-def test_recipes_say_what_they_reached():
-    rows = json.loads((ROOT / "results" / "recipes.json").read_text())["rows"]
-    ours = {row["recipe"]: row for row in rows if row["framework"] == "jax" and not row["subset"]}
-    for name, recipe in RECIPES.items():
-        row = ours.get(name, {"figures": {}, "minutes": None})
-        figures = list(recipe.published) or ["test_accuracy"]
-        means = {f: round(row["figures"][f]["mean"], 4) for f in figures if f in row["figures"]}
-        assert recipe.reached == means, name
-        assert recipe.minutes == (row["minutes"] and round(row["minutes"])), name
 
 
 @pytest.fixture

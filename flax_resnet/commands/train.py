@@ -106,9 +106,7 @@ def described(name: str) -> str:
     recipe = RECIPES[name]
     figures = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in recipe.published.items()]
     published = f" (published: {', '.join(figures)})" if figures else ""
-    reached = [f"{v:.4f} in {recipe.minutes:.0f} minutes" for v in recipe.reached.values()]
-    ours = f"; reached {', '.join(reached)}" if reached else "; not run"
-    return f"{name:28s}{recipe.method}{published}{ours}"
+    return f"{name:28s}{recipe.method}{published}"
 
 
 def main():

@@ -66,7 +66,7 @@ class LoadedRun:
         """The network with the run's weights, in evaluation mode; a new copy at every access."""
         return self.network.to_model(self.variables)
 
-    def predict(self, images) -> np.ndarray:
+    def predict(self, images: np.ndarray | Sequence[Path | str] | Path | str) -> np.ndarray:
         """Probabilities of the classes, `[B, K]`, in the order of `class_names`.
 
         Args:
@@ -89,7 +89,7 @@ class LoadedRun:
             return np.stack(rows) if rows else np.zeros((0, len(self.class_names)), np.float32)
         return self._in_batches(self._probabilities, images)
 
-    def features(self, images) -> np.ndarray:
+    def features(self, images: np.ndarray) -> np.ndarray:
         """What goes into the last layer, `[B, D]`; `images` as `predict` takes arrays.
 
         Raises:

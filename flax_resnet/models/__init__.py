@@ -4,6 +4,7 @@ from typing import get_args
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from flax_resnet.config import Architecture, ModelConfig, nearest
 from flax_resnet.errors import InputError
@@ -58,8 +59,8 @@ def create_model(
     stem: str | None = None,
     dropout: float = 0.0,
     zero_init_residual: bool = False,
-    dtype=None,
-    param_dtype=jnp.float32,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
     bn_axis_name: str | None = None,
     rngs: nnx.Rngs | None = None,
     shortcut: str | None = None,

@@ -9,6 +9,7 @@ example's number in the data set. Random draws belong to the example: its key is
 fold_in(seed, step, index), so the result does not depend on how many devices share a batch.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -83,8 +84,8 @@ def make_train_step(
     num_classes: int,
     steps_per_epoch: int,
     axis_name: str | None = None,
-    gather=lambda params: params,
-):
+    gather: Callable[[dict], dict] = lambda params: params,
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """The step as a pure function (state, batch) -> (state, metrics).
 
     Args:
@@ -194,12 +195,13 @@ def loss_and_gradients(
     config: TrainConfig,
     *,
     axis_name: str | None = None,
-    gather=lambda params: params,
+    gather: Callable[[dict], dict] = lambda params: params,
 ) -> tuple[dict, Forward]:
     """Run a batch forward and backward.
 
     Args:
-      axis_name, gather: as `make_train_step`.
+      axis_name: as `make_train_step`.
+      gather: as `make_train_step`.
 
     Returns:
       Gradients of the loss and its penalties, mean over the global batch, shaped as `state.params`.
@@ -270,7 +272,9 @@ def _rates(config: TrainConfig, steps_per_epoch: int):
     return rates
 
 
-def make_eval_step(network: Network, preprocess: Preprocess, *, num_classes: int):
+def make_eval_step(
+    network: Network, preprocess: Preprocess, *, num_classes: int
+) -> Callable[[Variables, dict], dict]:
     """(variables, batch) -> sums over the batch; "mask" [B] leaves out what only fills it up.
 
     Returns:

@@ -1,0 +1,21 @@
+"""For MkDocs: `../results/FILE` in a page, which GitHub follows, is a file of the site too."""
+
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+
+
+def on_files(files, config):
+    """Add results/ to the site, without the files of single runs."""
+    for path in sorted((ROOT / "results").rglob("*")):
+        if path.is_file() and "recipes" not in path.relative_to(ROOT).parts:
+            name = path.relative_to(ROOT).as_posix()
+            files.append(File(name, ROOT, config.site_dir, config.use_directory_urls))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Links to results/ from where the pages lie in the site."""
+    return markdown.replace("](../results/", "](results/")

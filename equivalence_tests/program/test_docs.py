@@ -1,0 +1,72 @@
+"""The documentation: tables are those of the results, the site builds, the notebook runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from equivalence_tests.program.command import ROOT
+from equivalence_tests.studies import doc_tables
+
+PAGES = {path.name: path for path in doc_tables.pages()}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_tables_of_a_page_are_made_of_the_results(name):
+    """`python -m equivalence_tests.studies.doc_tables` writes them."""
+    text = PAGES[name].read_text()
+    assert doc_tables.filled(text) == text
+
+
+def test_every_table_stands_in_a_page():
+    used = [
+        name
+        for path in PAGES.values()
+        for _, name, _ in doc_tables.MARKED.findall(path.read_text())
+    ]
+    assert sorted(used) == sorted(doc_tables.TABLES)
+
+
+@pytest.mark.control
+def test_an_edited_figure_is_noticed():
+    text = PAGES["README.md"].read_text()
+    edited = text.replace("75 of 75", "76 of 76")
+    assert edited != text == doc_tables.filled(edited)
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].read_text().splitlines()) <= 180
+
+
+def build(config: Path, out: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", config, "-d", out]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_the_site_builds_without_a_dead_link_or_reference(tmp_path):
+    done = build(ROOT / ".ci/mkdocs.yml", tmp_path / "site")
+    assert done.returncode == 0, done.stderr
+    api = (tmp_path / "site/api/index.html").read_text()
+    for name in ("create_model", "TrainConfig", "label_smoothing", "prepare_batch"):
+        assert name in api
+
+
+@pytest.mark.control
+def test_a_dead_link_stops_the_build(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/index.md").write_text("[nowhere](nowhere.md)\n")
+    lines = (ROOT / ".ci/mkdocs.yml").read_text().splitlines()
+    kept = ["site_name: test", "docs_dir: docs", *lines[lines.index("validation:") :]]
+    (tmp_path / "mkdocs.yml").write_text("\n".join(kept))
+    done = build(tmp_path / "mkdocs.yml", tmp_path / "site")
+    assert done.returncode == 1 and "nowhere.md" in done.stderr
+
+
+def test_the_notebook_runs():
+    notebook = nbformat.read(ROOT / "docs/port_a_resnet.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=600, kernel_name="python3").execute()

@@ -1,0 +1,294 @@
+"""The tables of figures in README.md and docs/, made from the files in results/.
+
+    python -m equivalence_tests.studies.doc_tables    # writes them anew
+
+A page holds a table between `<!-- begin table: NAME -->` and `<!-- end table -->`.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from equivalence_tests import results
+from equivalence_tests.studies import criteria, reproduction_page
+
+ROOT = results.FOLDER.parent
+MARKED = re.compile(r"(<!-- begin table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """README.md and the pages of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """A page with every table between its markers as the results say."""
+    return MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+def table(header: list[str], rows: list[list], *, numbers: int = 0) -> str:
+    """Markdown; the last `numbers` columns are aligned to the right."""
+    rule = ["---"] * (len(header) - numbers) + ["---:"] * numbers
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in [header, rule, *rows])
+
+
+def headline() -> str:
+    """The first table of README.md."""
+    rows = results.read("kill-matrix")["rows"]
+    killed = sum(bool(row["killed_by"]) for row in rows)
+    best = max(sum(name in row["seen_by"] for row in rows) for name in criteria.CRITERIA)
+    alarms = results.read("false-alarms")["seeds"].values()
+    failed, tests = sum(len(s["failed"]) for s in alarms), sum(s["tests"] for s in alarms)
+    growth = results.read("error-growth")["rows"]
+    digits = results.read("digits-resnet18")["rows"]
+    accuracy, seconds = (_range(digits, key) for key in ("test_accuracy", "wall_seconds"))
+    return table(
+        ["measured", "result"],
+        [
+            [
+                "known differences between PyTorch and JAX, injected one by one as faults:"
+                " found by our tests",
+                f"[{killed} of {len(rows)}](results/kill-matrix.md)",
+            ],
+            ["the same, found by the best of six criteria of other projects", f"{best}"],
+            [
+                f"false alarms of the same tests on {len(alarms)} other sets of inputs",
+                f"[{failed} of {tests:,}](results/false-alarms.json)",
+            ],
+            [
+                "relative difference of the weights after 120 steps of ResNet-20 in both"
+                " frameworks, float64",
+                f"[{growth[0]['weights_difference']:.1e} to"
+                f" {growth[-1]['weights_difference']:.1e}](results/error-growth.json)",
+            ],
+            [
+                f"the first command below, {len(digits)} seeds, two CPU cores",
+                f"[test accuracy {accuracy[0]:.3f} to {accuracy[1]:.3f} in {seconds[0]:.0f} to"
+                f" {seconds[1]:.0f} s](results/digits-resnet18.json)",
+            ],
+        ],
+    )
+
+
+def _range(rows: list[dict], key: str) -> tuple[float, float]:
+    values = [row[key] for row in rows]
+    return min(values), max(values)
+
+
+CRITERIA = {
+    "fresh weights 1e-5": "evaluation logits of fresh weights within 1e-5 (transformers)",
+    "trained logits 1e-5": "evaluation logits of trained weights, rtol 1e-5 (bonsai, Flax)",
+    "all-ones image 1e-4": "logits of an image of ones within 1e-4 (jax-resnet)",
+    "mean difference 1e-5": "mean difference of the logits below 1e-5 (flaxmodels)",
+    "training mode 1e-4, 1e-6": "training logits within 1e-4, statistics within 1e-6 (torch2jax)",
+    "training loss rtol 1": "training loss, rtol 1 (AlgoPerf)",
+}
+"""What each of `criteria.CRITERIA` compares, and who uses it."""
+
+
+def faults_found() -> str:
+    """How many mutants our tests and other projects' criteria see."""
+    rows = results.read("kill-matrix")["rows"]
+    killed = sum(bool(row["killed_by"]) for row in rows)
+    lines = [["our tests", f"{killed} of {len(rows)}"]]
+    for name, words in CRITERIA.items():
+        seen = sum(name in row["seen_by"] for row in rows)
+        lines.append([words, f"{seen} of {len(rows)}"])
+    return table(["criterion", "faults found"], lines, numbers=1)
+
+
+def localiser() -> str:
+    """How often the localiser is right."""
+    trials = results.read("localiser")["trials"]
+    archs = dict.fromkeys(trial["arch"] for trial in trials)
+    lines = []
+    for arch in archs:
+        own = [trial for trial in trials if trial["arch"] == arch]
+        right = sum(trial["right"] for trial in own)
+        caused = sum(bool(trial["causes"]) for trial in own)
+        lines.append([arch, len(own), right, caused])
+    return table(
+        ["network", "faults put into a layer", "layer and phase right", "a cause named"],
+        lines,
+        numbers=3,
+    )
+
+
+def paired_trainings() -> str:
+    """Two one-sided t-tests over paired trainings, sound and with faults."""
+    lines = []
+    for name in ("tost", "tost-dampened-momentum", "tost-BatchNorm-momentum-0.99"):
+        measured = results.read(name)
+        low, high = (100 * bound for bound in measured["interval_90"])
+        lines.append(
+            [
+                f"[{measured.get('mutant') or 'none'}](../results/{name}.json)",
+                f"{100 * measured['mean_difference']:+.2f}",
+                f"{low:+.2f} to {high:+.2f}",
+                "yes" if measured["equivalent"] else "no",
+                f"{measured['p_value']:.1g}",
+            ]
+        )
+    header = ["fault put into JAX", "difference, points", "90% interval", "equivalent", "p"]
+    return table(header, lines, numbers=4)
+
+
+def error_growth() -> str:
+    """What rounding makes of a training at each learning rate."""
+    lines = [
+        [row["lr"], f"{row['weights_difference']:.1e}", f"{max(row['loss_differences']):.1e}"]
+        for row in results.read("error-growth")["rows"]
+    ]
+    header = ["learning rate", "weights, relative difference", "losses, largest difference"]
+    return table(header, lines, numbers=3)
+
+
+SPEEDS = {
+    "training, ResNet-18, 7x7 stem, 32 px": "resnet18-imagenet-stem-32",
+    "inference, ResNet-18, 7x7 stem, 32 px": "resnet18-imagenet-stem-32-inference",
+    "training, ResNet-18, 3x3 stem, 32 px": "resnet18-cifar-stem-32",
+    "inference, ResNet-18, 3x3 stem, 32 px": "resnet18-cifar-stem-32",
+    "training, ResNet-50, 224 px, batch 16": "resnet50-224",
+    "inference, ResNet-50, 224 px, batch 16": "resnet50-224",
+}
+PROGRAMS = ("jit", "eager", "eager-kept-memory", "compile", "compile-kept-memory")
+
+
+def speeds() -> str:
+    """Images a second of both frameworks, and their ratios."""
+    lines = []
+    for words, file in SPEEDS.items():
+        measured = results.read(f"benchmark-cpu-{file}")
+        mode = words.partition(",")[0].replace("training", "train")
+        rows = {r["variant"]: r["images_per_second"] for r in measured["rows"] if r["mode"] == mode}
+        shown = [_speed(rows.get(name)) for name in PROGRAMS]
+        shown.insert(2, _speed(measured["torchvision"][mode]["images_per_second"]))
+        ratios = [rows["jit"] / rows["eager"], measured["ratios"][mode]["best_to_best"]]
+        name = f"[{words}](../results/benchmark-cpu-{file}.json)"
+        lines.append([name, *shown, *(f"{ratio:.2f}" for ratio in ratios)])
+    header = [
+        "network", "JAX", "PyTorch eager", "torchvision's net, eager", "eager, memory kept",
+        "torch.compile", "compile, memory kept", "JAX / eager", "JAX / best of PyTorch",
+    ]  # fmt: skip
+    return table(header, lines, numbers=8)
+
+
+def _speed(value: float | None) -> str:
+    if value is None:
+        return "not run"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def whole_trainings() -> str:
+    """Speed from image files, seconds to an accuracy and seconds to the first step."""
+    from_files = results.read("benchmark-cpu-end-to-end")["rows"]
+    ours, theirs = (r["images_per_second"] for r in from_files if r["mode"] == "end_to_end")
+    rows = results.read("benchmark-cpu-time-to-accuracy")["rows"]
+    (cold, warm), torch = (row["seconds_to_accuracy"] for row in rows)
+    start = results.read("startup-cpu")["seconds_to_first_step"]
+    file = "../results/benchmark-cpu"
+    return table(
+        ["measured", "JAX", "PyTorch"],
+        [
+            [
+                f"[images/s, CIFAR-10 from JPEG files, with validation]({file}-end-to-end.json)",
+                f"{ours:.0f}",
+                f"{theirs:.0f}",
+            ],
+            [
+                "[seconds to 95% on the digits: nothing compiled before; all"
+                f" compiled]({file}-time-to-accuracy.json)",
+                f"{cold:.1f}; {warm:.1f}",
+                f"{np.median(torch):.1f}",
+            ],
+            [
+                "[seconds from the command to the first step: empty compilation cache; full"
+                " one](../results/startup-cpu.json)",
+                f"{start['cold']:.1f}; {start['second']:.1f}",
+                "not run",
+            ],
+        ],
+        numbers=2,
+    )
+
+
+def recipes() -> str:
+    """Published figures and ours, on whole data sets."""
+    rows = [row for row in results.read("recipes")["rows"] if not row["subset"]]
+    return reproduction_page.markdown(rows)
+
+
+def recipe_pairs() -> str:
+    """The same recipe in both frameworks."""
+    return reproduction_page.pairs_markdown(results.read("recipes")["rows"])
+
+
+def survival() -> str:
+    """Faults that were struck many times."""
+    faults, flips = results.read("faults"), results.read("flips")
+    weights, growth = results.read("weight-flips"), results.read("growth")
+    kills, stops, pth = faults["SIGKILL"], faults["SIGTERM"], weights[".pth"]
+    cost, million = faults["checkpoint_cost"], growth["sizes"][-1]
+    return table(
+        ["what was done", "outcome"],
+        [
+            [
+                "[`kill -9` at a drawn moment, then `--resume`](../results/faults.json)",
+                f"the same bits in {kills['same_bits_after_resume']} of {kills['struck']}"
+                f" ({kills['in_a_save']} struck within a save)",
+            ],
+            [
+                "[SIGTERM at a drawn moment, then `--resume`](../results/faults.json)",
+                f"the same bits in {stops['same_bits_after_resume']} of {stops['struck']}",
+            ],
+            [
+                "[one bit flipped in any file of a run directory](../results/flips.json)",
+                f"{flips['flips']:,} flips: {flips['named']:,} named, {flips['harmless']:,}"
+                f" harmless, {flips['silent']} silent, {flips['traceback']} tracebacks",
+            ],
+            [
+                "[one bit flipped in a `.pth`](../results/weight-flips.json)",
+                f"{weights['flips']:,} flips: {pth['refused']:,} refused,"
+                f" {pth['same weights']} read as the same weights,"
+                f" {pth['other weights']} as others",
+            ],
+            [
+                "[checkpoints of ResNet-18, one an epoch](../results/faults.json)",
+                f"{cost['waited_seconds']:.2f} s of waiting in an epoch of"
+                f" {cost['epoch_seconds']:.0f} s",
+            ],
+            [
+                f"[a folder of {million['files']:,} images, up to the first"
+                " step](../results/growth.json)",
+                f"{million['cpu_seconds_to_first_step']:.0f} s of CPU time,"
+                f" {million['peak_mib_at_first_step']:.0f} MiB",
+            ],
+        ],
+    )
+
+
+def scaling() -> str:
+    """The predicted scaling efficiency of a few networks."""
+    measured = results.read("scaling")
+    places = [measured["gpus"].index(count) for count in (8, 64, 1024)]
+    lines = []
+    for row in measured["rows"]:
+        shares = [f"{row['efficiency']['hosts'][place]:.0%}" for place in places]
+        lines.append([row["arch"], row["all_reduces"], f"{row['bytes'] / 1e6:.1f}", *shares])
+    header = ["network", "all-reduces a step", "MB a step", "8 GPUs", "64 GPUs", "1,024 GPUs"]
+    return table(header, lines, numbers=5)
+
+
+TABLES = {
+    function.__name__: function
+    for function in (
+        headline, faults_found, localiser, paired_trainings, error_growth, speeds,
+        whole_trainings, recipes, recipe_pairs, survival, scaling,
+    )
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    for path in pages():
+        path.write_text(filled(path.read_text()))
