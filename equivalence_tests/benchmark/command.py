@@ -22,14 +22,14 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from equivalence_tests.benchmark import agreement, end_to_end, throughput
+from equivalence_tests.benchmark import agreement, charts, end_to_end, throughput
 from equivalence_tests.benchmark.timing import VARIANTS, Job
 from flax_resnet import list_models
 from flax_resnet.commands import cli
 from flax_resnet.errors import InputError
 from flax_resnet.models import STEMS, check_stem, has_stem_choice
 from flax_resnet.recipes import RECIPES
-from flax_resnet.runs import environment, plots
+from flax_resnet.runs import environment
 from flax_resnet.runs.display import Display
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -268,6 +268,6 @@ def main():
     if args.json:
         args.json.write_text(json.dumps(document, indent=1) + "\n")
         if document["rows"]:
-            plots.throughput(args.json.with_suffix(".png"), document["rows"])
+            charts.speeds(args.json.with_suffix(".png"), document["rows"])
     if not document["rows"]:
         raise cli.CheckFailed("nothing was measured; the reasons stand above")

@@ -14,11 +14,10 @@ import jax
 from flax import nnx
 
 from equivalence_tests import results
-from equivalence_tests.benchmark import roofline
+from equivalence_tests.benchmark import charts, roofline
 from flax_resnet import list_models
 from flax_resnet.models import create_model
 from flax_resnet.models.layers import BatchNorm
-from flax_resnet.runs import plots
 
 GPUS = tuple(2**n for n in range(11))
 BATCH_PER_GPU = 128
@@ -132,7 +131,7 @@ def settings(arch: str) -> tuple[int, int]:
 def main():
     rows = [efficiency(arch, *settings(arch)) for arch in list_models()]
     results.write("scaling", {"assumptions": ASSUMPTIONS, "gpus": GPUS, "rows": rows})
-    plots.scaling(results.FOLDER / "scaling.png", GPUS, rows, FABRICS)
+    charts.scaling(results.FOLDER / "scaling.png", GPUS, rows, FABRICS)
     for row in rows:
         last = {fabric: values[-1] for fabric, values in row["efficiency"].items()}
         print(f"{row['arch']:16} {row['all_reduces']:4} {row['bytes'] / 1e6:8.1f} MB", last)

@@ -36,9 +36,9 @@ h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-t
 .verdict strong { color: $colour; font-size: 1.25rem }
 svg { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-size: .85rem; width: 100% }
-th { text-align: left; border-bottom: 2px solid #999; position: sticky; top: 0; background: white }
-td { border-bottom: 1px solid #ddd; padding: .15rem .6rem .15rem 0; font-variant-numeric:
-  tabular-nums } td.n { text-align: right }
+th, td { text-align: left; padding: .15rem .9rem .15rem 0; font-variant-numeric: tabular-nums }
+th { border-bottom: 2px solid #999; position: sticky; top: 0; background: white }
+td { border-bottom: 1px solid #ddd } .n { text-align: right }
 .equal { color: $equal } .rounding { color: $rounding } .semantic { color: $semantic;
   font-weight: bold }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem }
@@ -49,6 +49,10 @@ summary { cursor: pointer; margin-top: 1rem }
 <div class="verdict"><strong>$verdict</strong><br>$explanation</div>
 $charts
 <h2>What was compared</h2>
+<p>"Relative" is the norm of the difference over the norm of PyTorch's tensor. "Equal" tensors are
+the same bit for bit; "rounding" is a difference that rounding explains; "semantic" is a larger one,
+a difference of definition. An "ulp" is the distance between neighbouring floating-point numbers at
+the largest value of a tensor.</p>
 $counts
 $agreement
 <details><summary>Every tensor ($rows tensors)</summary>$table</details>
@@ -168,7 +172,8 @@ def _counts(modes: dict) -> str:
                 f"<tr><td>{mode}<td>{phase}{cells}<td class=n>{worst['norm_relative']:.1e}"
                 f"<td>{html.escape(worst['name'])}</tr>"
             )
-    head = "<tr><th>mode<th>phase<th>equal<th>rounding<th>semantic<th>largest<th>where</tr>"
+    numbers = "".join(f"<th class=n>{name}" for name in (*COLOURS, "largest relative"))
+    head = f"<tr><th>mode<th>phase{numbers}<th>where</tr>"
     return f"<table>{head}{''.join(lines)}</table>"
 
 
@@ -184,8 +189,8 @@ def _agreement(predictions: dict | None) -> str:
 
 def _table(mode: str, rows: list[dict]) -> str:
     head = (
-        "<tr><th>phase<th>tensor<th>shape<th>largest relative<th>relative (norm)<th>ulp"
-        "<th>verdict</tr>"
+        "<tr><th>phase<th>tensor<th>shape<th class=n>largest element, relative"
+        "<th class=n>relative<th class=n>largest element, ulp<th>verdict</tr>"
     )
     body = "".join(
         f"<tr><td>{r['phase']}<td>{html.escape(r['name'])}<td>{'x'.join(map(str, r['shape']))}"

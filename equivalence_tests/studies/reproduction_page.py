@@ -140,8 +140,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
   padding: 0 1rem; color: #222 }
 h2 { margin-top: 2.5rem } img { max-width: 100% }
 table { border-collapse: collapse; font-size: .85rem }
-th { text-align: left; border-bottom: 2px solid #999 }
-td { border-bottom: 1px solid #ddd; padding: .2rem .7rem .2rem 0; vertical-align: top }
+th, td { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top }
+th { border-bottom: 2px solid #999 } td { border-bottom: 1px solid #ddd }
 code, pre { background: #f6f6f6; font-size: .85rem } pre { padding: .6rem; overflow-x: auto }
 </style>
 <h1>Published figures, and ours</h1>

@@ -1,4 +1,4 @@
-"""Pictures from plain arrays."""
+"""Pictures of runs, from plain arrays."""
 
 import contextlib
 from pathlib import Path
@@ -13,6 +13,7 @@ from matplotlib import font_manager
 from flax_resnet.text import printable
 
 _TRAIN, _VALIDATION = "#4c72b0", "#dd8452"
+_STEEP = 20  # times the median above which a loss would flatten all others
 _LARGEST_LABELLED = 30  # classes up to which a confusion matrix has names and numbers
 
 
@@ -35,9 +36,18 @@ def curves(path: Path, rows: list[dict], best_epoch: int | None = None):
         axis.set(xlabel="epoch", ylabel=name + (" (nats)" if name == "loss" else ""))
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].set_ylim(bottom=0)
+    _fit_losses(axes[0], [value for row in rows for key, value in row.items() if "loss" in key])
     axes[1].legend(loc="lower right", frameon=False)
-    _save(figure, path)
+    save(figure, path)
+
+
+def _fit_losses(axis, losses: list[float]):
+    """Losses from 0; on a logarithmic axis where a few are so large that the others are a line."""
+    finite = [value for value in losses if np.isfinite(value) and value > 0]
+    if finite and max(finite) > _STEEP * np.median(finite):
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
 
 
 def colour_marker(num_points: int) -> str:
@@ -70,7 +80,7 @@ def confusion_matrix(path: Path, confusion: np.ndarray, class_names):
             if count:
                 colour = "white" if share[row, column] > 0.5 else "black"
                 axis.text(column, row, count, ha="center", va="center", color=colour, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _writable(names) -> tuple[list[str], list[str]]:
@@ -96,33 +106,6 @@ def _characters(font_file: str) -> set[str]:
     return set()
 
 
-def throughput(path: Path, rows: list[dict]):
-    """Images a second of every variant, a panel a mode; the line is the interquartile range.
-
-    Args:
-      rows: framework, variant, mode, images_per_second, images_per_second_iqr.
-    """
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
-    height = 1.2 + 0.35 * max(sum(row["mode"] == mode for row in rows) for mode in modes)
-    figure, axes = plt.subplots(
-        1, len(modes), figsize=(5.5 * len(modes), height), layout="constrained", squeeze=False
-    )
-    for axis, mode in zip(axes[0], modes, strict=True):
-        part = [row for row in rows if row["mode"] == mode]
-        speeds = [row["images_per_second"] for row in part]
-        axis.barh(
-            [f"{row['framework']} {row['variant']}" for row in part],
-            speeds,
-            xerr=[row["images_per_second_iqr"] / 2 for row in part],
-            color=[_TRAIN if row["framework"] == "jax" else _VALIDATION for row in part],
-        )
-        axis.bar_label(axis.containers[-1], [f"{speed:,.1f}" for speed in speeds], padding=6)
-        axis.set(xlabel="images/s", title=mode)
-        axis.invert_yaxis()
-        axis.margins(x=0.25)  # for the labels beside the bars
-    _save(figure, path)
-
-
 def comparison(path: Path, courses: dict[str, list[dict]], title: str):
     """Loss and accuracy over epochs of several runs: validation drawn through, training dashed.
 
@@ -139,36 +122,14 @@ def comparison(path: Path, courses: dict[str, list[dict]], title: str):
                 axis.plot(epochs, values, line, color=f"C{number}", label=label_once)
         axis.set(xlabel="epoch", ylabel=name + (" (nats)" if name == "loss" else ""))
         axis.grid(alpha=0.3)
+    losses = [v for rows in courses.values() for row in rows for k, v in row.items() if "loss" in k]
+    _fit_losses(axes[0], losses)
     axes[1].legend(loc="lower right", frameon=False)
     figure.suptitle(f"{title} (training dashed)", fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
-def scaling(path: Path, gpus, rows: list[dict], fabrics: dict[str, str]):
-    """Predicted efficiency over the number of GPUs, a panel a fabric, a line a network.
-
-    Args:
-      gpus: of each point.
-      rows: arch, efficiency: {fabric: a share for each of gpus}.
-      fabrics: {fabric: title of its panel}.
-    """
-    figure, axes = plt.subplots(1, len(fabrics), figsize=(13, 4.8), sharey=True)
-    colours = plt.get_cmap("tab20").colors
-    for axis, fabric in zip(axes, fabrics, strict=True):
-        for number, row in enumerate(rows):
-            # Ever thinner, so that lines on one another are all seen.
-            style = {"color": colours[number], "linewidth": 4 - 3 * number / len(rows)}
-            axis.plot(gpus, row["efficiency"][fabric], label=row["arch"], **style)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(gpus[::2], [f"{count:,}" for count in gpus[::2]])
-        axis.set(xlabel="GPUs", title=fabrics[fabric], ylim=(0, 1.02))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("predicted efficiency (weak scaling)")
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=8)
-    figure.tight_layout()
-    _save(figure, path)
-
-
-def _save(figure, path):
+def save(figure, path: Path):
+    """Write a figure, whose bytes depend on nothing else, and close it."""
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
