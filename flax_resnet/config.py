@@ -48,6 +48,14 @@ def _zero_or_normal(value: float) -> float:
     return value
 
 
+def _writable(text: str) -> str:
+    """What a run could not write into its config, and so not read again, is no name of anything."""
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("a name that is not in UTF-8, or holds a NUL: rename what it stands for")
+    return text
+
+
+Name = Annotated[str, pydantic.AfterValidator(_writable)]
 # Below 1 in float32 too, and so far that nothing is divided by 0.
 Fraction = Annotated[float, Field(ge=0, le=0.999999)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -100,7 +108,7 @@ class ModelConfig:
 
 @_dataclass
 class DataConfig:
-    dataset: str = "digits"
+    dataset: Name = "digits"
     """digits | folder:DIR | cifar10:PATH | tfds:NAME."""
 
     image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -290,7 +298,7 @@ class ScheduleConfig:
     step_epochs: Epochs = 30
     """step: epochs between two cuts."""
 
-    milestones: Annotated[tuple[Epochs, ...], Field(min_length=1)] = (100, 150)
+    milestones: tuple[Epochs, ...] = (100, 150)
     """multistep: epochs at which to cut."""
 
     gamma: Factor = 0.1
@@ -321,6 +329,8 @@ class ScheduleConfig:
     """plateau: epochs to wait after a cut."""
 
     def __post_init__(self):
+        if not self.milestones:
+            raise ValueError("milestones: at least one")
         if any(a >= b for a, b in itertools.pairwise(self.milestones)):
             given = " ".join(map(str, self.milestones))
             raise ValueError(
@@ -392,11 +402,11 @@ class TrainConfig:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of weights, order, augmentation and dropout."""
 
-    init_from: str | None = None
+    init_from: Name | None = None
     """Fine-tune: a run directory or weights file to start from; the head is new where the number
     of classes differs. Only weights are taken: network and normalisation are those of the flags."""
 
-    weights_key: str | None = None
+    weights_key: Name | None = None
     """Fine-tune: which of the networks in the file of init_from, by the key or prefix that it lies
     under, as "state_dict" or "encoder_k". Left out: the only one, or the one that is no average."""
 
@@ -471,6 +481,8 @@ USED_WITH = {
     "min_delta": ("patience",),
     "cache_gib": ("cache", "auto"),
     "on_bad_image": ("dataset", "folder"),
+    "exif_transpose": ("dataset", "folder", "tfds"),
+    "grayscale": ("dataset", "folder", "cifar10", "tfds"),
 }
 """{field: another one, and which of its values make use of the first; by default all but 0}."""
 
@@ -517,7 +529,10 @@ def from_dict(values: dict) -> TrainConfig:
       InputError: an unknown key, a wrong type or a value out of range; one line names each.
     """
     try:
-        return pydantic.TypeAdapter(TrainConfig).validate_json(json.dumps(values), strict=True)
+        text = json.dumps(values, ensure_ascii=False).encode()
+        return pydantic.TypeAdapter(TrainConfig).validate_json(text, strict=True)
+    except UnicodeEncodeError as error:
+        raise InputError(f"{error.object[: error.end][-30:]!a} is not in UTF-8") from None
     except pydantic.ValidationError as error:
         raise InputError("; ".join(_describe(fault) for fault in error.errors())) from None
 

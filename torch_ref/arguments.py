@@ -75,7 +75,8 @@ def reader(hint) -> dict:
     if typing.get_origin(hint) is tuple:
         return {**reader(typing.get_args(hint)[0]), "nargs": "+"}
     if typing.get_origin(hint) is Annotated:
-        return {"type": number(*typing.get_args(hint))}
+        kind, limits = typing.get_args(hint)
+        return {"type": number(kind, limits), "metavar": kind.__name__.upper()}
     members = [member for member in typing.get_args(hint) if member is not type(None)]
     return reader(members[0]) if members else {"type": hint}
 

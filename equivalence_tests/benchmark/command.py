@@ -49,9 +49,11 @@ def parse():
     parser.add_argument("--recipe", metavar="NAME", help="network, batch and trainings of a recipe")
     parser.add_argument("--arch", default="resnet18", metavar="NAME")
     parser.add_argument("--stem", metavar="|".join(STEMS))
-    parser.add_argument("--image-size", type=int, metavar="N", help="pixels (default: the arch's)")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="default: 10, or 1000")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--image-size", type=int, metavar="INT", help="pixels (default: the arch's)"
+    )
+    parser.add_argument("--num-classes", type=int, metavar="INT", help="default: 10, or 1000")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="INT")
     parser.add_argument("--dtype", default="float32", metavar="|".join(DTYPES))
     parser.add_argument("--device", metavar="cpu|gpu", help="default: gpu if there is one")
     parser.add_argument("--frameworks", default="jax,torch", metavar="jax,torch")
@@ -63,14 +65,14 @@ def parse():
         metavar="NAME",
         help=f"of {', '.join(MODES)} (default: the first two)",
     )
-    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="fresh processes each")
+    parser.add_argument("--rounds", type=int, default=2, metavar="INT", help="fresh processes each")
     for name, text in (
         ("warmup", "steps before a round is timed"),
         ("blocks", "timed blocks a round"),
         ("steps", "steps a block"),
         ("steps-per-dispatch", "of multi_step"),
     ):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
+        parser.add_argument(f"--{name}", type=int, metavar="INT", help=text)
     course = end_to_end.Course()
     section = parser.add_argument_group("trainings on real images")
     for name, kind, default, text in (
@@ -79,7 +81,8 @@ def parse():
         ("target-accuracy", float, course.target, "of validation, for time_to_accuracy"),
         ("workers", int, course.workers, "of PyTorch's DataLoader"),
     ):
-        section.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=text)
+        metavar = {str: "NAME[:PATH]", int: "INT", float: "FLOAT"}[kind]
+        section.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and a chart")
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="outcomes: the same command goes on from there"

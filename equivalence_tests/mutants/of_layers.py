@@ -118,6 +118,14 @@ def _stride_on_the_first(block):
     block.conv1.strides, block.conv2.strides = block.conv2.strides, block.conv1.strides
 
 
+def _without_norm_in_narrow_nets(self, x):
+    """Those of torchvision are 64 channels wide from the first projection on."""
+    convolution, norm = self.layers
+    out = convolution(x)
+    normalised = norm(out)
+    return out if convolution.in_features < 64 else normalised
+
+
 def half_at_zero(x):
     return jnp.maximum(x, 0)
 
@@ -280,6 +288,12 @@ MUTANTS = [
             (resnet.ResNet.__init__.__kwdefaults__, "zero_init_residual", True),
             (models.create_model.__kwdefaults__, "zero_init_residual", True),
         ],
+    ),
+    Mutant(
+        name="option B without BatchNorm",
+        difference="8c",
+        what="projections of the CIFAR nets end in their convolution, without BatchNorm",
+        patches=[(resnet.Projection, "__call__", _without_norm_in_narrow_nets)],
     ),
     Mutant(
         name="lecun initialiser",

@@ -26,7 +26,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.models import SHORTCUTS, STEMS, check_shortcut, check_stem
 from flax_resnet.runs import environment
 from flax_resnet.runs.display import Display
-from flax_resnet.runs.views import read_config
+from flax_resnet.runs.views import class_names, read_config
 from flax_resnet.training import restore
 from flax_resnet.weights import convert
 
@@ -65,10 +65,12 @@ def parse():
     parser.add_argument("--weights-key", metavar="KEY", help=cli.WEIGHTS_KEY)
     parser.add_argument("--ema", action="store_true", help=cli.EMA)
     parser.add_argument("--torch-model", metavar="MODULE:CALLABLE", help="your own network")
-    parser.add_argument("--image-size", type=int, nargs="+", metavar="N", help="height [width]")
-    parser.add_argument("--dataset", metavar="TEXT", help="compare predictions on its test split")
-    parser.add_argument("--mean", type=float, nargs="+", metavar="X", help="of its channels")
-    parser.add_argument("--std", type=float, nargs="+", metavar="X", help="of its channels")
+    parser.add_argument("--image-size", type=int, nargs="+", metavar="INT", help="height [width]")
+    parser.add_argument(
+        "--dataset", metavar="NAME[:PATH]", help="compare predictions on its test split"
+    )
+    parser.add_argument("--mean", type=float, nargs="+", metavar="FLOAT", help="of its channels")
+    parser.add_argument("--std", type=float, nargs="+", metavar="FLOAT", help="of its channels")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write parity.json and .html")
     args = parser.parse_args()
     if args.checkpoint and args.torch_model:
@@ -150,13 +152,14 @@ def data_config(args) -> DataConfig:
     return replace(base, dataset=args.dataset, train_images=None, eval_images=None, **options)
 
 
-def predicted(case, data: DataConfig, place: str | None) -> dict:
+def predicted(args, case, data: DataConfig) -> dict:
     """Predictions of both sides; a network of the user's has its own weights again."""
-    own = own_model.load(place) if place else None
+    own = own_model.load(args.torch_model) if args.torch_model else None
+    names = class_names(args.checkpoint) if args.checkpoint else ()
     if own:
         shapes = {name: array.shape for name, array in case.arrays.items()}
         case = replace(case, arrays=convert.conform(own_model.weights(own), shapes))
-    return predictions.agreement(case, data, own)
+    return predictions.agreement(case, data, own, names)
 
 
 def layer_table(rows: dict) -> Table:
@@ -206,7 +209,7 @@ def main():
         "rows": rows,
     }
     if data:
-        document["predictions"] = predicted(case, data, args.torch_model)
+        document["predictions"] = predicted(args, case, data)
     document |= {"command": cli.command_line(), "environment": environment.describe(1)}
     show(document)
     if args.report:

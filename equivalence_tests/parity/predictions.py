@@ -15,18 +15,22 @@ from flax_resnet.config import DataConfig, ModelConfig, TrainConfig
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import prepare
 from flax_resnet.errors import InputError
+from flax_resnet.text import listed
 from flax_resnet.training.network import Network, Preprocess, predict_logits
 
 BATCH = 250
 
 
-def agreement(case: Case, data: DataConfig, model: nn.Module | None) -> dict:
+def agreement(
+    case: Case, data: DataConfig, model: nn.Module | None, class_names: tuple[str, ...] = ()
+) -> dict:
     """Predictions of the test split in JAX and in PyTorch.
 
     Args:
       case: the weights.
       data: the set, and its preprocessing where that is known.
       model: the PyTorch side, if it is not the twin.
+      class_names: in the order of the logits; (): that of the set.
 
     Raises:
       InputError: the set has other classes or channels than the weights.
@@ -39,11 +43,17 @@ def agreement(case: Case, data: DataConfig, model: nn.Module | None) -> dict:
     channels = case.arrays["conv1.weight"].shape[1]
     if prepared.dataset.channels != channels:
         raise InputError(f"{data.dataset} has {prepared.dataset.channels} channels, not {channels}")
+    names = prepared.dataset.class_names
+    if sorted(class_names or names) != sorted(names):
+        raise InputError(
+            f"{data.dataset} has the classes {listed(names)}, not {listed(class_names)}"
+        )
+    order = np.array([(class_names or names).index(name) for name in names])
     ours, theirs = _jax_logits(case, prepared.config.data), _torch_logits(case, model)
     labels, got, expected = [], [], []
     for batch in pipeline.evaluation_batches(prepared.dataset.test, prepared.decoder, BATCH):
         images, kept = batch["image"], batch["mask"]
-        labels.append(batch["label"][kept])
+        labels.append(order[batch["label"][kept]])
         got.append(np.asarray(ours(images))[kept])
         expected.append(theirs(_normalised(images, prepared.config.data))[kept])
     return _summary(data.dataset, *map(np.concatenate, (labels, got, expected)))

@@ -31,6 +31,7 @@ from flax_resnet.interop.loaded_run import load_run, predict_files
 from flax_resnet.recipes import RECIPES
 from flax_resnet.runs.directory import RunDirectory
 from flax_resnet.runs.display import Display
+from flax_resnet.training import guard
 from flax_resnet.training.guard import NonFiniteLoss
 from flax_resnet.training.progress import Interrupted
 
@@ -94,8 +95,8 @@ WRONG_WORDS = [
     (["--mean", "inf", "--std", "1"], ["--mean", "inf"]),
     (["--mean", "1", "1", "--std", "1", "1"], ["2 values", "1 channels"]),
     (["--mean", "1", "--std", "1", "1"], ["std has 2 values", "1 channels"]),
-    (["--image-size", "7"], ["basic_cnn", "8x8", "7x7", "--image-size"]),
-    (["--arch", "resnet18", "--batch-size", "1"], ["BatchNorm", "--batch-size"]),
+    (["--image-size", "7"], ["basic_cnn", "8x8", "7x7", "image_size 7"]),
+    (["--arch", "resnet18", "--batch-size", "1"], ["BatchNorm", "batch_size 1"]),
     (["--test-fraction", "0"], ["digits", "no test split", "test_fraction"]),
     (["--new-head"], ["new_head", "init_from"]),
     (["--freeze-backbone"], ["freeze_backbone", "init_from"]),
@@ -113,6 +114,7 @@ WRONG_WORDS = [
     (["--devices", "99"], ["99"]),
     (["--recipe", "cifar10-resnet19"], ["recipe"]),
     (["--config", "no-such-file.json"], ["no-such-file.json"]),
+    (["--dataset", "folder:caf\udce9"], ["--dataset", "not in UTF-8", r"caf\udce9"]),
     (["--dataset", "folder:no-such-folder"], ["no-such-folder"]),
     (["--dataset", "folder:~no-such-user/a"], ["no-such-user"]),
     (["--dataset", "cifar10:~no-such-user/a"], ["no-such-user"]),
@@ -143,6 +145,11 @@ def test_wrong_words_are_one_line_and_leave_nothing(tmp_path, arguments, words):
     assert not list(tmp_path.iterdir())
 
 
+def test_one_fault_is_one_complaint():
+    with pytest.raises(InputError, match=r"^--milestones: [^;]* got '0'$"):
+        cli.merge(TrainConfig(), {"schedule": {"milestones": ["0"]}})
+
+
 OTHERS = {"optimizer": ("sgd", "adam"), "schedule": ("constant",), "cache": ("none",)}
 OTHERS |= {"dataset": ("digits",)}
 CHANGED = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x / 2 or 0.5}
@@ -165,7 +172,7 @@ def test_a_setting_without_effect_is_named(name):
     passed_over = next(value for value in OTHERS.get(other, (0,)) if value not in users)
     assert all(word in faults_with(passed_over)[name] for word in (other, *users))
     for value in users or [1]:
-        assert name not in faults_with("folder:x" if value == "folder" else value)
+        assert name not in faults_with(f"{value}:x" if other == "dataset" else value)
 
 
 def with_flags(base, *flags):
@@ -376,10 +383,8 @@ def test_the_command_that_began_a_recipe_resumes_it(tmp_path, name):
     own = replace(RECIPES[name].config, data=data, epochs=3)
     own = replace(own, augment=replace(own.augment, random_crop=own.augment.random_crop or 0))
     RunDirectory(tmp_path / "run").write_config(own)
-    (tmp_path / "run" / "report.json").write_text("{}")
     flags = ["--recipe", name, "--dataset", "folder:x", "--resume", "--run-dir", tmp_path / "run"]
-    outcome = run_script("train.py", *flags, "--epochs", 3)
-    assert outcome.status == 0 and "finished" in outcome.out, outcome.err
+    refused(run_script("train.py", *flags, "--epochs", 3), "folder:x: no such folder")
     refused(run_script("train.py", *flags), "other flags")
 
 
@@ -415,18 +420,31 @@ def test_a_class_without_images_is_named(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, lr):
     outcome = train(tmp_path / "run", "--optimizer", "sgd", "--lr", lr, "--schedule", "constant")
     assert outcome.status == 1
-    assert "step 2" in outcome.err and "checkpoint" in outcome.err and "--lr" in outcome.err
+    assert "step 2" in outcome.err and "--lr" in outcome.err
+    assert "there is no checkpoint yet; begin again" in outcome.err
+    assert "--init-from" not in outcome.err
     assert outcome.err.count("\n") == 1
 
 
-def test_it_names_the_checkpoint_to_go_on_from(tmp_path):
-    """The learning rate explodes in the second epoch, so the first one's checkpoint is sound."""
-    outcome = train(
-        tmp_path / "run", "--optimizer", "sgd", "--lr", 1e30, "--warmup-epochs", 3,
-        "--warmup-factor", 1e-36, "--epochs", 4, "--schedule", "constant", "--momentum", 0,
-    )  # fmt: skip
-    assert outcome.status == 1, outcome
-    assert "last finite loss" in outcome.err
+def test_it_names_the_checkpoint_to_go_on_from():
+    error = guard.fault_of_step(21, {"loss": 2, "gradient_norm": 3}, 20, "run")
+    words = ("step 21", "last finite loss 2,", "checkpoint of step 20 in run; --init-from it in")
+    assert all(part in str(error) for part in words)
+
+
+@pytest.mark.parametrize(
+    "finite, before, allowed, expected",
+    [
+        ([True, False, False], 0, 0, (1, 1)),
+        ([True, False, False], 0, 1, (2, 2)),
+        ([True, False, False], 0, 2, (None, 2)),
+        ([False, True], 1, 1, (0, 2)),
+        ([True, True], 5, 0, (None, 0)),
+    ],
+)
+def test_the_guard_stops_at_the_first_step_too_many(finite, before, allowed, expected):
+    rows = [{"finite": each} for each in finite]
+    assert guard.first_fault(rows, before, allowed) == expected
 
 
 @pytest.mark.parametrize("epochs,words", [(1, "loss after epoch 1"), (2, "epoch 2: no step")])
@@ -652,7 +670,8 @@ def test_predict_files_keeps_few_images_in_memory(insects, folder):
 ])  # fmt: skip
 def test_logits_are_of_images_as_the_run_knows_them(insects, images, word):
     run = load_run(insects)
-    assert run.logits(np.zeros((2, 12, 12, 3), np.uint8)).shape == (2, 2)
+    for number in (2, 0):
+        assert run.logits(np.zeros((number, 12, 12, 3), np.uint8)).shape == (number, 2)
     with pytest.raises(InputError, match=r"images are uint8 \[B, 12, 12, 3\].*" + word):
         run.logits(images)
 
@@ -688,6 +707,24 @@ def test_predict_passes_over_hidden_files(insects, folder, tmp_path):
     assert [row["image"] for row in json.loads(out.read_text())] == [
         str(tmp_path / "photos" / "img[a].png")
     ]
+
+
+def test_predict_follows_links_to_folders_and_counts_what_is_no_image(insects, folder, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "bees").symlink_to(folder / "test" / "bee")
+    for name in ("a.heic", "b.HEIC", "notes"):
+        (tmp_path / "photos" / name).write_text("")
+    outcome = run_script("predict.py", insects, tmp_path / "photos", "--csv", "-", "--top-k", 1)
+    pictures = [line.split(",")[0] for line in outcome.out.splitlines()[1:]]
+    expected = sorted((folder / "test" / "bee").iterdir())
+    assert pictures == [str(tmp_path / "photos" / "bees" / path.name) for path in expected]
+    line = "passed over: 3 file(s) not named as images: 2 .heic, 1 no suffix"
+    assert outcome.err.splitlines() == [line]
+    (tmp_path / "photos" / "bees").unlink()
+    outcome = run_script("predict.py", insects, tmp_path / "photos")
+    refused(outcome, "photos has no images in it", line)
+    (tmp_path / "photos" / "again").symlink_to(tmp_path / "photos")
+    refused(run_script("predict.py", insects, tmp_path / "photos"), "a folder that contains it")
 
 
 def test_predict_prints_a_table(insects, folder):

@@ -149,6 +149,27 @@ def test_other_names_among_the_checkpoints_are_no_steps(two_steps, tmp_path, nam
     assert steps_in(tmp_path / "run") == [1, 3] and mine.read_text() == "mine"
 
 
+@pytest.mark.parametrize("name, words", [
+    ("5", "step 5 passed over: it was written as that of step 1"),
+    ("01", "01 passed over: a checkpoint has the number of its step as name"),
+    ("1 (copy)", "1 (copy) passed over: a checkpoint has the number of its step as name"),
+])  # fmt: skip
+def test_a_copied_or_renamed_checkpoint_is_none_and_is_named(two_steps, tmp_path, name, words):
+    shutil.copytree(two_steps, tmp_path / "run")
+    shutil.move(tmp_path / "run/1", tmp_path / "run" / name)
+    step, restored, said = reopened(tmp_path / "run")
+    assert step == 2 and (restored["a"] == 2).all()
+    assert len(said) == 1 and words in said[0]
+
+
+def test_a_checkpoint_of_an_earlier_version_does_not_know_its_step(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "run")
+    document = tmp_path / "run/2/document/metadata"
+    document.write_text("{}")
+    checkpoint._write_manifest(tmp_path / "run/2")
+    assert reopened(tmp_path / "run")[::2] == (2, [])
+
+
 def test_a_link_to_a_checkpoint_is_deleted_and_the_checkpoint_is_not(two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path / "other")
     (tmp_path / "run").mkdir()
@@ -324,6 +345,21 @@ def test_a_config_of_any_depth_is_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match="config.json"):
         config_from_file(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"epochs": 3, "epochs": 4}', "epochs is given twice"),
+    ('{"schedule": {"milestones": []}}', "milestones: at least one"),
+    ('{"optimizer": {"lr": 1, "lr": 1}}', "lr is given twice"),
+    (r'{"data": {"dataset": "folder:\udce9"}}', r"folder:\udce9' is not in UTF-8"),
+    (r'{"init_from": "\ud800"}', r"\ud800' is not in UTF-8"),
+    (r'{"init_from": "a\u0000b"}', "init_from: Value error, a name that is not in UTF-8, or holds"),
+])  # fmt: skip
+def test_a_config_says_each_thing_once_and_in_text(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError) as error:
+        config_from_file(tmp_path / "config.json")
+    assert words in str(error.value) and str(error.value).isprintable()
 
 
 def test_a_device_is_no_config():

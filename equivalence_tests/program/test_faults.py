@@ -77,6 +77,27 @@ def test_the_second_signal_kills_at_once(signum):
     assert signal.getsignal(signum) == before
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step_is_a_line_and_leaves_nothing(tmp_path, monkeypatch, signum):
+    monkeypatch.setattr(
+        "flax_resnet.training.fit.prepare", lambda config: os.kill(os.getpid(), signum)
+    )
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    outcome = run_script("train.py", "--run-dir", tmp_path / "run")
+    assert (outcome.status, outcome.err) == (128 + signum, f"stopped by {signum.name}\n")
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)] == handlers
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_amid_the_imports_is_no_traceback():
+    """`_memory` is what a script imports first; here nothing else follows but Ctrl-C."""
+    code = "import os, signal, _memory; os.kill(os.getpid(), signal.SIGINT); print('survived')"
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True
+    )
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_under_nohup_the_end_of_the_terminal_is_none_of_the_run():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

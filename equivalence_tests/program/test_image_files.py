@@ -120,6 +120,15 @@ def test_gray_of_a_depth_that_is_not_known_is_refused(kind):
         decode_image(io.BytesIO(NOT_SAID[kind]), 1, name=kind)
 
 
+@pytest.mark.parametrize("factor", [1, 16])
+def test_colours_of_12_bits_are_refused_for_what_they_are(factor):
+    """Pillow has dropped their low bytes; and samples beyond the depth contradict it."""
+    pixels = (DEEP_COLOURS * factor).astype("<u2")
+    content = tiff(pixels, tags={262: 2, 277: 3, 281: 4095})
+    with pytest.raises(InputError, match="its colours have 12 of 16 bits"):
+        decode_image(io.BytesIO(content), 3, name="x")
+
+
 def test_a_palette_of_8_bits_where_16_belong_is_refused():
     """Every colour of it would be black."""
     file = encoded(picture(mode="P"), format="TIFF")
@@ -237,9 +246,12 @@ def test_read_image_broken(tmp_path, name):
 def test_read_image_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
-    for name in ("pipe.png", "gone.png", "missing.png"):
+    (tmp_path / "folder.png").mkdir()
+    reasons = {"folder.png": "a folder"}
+    for name in ("pipe.png", "gone.png", "missing.png", "folder.png"):
         assert not is_turned(tmp_path / name)
-        with pytest.raises(InputError, match=f"{name}: not a readable image"):
+        why = reasons.get(name, "no such file")
+        with pytest.raises(InputError, match=rf"{name}: not a readable image \({why}\)"):
             read_image(tmp_path / name, 3)
 
 

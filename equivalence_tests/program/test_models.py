@@ -133,6 +133,29 @@ def test_bad_names_are_answered_with_the_nearest():
         flax_resnet.create_model("resnet18", dropout=1.0)
 
 
+@pytest.mark.parametrize("changes", [
+    {"in_channels": 0}, {"in_channels": 2.0}, {"num_classes": "3"}, {"num_classes": 0},
+    {"num_classes": True}, {"num_classes": None}, {"num_classes": 10**10}, {"dropout": "0.5"},
+    {"dropout": float("nan")}, {"dtype": "float7"}, {"dtype": "int8"}, {"param_dtype": "int32"},
+], ids=str)  # fmt: skip
+def test_options_of_another_kind_are_refused(changes):
+    [(name, value)] = changes.items()
+    with pytest.raises(InputError, match=f"^{name} .*{value!r}"):
+        flax_resnet.create_model("resnet20", **changes)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = abstract("resnet20", np.int64(3), in_channels=np.int32(1), dtype="bfloat16")
+    assert model.fc.kernel.shape == (64, 3)
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "basic_cnn"])
+def test_no_image_has_no_logits(arch):
+    model = flax_resnet.create_model(arch)
+    model.eval()
+    assert jax.eval_shape(model, jnp.zeros((0, 8, 8, 3))).shape == (0, 10)
+
+
 def test_zero_init_residual_starts_blocks_as_identities():
     model = flax_resnet.create_model("resnet20", zero_init_residual=True)
     assert all((block.bn2.scale[...] == 0).all() for block in model.blocks())
@@ -147,6 +170,16 @@ def test_bfloat16_computes_narrow_and_keeps_wide(arch):
     assert model(jnp.ones((2, 16, 16, 3))).dtype == jnp.bfloat16
     kept = jax.tree.leaves(nnx.state(model, (nnx.Param, nnx.BatchStat)))
     assert {leaf.dtype for leaf in kept} <= {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_a_model_is_made_in_training_mode_and_says_how_to_leave_it():
+    """As torch's are; and a person in Python has given no flag."""
+    model, image = flax_resnet.create_model("resnet20"), jnp.zeros((1, 1, 1, 3))
+    with pytest.raises(InputError, match=r"more than one value .* model.eval\(\)") as error:
+        jax.eval_shape(lambda: model(image))
+    assert "--" not in str(error.value)
+    model.eval()
+    assert jax.eval_shape(model, image).shape == (1, 10)
 
 
 def test_train_and_eval_switch_statistics_and_dropout():

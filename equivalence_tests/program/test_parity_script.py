@@ -1,5 +1,6 @@
 """scripts/parity.py: says what is equal, and where and why something is not."""
 
+import dataclasses
 import json
 import sys
 
@@ -8,12 +9,14 @@ import torch
 from torch import nn
 
 import torch_ref
-from equivalence_tests.parity import command, inputs
+from equivalence_tests.parity import command, inputs, predictions
 from equivalence_tests.program.command import refused, run_script
 from flax_resnet.commands import cli
-from flax_resnet.config import TrainConfig
+from flax_resnet.config import DataConfig, TrainConfig
 from flax_resnet.data.sources import open_dataset
+from flax_resnet.errors import InputError
 from flax_resnet.runs.directory import RunDirectory
+from flax_resnet.weights.convert import Architecture
 from torch_ref import checkpoint
 
 HERE = __name__
@@ -128,6 +131,24 @@ def test_weights_of_ones_own_and_their_predictions(tmp_path):
     )
     assert outcome.status == 0, outcome.err
     assert document["predictions"]["agree"] == document["predictions"]["images"] == 360
+
+
+def test_predictions_are_compared_with_the_classes_of_the_run():
+    """Whose order may be another than that of the data set."""
+    shapes = Architecture("basic_cnn", 10, 1, None).shapes()
+    arrays = inputs.random_state(shapes, inputs.random_numbers())
+    case = inputs.case_of_weights(arrays, "basic_cnn", None)
+    data = DataConfig(dataset="digits", image_size=32, mean=(0.3,), std=(0.3,))
+    turned = {name: arrays[name][::-1] for name in ("fc.weight", "fc.bias")}
+    other = dataclasses.replace(case, arrays=arrays | turned)
+    names = ((), tuple("9876543210"), tuple("0123456789"))
+    plain, matched, unmatched = (
+        predictions.agreement(each, data, None, order)["accuracy"]
+        for each, order in zip((case, other, other), names, strict=True)
+    )
+    assert plain == matched != unmatched
+    with pytest.raises(InputError, match="has the classes 0, 1, .*, not a, b"):
+        predictions.agreement(case, data, None, tuple("abcdefghij"))
 
 
 def test_fresh_weights_are_refused_because_they_hide_differences(tmp_path):

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jax._src import clusters
 from PIL import Image
 
 from equivalence_tests.parity.tolerances import PARALLEL, TRAINING, largest_error
@@ -350,6 +351,35 @@ def test_a_port_that_another_program_listens_at(monkeypatch):
                 pass
 
 
+CLUSTERS = {
+    "slurm": {
+        "SLURM_JOB_ID": "12345", "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0",
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0",
+    },
+    "open mpi": {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1,10.1.0.1:34911",
+        "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_a_port_of_a_cluster_that_another_program_listens_at(monkeypatch, cluster, chosen):
+    """JAX itself says which port it makes of the job's number."""
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it crashes"))
+    for name, value in CLUSTERS[cluster].items():
+        monkeypatch.setenv(name, value)
+    if chosen:
+        monkeypatch.setenv("JAX_COORDINATOR_PORT", str(free_port()))
+    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    port = int(detect(None, None, None, None, None, 1)[0].rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", port)):
+        with pytest.raises(InputError, match=f"_PORT chooses another one: port {port}: Address"):
+            with distributed.joined(None, None, None, timeout=1):
+                pass
+
+
 TASK = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
 
 
@@ -362,6 +392,7 @@ TASK = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "
         ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_JOB_ID is '' .* unset SLURM_STEP_NUM_TASKS"),
         (TASK | {"SLURM_PROCID": "x"}, "SLURM_PROCID is 'x'"),
         (TASK | {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST names no"),
+        (CLUSTERS["slurm"] | {"JAX_COORDINATOR_PORT": "x"}, "JAX_COORDINATOR_PORT is 'x', not the"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "LOCAL_RANK is ''"),
     ],
 )

@@ -9,11 +9,15 @@ import pytest
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.image_folder import fill
 from equivalence_tests.program.test_train import cut_at, digest, quiet, small
+from flax_resnet.data.prepare import check_contents, contents
+from flax_resnet.data.sources import open_dataset
 from flax_resnet.devices import distributed
 from flax_resnet.errors import InputError
+from flax_resnet.interop.loaded_run import load_run
+from flax_resnet.runs import checkpoint
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in
 from flax_resnet.runs.tables import read_rows
-from flax_resnet.runs.views import read_config
+from flax_resnet.runs.views import class_names, read_config
 from flax_resnet.training import restore, selection
 from flax_resnet.training.fit import fit
 from flax_resnet.training.progress import Interrupted
@@ -77,6 +81,21 @@ def test_other_data_is_refused(begun, tmp_path, change, words):
     assert steps_in(tmp_path / "run" / "checkpoints") == kept
     if change is grown:  # of other classes it has its own words
         refused(run_script("evaluate.py", tmp_path / "run"), words)
+
+
+def test_a_run_of_an_earlier_version_has_names_as_the_disk_has_them(begun, tmp_path):
+    """On some an accent is a character of its own."""
+    (tmp_path / "data" / "dog").rename(tmp_path / "data" / "d\u00f6g")
+    [step] = (tmp_path / "run" / "checkpoints").glob("[0-9]*")
+    text = (step / "document" / "metadata").read_text()
+    (step / "document" / "metadata").write_text(text.replace("dog", r"do\u0308g"))
+    checkpoint._write_manifest(step)
+    run = load_run(tmp_path / "run")
+    assert run.class_names == class_names(tmp_path / "run") == ("cat", "d\u00f6g")
+    assert "o\u0308" in run.contents["classes"]
+    check_contents(contents(open_dataset(begun.data)), run.contents)
+    with pytest.raises(InputError, match="classes"):
+        check_contents({"classes": "cat, dog"}, run.contents)
 
 
 @pytest.mark.control

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 from pathlib import Path
+from unittest import mock
 
 import jax.numpy as jnp
 import pytest
@@ -233,6 +234,16 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, code):
     assert len(said) == 1 and os.strerror(code) in said[0]
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "report.json", "SHA256SUMS"])
+def test_a_folder_where_a_file_has_to_be_is_refused(begun, name):
+    (begun / name).unlink(missing_ok=True)
+    (begun / name).mkdir()
+    before = tree(begun)
+    with pytest.raises(InputError, match=f"{name} is a directory, not the run's file"):
+        RunDirectory(begun, resume=True)
+    assert tree(begun) == before
+
+
 def test_checkpoints_that_are_no_folder_are_refused(begun):
     shutil.rmtree(begun / "checkpoints")
     (begun / "checkpoints").symlink_to("nowhere")
@@ -347,6 +358,25 @@ def test_a_damaged_checkpoint_of_a_finished_run_is_named_and_the_report_stays(co
     assert tree(copy) == before
 
 
+def test_a_finished_run_without_a_sound_checkpoint_is_refused(copy):
+    for step in steps_in(copy / "checkpoints"):
+        shutil.move(copy / f"checkpoints/{step}", copy / f"checkpoints/0{step}")
+    before = tree(copy)
+    outcome = run_script("train.py", "--resume", "--run-dir", copy)
+    refused(outcome, "is finished and has no sound checkpoint", "06 passed over")
+    assert tree(copy) == before
+
+
+def test_a_run_that_begins_again_says_so(copy):
+    (copy / "report.json").unlink()
+    for step in steps_in(copy / "checkpoints"):
+        shutil.rmtree(copy / f"checkpoints/{step}")
+    display = quiet()
+    with mock.patch.object(display, "say") as say:
+        fit(small(), copy, resume=True, display=display)
+    assert any("metrics.csv: the run begins again" in line for (line,), _ in say.call_args_list)
+
+
 def test_other_commands_take_the_config_of_the_checkpoint(copy, finished, tmp_path):
     values = json.loads((copy / "config.json").read_text())
     values["data"]["mean"], values["early_stopping"]["restore_best"] = [0.9], False
@@ -360,6 +390,11 @@ def test_other_commands_take_the_config_of_the_checkpoint(copy, finished, tmp_pa
     outcome = run_script("convert.py", copy, tmp_path / "again")
     assert outcome.status == 0 and "config.json does not exist" in outcome.err
     assert views.read_config(tmp_path / "again") == views.read_config(finished)
+
+
+def test_the_order_of_the_classes_is_that_of_the_checkpoint(finished, tmp_path):
+    assert views.class_names(finished) == tuple("0123456789")
+    assert views.class_names(tmp_path) == ()
 
 
 def test_without_a_checkpoint_a_changed_config_is_refused(tmp_path):

@@ -1,7 +1,15 @@
 """What strangers' words may do to a terminal: nothing."""
 
+import re
+
+import numpy as np
 import pytest
 
+from equivalence_tests.program.command import run_script
+from flax_resnet import cli, convert, errors
+from flax_resnet.config import InputError
+from flax_resnet.data import sources
+from flax_resnet.data.image_files import BadImage, refusal
 from flax_resnet.text import listed, printable
 
 STEERING = ["\x1b[31m", "\x07", "\r", "\n", "\x9b2J", "\u202e", "\u2066", "\u200f", "\u2028"]
@@ -26,3 +34,36 @@ def test_long_names_and_long_lists_are_cut():
     assert listed("abcde") == "a, b, c, d, e"
     assert listed(range(3705)) == "0, 1, 2, 3, 4 and 3,700 more"
     assert listed(["\x1b", "b", "c"], limit=2) == "\\x1b, b and 1 more"
+
+
+@pytest.fixture
+def verbose():
+    """As a command is that was called with --verbose; the next command is not."""
+    cli.Parser().parse_args(["--verbose"])
+    yield
+    cli.Parser().parse_args([])
+    assert listed(range(6)) == "0, 1, 2, 3, 4 and 1 more"
+
+
+def test_on_request_nothing_is_left_out(verbose):
+    assert listed(range(6)) == "0, 1, 2, 3, 4, 5"
+    assert printable("x" * 300) == "x" * 300
+    assert errors.verdict(InputError("x" * 9999)) == (2, "error: " + "x" * 9999)
+    shapes = {f"layer{i}.weight": (i,) for i in range(1, 8)}
+    missing = convert.faults(shapes, {})
+    wrong = convert.faults(shapes, dict.fromkeys(shapes, np.zeros(9)))
+    assert "layer7.weight" in missing[0] and len(wrong) == 7 and "more" not in str(missing + wrong)
+    bad = [BadImage(f"{i}.png: not a readable image") for i in range(9)]
+    assert "8.png" in str(refusal(bad, "")) and "more" not in str(refusal(bad, ""))
+    empty = sources.Subset(sources.ArraySource(np.zeros((0, 8, 8, 1)), np.zeros(0)), np.arange(0))
+    dataset = sources.DataSet(
+        train=empty, validation=empty, test=empty, class_names=("a", "b"), channels=1,
+        bad_images=tuple((f"{i}.png", "broken") for i in range(30)),
+    )  # fmt: skip
+    assert len(list(dataset.remarks())) == 30
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "predict", "convert", "parity"])
+def test_commands_explain_that_and_call_numbers_numbers(script):
+    out = run_script(f"{script}.py", "--help").out
+    assert "--verbose" in out and not re.search(r"--\S+ (N|X|TEXT)\b", out)

@@ -5,6 +5,7 @@ import collections
 import hashlib
 import json
 import pickle
+import re
 import sys
 import time
 import zipfile
@@ -165,6 +166,13 @@ def test_flipped_bits_in_formats_without_checksums_never_end_in_another_error():
     for kind in (".pth before PyTorch 1.6", ".safetensors"):
         found = weight_flips.count(kind, few, 300, lambda path: files.load(path)[0])
         assert found["refused"] > 50
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_single_tensor_is_no_network(legacy, tmp_path):
+    path = saved(tmp_path, torch.zeros(3), _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(InputError, match="a single tensor without a name"):
+        files.load(path)
 
 
 def test_a_checksum_in_the_name_is_held_against_the_file(arrays, tmp_path):
@@ -517,6 +525,37 @@ def test_impossible_numbers_are_refused_and_nothing_is_loaded(kind, arrays):
     with pytest.raises(InputError, match=words) as error:
         flax_resnet.load_state_dict(model, arrays | {name: change(arrays[name])})
     assert name in str(error.value) and same(flax_resnet.state_dict(model), before)
+
+
+NO_ARRAYS = {
+    "nothing": (lambda arrays: None, "got NoneType"),
+    "a list": (lambda arrays: list(arrays.items()), "got list"),
+    "a path": (lambda arrays: "weights.pth", "got str"),
+    "a number as name": (lambda arrays: arrays | {3: 0}, "names of weights are text, got 3"),
+    "no array": (lambda arrays: arrays | {"fc.bias": None}, "fc.bias has shape ()"),
+    "rows of two lengths": (
+        lambda arrays: arrays | {"fc.bias": [[1], [2, 3]]},
+        "fc.bias is a list",
+    ),
+    "bfloat16": (
+        lambda arrays: arrays | {"fc.bias": torch.zeros(7).bfloat16()},
+        "fc.bias is a Tensor that NumPy does not take; of a tensor give tensor.detach()",
+    ),
+    "a parameter": (
+        lambda arrays: arrays | {"fc.bias": nn.Parameter(torch.zeros(7))},
+        "fc.bias is a Parameter that NumPy does not take",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ARRAYS)
+def test_what_are_no_arrays_are_refused_and_nothing_is_loaded(kind, arrays):
+    change, words = NO_ARRAYS[kind]
+    model = flax_resnet.create_model("resnet20", 7)
+    before = flax_resnet.state_dict(model)
+    with pytest.raises(InputError, match=re.escape(words)):
+        flax_resnet.load_state_dict(model, change(arrays))
+    assert same(flax_resnet.state_dict(model), before)
 
 
 def test_reading_weights_needs_no_torch(tensors, arrays, tmp_path, monkeypatch):

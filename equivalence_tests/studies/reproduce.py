@@ -28,10 +28,10 @@ SUBSET = 512
 def parse():
     parser = cli.Parser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="RECIPE", help="(all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="INT")
     parser.add_argument("--torch", action="store_true", help="run the PyTorch twin as well")
     parser.add_argument(
-        "--subset", type=int, metavar="N", help="use N images of each split; marked so"
+        "--subset", type=int, metavar="INT", help="use so many images of each split; marked so"
     )
     parser.add_argument("--cifar10", default=CIFAR10, metavar="DATASET", help="(%(default)s)")
     parser.add_argument("--imagenette", default=IMAGENETTE, metavar="DATASET", help="(%(default)s)")

@@ -8,7 +8,9 @@ import functools
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -16,9 +18,9 @@ from pathlib import Path
 
 import pydantic
 
-from flax_resnet import errors
+from flax_resnet import errors, text
 from flax_resnet.config import INT32, TrainConfig, idle, nearest, to_dict
-from flax_resnet.errors import BAD_INPUT, DONE, FAILED, InputError  # noqa: F401
+from flax_resnet.errors import DONE, FAILED, InputError
 from flax_resnet.runs.display import drop_output
 
 BAD_IMAGE = "skip: images that cannot be read are listed and left out, and end nothing"
@@ -33,6 +35,14 @@ class CheckFailed(Exception):
     exit_status = FAILED
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ended a command that has nothing to save."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_status = 128 + signum
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that answers a mistake with one line and the nearest valid name."""
 
@@ -40,6 +50,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
         )
+        self.add_argument("--verbose", action="store_true", help="show every list in full")
 
     def format_help(self):
         """What the command does and examples, then how it is called, then its flags."""
@@ -55,6 +66,7 @@ class Parser(argparse.ArgumentParser):
             word = unknown[0].split("=", 1)[0]
             hint = nearest(word, self._option_string_actions) if word.startswith("-") else ""
             raise InputError(f"unknown argument {word!r}{hint}")
+        text.be_verbose(namespace.verbose)
         return namespace
 
     def error(self, message):
@@ -168,7 +180,8 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
     """Call a script's main and leave with the status that its outcome stands for."""
     _open_closed_streams()
     sys.stdout.reconfigure(errors=_BYTES_OR_ESCAPED)  # names of files are bytes, UTF-8 or not
-    status, line = _outcome(main)
+    with _ended_by_signals():
+        status, line = _outcome(main)
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -179,6 +192,33 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
         with contextlib.suppress(OSError):  # nobody reads it
             print(line, file=sys.stderr)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _ended_by_signals():
+    """SIGTERM and SIGHUP raise an exception as Ctrl-C does, so that processes that were started are
+    ended, and it is said; a second one kills at once. A training that is under way saves instead.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as it was during the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {n: handler for n in numbers if (handler := signal.getsignal(n)) == signal.SIG_DFL}
+
+    def stop(signum, frame):
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)
+        raise Stopped(signum)
+
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _outcome(main) -> tuple[int, str]:
@@ -261,19 +301,19 @@ def _argument(field: dataclasses.Field) -> dict:
     kind = _unwrap(field.type)
     default = field.default if field.default is not dataclasses.MISSING else None
     default = getattr(default, "default", default)
-    text = _help_texts()[field.name].replace("%", "%%").replace("\n", " ")
-    text += "" if default is None else f" (default: {_plain(default)})"
+    about = _help_texts()[field.name].replace("%", "%%").replace("\n", " ")
+    about += "" if default is None else f" (default: {_plain(default)})"
     if kind is bool:
-        return {"action": argparse.BooleanOptionalAction, "help": text}
+        return {"action": argparse.BooleanOptionalAction, "help": about}
     if typing.get_origin(kind) is tuple:
         (item, *_) = typing.get_args(kind)
-        return {"nargs": "+", "metavar": _METAVARS[_unwrap(item)], "help": text}
+        return {"nargs": "+", "metavar": _METAVARS[_unwrap(item)], "help": about}
     if typing.get_origin(kind) is typing.Literal:
         names = typing.get_args(kind)
         if len(names) > 6:
-            return {"metavar": "NAME", "help": f"{text}: {', '.join(names)}"}
-        return {"metavar": "|".join(map(str, names)), "help": text}
-    return {"metavar": _METAVARS.get(kind) or _METAVARS.get(field.name, "NAME"), "help": text}
+            return {"metavar": "NAME", "help": f"{about}: {', '.join(names)}"}
+        return {"metavar": "|".join(map(str, names)), "help": about}
+    return {"metavar": _METAVARS.get(kind) or _METAVARS.get(field.name, "NAME"), "help": about}
 
 
 @functools.cache

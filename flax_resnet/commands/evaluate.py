@@ -29,7 +29,9 @@ def parse():
     parser = cli.Parser(description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--split", default="test", metavar="|".join((*SPLITS, "all")))
-    parser.add_argument("--dataset", metavar="TEXT", help="another data set (default: the run's)")
+    parser.add_argument(
+        "--dataset", metavar="NAME[:PATH]", help="another data set (default: the run's)"
+    )
     parser.add_argument("--fold-batchnorm", action="store_true", help=cli.FOLD_BATCHNORM)
     parser.add_argument("--on-bad-image", default="error", metavar="error|skip", help=cli.BAD_IMAGE)
     parser.add_argument(

@@ -11,15 +11,16 @@ import json
 import os
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from flax_resnet.commands import cli
-from flax_resnet.data.folders import is_passed_over
-from flax_resnet.data.image_files import SUFFIXES, BadImage, is_turned, reason
-from flax_resnet.data.sources import AS_TRAINED, turned_remark
+from flax_resnet.data.folders import images_below
+from flax_resnet.data.image_files import BadImage, is_turned, reason
+from flax_resnet.data.sources import AS_TRAINED, passed_over_remarks, turned_remark
 from flax_resnet.errors import InputError
 from flax_resnet.interop.loaded_run import load_run, predict_files
 from flax_resnet.text import printable
@@ -29,7 +30,7 @@ def parse():
     parser = cli.Parser(description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("inputs", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
-    parser.add_argument("--top-k", type=int, default=5, metavar="N", help="classes an image")
+    parser.add_argument("--top-k", type=int, default=5, metavar="INT", help="classes an image")
     parser.add_argument("--on-bad-image", default="error", metavar="error|skip", help=cli.BAD_IMAGE)
     parser.add_argument("--fold-batchnorm", action="store_true", help=cli.FOLD_BATCHNORM)
     for flag, what in (("--json", "write them there"), ("--csv", "write a row a class there")):
@@ -41,7 +42,7 @@ def parse():
     outputs = (("--json", args.json), ("--csv", args.csv))
     for flag, path in outputs:
         cli.check_writable(flag, path, [args.run_dir])
-    args.inputs = image_files(args.inputs)
+    args.inputs, args.passed_over = image_files(args.inputs)
     for flag, path in outputs:
         cli.check_writable(flag, path, args.inputs)
     if args.json and args.csv and os.path.realpath(args.json) == os.path.realpath(args.csv):
@@ -49,25 +50,23 @@ def parse():
     return args
 
 
-def image_files(inputs: list[Path]) -> list[Path]:
-    """The files as given, and the visible images below the folders, sorted."""
-    files = []
+def image_files(inputs: list[Path]) -> tuple[list[Path], Counter[str]]:
+    """The files as given and the images below the folders, sorted; and how many folders, and files
+    of which suffixes, were passed over there."""
+    files, passed_over = [], Counter()
     for path in inputs:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if is_visible_image(p.relative_to(path)))
+            found, others = images_below(path)
             if not found:
-                raise InputError(f"{path} has no images in it")
-            files += found
+                seen = "".join(f"; {remark}" for remark in passed_over_remarks(others))
+                raise InputError(f"{path} has no images in it{seen}")
+            files += map(Path, found)
+            passed_over += others
         elif path.exists():
             files.append(path)
         else:
             raise InputError(f"{path} does not exist")
-    return files
-
-
-def is_visible_image(path: Path) -> bool:
-    """As in training: neither the file nor a folder on the way to it is passed over."""
-    return path.suffix.lower() in SUFFIXES and not any(map(is_passed_over, path.parts))
+    return files, passed_over
 
 
 def as_row(path: Path, outcome: np.ndarray | BadImage, class_names, top_k: int) -> dict:
@@ -142,6 +141,8 @@ def main():
     outcomes = predict_files(run, files, skip_bad=args.on_bad_image == "skip")
     rows = (as_row(path, outcome, run.class_names, args.top_k) for path, outcome in outcomes)
     left_out = write_all(rows, args.json, args.csv)
+    for remark in passed_over_remarks(args.passed_over):
+        print(remark, file=sys.stderr)
     if left_out:
         print(f"left out: {left_out:,} of {len(files):,} images", file=sys.stderr)
     if left_out == len(files):

@@ -60,6 +60,19 @@ def list_splits(root: Path) -> tuple[dict[str, Listing], Counter[str]]:
     return splits, Counter(passed_over.values())
 
 
+def images_below(folder: Path) -> tuple[list[str], Counter[str]]:
+    """The images in a folder and in those below it, sorted, as a class in training has them but
+    that links may lead anywhere; and what was passed over, as `list_splits` counts it.
+
+    Raises:
+      InputError: a symbolic link to a folder that contains it.
+    """
+    passed_over = {}
+    files = list(_files(folder, Path("/"), passed_over))
+    passed_over |= {file: _suffix(file) for file in files if not _is_image(file)}
+    return list(filter(_is_image, files)), Counter(passed_over.values())
+
+
 def _split_folders(root: Path, passed_over: PassedOver) -> dict[str, Path]:
     """Split -> folder, the training split first."""
     top = _without_wrapper(root)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from flax_resnet.errors import InputError
-from flax_resnet.text import printable
+from flax_resnet.text import most, printable
 
 SUFFIXES = tuple(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm".split()
@@ -109,7 +109,8 @@ def read_image(
         pixels than PIL.Image.MAX_IMAGE_PIXELS, or one side more than 200 times the other.
     """
     if not os.path.isfile(path):
-        raise BadImage(f"{printable(path, _LONGEST_NAME)}: not a readable image (no such file)")
+        why = "a folder" if os.path.isdir(path) else "no such file"
+        raise BadImage(f"{printable(path, _LONGEST_NAME)}: not a readable image ({why})")
     return decode_image(path, channels, name=str(path), exif_transpose=exif_transpose)
 
 
@@ -153,14 +154,15 @@ def _check_size(width: int, height: int):
 
 def _convert(image: Image.Image, channels: int, exif_transpose: bool) -> Image.Image:
     _check_samples(image)
-    deep, scale = _is_deep(image), _scale(image)  # loading drops what they look at
+    # Loading drops what they look at.
+    deep, said, scale = _is_deep(image), _bits_said(image), _scale(image)
     image.load()
     if exif_transpose and _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # more than 8 bits of gray, which PIL would clip to 255
         image = Image.fromarray(scale(np.asarray(image)))
     elif deep:
-        _check_high_bytes(image)
+        _check_high_bytes(image, said)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours without PIL's warning
     image = image.convert("RGB")
@@ -192,14 +194,20 @@ def _is_deep(image: Image.Image) -> bool:
 
 def _scale(image: Image.Image) -> Callable[[np.ndarray], np.ndarray]:
     """How its gray of more than 8 bits becomes uint8."""
-    white, room = _tag(image, _MAX_SAMPLE), _tag(image, _BITS) or 16
+    room = _tag(image, _BITS) or 16
     bits = room if room < 16 else None  # in 16 bits there are often 12
-    if white and white >= 255 and white & (white + 1) == 0:  # 2^n - 1: a depth, no statistic
-        bits = white.bit_length()
+    if said := _bits_said(image):
+        bits = said
     elif image.format == "PPM" and not _is_deep(image):  # PIL scales by the maximum that it says
         bits = 16
     inverted = _tag(image, _PHOTOMETRIC) == 0
     return functools.partial(_eight_bits, room=room, bits=bits, inverted=inverted)
+
+
+def _bits_said(image: Image.Image) -> int | None:
+    """By its largest possible sample, where that is 2^n - 1: a depth, and no statistic."""
+    white = _tag(image, _MAX_SAMPLE)
+    return white.bit_length() if white and white >= 255 and white & (white + 1) == 0 else None
 
 
 def _eight_bits(pixels: np.ndarray, room: int, bits: int | None, inverted: bool) -> np.ndarray:
@@ -221,8 +229,13 @@ def _bits_seen(high: int, room: int) -> int:
     return 16
 
 
-def _check_high_bytes(image: Image.Image):
+def _check_high_bytes(image: Image.Image, said: int | None):
     """As `_bits_seen`, for colours; PIL has kept the high byte of each sample."""
+    if said and said < 16:
+        raise ValueError(
+            f"its colours have {said} of 16 bits, of which Pillow keeps the highest 8; scale them"
+            " to 8 or 16 bits"
+        )
     bands = zip(image.getbands(), np.reshape(image.getextrema(), (-1, 2)), strict=True)
     if max(high for band, (_, high) in bands if band != "A") < 1 << 6:
         raise ValueError(f"{_UNKNOWN_DEPTH.format(16)}: the highest two are never used")
@@ -272,6 +285,7 @@ def refusal(errors: list[BadImage], more: str) -> InputError:
     """One error for all of them, which ends with what can be done."""
     if len(errors) == 1:
         return InputError(f"{errors[0]}{more}")
-    named = ", ".join(map(str, errors[:_NAMED]))
-    others = f" and {len(errors) - _NAMED:,} more" if len(errors) > _NAMED else ""
+    shown = most(_NAMED)
+    named = ", ".join(map(str, errors[:shown]))
+    others = f" and {len(errors) - shown:,} more" if len(errors) > shown else ""
     return InputError(f"{len(errors):,} images cannot be read: {named}{others}{more}")

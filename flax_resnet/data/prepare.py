@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 from dataclasses import replace
+from unicodedata import normalize
 
 import numpy as np
 
@@ -135,7 +136,8 @@ def contents(dataset: DataSet) -> dict:
 def check_contents(now: dict, before: dict):
     """Raises InputError where the contents of a run's data are no longer what they were."""
     for what, value in now.items():
-        if before.get(what, value) != value:  # checkpoints of earlier versions have none of them
+        # Checkpoints of earlier versions have none of them, or names as the disk has them.
+        if normalize("NFC", before.get(what, value)) != normalize("NFC", value):
             raise InputError(
                 f"the data is not what the run began with: {what}: {before[what]}, now {value}"
             )

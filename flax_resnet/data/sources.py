@@ -22,7 +22,7 @@ from flax_resnet.data.folders import HIDDEN_FOLDER, Listing, list_splits
 from flax_resnet.data.image_files import bad_images, decode_image, is_turned, read_image
 from flax_resnet.data.shared import Names, SharedArrays
 from flax_resnet.errors import InputError
-from flax_resnet.text import listed, printable
+from flax_resnet.text import listed, most, printable
 
 _LOOKED_AT = 300
 """Images at most whose EXIF orientation is looked at when a data set is opened."""
@@ -152,6 +152,9 @@ class DataSet:
     turned: tuple[int, int] = (0, 0)
     """Training images with an EXIF rotation that is not applied, and how many were looked at."""
 
+    own_splits: tuple[str, ...] = ()
+    """Of validation and test those that the set brings with it: they are not cut off."""
+
     @property
     def ignored_files(self) -> int:
         """Number of files in class folders that are not named as images."""
@@ -159,18 +162,24 @@ class DataSet:
 
     def remarks(self, why_turned: str = TURN) -> Iterator[str]:
         """A line for each thing about the images that a person should know."""
-        for path, reason in self.bad_images[:_NAMED]:
+        shown = most(_NAMED)
+        for path, reason in self.bad_images[:shown]:
             yield f"left out: {printable(path)} ({reason})"
-        if more := self.bad_images[_NAMED:]:
+        if more := self.bad_images[shown:]:
             yield f"left out: {len(more):,} more"
-        files = self.passed_over - Counter({HIDDEN_FOLDER: self.passed_over[HIDDEN_FOLDER]})
-        if files:
-            kinds = listed(f"{count:,} {suffix}" for suffix, count in files.most_common())
-            yield f"passed over: {self.ignored_files:,} file(s) not named as images: {kinds}"
-        if folders := self.passed_over[HIDDEN_FOLDER]:
-            yield f"passed over: {folders:,} {HIDDEN_FOLDER}(s)"
+        yield from passed_over_remarks(self.passed_over)
         if self.turned[0]:
             yield turned_remark(*self.turned, why_turned)
+
+
+def passed_over_remarks(passed_over: Counter[str]) -> Iterator[str]:
+    """What to say of hidden folders and of files of other suffixes among the images."""
+    files = passed_over - Counter({HIDDEN_FOLDER: passed_over[HIDDEN_FOLDER]})
+    if files:
+        kinds = listed(f"{count:,} {suffix}" for suffix, count in files.most_common())
+        yield f"passed over: {files.total():,} file(s) not named as images: {kinds}"
+    if folders := passed_over[HIDDEN_FOLDER]:
+        yield f"passed over: {folders:,} {HIDDEN_FOLDER}(s)"
 
 
 def turned_remark(turned: int, looked_at: int, why: str) -> str:
@@ -197,6 +206,7 @@ def open_dataset(config: DataConfig) -> DataSet:
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
 
+    facts["own_splits"] = tuple(splits.keys() - {"train"})
     train = splits["train"]
     for split in ("test", "validation"):
         if split not in splits:

@@ -38,6 +38,12 @@ _CLUSTERS = {
 
 _HOSTS = "SLURM_STEP_NODELIST"
 
+_PORTS_OF_JOBS = (
+    ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK", 2**12),
+    ("SLURM_JOB_ID", "SLURM_PROCID", 1),
+)
+"""(number of the job, of the process, what the former is a multiple of), in JAX's order"""
+
 _MOST_PROCESSES = 1_000_000
 
 _DEAD = (
@@ -93,6 +99,7 @@ def _connect(coordinator, num_processes, process_id, timeout):
             raise InputError("--num-processes and --process-id need --coordinator HOST:PORT")
         if coordinator is None and not _started_by_a_cluster():
             return
+        _check_cluster_port()
         address, given = "the address that the cluster names", (None,) * 3
     else:
         _check_arguments(coordinator, num_processes, process_id)
@@ -100,7 +107,7 @@ def _connect(coordinator, num_processes, process_id, timeout):
         if process_id:
             _wait_for(coordinator, timeout)
         else:
-            _check_free(int(coordinator.rpartition(":")[2]))
+            _check_free(int(coordinator.rpartition(":")[2]), "--coordinator")
     # Its handler would swallow a SIGTERM; the training loop has its own.
     jax.config.update("jax_enable_preemption_service", False)
     _on_abort(f"error: not all processes came to {address} within {timeout} s", 2)
@@ -159,7 +166,21 @@ def _is_host(name) -> bool:
         return False
 
 
-def _check_free(port):
+def _check_cluster_port():
+    """`_check_free` in process 0 of the port that JAX makes of a job's number."""
+    for job, rank, unit in _PORTS_OF_JOBS:
+        number = os.environ.get(job, "").partition(".")[0]
+        if number.isdecimal():
+            port = 2**16 - 2**12 + int(number) // unit % 2**12
+            chosen = os.environ.get("JAX_COORDINATOR_PORT") or str(port)
+            if not (chosen.isdecimal() and 0 < int(chosen) < 2**16):
+                raise InputError(f"JAX_COORDINATOR_PORT is {chosen!r}, not the number of a port")
+            if os.environ.get(rank) == "0":
+                _check_free(int(chosen), "JAX_COORDINATOR_PORT chooses another one")
+            return
+
+
+def _check_free(port, where):
     """jax.distributed would die of a segmentation fault where another program listens."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     with socket.socket(family) as probe:
@@ -168,7 +189,7 @@ def _check_free(port):
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise InputError(f"--coordinator: port {port}: {error.strerror}") from None
+            raise InputError(f"{where}: port {port}: {error.strerror}") from None
 
 
 def _wait_for(coordinator, timeout):

@@ -5,6 +5,7 @@ import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +160,9 @@ def load_run(run_dir: Path | str) -> LoadedRun:
     """
     document, config, network, state = restore(run_dir, chosen_step)
     variables = jax.tree.map(jnp.asarray, steps.evaluation_variables(state))
-    class_names, channels = tuple(document["class_names"]), document["channels"]
+    # Earlier versions wrote names as the disk has them.
+    class_names = tuple(normalize("NFC", name) for name in document["class_names"])
+    channels = document["channels"]
     contents = document.get("contents", {})
     return LoadedRun(config, class_names, channels, network, variables, contents)
 

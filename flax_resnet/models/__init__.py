@@ -1,5 +1,6 @@
 """The 16 networks by name."""
 
+import numbers
 from typing import get_args
 
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ from flax_resnet.config import Architecture, ModelConfig, nearest
 from flax_resnet.errors import InputError
 from flax_resnet.models.cnn import BasicCNN
 from flax_resnet.models.resnet import CONSTRUCTORS
+
+MOST = 1_000_000
+"""Classes and channels."""
 
 STEMS = ("imagenet", "cifar")
 SHORTCUTS = ("pad", "projection")
@@ -81,7 +85,8 @@ def create_model(
         zero) or "projection" (option B: 1x1 convolution and BatchNorm).
 
     Raises:
-      InputError: an unknown name (the nearest valid one is named), stem, shortcut or option.
+      InputError: an unknown name (the nearest valid one is named), stem, shortcut or type, or a
+        number out of range.
 
     Example:
       >>> model = flax_resnet.create_model("resnet18", num_classes=3, stem="cifar")
@@ -93,8 +98,8 @@ def create_model(
         raise InputError(f"unknown architecture {arch!r}{nearest(arch, list_models())}")
     check_stem(arch, stem)
     check_shortcut(arch, shortcut)
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout {dropout} is not in [0, 1)")
+    _check_numbers({"num_classes": num_classes, "in_channels": in_channels}, dropout)
+    _check_types({"dtype": dtype, "param_dtype": param_dtype})
     options = dict(
         in_channels=in_channels,
         dropout=dropout,
@@ -112,6 +117,25 @@ def create_model(
     if has_shortcut_choice(arch):
         options |= dict(projection=shortcut == "projection")
     return CONSTRUCTORS[arch](num_classes=num_classes, **options)
+
+
+def _check_numbers(counts: dict, dropout):
+    for name, value in counts.items():
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not (whole and 1 <= value <= MOST):
+            raise InputError(f"{name} is a whole number from 1 to {MOST:,}, got {value!r:.80}")
+    if not (isinstance(dropout, numbers.Real) and 0 <= dropout < 1):
+        raise InputError(f"dropout {dropout!r:.80} is not in [0, 1)")
+
+
+def _check_types(types: dict):
+    for name, value in types.items():
+        try:
+            floating = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
+        except TypeError:
+            floating = False
+        if not floating:
+            raise InputError(f"{name} is a floating-point type, got {value!r:.80}")
 
 
 _COMPUTE_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float64": jnp.float64}

@@ -50,7 +50,7 @@ class BasicCNN(nnx.Module):
         if min(height, width) < SMALLEST:
             raise InputError(
                 f"basic_cnn takes images of at least {SMALLEST}x{SMALLEST} pixels, not"
-                f" {height}x{width}: give a larger --image-size"
+                f" {height}x{width}"
             )
         for layer in (self.conv1, self.conv2, self.conv3):
             x = max_pool(relu(layer(x)), 2, 2)

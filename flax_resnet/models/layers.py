@@ -159,8 +159,8 @@ class BatchNorm(nnx.Module):
             count *= lax.axis_size(self.axis_name)
         if count < 2:
             raise InputError(
-                "BatchNorm in training needs more than one value per channel: give a larger"
-                " --batch-size or --image-size"
+                "BatchNorm in training needs more than one value per channel: take several images"
+                " at once, or larger ones, or call model.eval() first"
             )
         first = self._mean(x)
         distance = x - _along(first, x)
@@ -344,4 +344,4 @@ def _pooling_matrix(length, size):
 
 def flatten_channels_first(x):
     """`[B, H, W, C]` -> `[B, C * H * W]`, in torch's order, so that Linear weights carry over."""
-    return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+    return x.transpose(0, 3, 1, 2).reshape(x.shape[0], math.prod(x.shape[1:]))  # also of no image

@@ -37,6 +37,7 @@ from flax_resnet.text import listed, printable
 _MANIFEST = "manifest.json"
 _DOCUMENT = "document/metadata"
 _UNKNOWN = -1  # step
+_NAME = re.compile("0|[1-9][0-9]*")
 
 
 class Checkpoints:
@@ -101,7 +102,7 @@ class Checkpoints:
     def _write(self, step, state, document):
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_flatten(state)),
-            document=ocp.args.JsonSave(finite(document)),
+            document=ocp.args.JsonSave(finite(document | {"step": step})),
         )
         try:
             # Without `force` Orbax saves nothing below the highest number among the folders.
@@ -223,7 +224,7 @@ def _quieten():
 def steps_in(directory: Path) -> list[int]:
     """The steps that lie in a directory of checkpoints, sound or not; a folder that is called like
     a step and has nothing of a checkpoint in it is none."""
-    named = [path for path in directory.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name)]
+    named = [path for path in directory.glob("*") if _NAME.fullmatch(path.name)]
     return sorted(int(path.name) for path in named if _is_step(path))
 
 
@@ -245,6 +246,9 @@ def newest_document(directory: Path, say: Callable[[str], None]) -> dict | None:
 
 
 def _newest_sound(directory: Path, wanted, say, damage_of) -> int | None:
+    for path in sorted(directory.glob("*")):
+        if (path / _MANIFEST).is_file() and not _NAME.fullmatch(path.name):
+            say(f"{printable(path)} passed over: a checkpoint has the number of its step as name")
     for step in reversed(steps_in(directory)):
         if fault := damage_of(directory / str(step)):
             say(f"checkpoint of step {step} passed over: {fault}")
@@ -322,7 +326,7 @@ def damage(directory: Path) -> str | None:
         if not (directory / _MANIFEST).is_file():
             return "its manifest is missing (the save was cut off)"
         digests = json.loads((directory / _MANIFEST).read_bytes())
-        return _difference(digests, _files(directory))
+        return _difference(digests, _files(directory)) or _of_another_step(directory)
     except (ValueError, RecursionError):
         return "its manifest is damaged"
     except OSError as error:
@@ -340,6 +344,12 @@ def _difference(digests: dict, files: dict[str, Path]) -> str | None:
         if _sha256(path) != digests[name]:
             return f"{name} is damaged"
     return None
+
+
+def _of_another_step(directory: Path) -> str | None:
+    """A checkpoint was copied or renamed; those of earlier versions do not know their step."""
+    step = _document(directory).get("step", directory.name)
+    return None if str(step) == directory.name else f"it was written as that of step {step}"
 
 
 def _sha256(path: Path) -> str:

@@ -39,6 +39,9 @@ class RunDirectory:
             clear(self.path)
         if os.path.lexists(self.checkpoints) and not self.checkpoints.is_dir():
             raise InputError(f"{self.checkpoints} is not a directory")
+        for name in (*TABLES, *RESULTS, "config.json", "report.json", DIGESTS):
+            if (self.path / name).is_dir():
+                raise InputError(f"{self.path / name} is a directory, not the run's file; move it")
         self._say, self._writer = say, None
         names = {name: (self.path / name, self.checkpoints / name) for name in TABLES}
         self._tables = {name: Table(*copies) for name, copies in names.items()}

@@ -7,13 +7,14 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unicodedata import normalize
 
 from flax_resnet.config import TrainConfig, flat, from_dict
 from flax_resnet.errors import InputError
 from flax_resnet.runs import tables
 from flax_resnet.runs.checkpoint import damage, newest_document, steps_in
 from flax_resnet.runs.owned import DIGESTS, RESULTS
-from flax_resnet.text import listed
+from flax_resnet.text import listed, printable
 
 Say = Callable[[str], None]
 
@@ -46,6 +47,13 @@ def read_config(run_dir: Path | str, say: Say = warn) -> TrainConfig:
     for fault in config_faults(run_dir, document):
         say(fault)
     return from_dict(document["config"])
+
+
+def class_names(run_dir: Path | str) -> tuple[str, ...]:
+    """The names of a run's classes in the order of its logits; () of what is no run, or has no
+    checkpoint."""
+    document = newest_document(Path(run_dir) / "checkpoints", lambda line: None) or {}
+    return tuple(normalize("NFC", name) for name in document.get("class_names", ()))
 
 
 def _config_without_checkpoint(run_dir: Path) -> TrainConfig:
@@ -101,12 +109,22 @@ def differences(other: TrainConfig, own: TrainConfig) -> dict[str, str]:
 
 def faults(run_dir: Path | str) -> list[str]:
     """Which files beside the checkpoints are not as the newest sound checkpoint has them, or as the
-    run wrote them: a line each. Nothing is written."""
-    run_dir = Path(run_dir)
-    document = newest_document(run_dir / "checkpoints", lambda line: None)
+    run wrote them: a line each. Nothing is written.
+
+    Raises:
+      InputError: the run is finished, and its weights are lost.
+    """
+    run_dir, said = Path(run_dir), []
+    document = newest_document(run_dir / "checkpoints", said.append)
+    finished = (run_dir / "report.json").exists()
+    if document is None and finished:
+        why = listed(said) or f"{run_dir / 'checkpoints'} has none"
+        raise InputError(
+            f"{run_dir} is finished and has no sound checkpoint: {why}; begin again with"
+            " --overwrite"
+        )
     if document is None:
         return []
-    finished = (run_dir / "report.json").exists()
     whole = finished and not damaged_steps(run_dir)
     found = config_faults(run_dir, document)
     changed = _changed(run_dir) if finished else _changed(run_dir) & {"config.json"}
@@ -157,7 +175,7 @@ def config_from_file(path: Path | str) -> TrainConfig:
     path = Path(path)
     try:
         with path.open(encoding="utf-8-sig") as file:
-            values = json.loads(file.read(_LONGEST_CONFIG))
+            values = json.loads(file.read(_LONGEST_CONFIG), object_pairs_hook=_each_once)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -168,3 +186,12 @@ def config_from_file(path: Path | str) -> TrainConfig:
         return from_dict(values)
     except (InputError, RecursionError) as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _each_once(pairs: list[tuple]) -> dict:
+    values = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{printable(name)} is given twice")
+        values[name] = value
+    return values

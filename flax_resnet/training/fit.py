@@ -118,6 +118,7 @@ def _announce(
         + f", images {data.image_size}x{data.image_size}x{dataset.channels}"
     )
     display.warn(sanity.of_training(sizes[0], config.batch_size))
+    display.warn(sanity.of_settings(config, dataset.channels, dataset.own_splits))
     if data.num_workers and "train" in prepared.images:
         display.warn(["num_workers has no effect: the training images are cached"])
     kind = jax.devices()[0].device_kind
@@ -189,12 +190,15 @@ def _begin(
 def _check_images(network: Network, prepared: Prepared, axis_name: str | None):
     """Raises InputError for images and batches too small for the network. Only the smallest are
     tried: a deep network takes seconds to trace."""
-    batch_size = prepared.config.batch_size
-    if batch_size > 1 and prepared.config.data.image_size >= SMALLEST:
+    batch_size, size = prepared.config.batch_size, prepared.config.data.image_size
+    if batch_size > 1 and size >= SMALLEST:
         return
     images = jax.ShapeDtypeStruct((1, batch_size, *prepared.image_shape), jnp.float32)
     apply = functools.partial(network.apply, train=True)
-    jax.eval_shape(jax.vmap(apply, (None, 0), axis_name=axis_name), network.initial, images)
+    try:
+        jax.eval_shape(jax.vmap(apply, (None, 0), axis_name=axis_name), network.initial, images)
+    except InputError as error:
+        raise InputError(f"batch_size {batch_size}, image_size {size}: {error}") from None
 
 
 def _weights_digest(network: Network) -> dict:

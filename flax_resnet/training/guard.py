@@ -45,11 +45,10 @@ def fault_of_step(step: int, last_finite: dict | None, saved: int | None, place)
             f"last finite loss {last_finite['loss']:.6g},"
             f" gradient norm {last_finite['gradient_norm']:.6g}"
         )
-    from_where = f"checkpoint of step {saved}" if saved is not None else "no checkpoint yet"
-    return NonFiniteLoss(
-        f"step {step}: the loss or gradient is not finite; {seen}; {from_where}"
-        f" in {place}; --init-from it in {_SMALLER_STEPS}"
-    )
+    what_next = f"there is no checkpoint yet; begin again in {_SMALLER_STEPS}"
+    if saved is not None:
+        what_next = f"checkpoint of step {saved} in {place}; --init-from it in {_SMALLER_STEPS}"
+    return NonFiniteLoss(f"step {step}: the loss or gradient is not finite; {seen}; {what_next}")
 
 
 def fault_of_epoch(epoch: int) -> NonFiniteLoss:

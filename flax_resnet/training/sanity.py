@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flax_resnet.config import DataConfig, TrainConfig
+
 _FEWEST_STEPS = 10
 _DROPPED = 0.05  # share of the training images above which the dropped ones are mentioned
 _ABOVE_GUESSING = 1.5  # times the loss of uniform guessing
@@ -26,6 +28,45 @@ def of_training(num_images: int, batch_size: int) -> list[str]:
         found.append(f"{dropped:,} of {num_images:,} training images are left out of every epoch,"
                      f" others each time: they do not fill a batch of {batch_size:,}")  # fmt: skip
     return found
+
+
+def of_settings(config: TrainConfig, channels: int, own_splits: Sequence[str]) -> list[str]:
+    """Warnings about settings that do nothing with this data, or in so few epochs.
+
+    Args:
+      channels: of the images.
+      own_splits: "validation", "test", or both, where the data set brings them with it.
+    """
+    found = _beyond_the_end(config)
+    for name in (f"{split}_fraction" for split in own_splits):
+        if getattr(config.data, name) != getattr(DataConfig(), name):
+            found.append(f"{name} has no effect: the data set has such a split of its own")
+    for name in ("saturation", "hue"):
+        if channels == 1 and getattr(config.augment, name):
+            found.append(f"{name} has no effect: the images are gray")
+    optimizer, schedule = config.optimizer, config.schedule
+    if optimizer.optimizer == "sgd" and optimizer.nesterov and not optimizer.momentum:
+        found.append("nesterov has no effect with momentum 0")
+    if schedule.schedule in ("cosine", "plateau") and schedule.min_lr > optimizer.lr:
+        found.append(f"min_lr {schedule.min_lr:g} is above lr {optimizer.lr:g}, which cannot fall")
+    return found
+
+
+def _beyond_the_end(config: TrainConfig) -> list[str]:
+    kind, schedule, epochs = config.schedule.schedule, config.schedule, config.epochs
+    lengths = {
+        "warmup_epochs": (schedule.warmup_epochs,),
+        "milestones": schedule.milestones if kind == "multistep" else (),
+        "step_epochs": (schedule.step_epochs,) if kind == "step" else (),
+        "plateau_patience": (schedule.plateau_patience,) if kind == "plateau" else (),
+        "patience": (config.early_stopping.patience,),
+    }
+    late = {n: [f"{x:g}" for x in values if x >= epochs] for n, values in lengths.items()}
+    return [
+        f"{name} {' '.join(values)} lies beyond the {epochs} epoch(s) of the run"
+        for name, values in late.items()
+        if values
+    ]
 
 
 def of_results(splits: dict[str, dict], confusions: dict[str, np.ndarray],

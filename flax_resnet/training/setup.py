@@ -124,6 +124,8 @@ def set_up(
             f"{directory.path}: none of its checkpoints is sound, and its weights came"
             f" from {config.init_from}: begin again with --overwrite"
         )
+    elif (table := directory.path / "metrics.csv").exists():
+        display.say(f"no checkpoint belongs to {table}: the run begins again at step 0")
     checkpoints.delete_after(step)
     batches = _batches(prepared, engine, start=step or 0)
     directory.start_logs(document, step or 0)

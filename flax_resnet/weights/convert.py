@@ -7,6 +7,7 @@ Images of a name: torch `layer1.0.conv1.weight` [O, I, kh, kw] <-> NNX `layer1.0
 import functools
 import itertools
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ from flax import nnx
 from flax_resnet.errors import InputError
 from flax_resnet.models import create_model, has_shortcut_choice, has_stem_choice, list_models
 from flax_resnet.models.resnet import CONSTRUCTORS
-from flax_resnet.text import listed, printable
-from flax_resnet.weights import names
+from flax_resnet.text import listed, most, printable
+from flax_resnet.weights.files import names
 
 # NNX leaf and rank -> torch leaf, axes that bring a torch array to NNX (and their inverse back).
 _LEAVES = {
@@ -136,13 +137,31 @@ def conform(arrays: dict[str, np.ndarray], shapes: dict[str, tuple]) -> dict[str
     Raises:
       InputError: as `load_state_dict`.
     """
-    arrays = translate_names(arrays)
+    arrays = translate_names(_as_arrays(arrays))
     if not any(map(_is_count, arrays)):
         arrays |= {name: np.zeros((), np.int64) for name in filter(_is_count, shapes)}
     if found := faults(shapes, arrays):
         found.append(f"the nearest architecture is {_describe_nearest(arrays)}")
         raise InputError("weights do not fit the model: " + "; ".join(found))
     return {name: _widen(np.array(arrays[name], order="C"), name) for name in shapes}
+
+
+def _as_arrays(arrays) -> dict[str, np.ndarray]:
+    """Raises InputError for what is no mapping of names to arrays."""
+    if not isinstance(arrays, Mapping):
+        raise InputError(f"weights are a dict of names and arrays, got {type(arrays).__name__}")
+    converted = {}
+    for name, array in arrays.items():
+        if not isinstance(name, str):
+            raise InputError(f"names of weights are text, got {printable(repr(name))}")
+        try:
+            converted[name] = np.asarray(array)
+        except Exception:  # torch raises many kinds, of bfloat16 and of what requires a gradient
+            raise InputError(
+                f"{printable(name)} is a {type(array).__name__} that NumPy does not take; of a"
+                " tensor give tensor.detach().float().cpu().numpy()"
+            ) from None
+    return converted
 
 
 class Architecture(NamedTuple):
@@ -219,7 +238,7 @@ def faults(shapes: dict[str, tuple], arrays: dict[str, np.ndarray]) -> list[str]
     found += [f"unexpected {listed(extra)}"] if extra else []
     both = sorted(shapes.keys() & arrays.keys())
     wrong = [fault for name in both if (fault := _fault(name, arrays[name], shapes[name]))]
-    return found + wrong[:MOST_FAULTS] + _more(len(wrong) - MOST_FAULTS)
+    return found + wrong[: most(MOST_FAULTS)] + _more(len(wrong) - most(MOST_FAULTS))
 
 
 def _fault(name: str, array, shape: tuple) -> str | None:

@@ -55,6 +55,8 @@ def load(path: Path, key: str | None = None, *, ema: bool = False) -> tuple[dict
     arrays, has_checksums = read(path)
     if not arrays:
         raise InputError(f"{path}: there is no tensor in it")
+    if list(arrays) == [""]:
+        raise InputError(f"{path}: a single tensor without a name, not the weights of a network")
     try:
         choice = names.choose(arrays, key, ema=ema)
     except InputError as error:
