@@ -32,6 +32,7 @@ from flax_resnet.recipes import RECIPES
 from flax_resnet.runs.directory import RunDirectory
 from flax_resnet.runs.display import Display
 from flax_resnet.training import guard
+from flax_resnet.training.fit import fit
 from flax_resnet.training.guard import NonFiniteLoss
 from flax_resnet.training.progress import Interrupted
 
@@ -428,7 +429,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, lr):
 
 def test_it_names_the_checkpoint_to_go_on_from():
     error = guard.fault_of_step(21, {"loss": 2, "gradient_norm": 3}, 20, "run")
-    words = ("step 21", "last finite loss 2,", "checkpoint of step 20 in run; --init-from it in")
+    words = ("step 21", "last finite loss 2,", "checkpoint of step 20 in run; `init_from` it in")
     assert all(part in str(error) for part in words)
 
 
@@ -790,3 +791,13 @@ def test_help_says_first_what_a_command_does(script, words):
         out.index(f"usage: {script}.py {words}"),
     )
     assert out[0].isupper() and about < usage
+
+
+def test_the_library_names_settings_and_the_commands_flags(tmp_path):
+    config = cli.merge(TrainConfig(), {"parallel": {"parallel": "pmap", "shard_parameters": True}})
+    with pytest.raises(InputError, match="`shard_parameters`: pmap") as error:
+        fit(config, tmp_path / "run")
+    assert "--" not in str(error.value)
+    outcome = run_script("train.py", "--parallel", "pmap", "--shard-parameters")
+    refused(outcome, "--shard-parameters: pmap")
+    assert cli.as_flags("a smaller `batch_size`; `x y`") == "a smaller --batch-size; `x y`"

@@ -90,11 +90,10 @@ def test_a_signal_before_the_first_step_is_a_line_and_leaves_nothing(tmp_path, m
 
 
 def test_ctrl_c_amid_the_imports_is_no_traceback():
-    """`_memory` is what a script imports first; here nothing else follows but Ctrl-C."""
-    code = "import os, signal, _memory; os.kill(os.getpid(), signal.SIGINT); print('survived')"
-    outcome = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True
-    )
+    """`memory` is what a command imports first; here nothing else follows but Ctrl-C."""
+    code = "import os, signal; from flax_resnet.commands import memory;"
+    code += "os.kill(os.getpid(), signal.SIGINT); print('survived')"
+    outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (outcome.returncode, outcome.stdout, outcome.stderr) == (-signal.SIGINT, "", "")
 
 

@@ -266,7 +266,7 @@ def test_all_bad_images_are_named_at_once(tree):
         decode_all(source, Decoder(size=8, resize=8))
     message = str(error.value)
     assert message.startswith("7 images cannot be read: ") and "ant/04.png" in message
-    assert message.endswith("and 2 more; --on-bad-image skip leaves such files out")
+    assert message.endswith("and 2 more; `on_bad_image` skip leaves such files out")
 
 
 def test_class_of_bad_images_only(tree):

@@ -279,7 +279,7 @@ def test_more_images_than_memory_are_refused_before_they_are_read():
     data = {"cache": "device", "image_size": "224"}
     config = cli.merge(TrainConfig(), {"data": data})
     dataset = SimpleNamespace(train=Millions(), validation=(), test=(), channels=3)
-    with pytest.raises(InputError, match=r"140,190.1 GiB.*--cache none"):
+    with pytest.raises(InputError, match=r"140,190.1 GiB.*`cache` none"):
         prepare._that_fit(config, dataset)
 
 

@@ -332,9 +332,9 @@ def test_what_differs_is_named(monkeypatch):
         (("host:1234", 0, 0), "0 is not one of 0 processes"),
         (("host:1234", 2, -1), "-1 is not one of 2 processes"),
         (("host:1234", 10**18, 0), "at most 1,000,000"),
-        (("host:1234", 2, None), "needs --num-processes and --process-id"),
+        (("host:1234", 2, None), "needs `num_processes` and `process_id`"),
         (("host:1234", 2, 2), "2 is not one of 2 processes"),
-        ((None, 2, 0), "need --coordinator"),
+        ((None, 2, 0), "need `coordinator`"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments, words):

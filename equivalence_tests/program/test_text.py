@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from equivalence_tests.program.command import run_script
-from flax_resnet import cli, convert, errors
-from flax_resnet.config import InputError
+from flax_resnet import errors
+from flax_resnet.commands import cli
 from flax_resnet.data import sources
 from flax_resnet.data.image_files import BadImage, refusal
+from flax_resnet.errors import InputError
 from flax_resnet.text import listed, printable
+from flax_resnet.weights import convert
 
 STEERING = ["\x1b[31m", "\x07", "\r", "\n", "\x9b2J", "\u202e", "\u2066", "\u200f", "\u2028"]
 

@@ -343,11 +343,11 @@ FORMS = {
     "any prefix": (lambda w: prefixed(w, "my.own_net."), "prefix 'my.own_net.' dropped"),
     "beside its average": (
         lambda w: {"state_dict": w, "state_dict_ema": other(w)},
-        "under 'state_dict'; averaged weights are under state_dict_ema: --ema takes them",
+        "under 'state_dict'; averaged weights are under state_dict_ema: `ema` takes them",
     ),
     "beside its average in one mapping": (
         lambda w: prefixed(w, "model.") | prefixed(other(w), "model_ema.module."),
-        "prefix 'model.' dropped; averaged weights are under model_ema.module: --ema takes them",
+        "prefix 'model.' dropped; averaged weights are under model_ema.module: `ema` takes them",
     ),
     "beside the optimizer": (
         lambda w: {"state_dict": w, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}},
@@ -371,13 +371,13 @@ def test_the_average_is_taken_where_it_is_asked_for(tensors, tmp_path):
     assert same(files.load(path, "model_ema")[0], other(tensors))
     assert same(files.load(path, "model")[0], tensors)
     path = saved(tmp_path, {"model": tensors})
-    with pytest.raises(InputError, match="--ema: no averaged weights; there are model"):
+    with pytest.raises(InputError, match="`ema`: no averaged weights; there are model"):
         files.load(path, ema=True)
 
 
 def test_of_several_networks_none_is_guessed(tensors, tmp_path):
     path = saved(tmp_path, {"student": {"net": tensors}, "critic": other(tensors)})
-    with pytest.raises(InputError, match="several networks: student.net, critic; .*--weights-key"):
+    with pytest.raises(InputError, match="several networks: student.net, critic; .*`weights_key`"):
         files.load(path)
     for key in ("critic", "student", "student.net", "student/net", "net"):
         expected = other(tensors) if key == "critic" else tensors

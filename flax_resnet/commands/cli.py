@@ -231,7 +231,13 @@ def _outcome(main) -> tuple[int, str]:
     except pydantic.ValidationError as error:  # a field of a config, replaced by a flag
         return errors.verdict(InputError(_faults(error)))
     except (Exception, KeyboardInterrupt) as error:
-        return errors.verdict(error)
+        status, line = errors.verdict(error)
+        return status, as_flags(line)
+
+
+def as_flags(line: str) -> str:
+    """A message of the library, which names settings as `batch_size`, with the flags instead."""
+    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda name: _flag(name[1]), line)
 
 
 def leave(status: int, line: str) -> typing.NoReturn:

@@ -6,8 +6,6 @@ pixels, batch 128, one core). A thread keeps the arena that it got first, so thi
 the threads of NumPy and JAX. With a GPU's plugin installed, or without glibc, nothing happens.
 
 Until `cli.run_command`, Ctrl-C ends the process by itself: amid an import it would be a traceback.
-
-Until `cli.run_command`, Ctrl-C ends the process by itself: amid an import it would be a traceback.
 """
 
 import ctypes

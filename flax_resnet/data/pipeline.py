@@ -117,7 +117,7 @@ def whole(parts: Iterable[list], source) -> Iterator[list[np.ndarray]]:
         if not bad:
             yield part
     if bad:
-        hint = "" if source.names is None else "; --on-bad-image skip leaves such files out"
+        hint = "" if source.names is None else "; `on_bad_image` skip leaves such files out"
         raise refusal(bad, hint)
 
 

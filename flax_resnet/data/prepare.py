@@ -209,6 +209,6 @@ def _that_fit(config, dataset) -> dict:
     if kept > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
         raise InputError(
             f"the images to keep decoded take {kept / 2**30:,.1f} GiB, this machine has"
-            f" {memory / 2**30:,.1f}: --cache none"
+            f" {memory / 2**30:,.1f}: `cache` none"
         )
     return sources

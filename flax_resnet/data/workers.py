@@ -104,7 +104,7 @@ def _death(status):
     if status == -signal.SIGKILL:
         return (
             "a decoding process was killed (signal 9), out of memory perhaps: take fewer"
-            " --num-workers"
+            " `num_workers`"
         )
     how = f"was killed (signal {-status})" if status < 0 else f"ended with status {status}"
     return f"a decoding process {how}"

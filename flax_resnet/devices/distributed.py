@@ -96,7 +96,7 @@ def joined(coordinator: str | None, num_processes, process_id, *, timeout: int):
 def _connect(coordinator, num_processes, process_id, timeout):
     if coordinator in (None, "auto"):
         if (num_processes, process_id) != (None, None):
-            raise InputError("--num-processes and --process-id need --coordinator HOST:PORT")
+            raise InputError("`num_processes` and `process_id` need `coordinator` HOST:PORT")
         if coordinator is None and not _started_by_a_cluster():
             return
         _check_cluster_port()
@@ -107,7 +107,7 @@ def _connect(coordinator, num_processes, process_id, timeout):
         if process_id:
             _wait_for(coordinator, timeout)
         else:
-            _check_free(int(coordinator.rpartition(":")[2]), "--coordinator")
+            _check_free(int(coordinator.rpartition(":")[2]), "`coordinator`")
     # Its handler would swallow a SIGTERM; the training loop has its own.
     jax.config.update("jax_enable_preemption_service", False)
     _on_abort(f"error: not all processes came to {address} within {timeout} s", 2)
@@ -148,14 +148,14 @@ def _number(name, tasks) -> int:
 def _check_arguments(coordinator, num_processes, process_id):
     host, _, port = coordinator.rpartition(":")
     if not _is_host(host) or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InputError(f"--coordinator: {coordinator!r} is neither HOST:PORT nor auto")
+        raise InputError(f"`coordinator`: {coordinator!r} is neither HOST:PORT nor auto")
     if num_processes is None or process_id is None:
-        raise InputError("--coordinator HOST:PORT needs --num-processes and --process-id")
+        raise InputError("`coordinator` HOST:PORT needs `num_processes` and `process_id`")
     if num_processes > _MOST_PROCESSES:
-        raise InputError(f"--num-processes: at most {_MOST_PROCESSES:,}, got {num_processes}")
+        raise InputError(f"`num_processes`: at most {_MOST_PROCESSES:,}, got {num_processes}")
     if not 0 <= process_id < num_processes:
         raise InputError(
-            f"--process-id: {process_id} is not one of {num_processes} processes, counted from 0"
+            f"`process_id`: {process_id} is not one of {num_processes} processes, counted from 0"
         )
 
 

@@ -30,12 +30,12 @@ class Engine:
         self.pmap = config.parallel == "pmap"
         self.shard_parameters = config.shard_parameters
         if self.pmap and config.shard_parameters:
-            raise InputError("--shard-parameters: pmap keeps whole parameters; use --parallel jit")
+            raise InputError("`shard_parameters`: pmap keeps whole parameters; use `parallel` jit")
         if self.pmap and deterministic:
-            raise InputError("--deterministic: pmap takes no such option; use --parallel jit")
+            raise InputError("`deterministic`: pmap takes no such option; use `parallel` jit")
         self.several = jax.process_count() > 1
         if self.pmap and self.several:
-            raise InputError("--parallel pmap: several processes need --parallel jit")
+            raise InputError("`parallel` pmap: several processes need `parallel` jit")
         self.mesh = Mesh(np.array(self.devices), (AXIS,))
         self._whole = NamedSharding(self.mesh, PartitionSpec())
         self._by_row = NamedSharding(self.mesh, PartitionSpec(AXIS))
@@ -200,11 +200,11 @@ def _choose_devices(count: int | None) -> list:
     sizes = [len(devices) for devices in own]
     count = count or sum(sizes)
     if count > sum(sizes):
-        raise InputError(f"--devices {count}: there are {sum(sizes)}")
+        raise InputError(f"`devices` {count}: there are {sum(sizes)}")
     if len(set(sizes)) > 1:
         raise InputError(f"the processes have different numbers of devices: {sizes}")
     if count % len(own):
-        raise InputError(f"--devices {count} cannot be divided among {len(own)} processes")
+        raise InputError(f"`devices` {count} cannot be divided among {len(own)} processes")
     return [device for devices in own for device in devices[: count // len(own)]]
 
 

@@ -76,9 +76,9 @@ def without_data(config: TrainConfig, dataset: str | None, channels: int) -> Tra
     """
     data = config.data
     if None in (data.image_size, data.mean, data.std):
-        raise InputError("without --dataset, --image-size, --mean and --std are needed")
+        raise InputError("without `dataset`, `image_size`, `mean` and `std` are needed")
     if len(data.mean) != channels or len(data.std) != channels:
-        raise InputError(f"--mean and --std need {channels} values, one a channel of the weights")
+        raise InputError(f"`mean` and `std` need {channels} values, one a channel of the weights")
     resize = data.resize_size or data.image_size
     return replace(config, data=replace(data, dataset=dataset or NO_DATA, resize_size=resize))
 
@@ -94,15 +94,15 @@ def class_names(text: str, num_classes: int | None) -> tuple[str, ...]:
         # A byte order mark, which Windows puts first, is no part of a name.
         lines = Path(text).read_text("utf-8-sig").split("\n") if is_file else text.split(",")
     except (OSError, UnicodeDecodeError):
-        raise InputError(f"--class-names: {text} is no readable text") from None
+        raise InputError(f"`class_names`: {text} is no readable text") from None
     names = tuple(normalize("NFC", line.strip()) for line in lines if line.strip())
     if len(names) != (num_classes or len(names)):
         where = text if is_file else f"{text} (a list: there is no such file)"
         raise InputError(
-            f"--class-names: {len(names)} names in {where}, the weights have {num_classes}"
+            f"`class_names`: {len(names)} names in {where}, the weights have {num_classes}"
         )
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise InputError(f"--class-names: given twice: {listed(twice)}")
+        raise InputError(f"`class_names`: given twice: {listed(twice)}")
     return names
 
 

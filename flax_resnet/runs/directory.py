@@ -188,7 +188,7 @@ def check_usable(run_dir: Path, *, resume: bool, overwrite: bool):
     _check_is_run(run_dir)
     if not (resume or overwrite):
         raise InputError(
-            f"{run_dir} exists: continue it with --resume, or replace it with --overwrite"
+            f"{run_dir} exists: continue it with `resume`, or replace it with `overwrite`"
         )
 
 

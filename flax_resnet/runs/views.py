@@ -62,7 +62,7 @@ def _config_without_checkpoint(run_dir: Path) -> TrainConfig:
     if "config.json" in _changed(run_dir):
         raise InputError(
             f"{path} is not as the run wrote it, and there is no checkpoint to go on from: begin"
-            " again with --overwrite"
+            " again with `overwrite`"
         )
     return config
 
@@ -121,7 +121,7 @@ def faults(run_dir: Path | str) -> list[str]:
         why = listed(said) or f"{run_dir / 'checkpoints'} has none"
         raise InputError(
             f"{run_dir} is finished and has no sound checkpoint: {why}; begin again with"
-            " --overwrite"
+            " `overwrite`"
         )
     if document is None:
         return []

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from flax_resnet.devices import distributed
 
-_SMALLER_STEPS = "a new --run-dir with a smaller --lr or --clip-norm 1"
+_SMALLER_STEPS = "a new `run_dir` with a smaller `lr` or `clip_norm` 1"
 
 
 class NonFiniteLoss(distributed.Everywhere):
@@ -47,7 +47,7 @@ def fault_of_step(step: int, last_finite: dict | None, saved: int | None, place)
         )
     what_next = f"there is no checkpoint yet; begin again in {_SMALLER_STEPS}"
     if saved is not None:
-        what_next = f"checkpoint of step {saved} in {place}; --init-from it in {_SMALLER_STEPS}"
+        what_next = f"checkpoint of step {saved} in {place}; `init_from` it in {_SMALLER_STEPS}"
     return NonFiniteLoss(f"step {step}: the loss or gradient is not finite; {seen}; {what_next}")
 
 

@@ -81,7 +81,7 @@ def load_weights(
     path = Path(path)
     if path.is_dir():
         if key is not None or ema:
-            raise InputError(f"{path} is a run, which has one network: no --weights-key, no --ema")
+            raise InputError(f"{path} is a run, which has one network: no `weights_key`, no `ema`")
         with _kept_settings():
             document, _, network, state = restore(path, chosen_step)
             model = network.to_model(steps.evaluation_variables(state))

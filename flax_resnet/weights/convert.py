@@ -18,7 +18,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.models import create_model, has_shortcut_choice, has_stem_choice, list_models
 from flax_resnet.models.resnet import CONSTRUCTORS
 from flax_resnet.text import listed, most, printable
-from flax_resnet.weights.files import names
+from flax_resnet.weights import names
 
 # NNX leaf and rank -> torch leaf, axes that bring a torch array to NNX (and their inverse back).
 _LEAVES = {

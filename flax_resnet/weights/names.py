@@ -72,7 +72,7 @@ class Choice(NamedTuple):
         dropped = f"prefix {printable(self.prefix)!r} dropped" if self.prefix else ""
         head = "the projection head (fc) left out" if self.headless else ""
         left = f"left out: {listed(self.left_out)}" if self.left_out else ""
-        average = f"averaged weights are under {listed(self.averaged)}: --ema takes them"
+        average = f"averaged weights are under {listed(self.averaged)}: `ema` takes them"
         parts = [f"under {printable(self.key)!r}" if self.key else "", dropped, head, left]
         return "; ".join(filter(None, [*parts, average if self.averaged else ""]))
 
@@ -147,14 +147,14 @@ def _one(prefixes: list[str], key: str | None, ema: bool) -> str:
         found = [p for p in prefixes if f".{wanted}." in f".{_shown(p)}."]
         if not found:
             where = f"; there are {_places(prefixes)}" if prefixes else ""
-            raise InputError(f"--weights-key: no network under {printable(key)!r}{where}")
+            raise InputError(f"`weights_key`: no network under {printable(key)!r}{where}")
         prefixes = found
     kinds = {kind: [p for p in prefixes if _is_average(p) == kind] for kind in (False, True)}
     if ema and not kinds[True]:
-        raise InputError(f"--ema: no averaged weights; there are {_places(prefixes)}")
+        raise InputError(f"`ema`: no averaged weights; there are {_places(prefixes)}")
     left = kinds[ema] or kinds[not ema]
     if len(left) > 1:
-        raise InputError(f"several networks: {_places(left)}; choose one with --weights-key KEY")
+        raise InputError(f"several networks: {_places(left)}; choose one with `weights_key` KEY")
     return left[0]
 
 
