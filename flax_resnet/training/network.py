@@ -9,7 +9,7 @@ from flax import nnx
 
 
 class Variables(NamedTuple):
-    """What a forward pass needs."""
+    """Parameters and statistics of a forward pass."""
 
     params: dict
     frozen: dict

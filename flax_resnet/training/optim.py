@@ -48,7 +48,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def _direction(config: OptimizerConfig, momentum) -> optax.GradientTransformation:
-    """What is multiplied by the learning rate, before decoupled decay."""
+    """The update before the learning rate and decoupled decay."""
     beta1 = config.beta1 if momentum is None else momentum
     momentum = config.momentum if momentum is None else momentum
     if config.optimizer in ("adam", "adamw"):
@@ -99,7 +99,7 @@ def _ramp(config, share):
 
 
 def warmth(config: ScheduleConfig, update: int, updates_per_epoch: float) -> float:
-    """Which share of the schedule's first learning rate an update has; 1 after the warm-up."""
+    """Warm-up multiplier of the learning rate at `update`; 1 after the warm-up."""
     warmup = _in_updates(config.warmup_epochs, updates_per_epoch)
     return _ramp(config, update / warmup) if update < warmup else 1.0
 
@@ -154,7 +154,7 @@ def _float(step):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plateau:
-    """What the plateau schedule remembers between two epochs; plain numbers, as in JSON."""
+    """State of the plateau schedule between two epochs; plain numbers, as in JSON."""
 
     best: float | None = None
     """Best value so far."""

@@ -1,4 +1,4 @@
-"""How far a run is, and how a signal ends it."""
+"""The progress of a run, and the signals that end it."""
 
 import dataclasses
 import signal
@@ -22,7 +22,7 @@ class Interrupted(distributed.Everywhere):
 
 @dataclasses.dataclass(kw_only=True)
 class Progress:
-    """How far a run is, as the host knows it: plain numbers, saved with every checkpoint."""
+    """The host's part of the state of a run: plain numbers, saved with every checkpoint."""
 
     epoch: int = 0
     """Epochs done."""
@@ -52,10 +52,10 @@ class Progress:
     """Learning rate of the last step."""
 
     selection: Selection = Selection()
-    """The best epoch, and what early stopping remembers."""
+    """The best epoch, and the state of early stopping."""
 
     plateau: optim.Plateau = optim.Plateau()
-    """What the plateau schedule remembers."""
+    """State of the plateau schedule."""
 
     stopped_early: bool = False
     """Whether early stopping ended the run."""

@@ -1,4 +1,4 @@
-"""What a training works with, from the start of its process to its first step."""
+"""The set-up of a training: state, data and compiled functions before the first step."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ from flax_resnet.training.progress import Progress
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
-    """A training under way: what it works with, and how far it is."""
+    """A training under way: its parts and its state."""
 
     prepared: Prepared
     """The data set, and the config as it was resolved for it."""
 
     contents: dict
-    """What the data set holds (`data.prepare.contents`)."""
+    """Classes, sizes and digests of the data set (`data.prepare.contents`)."""
 
     engine: Engine
     network: Network
@@ -35,10 +35,10 @@ class Run:
     checkpoints: Checkpoints
 
     progress: Progress
-    """How far it is."""
+    """Epochs and steps done."""
 
     state: steps.TrainState
-    """On the devices."""
+    """The state of the step, on the devices."""
 
     batches: Iterator
     """This process's batches, from the next step on."""

@@ -34,10 +34,10 @@ class TrainState(NamedTuple):
     """Batches seen, int32 []."""
 
     params: dict
-    """What is trained."""
+    """Parameters that are trained."""
 
     frozen: dict
-    """Parameters that are not."""
+    """Parameters that are not trained."""
 
     batch_stats: dict
     """BatchNorm's running statistics."""
@@ -66,7 +66,7 @@ def make_state(variables: Variables, config: TrainConfig) -> TrainState:
 
 
 def evaluation_variables(state: TrainState) -> Variables:
-    """What is evaluated and exported: the averaged weights if there are any."""
+    """The variables to evaluate and export: averaged weights if there are any."""
     return Variables(state.ema or state.params, state.frozen, state.batch_stats)
 
 
@@ -176,7 +176,7 @@ def prepare_batch(
 
 
 class Forward(NamedTuple):
-    """What a forward pass over a training batch gives beside the gradients."""
+    """Results of a forward pass over a training batch, beside the gradients."""
 
     loss: jax.Array
     """Cross-entropy without penalties, mean over the global batch, []."""
