@@ -9,7 +9,7 @@ import difflib
 import itertools
 import json
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic import Field
@@ -34,6 +34,8 @@ def nearest(word: str, valid) -> str:
     close = difflib.get_close_matches(str(word), list(valid), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(map(str, valid))}"
 
+
+T = TypeVar("T")
 
 INT32 = 2**31 - 1
 """What a compiled step counts with."""
@@ -67,11 +69,17 @@ PositiveCount = Annotated[int, Field(ge=1, le=INT32)]
 Epochs = Annotated[int, Field(ge=1, le=100_000)]
 BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
 
-_dataclass = pydantic.dataclasses.dataclass(
+_make_dataclass = pydantic.dataclasses.dataclass(
     frozen=True,
     kw_only=True,
     config=pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True),
 )
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+def _dataclass(cls: type[T]) -> type[T]:
+    """A frozen, checked dataclass, which type checkers understand as one."""
+    return _make_dataclass(cls)
 
 
 @_dataclass
