@@ -100,13 +100,9 @@ def create_model(
     check_shortcut(arch, shortcut)
     _check_numbers({"num_classes": num_classes, "in_channels": in_channels}, dropout)
     _check_types({"dtype": dtype, "param_dtype": param_dtype})
-    options = dict(
-        in_channels=in_channels,
-        dropout=dropout,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        rngs=nnx.Rngs(0) if rngs is None else rngs,
-    )
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    options = dict(dropout=dropout, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    options["in_channels"] = in_channels
     if arch == "basic_cnn":
         if zero_init_residual:
             raise InputError("zero_init_residual: basic_cnn has no residual blocks")

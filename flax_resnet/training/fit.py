@@ -77,17 +77,9 @@ def fit(
         for fault in faults(run_dir):
             display.say(f"{fault}; it is written anew")
         config = as_begun(config, read_config(run_dir, say=lambda line: None))
-    several = jax.process_count() > 1
-    if several:
-        asked = {"run_dir": str(run_dir), "resume": resume, "overwrite": overwrite}
-        distributed.check_agreement(asked | environment.code() | flat(config))
-    engine, prepared, network = distributed.together(
-        lambda: _begin(config, run_dir, resume, display)
-    )
-    if several:
-        distributed.check_agreement(fingerprint(prepared) | _weights_digest(network))
-    how = {"resume": resume, "overwrite": overwrite, "say": display.say}
-    directory = _open_directory(run_dir, config, **how)
+    how = {"resume": resume, "overwrite": overwrite}
+    engine, prepared, network = _begin_together(config, run_dir, display, how)
+    directory = _open_directory(run_dir, config, **how, say=display.say)
     try:
         for line in prepared.dataset.remarks():
             display.say(line)
@@ -99,6 +91,21 @@ def fit(
     finally:
         display.stop()
         directory.close()
+
+
+def _begin_together(
+    config: TrainConfig, run_dir: Path | None, display: Display, how: dict
+) -> tuple[Engine, Prepared, Network]:
+    """`_begin` in every process; raises InputError where they disagree on anything."""
+    several = jax.process_count() > 1
+    if several:
+        asked = how | {"run_dir": str(run_dir)}
+        distributed.check_agreement(asked | environment.code() | flat(config))
+    begun = distributed.together(lambda: _begin(config, run_dir, how["resume"], display))
+    if several:
+        _, prepared, network = begun
+        distributed.check_agreement(fingerprint(prepared) | _weights_digest(network))
+    return begun
 
 
 def _announce(
