@@ -9,12 +9,14 @@ import difflib
 import itertools
 import json
 import os
+from pathlib import Path
 from typing import Annotated, Literal, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic import Field
 
 from flax_resnet.errors import InputError
+from flax_resnet.text import printable
 
 Architecture = Literal[
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
@@ -543,6 +545,36 @@ def from_dict(values: dict) -> TrainConfig:
         raise InputError(f"{error.object[: error.end][-30:]!a} is not in UTF-8") from None
     except pydantic.ValidationError as error:
         raise InputError("; ".join(_describe(fault) for fault in error.errors())) from None
+
+
+_LONGEST_CONFIG = 2**24  # characters: a device has no end
+
+
+def config_from_file(path: Path | str) -> TrainConfig:
+    """A config from a JSON file, strictly: every key known, every value of its type."""
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            values = json.loads(file.read(_LONGEST_CONFIG), object_pairs_hook=_each_once)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not readable as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no JSON object")
+    try:
+        return from_dict(values)
+    except (InputError, RecursionError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _each_once(pairs: list[tuple]) -> dict:
+    values = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{printable(name)} is given twice")
+        values[name] = value
+    return values
 
 
 def _describe(fault: dict) -> str:

@@ -1,17 +1,50 @@
-"""The ResNet trainer of flax_resnet in plain PyTorch: the reference it is compared with."""
+"""The ResNet trainer of flax_resnet in plain PyTorch: the reference it is compared with.
 
-import difflib
+Of flax_resnet it takes the config, the errors and the flags, and nothing that computes.
+"""
 
 from torch import nn
 
+from flax_resnet.config import ModelConfig, nearest
+from flax_resnet.errors import InputError
 from torch_ref.cnn import BasicCNN
 from torch_ref.resnet import CIFAR, CONSTRUCTORS, projection
 
 __all__ = ["create_model", "list_models"]
 
+STEMS = ("imagenet", "cifar")
+SHORTCUTS = ("pad", "projection")
+
 
 def list_models() -> list[str]:
+    """The names that `create_model` takes."""
     return [*CONSTRUCTORS, "basic_cnn"]
+
+
+def has_stem_choice(arch: str) -> bool:
+    """Whether the network takes both stems: torchvision's ten do."""
+    return arch in CONSTRUCTORS and arch not in CIFAR
+
+
+def check_stem(arch: str, stem: str | None) -> None:
+    """Raises InputError unless the network can be built with this stem; None is its default."""
+    if stem is not None and not has_stem_choice(arch):
+        raise InputError(f"{arch} has a stem of its own and takes no other, got {stem!r}")
+    if stem not in (None, *STEMS):
+        raise InputError(f"unknown stem {stem!r}{nearest(stem, STEMS)}")
+
+
+def has_shortcut_choice(arch: str) -> bool:
+    """Whether the network takes both shortcuts: He's five for CIFAR do."""
+    return arch in CIFAR
+
+
+def check_shortcut(arch: str, shortcut: str | None) -> None:
+    """Raises InputError unless the network can be built with this shortcut; None is its default."""
+    if shortcut is not None and not has_shortcut_choice(arch):
+        raise InputError(f"{arch} has a shortcut of its own and takes no other, got {shortcut!r}")
+    if shortcut not in (None, *SHORTCUTS):
+        raise InputError(f"unknown shortcut {shortcut!r}{nearest(shortcut, SHORTCUTS)}")
 
 
 def create_model(
@@ -23,35 +56,46 @@ def create_model(
     zero_init_residual: bool = False,
     shortcut: str | None = None,
 ) -> nn.Module:
-    """A freshly initialised net from images [B, in_channels, H, W] to logits [B, num_classes].
+    """A freshly initialised network from images [B, in_channels, H, W] to logits [B, num_classes].
 
     Args:
       name: one of `list_models()`.
       stem: "imagenet" (7x7 stride 2, max-pool; also None) or "cifar" (3x3 stride 1, no pool) for
-        torchvision's ten; the other nets have their own and take None only.
+        torchvision's ten; the other networks have their own and take None only.
       dropout: probability of dropping a feature before the last linear layer.
       zero_init_residual: start the last BatchNorm weight of each residual block at zero.
       shortcut: "pad" (option A: channels of zero; also None) or "projection" (option B: 1x1
-        convolution and BatchNorm) for the CIFAR five; the other nets take None only.
+        convolution and BatchNorm) for the CIFAR five; the other networks take None only.
+
+    Raises:
+      InputError: an unknown name, or a choice that the network does not have.
     """
     if name not in list_models():
-        nearest = difflib.get_close_matches(name, list_models(), n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown model {name!r}, the nearest name is {nearest!r}")
-    if stem is not None and (name in CIFAR or name == "basic_cnn"):
-        raise ValueError(f"{name} has a stem of its own and takes no other, got {stem!r}")
-    if stem not in (None, "imagenet", "cifar"):
-        raise ValueError(f"stem {stem!r} is neither 'imagenet' nor 'cifar'")
-    if shortcut is not None and name not in CIFAR:
-        raise ValueError(f"{name} has a shortcut of its own and takes no other, got {shortcut!r}")
-    if shortcut not in (None, "pad", "projection"):
-        raise ValueError(f"shortcut {shortcut!r} is neither 'pad' nor 'projection'")
+        raise InputError(f"unknown model {name!r}{nearest(name, list_models())}")
+    check_stem(name, stem)
+    check_shortcut(name, shortcut)
     options = {"num_classes": num_classes, "in_channels": in_channels, "dropout": dropout}
     if name == "basic_cnn":
         if zero_init_residual:
-            raise ValueError("zero_init_residual: basic_cnn has no residual blocks")
+            raise InputError("zero_init_residual: basic_cnn has no residual blocks")
         return BasicCNN(**options)
-    if name not in CIFAR:
+    if has_stem_choice(name):
         options["stem"] = stem or "imagenet"
     if shortcut == "projection":
         options["shortcut"] = projection
     return CONSTRUCTORS[name](zero_init_residual=zero_init_residual, **options)
+
+
+def create_from_config(config: ModelConfig, in_channels: int) -> nn.Module:
+    """`create_model` with the fields of a config whose `num_classes` is filled in; parameters in
+    float64 where the computation is."""
+    model = create_model(
+        config.arch,
+        config.num_classes,
+        in_channels,
+        stem=config.stem,
+        dropout=config.dropout,
+        zero_init_residual=config.zero_init_residual,
+        shortcut=config.shortcut,
+    )
+    return model.double() if config.dtype == "float64" else model

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flax_resnet.errors import InputError
+
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "model_state", "weights")
 LARGEST_GROWTH = 100
 """A file whose tensors take more than this many times its own size is refused: an archive or a
@@ -21,27 +23,27 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
     A state_dict may lie under one of `WRAPPERS`; what lies beside it (epoch, optimizer) is left.
 
     Raises:
-      ValueError: the file is damaged, carries code, or holds anything but named tensors.
+      InputError: the file is damaged, carries code, or holds anything but named tensors.
     """
     state = unwrap(load_content(path))
     wrong = [k for k, v in state.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
     if wrong or not state:
         what = f"{wrong[0]!r} names no tensor" if wrong else "no names with tensors in it"
-        raise ValueError(f"{path}: not a state_dict, {what}")
+        raise InputError(f"{path}: not a state_dict, {what}")
     needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if needed > LARGEST_GROWTH * os.path.getsize(path):
-        raise ValueError(f"{path}: {os.path.getsize(path)} bytes that stand for {needed:.1e}")
+        raise InputError(f"{path}: {os.path.getsize(path)} bytes that stand for {needed:.1e}")
     try:
         return to_arrays(state)
     except (TypeError, RuntimeError) as error:  # sparse, 8-bit, quantised: NumPy has no such thing
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
 def load_content(path: str | os.PathLike):
     """What `torch.load` makes of a file on the CPU.
 
     Raises:
-      ValueError: the file is damaged, compressed or carries code.
+      InputError: the file is damaged, compressed or carries code.
     """
     if zipfile.is_zipfile(path):
         _check_zip(path)
@@ -51,11 +53,11 @@ def load_content(path: str | os.PathLike):
         raise
     except Exception as error:  # torch.load on a damaged file raises nearly anything
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(
+            raise InputError(
                 f"{path}: holds {found[1]}, and no code of a file is run; save the weights alone:"
                 " torch.save(model.state_dict(), FILE)"
             ) from error
-        raise ValueError(f"{path}: damaged, truncated or no file of torch.save") from error
+        raise InputError(f"{path}: damaged, truncated or no file of torch.save") from error
 
 
 def _check_zip(path: str | os.PathLike) -> None:
@@ -64,12 +66,12 @@ def _check_zip(path: str | os.PathLike) -> None:
         with zipfile.ZipFile(path) as archive:  # torch never compresses; a bomb does
             packed = [e.filename for e in archive.infolist() if e.file_size > e.compress_size]
             if packed:
-                raise ValueError(f"{path}: {packed[0]} is compressed, which torch.save never does")
+                raise InputError(f"{path}: {packed[0]} is compressed, which torch.save never does")
             wrong = archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged") from error
+        raise InputError(f"{path}: damaged") from error
     if wrong:
-        raise ValueError(f"{path}: damaged: {wrong} does not have its checksum")
+        raise InputError(f"{path}: damaged: {wrong} does not have its checksum")
 
 
 def save(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from flax_resnet.errors import InputError
+
 
 class BasicCNN(nn.Module):
     """Three 3x3 convolutions, each with ReLU and 2x2 max-pool, then two linear layers.
@@ -25,7 +27,7 @@ class BasicCNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if min(images.shape[-2:]) < 8:
             height, width = images.shape[-2:]
-            raise ValueError(f"basic_cnn needs images of at least 8 x 8, got {height} x {width}")
+            raise InputError(f"basic_cnn needs images of at least 8 x 8, got {height} x {width}")
         x = self.maxpool(self.relu(self.conv1(images)))
         x = self.maxpool(self.relu(self.conv2(x)))
         x = self.maxpool(self.relu(self.conv3(x)))

@@ -1,6 +1,6 @@
-"""torch.optim's optimizers and schedules from plain numbers, and the moving average of weights."""
+"""torch.optim's optimizers and schedules from a config, and the moving average of weights."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -8,79 +8,53 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from torch_ref.arguments import (
-    Count,
-    Divisor,
-    Epochs,
-    Factor,
-    Fraction,
-    Limits,
-    NonNegative,
-    Positive,
-)
+from flax_resnet.config import OptimizerConfig, ScheduleConfig
+from flax_resnet.errors import InputError
 
 
-def make_optimizer(
-    model: nn.Module,
-    *,
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd",
-    lr: Positive = 0.04,
-    momentum: Fraction = 0.9,
-    nesterov: bool = True,
-    beta1: Fraction = 0.9,
-    beta2: Fraction = 0.999,
-    alpha: Fraction = 0.99,
-    centered: bool = False,
-    eps: Positive = 1e-8,
-    weight_decay: NonNegative = 5e-4,
-    decoupled_weight_decay: bool = False,
-    decay_norm_and_bias: bool = True,
-) -> Optimizer:
-    """An optimizer over the parameters of `model` that ask for a gradient.
-
-    Args:
-      momentum: sgd and rmsprop.
-      nesterov: sgd only.
-      beta1, beta2: adam and adamw.
-      alpha, centered: rmsprop.
-      eps: adam, adamw and rmsprop.
-      weight_decay: added to the gradient, except for adamw and `decoupled_weight_decay`.
-      decoupled_weight_decay: shrink the weights by lr * weight_decay before each step instead.
-      decay_norm_and_bias: decay BatchNorm parameters and biases too.
-    """
-    groups = parameter_groups(model, weight_decay, decay_norm_and_bias)
-    if optimizer in ("adam", "adamw"):
-        decoupled = decoupled_weight_decay or optimizer == "adamw"
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """An optimizer over the parameters of `model` that ask for a gradient."""
+    groups = parameter_groups(model, config)
+    if config.optimizer in ("adam", "adamw"):
+        decoupled = config.decoupled_weight_decay or config.optimizer == "adamw"
         rule = torch.optim.AdamW if decoupled else torch.optim.Adam
-        return rule(groups, lr=lr, betas=(beta1, beta2), eps=eps)
-    if decoupled_weight_decay:
+        return rule(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    if config.decoupled_weight_decay:
         for group in groups:
             group["decoupled_weight_decay"] = group.pop("weight_decay")
-    if optimizer == "sgd":
-        # Without momentum Nesterov's step is the plain one, but torch refuses the pair.
-        nesterov = nesterov and momentum > 0
-        made = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
-    elif optimizer == "rmsprop":
-        made = torch.optim.RMSprop(
-            groups, lr=lr, alpha=alpha, eps=eps, momentum=momentum, centered=centered
-        )
-    else:
-        raise ValueError(f"optimizer {optimizer!r} is none of sgd, adam, adamw, rmsprop")
-    if decoupled_weight_decay:
-        made.register_step_pre_hook(shrink_weights)
-    return made
+    optimizer = _sgd(groups, config) if config.optimizer == "sgd" else _rmsprop(groups, config)
+    if config.decoupled_weight_decay:
+        optimizer.register_step_pre_hook(shrink_weights)
+    return optimizer
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_and_bias: bool) -> list:
+def _sgd(groups: list[dict], config: OptimizerConfig) -> Optimizer:
+    # Without momentum Nesterov's step is the plain one, but torch refuses the pair.
+    nesterov = config.nesterov and config.momentum > 0
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
+
+
+def _rmsprop(groups: list[dict], config: OptimizerConfig) -> Optimizer:
+    return torch.optim.RMSprop(
+        groups,
+        lr=config.lr,
+        alpha=config.alpha,
+        eps=config.eps,
+        momentum=config.momentum,
+        centered=config.centered,
+    )
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     """One group, or two of which the second, BatchNorm parameters and biases, never decays."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    if decay_norm_and_bias:
-        return [{"params": trainable, "weight_decay": weight_decay}]
+    if config.decay_norm_and_bias:
+        return [{"params": trainable, "weight_decay": config.weight_decay}]
     # Every convolution and linear weight has two dimensions or more; nothing else has.
     weights = [p for p in trainable if p.ndim > 1]
     spared = [p for p in trainable if p.ndim <= 1]
     return [
-        {"params": weights, "weight_decay": weight_decay},
+        {"params": weights, "weight_decay": config.weight_decay},
         {"params": spared, "weight_decay": 0.0},
     ]
 
@@ -96,93 +70,78 @@ def shrink_weights(optimizer: Optimizer, args, kwargs) -> None:
 
 def make_schedulers(
     optimizer: Optimizer,
+    config: ScheduleConfig,
+    updates_per_epoch: float,
     epochs: int,
-    steps_per_epoch: float,
     mode: Literal["min", "max"] = "max",
-    *,
-    schedule: Literal[
-        "constant", "step", "multistep", "cosine", "onecycle", "plateau"
-    ] = "onecycle",
-    warmup_epochs: Annotated[float, Limits(0, 100_000)] = 0.0,
-    warmup_factor: Factor = 0.01,
-    step_epochs: Epochs = 30,
-    milestones: tuple[Epochs, ...] = (100, 150),
-    gamma: Factor = 0.1,
-    min_lr: NonNegative = 0.0,
-    pct_start: Annotated[float, Limits(0, 1, without=(0, 1))] = 0.3,
-    div_factor: Divisor = 25.0,
-    final_div_factor: Divisor = 1e4,
-    cycle_momentum: bool = False,
-    plateau_patience: Count = 10,
-    plateau_threshold: NonNegative = 1e-4,
-    plateau_cooldown: Count = 0,
 ) -> tuple[LRScheduler, ReduceLROnPlateau | None]:
     """Two schedulers of torch: one to step after every update, one to step after every epoch.
 
     The second takes the monitored value and is None for every schedule but "plateau", of which
-    the first is the warm-up. Lengths are in epochs: with `steps_per_epoch` 1, in steps.
+    the first is the warm-up. After a warm-up, onecycle and cosine end with the run all the same.
 
     Args:
-      steps_per_epoch: updates in an epoch.
       mode: plateau: whether less or more of the monitored value is better.
-      warmup_epochs: linear warm-up before the schedule starts; onecycle and cosine end with the
-        run all the same.
-      warmup_factor: share of the schedule's first learning rate at which the warm-up starts;
-        with onecycle that rate is lr / div_factor.
 
     Raises:
-      ValueError: `cycle_momentum` with another schedule than onecycle, or without momentum; a
-        onecycle that rises for exactly one step.
+      InputError: a onecycle that rises for exactly one step.
     """
-    if cycle_momentum and schedule != "onecycle":
-        raise ValueError(f"cycle_momentum is of onecycle, not of {schedule}")
-    if cycle_momentum and optimizer.defaults.get("momentum") == 0:
-        raise ValueError("cycle_momentum: the optimizer has momentum 0, none to move")
-
-    def in_steps(length: float) -> int:
-        return max(1, round(length * steps_per_epoch))
-
-    warmup_steps = round(warmup_epochs * steps_per_epoch)
-    total_steps = max(1, round(epochs * steps_per_epoch) - warmup_steps)
-    max_lr = [group["lr"] for group in optimizer.param_groups]
-    start = warmup_factor if warmup_steps else 1.0
+    warmup_steps = round(config.warmup_epochs * updates_per_epoch)
+    total_steps = max(1, round(epochs * updates_per_epoch) - warmup_steps)
+    start = config.warmup_factor if warmup_steps else 1.0
     warmup = lr_scheduler.LinearLR(optimizer, start, total_iters=max(1, warmup_steps))
-    match schedule:
-        case "constant":
-            main = lr_scheduler.ConstantLR(optimizer, factor=1.0)
-        case "step":
-            main = lr_scheduler.StepLR(optimizer, in_steps(step_epochs), gamma)
-        case "multistep":
-            main = lr_scheduler.MultiStepLR(optimizer, [in_steps(m) for m in milestones], gamma)
-        case "cosine":
-            main = lr_scheduler.CosineAnnealingLR(optimizer, total_steps, eta_min=min_lr)
-        case "onecycle":
-            if pct_start * total_steps == 1:
-                raise ValueError("pct_start: one step of rising, where OneCycleLR divides by zero")
-            main = lr_scheduler.OneCycleLR(
-                optimizer,
-                max_lr,
-                total_steps=total_steps,
-                pct_start=pct_start,
-                div_factor=div_factor,
-                final_div_factor=final_div_factor,
-                cycle_momentum=cycle_momentum,
-            )
-        case "plateau":
-            return warmup, lr_scheduler.ReduceLROnPlateau(
-                optimizer,
-                mode,
-                factor=gamma,
-                patience=plateau_patience,
-                threshold=plateau_threshold,
-                cooldown=plateau_cooldown,
-                min_lr=min_lr,
-            )
-        case _:
-            raise ValueError(f"unknown schedule {schedule!r}")
+    if config.schedule == "plateau":
+        return warmup, _plateau(optimizer, config, mode)
+    main = _main_scheduler(optimizer, config, updates_per_epoch, total_steps)
     if warmup_steps:
         main = lr_scheduler.SequentialLR(optimizer, [warmup, main], [warmup_steps])
     return main, None
+
+
+def _main_scheduler(
+    optimizer: Optimizer, config: ScheduleConfig, updates_per_epoch: float, total_steps: int
+) -> LRScheduler:
+    def in_updates(length: float) -> int:
+        return max(1, round(length * updates_per_epoch))
+
+    if config.schedule == "step":
+        return lr_scheduler.StepLR(optimizer, in_updates(config.step_epochs), config.gamma)
+    if config.schedule == "multistep":
+        milestones = [in_updates(m) for m in config.milestones]
+        return lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
+    if config.schedule == "cosine":
+        return lr_scheduler.CosineAnnealingLR(optimizer, total_steps, eta_min=config.min_lr)
+    if config.schedule == "onecycle":
+        return _one_cycle(optimizer, config, total_steps)
+    return lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def _one_cycle(optimizer: Optimizer, config: ScheduleConfig, total_steps: int) -> LRScheduler:
+    if config.pct_start * total_steps == 1:
+        raise InputError("pct_start: one step of rising, where OneCycleLR divides by zero")
+    return lr_scheduler.OneCycleLR(
+        optimizer,
+        [group["initial_lr"] for group in optimizer.param_groups],  # before the warm-up
+        total_steps=total_steps,
+        pct_start=config.pct_start,
+        div_factor=config.div_factor,
+        final_div_factor=config.final_div_factor,
+        cycle_momentum=config.cycle_momentum,
+    )
+
+
+def _plateau(
+    optimizer: Optimizer, config: ScheduleConfig, mode: Literal["min", "max"]
+) -> ReduceLROnPlateau:
+    return lr_scheduler.ReduceLROnPlateau(
+        optimizer,
+        mode,
+        factor=config.gamma,
+        patience=config.plateau_patience,
+        threshold=config.plateau_threshold,
+        cooldown=config.plateau_cooldown,
+        min_lr=config.min_lr,
+    )
 
 
 def make_ema(model: nn.Module, decay: float) -> AveragedModel:

@@ -1,10 +1,48 @@
-"""One batch of training."""
+"""One batch of training: prepared, taken backward, applied to the weights."""
+
+import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from torch_ref.evaluate import autocast
+from flax_resnet.config import OptimizerConfig
 from torch_ref.losses import cross_entropy, l1_penalty
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """bfloat16 is torch's mixed precision; other types are simply those of the parameters."""
+    mixed = dtype == torch.bfloat16
+    return torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
+
+
+def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of parameters, of a computation in `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def memory_format(dtype: torch.dtype) -> torch.memory_format:
+    """Channels last, but for float64, whose convolutions are slower then."""
+    return torch.contiguous_format if dtype == torch.float64 else torch.channels_last
+
+
+def to_device(images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The images as the network takes them; autocast does the narrowing."""
+    return images.to(
+        device, parameter_dtype(dtype), non_blocking=True, memory_format=memory_format(dtype)
+    )
+
+
+def prepare_batch(
+    images: Tensor,
+    labels: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A batch of the loader on the device; with mixup, the labels [B] become [B, K]."""
+    batch = to_device(images, device, dtype), labels.to(device)
+    return mix(*batch) if mix else batch
 
 
 def train_step(
@@ -12,12 +50,9 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     images: Tensor,
     labels: Tensor,
+    config: OptimizerConfig,
     *,
     dtype: torch.dtype = torch.float32,
-    label_smoothing: float = 0.0,
-    l1: float = 0.0,
-    clip_norm: float = 0.0,
-    accumulate_steps: int = 1,
     step: int = 0,
 ) -> Tensor:
     """One batch; the last of every `accumulate_steps` updates the weights. Returns the loss
@@ -26,18 +61,31 @@ def train_step(
     Args:
       images: [B, C, H, W].
       labels: [B], or [B, K] after mixup.
-      l1: factor of the sum of absolute weights that is added to the loss.
-      clip_norm: largest global gradient norm; 0 is off.
       step: number of this batch, from 0.
     """
-    if step % accumulate_steps == 0:
+    if step % config.accumulate_steps == 0:
         optimizer.zero_grad()
+    loss = loss_and_gradients(model, images, labels, config, dtype)
+    if (step + 1) % config.accumulate_steps == 0:
+        apply_gradients(model, optimizer, config)
+    return loss
+
+
+def loss_and_gradients(
+    model: nn.Module, images: Tensor, labels: Tensor, config: OptimizerConfig, dtype: torch.dtype
+) -> Tensor:
+    """The loss without penalties; adds the gradients of the batch to those of the parameters."""
     with autocast(images.device, dtype):
-        loss = cross_entropy(model(images), labels, label_smoothing=label_smoothing)
-    objective = loss + l1_penalty(model.parameters(), l1) if l1 else loss
-    (objective / accumulate_steps).backward()
-    if (step + 1) % accumulate_steps == 0:
-        if clip_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-        optimizer.step()
+        loss = cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)
+    objective = loss + l1_penalty(model.parameters(), config.l1) if config.l1 else loss
+    (objective / config.accumulate_steps).backward()
     return loss.detach()
+
+
+def apply_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: OptimizerConfig
+) -> None:
+    """One update of the weights, from clipped gradients if the config asks for it."""
+    if config.clip_norm:
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    optimizer.step()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer, RMSprop
 
+from flax_resnet.errors import InputError
 from torch_ref.checkpoint import load_content, to_arrays, to_tensors
 
 
@@ -38,18 +39,18 @@ def load(
     """Takes up what `save` wrote; all are changed in place. Returns the batches seen.
 
     Raises:
-      ValueError: the file is damaged, carries code or is of another training.
+      InputError: the file is damaged, carries code or is of another training.
     """
     content = load_content(path)
     parts = {"model": model, "optimizer": optimizer} | ({"ema": ema} if ema else {})
     if not isinstance(content, Mapping) or content.keys() != parts.keys() | {"step"}:
-        raise ValueError(f"{path}: not a training with {', '.join(parts)} and step")
+        raise InputError(f"{path}: not a training with {', '.join(parts)} and step")
     try:
         for name, part in parts.items():
             part.load_state_dict(content[name])
         return int(content["step"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: of another training, its {name} does not fit") from error
+        raise InputError(f"{path}: of another training, its {name} does not fit") from error
 
 
 def training_arrays(
@@ -74,7 +75,7 @@ def load_training_arrays(
     """The inverse of `training_arrays`; all are changed in place. Returns the batches seen.
 
     Raises:
-      ValueError: all missing, unexpected and misshaped entries; nothing is changed then.
+      InputError: all missing, unexpected and misshaped entries; nothing is changed then.
     """
     parameters = dict(model.named_parameters())
     expected = {
@@ -159,7 +160,7 @@ def shapes(arrays: Mapping) -> dict[str, tuple[int, ...]]:
 
 
 def check(given: Mapping, expected: Mapping) -> None:
-    """Raises ValueError that names every entry in which {part: {name: shape}} differ."""
+    """Raises InputError that names every entry in which {part: {name: shape}} differ."""
     faults = [
         f"{part}: {name} is {given[part].get(name, 'missing')}"
         f" instead of {expected[part].get(name, 'nothing')}"
@@ -168,4 +169,4 @@ def check(given: Mapping, expected: Mapping) -> None:
         if given[part].get(name) != expected[part].get(name)
     ]
     if faults:
-        raise ValueError("the state of training does not fit: " + "; ".join(faults))
+        raise InputError("the state of training does not fit: " + "; ".join(faults))

@@ -20,7 +20,6 @@ import numpy as np
 
 from equivalence_tests.benchmark import timing
 from equivalence_tests.benchmark.timing import Job, Kept
-from equivalence_tests.studies.reproduction import twin_flags
 from flax_resnet.config import TrainConfig
 from flax_resnet.data.sources import open_dataset
 from flax_resnet.recipes import RECIPES
@@ -125,7 +124,7 @@ def command(job: Job, course: Course, run_dir: Path, seed: int) -> list[str]:
     else:
         options["devices"] = 1
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    settings = twin_flags(course.config) if course.recipe else []  # the later flag wins
+    settings = ["--recipe", course.recipe] if course.recipe else []
     return [sys.executable, *PROGRAMS[job.framework], *settings, *flags]
 
 

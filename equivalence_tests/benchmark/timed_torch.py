@@ -16,8 +16,9 @@ from torch.fx.experimental.optimization import fuse
 import torch_ref
 from equivalence_tests.benchmark import timing
 from equivalence_tests.benchmark.timing import Job, Program, Skipped
+from flax_resnet.config import OptimizerConfig
 from torch_ref import checkpoint, steps
-from torch_ref.evaluate import autocast, to_device
+from torch_ref.steps import autocast, to_device
 
 COMPILE_MODES = {
     "compile": "default",
@@ -78,12 +79,10 @@ def torchvisions_net(job: Job) -> nn.Module:
 
 def training(net, called, images, labels, dtype) -> Program:
     optimizer = torch.optim.SGD(net.parameters(), **timing.RULE, fused=True)
-    last = {}
+    rule, last = OptimizerConfig(label_smoothing=timing.LABEL_SMOOTHING), {}
 
     def step():
-        last["loss"] = steps.train_step(
-            called, optimizer, images, labels, dtype=dtype, label_smoothing=timing.LABEL_SMOOTHING
-        )
+        last["loss"] = steps.train_step(called, optimizer, images, labels, rule, dtype=dtype)
 
     return Program(step, lambda: wait(images.device), lambda: [last["loss"].item()])
 

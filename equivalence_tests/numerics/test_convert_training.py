@@ -43,8 +43,7 @@ class Torch:
         self.case, self.step = case, 0
         self.accumulate = case.rule.get("accumulate_steps", 1)
         self.model = torch_side.make_model(case).train()
-        options = torch_side.chosen(case.rule, optim.make_optimizer)
-        self.optimizer = optim.make_optimizer(self.model, **options)
+        self.optimizer = optim.make_optimizer(self.model, case.optimizer)
         self.ema = optim.make_ema(self.model, case.rule["ema_decay"])
 
     def train(self, until: int) -> "Torch":

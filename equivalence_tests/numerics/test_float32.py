@@ -163,9 +163,7 @@ class Torch:
     def __init__(self, case, dtype, autocast=None):
         self.case, self.autocast = case, autocast
         self.model = torch_side.make_model(case, dtype).train()
-        self.optimizer = optim.make_optimizer(
-            self.model, **torch_side.chosen(case.rule, optim.make_optimizer)
-        )
+        self.optimizer = optim.make_optimizer(self.model, case.optimizer)
 
     def step(self, index, context) -> dict:
         seen = {"loss": {}}

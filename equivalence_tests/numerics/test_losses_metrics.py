@@ -9,8 +9,8 @@ import pytest
 import sklearn.metrics
 import torch
 
-import torch_ref.early_stopping
 import torch_ref.losses
+import torch_ref.selection
 from equivalence_tests.parity import inputs, tolerances
 from flax_resnet import metrics
 from flax_resnet.config import EarlyStoppingConfig
@@ -247,23 +247,13 @@ COURSES = [
 ]
 
 
-def stops(config, values):
+def stops(config, values, side=selection):
     """Of every epoch: whether to stop, epochs without improvement, the best value and its epoch."""
-    state, seen = selection.Selection(), []
+    state, seen = side.Selection(), []
     for epoch, value in enumerate(values, start=1):
-        state = selection.update(state, value, epoch, config)
+        state = side.update(state, value, epoch, config)
         stop = state.should_stop(config.patience)
         seen.append((stop, state.bad_epochs, state.best, state.best_epoch or None))
-    return seen
-
-
-def stops_of_torch(config, values):
-    twin = torch_ref.early_stopping.EarlyStopping
-    state = twin(mode=config.mode, patience=config.patience, min_delta=config.min_delta)
-    best, seen = twin(mode=config.mode), []
-    for epoch, value in enumerate(values, start=1):
-        state, best = state.update(value, epoch), best.update(value, epoch)
-        seen.append((state.stop, state.bad_epochs, best.best, best.best_epoch))
     return seen
 
 
@@ -273,7 +263,7 @@ def stops_of_torch(config, values):
 def test_early_stopping_is_the_twins(monitor, patience, min_delta):
     config = EarlyStoppingConfig(monitor=monitor, patience=patience, min_delta=min_delta)
     for values in COURSES:
-        assert stops(config, values) == stops_of_torch(config, values)
+        assert stops(config, values) == stops(config, values, torch_ref.selection)
 
 
 @pytest.mark.parametrize(

@@ -80,9 +80,9 @@ def run_torch(rule: dict) -> list[dict]:
     for name, value in params.items():
         model.register_parameter(name.replace(".", "_"), nn.Parameter(torch.tensor(value)))
     parameters = dict(zip(params, model.parameters(), strict=True))
-    options = {k: v for k, v in rule.items() if k not in ("clip_norm", "ema_decay", CYCLED)}
-    accumulate = options.pop("accumulate_steps", 1)
-    optimizer = torch_ref.optim.make_optimizer(model, **options)
+    config = OptimizerConfig(**{k: v for k, v in rule.items() if k != CYCLED})
+    accumulate = config.accumulate_steps
+    optimizer = torch_ref.optim.make_optimizer(model, config)
     ema = torch_ref.optim.make_ema(model, rule["ema_decay"]) if "ema_decay" in rule else None
     seen = []
     for step, (gradient, lr) in enumerate(zip(gradients, rates(), strict=True)):

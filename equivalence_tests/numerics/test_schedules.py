@@ -45,7 +45,8 @@ WARMUPS = [{}, dict(warmup_epochs=2.0), dict(warmup_epochs=0.75, warmup_factor=0
 def torch_course(options: dict, updates=UPDATES) -> np.ndarray:
     """[steps, 2]: learning rate and momentum of every update, and as far past as torch goes."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4, momentum=0.9)
-    scheduler, _ = torch_ref.optim.make_schedulers(optimizer, EPOCHS, updates, **options)
+    config = ScheduleConfig(**options)
+    scheduler, _ = torch_ref.optim.make_schedulers(optimizer, config, updates, EPOCHS)
     course = []
     with contextlib.suppress(ValueError):  # OneCycleLR ends with its last step
         for _ in range(round(EPOCHS * updates) + PAST):
@@ -120,9 +121,8 @@ PLATEAUS = [
 def torch_cuts(options: dict, mode: str, values: list) -> list[float]:
     """The learning rate after each epoch of `UPDATES` updates."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
-    warmup, plateau = torch_ref.optim.make_schedulers(
-        optimizer, len(values), UPDATES, mode, schedule="plateau", **options
-    )
+    config = ScheduleConfig(schedule="plateau", **options)
+    warmup, plateau = torch_ref.optim.make_schedulers(optimizer, config, UPDATES, len(values), mode)
     seen = []
     for value in values:
         for _ in range(UPDATES):

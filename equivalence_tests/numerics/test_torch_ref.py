@@ -9,7 +9,9 @@ import torchvision
 from torch import nn
 
 import torch_ref
-from torch_ref import checkpoint, early_stopping, losses, optim
+from flax_resnet.config import EarlyStoppingConfig, OptimizerConfig, ScheduleConfig
+from flax_resnet.errors import InputError
+from torch_ref import checkpoint, losses, optim, selection
 
 TORCHVISION = torch_ref.list_models()[:10]
 CIFAR = torch_ref.list_models()[10:15]
@@ -203,7 +205,7 @@ def steps(rule: dict, num_steps: int = 4) -> torch.Tensor:
     with torch.no_grad():
         model.weight.copy_(torch.arange(6.0).reshape(2, 3) - 2)
         model.bias.copy_(torch.tensor([0.7, -0.4]))
-    optimizer = optim.make_optimizer(model, lr=0.03, **rule)
+    optimizer = optim.make_optimizer(model, OptimizerConfig(lr=0.03, **rule))
     for _ in range(num_steps):
         optimizer.zero_grad()
         model(torch.tensor([[0.3, -1.0, 2.0]]).double()).square().sum().backward()
@@ -236,7 +238,7 @@ def test_decoupled_adam_is_adamw():
 def rates(num_steps: int = 40, **schedule) -> np.ndarray:
     """Learning rate of each update, in an optimizer that starts at 0.4."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4, momentum=0.9)
-    scheduler, plateau = optim.make_schedulers(optimizer, 4, 10, **schedule)
+    scheduler, plateau = optim.make_schedulers(optimizer, ScheduleConfig(**schedule), 10, 4)
     assert (plateau is None) == (schedule["schedule"] != "plateau")
     seen = []
     for _ in range(num_steps):
@@ -288,15 +290,15 @@ def test_onecycle_rises_and_falls_within_the_run():
 
 def test_a_onecycle_that_torch_cannot_divide_is_refused():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
-    with pytest.raises(ValueError, match="pct_start"):
-        optim.make_schedulers(optimizer, 1, 10, schedule="onecycle", pct_start=0.1)
+    config = ScheduleConfig(schedule="onecycle", pct_start=0.1)
+    with pytest.raises(InputError, match="pct_start"):
+        optim.make_schedulers(optimizer, config, 10, 1)
 
 
 def test_plateau_cuts_after_more_bad_epochs_than_its_patience():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
-    _, plateau = optim.make_schedulers(
-        optimizer, 9, 1, "max", schedule="plateau", plateau_patience=1, gamma=0.5
-    )
+    config = ScheduleConfig(schedule="plateau", plateau_patience=1, gamma=0.5)
+    _, plateau = optim.make_schedulers(optimizer, config, 1, 9, "max")
     seen = []
     for value in [0.5, 0.6, 0.6, 0.6, 0.7, 0.7, 0.7]:
         plateau.step(value)
@@ -316,12 +318,12 @@ def test_moving_average_of_weights():
 
 
 def test_early_stopping():
-    state = early_stopping.EarlyStopping(mode="min", patience=2, min_delta=0.1)
-    stops = []
+    config = EarlyStoppingConfig(monitor="validation_loss", patience=2, min_delta=0.1)
+    state, stops = selection.Selection(), []
     for epoch, value in enumerate([float("nan"), 1.0, 0.95, 0.8, float("nan"), 0.75], start=1):
-        state = state.update(value, epoch)
-        stops.append(state.stop)
-    assert (state.best, state.best_epoch) == (0.8, 4)
+        state = selection.update(state, value, epoch, config)
+        stops.append(state.should_stop(config.patience))
+    assert (state.best, state.best_epoch, state.reference) == (0.75, 6, 0.8)
     assert stops == [False, False, False, False, False, True]
 
 

@@ -16,6 +16,7 @@ import re
 
 import numpy as np
 
+from flax_resnet.config import OptimizerConfig
 from flax_resnet.text import listed
 
 NUM_CLASSES = 7
@@ -68,6 +69,11 @@ class Case:
 
     rule: dict = dataclasses.field(default_factory=dict)
     """Options of the optimizer and the loss, under the names of `OptimizerConfig`."""
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """The rule as both sides take it; labels are smoothed only where it says so."""
+        return OptimizerConfig(**{"label_smoothing": 0.0} | self.rule)
 
 
 def make_case(

@@ -17,7 +17,7 @@ import flax_resnet
 from equivalence_tests.parity import inputs, replay
 from equivalence_tests.parity.inputs import Case
 from equivalence_tests.parity.states import named, optimizer_state
-from flax_resnet.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from flax_resnet.config import ScheduleConfig, TrainConfig
 from flax_resnet.kernels.cpu_convolution import COMPILER_OPTIONS
 from flax_resnet.models import cnn, resnet
 from flax_resnet.models.summary import recorded_activations
@@ -48,10 +48,7 @@ def start(case: Case, dtype=np.float64, *, compute_dtype=None, edit=None):
     model = make_model(case, dtype, compute_dtype)
     if edit:
         edit(model)
-    rule = {"label_smoothing": 0.0} | case.rule  # the twin's step has none by itself
-    config = TrainConfig(
-        optimizer=OptimizerConfig(**rule), schedule=ScheduleConfig(schedule="constant")
-    )
+    config = TrainConfig(optimizer=case.optimizer, schedule=ScheduleConfig(schedule="constant"))
     network = ProbedNetwork(model)
     state = steps.make_state(network.initial, config)
     network.initial = None  # a second copy of up to 127 million numbers

@@ -1,7 +1,6 @@
 """A case in PyTorch: `torch_ref.steps.train_step`, watched by hooks."""
 
 import contextlib
-import inspect
 from unittest import mock
 
 import numpy as np
@@ -21,7 +20,7 @@ def run(
 ) -> dict:
     """A trace (`parity.run_torch`)."""
     model = (model or make_model(case, dtype)).train(train)
-    optimizer = optim.make_optimizer(model, **chosen(case.rule, optim.make_optimizer))
+    optimizer = optim.make_optimizer(model, case.optimizer)
     seen = {"loss": {}}
     for index in range(len(case.images)):
         with _deciding(decisions and decisions[index], record):
@@ -64,15 +63,13 @@ def one_step(model, optimizer, case: Case, index: int, seen: dict, *, autocast=N
         _gradients_before_clipping(model, seen),
     ):
         if model.training:
-            options = chosen(case.rule, steps.train_step)
-            options.pop("optimizer", None)  # which is the name of the rule
             dtype = autocast or parameter.dtype
             loss = steps.train_step(
-                model, optimizer, images, labels, dtype=dtype, step=index, **options
+                model, optimizer, images, labels, case.optimizer, dtype=dtype, step=index
             )
         else:
             optimizer.zero_grad()
-            smoothing = case.rule.get("label_smoothing", 0.0)
+            smoothing = case.optimizer.label_smoothing
             loss = losses.cross_entropy(model(images), labels, label_smoothing=smoothing)
             loss.backward()
     seen["loss"][f"loss of step {index}"] = to_numpy(loss)
@@ -153,8 +150,3 @@ def _recording(record):
     with replay.recorded_torch() as decisions:
         yield
     record.append(decisions)
-
-
-def chosen(options: dict, function) -> dict:
-    """Those options that a function has."""
-    return {k: v for k, v in options.items() if k in inspect.signature(function).parameters}

@@ -98,13 +98,15 @@ def test_a_recipe_sets_both_trainings_and_flags_have_precedence(monkeypatch, tmp
     assert (job.stem, job.batch_size, job.dtype) == ("cifar", 512, "bfloat16")
 
     _, _, *words = end_to_end.command(replace(job, framework="jax"), settings.course, tmp_path, 3)
-    train, args = called("train.py", words, monkeypatch)
-    config = train["build_config"](args, TrainConfig())
+    _, args = called("train.py", words, monkeypatch)
+    config = cli.build_config(args, TrainConfig())
     assert (config.optimizer.lr, config.epochs, config.data.dataset) == (0.4, 2, "digits")
     words = end_to_end.command(replace(job, framework="torch"), settings.course, tmp_path, 3)
-    twin = torch_train.parse(words[3:])
-    assert config.seed == twin.seed == 3
-    assert (twin.lr, twin.epochs, twin.dataset, twin.device) == (0.4, 2, "digits", "cuda")
+    monkeypatch.setattr(sys, "argv", words[2:])
+    args = torch_train.parse()
+    twin = cli.build_config(args, TrainConfig())
+    assert args.device == "cuda" and config.seed == twin.seed == 3
+    assert (twin.optimizer.lr, twin.epochs, twin.data.dataset) == (0.4, 2, "digits")
 
 
 def test_an_epoch_is_read_when_its_line_is_whole(tmp_path):

@@ -19,12 +19,11 @@ from PIL import Image
 from equivalence_tests.studies import edges
 from flax_resnet import list_models
 from flax_resnet.commands import cli
-from flax_resnet.config import TrainConfig, from_dict, to_dict
+from flax_resnet.config import TrainConfig, config_from_file, from_dict, to_dict
 from flax_resnet.data.image_files import decode_image
 from flax_resnet.errors import InputError
 from flax_resnet.runs import checkpoint
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in
-from flax_resnet.runs.views import config_from_file
 
 DAMAGES = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import torch_ref.prepare
 from flax_resnet.commands import cli
-from flax_resnet.config import TrainConfig
+from flax_resnet.config import DataConfig, TrainConfig
 from flax_resnet.data import pipeline, prepare
 from flax_resnet.data.image_files import BadImage
 from flax_resnet.data.pipeline import BatchOrder, Decoder
 from flax_resnet.data.sources import ArraySource, Subset
 from flax_resnet.errors import InputError
-from torch_ref import data
 
 
 def picture(height, width, channels=3, seed=0):
@@ -153,7 +153,7 @@ def test_statistics_do_not_depend_on_what_is_kept(monkeypatch, most):
     """Decoded ahead, looked through in parts, or by the other side; all images or so many."""
     for module, values in (
         (prepare, {"_MEASURED": most, "_AT_ONCE": 128}),
-        (data, {"MEASURED": most}),
+        (torch_ref.prepare, {"_MEASURED": most}),
     ):
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
@@ -164,7 +164,7 @@ def test_statistics_do_not_depend_on_what_is_kept(monkeypatch, most):
     assert "train" in found[0].images and not found[1].images
     assert found[0].config.data.mean == found[1].config.data.mean
     assert found[0].config.data.std == found[1].config.data.std
-    twin = data.load_data(image_size=8).splits["train"].transform.transforms[-1]
+    twin = torch_ref.prepare.prepare(TrainConfig(data=DataConfig(image_size=8))).config.data
     np.testing.assert_allclose(twin.mean, found[0].config.data.mean, rtol=1e-12)
     np.testing.assert_allclose(twin.std, found[0].config.data.std, rtol=1e-12)
 

@@ -15,10 +15,10 @@ from equivalence_tests.program.command import ROOT, refused, run_script
 from equivalence_tests.program.test_commands import write_folder
 from equivalence_tests.studies import paired_training, reproduction, reproduction_page
 from flax_resnet import config
-from flax_resnet.commands import cli
 from flax_resnet.models import create_model
 from flax_resnet.recipes import COMPARISONS, RECIPES
 from flax_resnet.runs import plots
+from torch_ref.train import check_supported
 
 COURSE = "epoch,train_loss,train_accuracy,validation_loss,validation_accuracy\n1,2,0.3,2,0.2\n"
 
@@ -215,7 +215,8 @@ def test_each_seed_runs_once_in_both_frameworks(tmp_path, called):
     assert run_script("reproduce.py", *flags).status == 0
     assert [command[command.index("--seed") + 1] for command in called] == ["3", "5"]
     outcome = run_script("reproduce.py", *flags, "--torch", "--imagenette", "folder:pictures")
-    assert [command[1:3] for command in called[2:]] == [["-m", "torch_ref.train"]] * 2
+    twin = ["-m", "torch_ref.train", "--recipe", "imagenette-cnn"]
+    assert [command[1:5] for command in called[2:]] == [twin] * 2
     assert "`imagenette-cnn` | test accuracy | 0.6308 | 0.5000 ± 0.0000 | 2 |" in outcome.out
     kept = tmp_path / "recipes/imagenette-cnn"
     assert {p.name for p in kept.iterdir()} == {"seed3", "seed5", "seed3-torch", "seed5-torch"}
@@ -291,40 +292,9 @@ def test_a_recipe_runs_and_is_kept(tmp_path, monkeypatch):
     assert "running" in outcome.out and "running" not in run_script("reproduce.py", *flags).out
 
 
-def test_the_twin_takes_the_flags_of_every_recipe():
-    from torch_ref import train
-
+def test_the_twin_takes_every_recipe():
     for recipe in RECIPES.values():
-        parsed = vars(train.parse(reproduction.twin_flags(recipe.config)))
-        ours = config.to_dict(recipe.config)
-        for group in ("model", "augment", "optimizer", "schedule", "early_stopping"):
-            shared = ours[group].keys() & parsed.keys()
-            assert {n: ours[group][n] for n in shared} == {
-                n: list(v) if isinstance(v := parsed[n], tuple) else v for n in shared
-            }
-
-
-def test_every_other_setting_is_a_flag_of_the_twin():
-    from torch_ref import train
-
-    values = config.to_dict(config.TrainConfig())
-    groups = [values.pop(name) for name in list(values) if isinstance(values[name], dict)]
-    names = set().union(values, *groups)
-    lacking = reproduction.WITHOUT_EFFECT | reproduction.NOT_IN_THE_TWIN
-    assert names - vars(train.parse([])).keys() == lacking
-
-
-@pytest.mark.parametrize(
-    "name, changes",
-    [
-        ("freeze_backbone", {"freeze_backbone": True, "init_from": "run"}),
-        ("skip_nonfinite", {"skip_nonfinite": 3}),
-        ("on_bad_image", {"data": {"on_bad_image": "skip"}}),
-    ],
-)
-def test_a_setting_that_the_twin_lacks_is_named(name, changes):
-    with pytest.raises(config.InputError, match=f"{name}: .*torch_ref"):
-        reproduction.twin_flags(cli.merge(config.TrainConfig(), changes))
+        check_supported(recipe.config)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.test_train import digest, quiet, small
 from equivalence_tests.studies import flips
 from flax_resnet.commands import cli
-from flax_resnet.config import TrainConfig, to_dict
+from flax_resnet.config import TrainConfig, config_from_file, to_dict
 from flax_resnet.devices import distributed
 from flax_resnet.devices.distributed import RunLost
 from flax_resnet.errors import InputError
@@ -513,6 +513,6 @@ def test_the_study_of_flips_sees_a_config_that_is_believed(copy, monkeypatch):
     text = (copy / "config.json").read_text()
     (copy / "config.json").write_text(text.replace('"lr": 0.003', '"lr": 0.002'))
     assert flips.verdict(copy, whole) == "named"
-    believed = lambda run_dir, say: views.config_from_file(Path(run_dir) / "config.json")  # noqa
+    believed = lambda run_dir, say: config_from_file(Path(run_dir) / "config.json")  # noqa
     monkeypatch.setattr(views, "read_config", believed)
     assert flips.verdict(copy, whole) == "silent"

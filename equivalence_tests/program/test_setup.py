@@ -62,6 +62,8 @@ def test_imports_point_one_way():
         ("flax_resnet.training.fit", "torch"),
         ("flax_resnet.config", "jax"),
         ("flax_resnet.config", "numpy"),
+        ("flax_resnet.commands.cli", "jax"),
+        ("torch_ref.train", "jax"),
     ],
 )
 def test_importing_does_not_bring(module, absent):

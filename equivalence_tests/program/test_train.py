@@ -16,7 +16,7 @@ from rich.console import Console
 
 from equivalence_tests.program.command import run_script, train
 from flax_resnet.commands import cli
-from flax_resnet.config import TrainConfig, from_dict
+from flax_resnet.config import TrainConfig, config_from_file, from_dict
 from flax_resnet.errors import InputError
 from flax_resnet.interop import export, training_state
 from flax_resnet.interop.loaded_run import load_run
@@ -25,7 +25,7 @@ from flax_resnet.runs import plots
 from flax_resnet.runs.checkpoint import Checkpoints
 from flax_resnet.runs.directory import reserve
 from flax_resnet.runs.display import Display
-from flax_resnet.runs.views import config_from_file, read_config
+from flax_resnet.runs.views import read_config
 from flax_resnet.training import loop, steps
 from flax_resnet.training.fit import fit
 from flax_resnet.training.network import Variables

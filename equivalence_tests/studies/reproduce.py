@@ -91,9 +91,9 @@ def train_command(name: str, run_dir: Path) -> list[str]:
 
 
 def torch_command(name: str, run_dir: Path) -> list[str]:
-    """The same settings as flags of the twin, which cannot resume: a run cut off starts anew."""
+    """The same recipe; torch_ref cannot resume, so a run that was cut off starts anew."""
     shutil.rmtree(run_dir, ignore_errors=True)
-    return ["-m", "torch_ref.train", *reproduction.twin_flags(RECIPES[name].config)]
+    return ["-m", "torch_ref.train", "--recipe", name]
 
 
 def dataset(args, name: str) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from flax_resnet.config import TrainConfig, to_dict
+from flax_resnet.config import to_dict
 from flax_resnet.errors import InputError
 from flax_resnet.recipes import COMPARISONS, RECIPES
 
@@ -46,47 +46,12 @@ class Run(NamedTuple):
     report: dict
 
 
-GIVEN = {"seed", "dataset", "init_from"}
-"""Fields of a config that the caller of `twin_flags` gives himself."""
-
-WITHOUT_EFFECT = {
-    "log_steps", "checkpoint_epochs", "compilation_cache", "num_classes", "cache", "cache_gib",
-    "parallel", "devices", "shard_parameters", "steps_per_dispatch",
-}  # fmt: skip
-"""Fields that `torch_ref.train` lacks and that change the figures of a run by rounding at most."""
-
-NOT_IN_THE_TWIN = {"freeze_backbone", "skip_nonfinite", "on_bad_image", "weights_key", "ema"}
-"""Fields that it lacks and that do."""
-
-
-def twin_flags(config: TrainConfig) -> list[str]:
-    """The settings of a config as flags of `python -m torch_ref.train`.
-
-    Raises:
-      InputError: a setting that the twin lacks: it would compute something else.
-    """
-    values, defaults = _flat(to_dict(config)), _flat(to_dict(TrainConfig()))
-    for name in sorted(NOT_IN_THE_TWIN):
-        if values[name] != defaults[name]:
-            raise InputError(f"{name}: torch_ref.train has no such setting to compare with")
-    left_out = GIVEN | WITHOUT_EFFECT | NOT_IN_THE_TWIN
-    given = {k: v for k, v in values.items() if k not in left_out and v is not None}
-    return [word for name, value in given.items() for word in _flag(name, value)]
-
-
 def _flat(values: dict) -> dict:
     """The fields of a config and of its groups, side by side."""
     groups = [name for name, value in values.items() if isinstance(value, dict)]
     for group in groups:
         values |= values.pop(group)
     return values
-
-
-def _flag(name: str, value) -> list[str]:
-    name = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
 def folder_name(seed: int, framework: str, subset: int | None) -> str:

@@ -20,11 +20,9 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader, TensorDataset
 
-import torch_ref.data
-import torch_ref.early_stopping
-import torch_ref.train
+import torch_ref.prepare
+import torch_ref.sources
 from equivalence_tests import results
-from equivalence_tests.parity.torch_side import chosen
 from flax_resnet.commands import cli
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import pipeline
@@ -36,7 +34,7 @@ from flax_resnet.runs.display import Display
 from flax_resnet.training import fit
 from flax_resnet.training.restore import load_weights
 from flax_resnet.weights import convert
-from torch_ref import checkpoint, optim
+from torch_ref import checkpoint, loop, report, setup, steps
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
@@ -116,15 +114,9 @@ def in_jax(config: TrainConfig, folder: Path) -> Course:
 
 def in_torch(prepared: Prepared, initial: dict) -> Course:
     config, course = prepared.config, Course()
-    model = torch_ref.create_model(
-        config.model.arch,
-        config.model.num_classes,
-        prepared.dataset.channels,
-        stem=config.model.stem,
-        shortcut=config.model.shortcut,
-    )
-    model.to(getattr(torch, config.model.dtype)).load_state_dict(checkpoint.to_tensors(initial))
-    train_step = torch_ref.train.train_step
+    model = torch_ref.create_from_config(config.model, prepared.dataset.channels)
+    model.load_state_dict(checkpoint.to_tensors(initial))
+    train_step = steps.train_step
 
     def recording(model, optimizer, *args, **kwargs):
         course.rates.append(optimizer.param_groups[0]["lr"])
@@ -134,25 +126,17 @@ def in_torch(prepared: Prepared, initial: dict) -> Course:
 
     data = _torch_data(prepared)
     loader = _loader_of_the_same_batches(prepared)
-    with mock.patch.multiple(torch_ref.train, train_step=recording, loader=loader):
-        course.report = torch_ref.train.fit(model, data, **_torch_options(config))
-    course.confusion = _confusion(model, data.splits["test"])
+    with mock.patch.object(setup, "loader", loader):
+        run = setup.set_up(model, data, torch.device("cpu"))
+    with mock.patch.object(loop, "train_step", recording):
+        loop.train(run)
+    course.report = report.report(run)
+    course.confusion = _confusion(model, data.dataset.splits["test"])
     course.weights = checkpoint.to_arrays(model.state_dict())
     return course
 
 
-def _torch_options(config: TrainConfig) -> dict:
-    rule, course = (dataclasses.asdict(part) for part in (config.optimizer, config.schedule))
-    whole = {**rule, **dataclasses.asdict(config.early_stopping), "dtype": config.model.dtype}
-    whole |= {k: getattr(config, k) for k in ("epochs", "batch_size", "eval_batch_size", "seed")}
-    return {
-        "optimizer_options": chosen(rule, optim.make_optimizer),
-        "schedule_options": chosen(course, optim.make_schedulers),
-        **chosen(whole, torch_ref.train.fit),
-    }
-
-
-def _torch_data(prepared: Prepared) -> torch_ref.data.Data:
+def _torch_data(prepared: Prepared) -> torch_ref.prepare.Prepared:
     splits = {}
     for name in ("train", "validation", "test"):
         source = getattr(prepared.dataset, name)
@@ -160,10 +144,9 @@ def _torch_data(prepared: Prepared) -> torch_ref.data.Data:
         images = (images - np.array(prepared.config.data.mean)) / prepared.config.data.std
         labels = torch.from_numpy(np.asarray(source.labels, np.int64))
         splits[name] = TensorDataset(torch.from_numpy(images.transpose(0, 3, 1, 2)), labels)
-    size, _, channels = prepared.image_shape
-    return torch_ref.data.Data(
-        splits, splits["train"], list(prepared.dataset.class_names), size, channels
-    )
+    names, channels = prepared.dataset.class_names, prepared.dataset.channels
+    dataset = torch_ref.sources.DataSet(splits, names, channels)
+    return torch_ref.prepare.Prepared(prepared.config, dataset, splits["train"])
 
 
 class Epochs:

@@ -19,14 +19,18 @@ from pathlib import Path
 import pydantic
 
 from flax_resnet import errors, text
-from flax_resnet.config import INT32, TrainConfig, idle, nearest, to_dict
+from flax_resnet.config import INT32, TrainConfig, config_from_file, idle, nearest, to_dict
 from flax_resnet.errors import DONE, FAILED, InputError
+from flax_resnet.recipes import RECIPES
 from flax_resnet.runs.display import drop_output
 
 BAD_IMAGE = "skip: images that cannot be read are listed and left out, and end nothing"
 FOLD_BATCHNORM = "compute BatchNorm as part of the convolutions: faster, equal up to rounding"
 WEIGHTS_KEY = "which of the networks in a file: the key or prefix that it lies under"
 EMA = "the averaged weights of a file, where raw ones lie beside them"
+
+
+SMOKE = {"epochs": "1", "batch_size": "16", "data": {"train_images": "32", "eval_images": "32"}}
 
 
 class CheckFailed(Exception):
@@ -71,6 +75,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(message)
+
+
+def add_starting_points(parser: argparse.ArgumentParser):
+    """The flags that `build_config` starts from."""
+    parser.add_argument("--config", metavar="PATH", help="start from this config.json")
+    parser.add_argument("--recipe", metavar="NAME", help="start from this recipe")
+    parser.add_argument("--smoke", action="store_true", help="every stage on 32 images, in seconds")
 
 
 def add_config_flags(parser: argparse.ArgumentParser, only: tuple[str, ...] | None = None):
@@ -118,6 +129,25 @@ def with_flags(base: TrainConfig, args: argparse.Namespace) -> TrainConfig:
     left = {name for name in left if getattr(args, name, None) is None}
     groups = {k: v for k, v in to_dict(TrainConfig()).items() if isinstance(v, dict)}
     return merge(config, {k: {n: v[n] for n in left & v.keys()} for k, v in groups.items()})
+
+
+def build_config(args: argparse.Namespace, otherwise: TrainConfig) -> TrainConfig:
+    """What --config or --recipe say, `otherwise` without them; then --smoke, then the flags.
+
+    Raises:
+      InputError: as `merge` and `config_from_file` do, or for an unknown recipe.
+    """
+    config = merge(_starting_point(args, otherwise), SMOKE if args.smoke else {})
+    return with_flags(config, args)
+
+
+def _starting_point(args: argparse.Namespace, otherwise: TrainConfig) -> TrainConfig:
+    if args.config and args.recipe:
+        raise InputError("--config and --recipe exclude each other")
+    if args.recipe:
+        check_choice("--recipe", args.recipe, RECIPES)
+        return RECIPES[args.recipe].config
+    return config_from_file(args.config) if args.config else otherwise
 
 
 def check_choice(flag: str, value: str, valid):

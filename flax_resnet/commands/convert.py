@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 
 from flax_resnet.commands import cli, convert_torch
-from flax_resnet.config import TrainConfig
+from flax_resnet.config import TrainConfig, config_from_file
 from flax_resnet.data import pipeline
 from flax_resnet.errors import InputError
 from flax_resnet.interop import export, loaded_run, training_state, weights_to_run
 from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.runs import environment
 from flax_resnet.runs.directory import check_usable
-from flax_resnet.runs.views import config_from_file, read_config
+from flax_resnet.runs.views import read_config
 from flax_resnet.training import restore, steps
 from flax_resnet.weights import convert
 from flax_resnet.weights.convert import TORCH_SUFFIXES

@@ -1,6 +1,5 @@
 """The PyTorch half of convert.py, which is an extra: weights, trainings and ONNX."""
 
-import inspect
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +34,11 @@ def onnx_file():
 
 
 def reading(path: Path, read, *arguments):
-    """The outcome of one of torch_ref's readers, whose errors become one line."""
+    """The outcome of one of torch_ref's readers; that there is no file becomes one line."""
     try:
         return read(path, *arguments)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 def write_weights(path: Path, arrays: dict[str, np.ndarray]):
@@ -54,7 +51,7 @@ def write_onnx(path: Path, run: LoadedRun, *, fold_batchnorm: bool):
     if run.config.model.dtype == "float64":
         raise InputError(f"{path}: ONNX Runtime has no float64 convolutions; write .stablehlo")
     onnx, data = onnx_file(), run.config.data
-    net = make_net(run.config, run.channels)
+    net = torch_ref().create_from_config(run.config.model, run.channels)
     arrays = convert.state_dict(run.network.to_model(run.variables))
     net.load_state_dict(torch_ref().checkpoint.to_tensors(arrays))
     net = onnx.fold_batchnorm(net) if fold_batchnorm else net
@@ -76,31 +73,17 @@ def normalized(images: np.ndarray, run: LoadedRun) -> np.ndarray:
     return np.asarray(run.preprocess.normalize(run.preprocess.to_unit(images)))
 
 
-def make_net(config: TrainConfig, channels: int):
-    model = config.model
-    net = torch_ref().create_model(
-        model.arch,
-        model.num_classes,
-        channels,
-        stem=model.stem,
-        dropout=model.dropout,
-        shortcut=model.shortcut,
-    )
-    return net.double() if model.dtype == "float64" else net
-
-
 def make_training(config: TrainConfig, channels: int):
     """Model, optimizer and moving average, as a run's config has them."""
     if config.schedule.schedule == "plateau":
         raise InputError("--training: the cuts of the plateau schedule do not convert")
-    net, rules, rule = make_net(config, channels), torch_ref().optim, config.optimizer
+    net, rules = torch_ref().create_from_config(config.model, channels), torch_ref().optim
     if config.freeze_backbone:
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(name.startswith("fc."))
-    wanted = inspect.signature(rules.make_optimizer).parameters
-    options = {name: getattr(rule, name) for name in wanted if hasattr(rule, name)}
+    rule = config.optimizer
     ema = rules.make_ema(net, rule.ema_decay) if rule.ema_decay else None
-    return net, rules.make_optimizer(net, **options), ema
+    return net, rules.make_optimizer(net, rule), ema
 
 
 def write_training(path: Path, run_dir: Path) -> int:

@@ -13,7 +13,6 @@ from flax_resnet.devices import distributed
 from flax_resnet.errors import InputError
 from flax_resnet.recipes import RECIPES
 from flax_resnet.runs.views import (
-    config_from_file,
     damaged_steps,
     differences,
     faults,
@@ -24,18 +23,14 @@ from flax_resnet.runs.views import (
 from flax_resnet.text import listed
 from flax_resnet.training import fit
 
-SMOKE = {"epochs": "1", "batch_size": "16", "data": {"train_images": "32", "eval_images": "32"}}
-
 
 def parse():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--config", metavar="PATH", help="start from this config.json")
-    parser.add_argument("--recipe", metavar="NAME", help="start from this recipe")
+    cli.add_starting_points(parser)
     parser.add_argument("--list-recipes", action="store_true", help="print the recipes and leave")
     parser.add_argument("--run-dir", metavar="PATH", help="default: runs/ARCH-DATASET[-N]")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir")
-    parser.add_argument("--smoke", action="store_true", help="every stage on 32 images, in seconds")
     several = parser.add_argument_group("several processes, each started with the same flags")
     several.add_argument(
         "--coordinator",
@@ -53,25 +48,10 @@ def parse():
     return args
 
 
-def starting_point(args, otherwise: TrainConfig) -> TrainConfig:
-    """What --config or --recipe say, before the flags."""
-    if args.config and args.recipe:
-        raise InputError("--config and --recipe exclude each other")
-    if args.recipe:
-        cli.check_choice("--recipe", args.recipe, RECIPES)
-        return RECIPES[args.recipe].config
-    return config_from_file(args.config) if args.config else otherwise
-
-
-def build_config(args, otherwise: TrainConfig) -> TrainConfig:
-    config = cli.merge(starting_point(args, otherwise), SMOKE if args.smoke else {})
-    return cli.with_flags(config, args)
-
-
 def resumed_config(args) -> TrainConfig:
     """A run is resumed as it was begun; only where it runs, and its data lie, may change."""
     own = read_config(args.run_dir, say=lambda line: None)
-    asked = fit.as_begun(own, build_config(args, own))
+    asked = fit.as_begun(own, cli.build_config(args, own))
     left_open = {name for name, value in flat(asked).items() if value is None}
     if other := [line for name, line in differences(asked, own).items() if name not in left_open]:
         raise InputError(
@@ -118,7 +98,7 @@ def main():
         raise InputError(f"--resume needs --run-dir{runs_here()}")
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
-    config = build_config(args, TrainConfig())
+    config = cli.build_config(args, TrainConfig())
     processes = (args.coordinator, args.num_processes, args.process_id)
     with distributed.joined(*processes, timeout=args.connect_timeout):
         run(args, config)

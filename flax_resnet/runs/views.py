@@ -3,18 +3,17 @@ checkpoints are views of it, compared with it here and never believed instead.""
 
 import functools
 import hashlib
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from unicodedata import normalize
 
-from flax_resnet.config import TrainConfig, flat, from_dict
+from flax_resnet.config import TrainConfig, config_from_file, flat, from_dict
 from flax_resnet.errors import InputError
 from flax_resnet.runs import tables
 from flax_resnet.runs.checkpoint import damage, newest_document, steps_in
 from flax_resnet.runs.owned import DIGESTS, RESULTS
-from flax_resnet.text import listed, printable
+from flax_resnet.text import listed
 
 Say = Callable[[str], None]
 
@@ -165,33 +164,3 @@ def _changed(run_dir: Path) -> set[str]:
 def _digest(path: Path) -> bytes | None:
     content = tables.read(path)
     return None if content is None else hashlib.sha256(content).hexdigest().encode()
-
-
-_LONGEST_CONFIG = 2**24  # characters: a device has no end
-
-
-def config_from_file(path: Path | str) -> TrainConfig:
-    """A config from a JSON file, strictly: every key known, every value of its type."""
-    path = Path(path)
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            values = json.loads(file.read(_LONGEST_CONFIG), object_pairs_hook=_each_once)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no JSON object")
-    try:
-        return from_dict(values)
-    except (InputError, RecursionError) as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def _each_once(pairs: list[tuple]) -> dict:
-    values = {}
-    for name, value in pairs:
-        if name in values:
-            raise ValueError(f"{printable(name)} is given twice")
-        values[name] = value
-    return values

@@ -1,34 +1,13 @@
-"""What a net makes of a split, in the precision of the run."""
+"""A split -> metrics, in the precision of the run."""
 
-import contextlib
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import precision_recall_fscore_support
-from torch import Tensor, nn
+from torch import nn
 
-
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """bfloat16 is torch's mixed precision; other types are simply those of the parameters."""
-    mixed = dtype == torch.bfloat16
-    return torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
-
-
-def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def memory_format(dtype: torch.dtype) -> torch.memory_format:
-    """Channels last, but for float64, whose convolutions are slower then."""
-    return torch.contiguous_format if dtype == torch.float64 else torch.channels_last
-
-
-def to_device(images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The images as the net takes them; autocast does the narrowing."""
-    return images.to(
-        device, parameter_dtype(dtype), non_blocking=True, memory_format=memory_format(dtype)
-    )
+from torch_ref.steps import autocast, parameter_dtype, to_device
 
 
 @torch.no_grad()

@@ -1,0 +1,66 @@
+"""Images -> tensors of the size of the network, their statistics, and batches."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from flax_resnet.config import DataConfig
+from flax_resnet.errors import InputError
+from torch_ref.sources import Images
+
+
+def decode(
+    config: DataConfig, channels: int, *, random_resized_crop: bool = False
+) -> list[v2.Transform]:
+    """The steps to uint8 `[C, S, S]`; the sizes of the config are filled in."""
+    crop = [v2.Resize(config.resize_size), v2.CenterCrop(config.image_size)]
+    if random_resized_crop:
+        crop = [v2.RandomResizedCrop(config.image_size)]
+    return [v2.Grayscale() if channels == 1 else v2.RGB(), *crop, v2.PILToTensor()]
+
+
+def normalize(config: DataConfig, dtype: torch.dtype) -> list[v2.Transform]:
+    """The steps from there to what the network takes."""
+    return [v2.ToDtype(dtype, scale=True), v2.Normalize(config.mean, config.std)]
+
+
+def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, of uint8 images taken as in [0, 1].
+
+    Raises:
+      InputError: a channel is constant.
+    """
+    with ThreadPoolExecutor() as pool:
+        sums = np.sum(list(pool.map(lambda n: _power_sums(images[n][0]), range(len(images)))), 0)
+    count, total, squares = torch.from_numpy(sums)
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    if not (std > 1e-6).all():
+        raise InputError("a channel of the training images is constant; give mean and std")
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _power_sums(image: torch.Tensor) -> np.ndarray:
+    """uint8 `[C, H, W]` -> number, sum and sum of squares of the pixels in [0, 1], `[3, C]`."""
+    pixels = image.flatten(1).double() / 255
+    return torch.stack([torch.ones_like(pixels), pixels, pixels.square()]).sum(2).numpy()
+
+
+def loader(
+    images: Images, batch_size: int, *, seed: int | None = None, num_workers: int = 0
+) -> DataLoader:
+    """Batches; with a seed they are shuffled and the remainder of an epoch is dropped."""
+    train = seed is not None
+    return DataLoader(
+        images,
+        batch_size,
+        shuffle=train,
+        drop_last=train,
+        generator=torch.Generator().manual_seed(seed) if train else None,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )

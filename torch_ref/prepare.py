@@ -1,0 +1,117 @@
+"""A config and its data set brought together: what was left open is chosen here."""
+
+import dataclasses
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torchvision.transforms import v2
+
+from flax_resnet.config import TrainConfig
+from flax_resnet.errors import InputError
+from torch_ref import has_stem_choice
+from torch_ref.augment import augment, erase
+from torch_ref.pipeline import channel_statistics, decode, normalize
+from torch_ref.sources import DataSet, Images, open_dataset
+from torch_ref.steps import parameter_dtype
+
+SMALL = 64  # pixels; of smaller images an ImageNet stem leaves hardly anything
+TINY = 16  # pixels; smaller images are enlarged, and go through the ImageNet stem all the same
+_MEASURED = 50_000  # images at most that mean and standard deviation are taken from
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Data ready for a run."""
+
+    config: TrainConfig
+    """With image size, crop, stem, number of classes, mean and std filled in."""
+
+    dataset: DataSet
+    """Its splits as evaluation sees them."""
+
+    augmented: Images
+    """The training split as training sees it."""
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Open the data set, choose what the config left open.
+
+    Raises:
+      InputError: the data is missing or broken, or disagrees with the config.
+    """
+    dataset = open_dataset(config.data)
+    train = dataset.splits["train"]
+    config = _resolve_model(_resolve_sizes(config, dataset), dataset)
+    if config.batch_size > len(train):
+        raise InputError(f"batch_size {config.batch_size} is more than {len(train)} images")
+    if config.data.mean is None:
+        mean, std = _statistics(config, dataset)
+        config = replace(config, data=replace(config.data, mean=mean, std=std))
+    for name in ("mean", "std"):  # torch would repeat a single one
+        count = len(getattr(config.data, name))
+        if count != dataset.channels:
+            raise InputError(f"{name} has {count} values, the images {dataset.channels} channels")
+    transform = v2.Compose(_plain(config, dataset))
+    splits = {k: replace(images, transform=transform) for k, images in dataset.splits.items()}
+    augmented = replace(train, transform=v2.Compose(_augmented(config, dataset)))
+    return Prepared(config, replace(dataset, splits=splits), augmented)
+
+
+def _plain(config: TrainConfig, dataset: DataSet) -> list[v2.Transform]:
+    return [*decode(config.data, dataset.channels), *normalize(config.data, _dtype(config))]
+
+
+def _augmented(config: TrainConfig, dataset: DataSet) -> list[v2.Transform]:
+    how, data = config.augment, config.data
+    return [
+        *decode(data, dataset.channels, random_resized_crop=how.random_resized_crop),
+        *augment(how, data.image_size),
+        *normalize(data, _dtype(config)),
+        *erase(how),
+    ]
+
+
+def _dtype(config: TrainConfig) -> torch.dtype:
+    return parameter_dtype(getattr(torch, config.model.dtype))
+
+
+def _statistics(config: TrainConfig, dataset: DataSet):
+    """Mean and standard deviation of the training split; of many images, of so many of them,
+    evenly spaced."""
+    train = dataset.splits["train"]
+    numbers = np.linspace(0, len(train) - 1, min(len(train), _MEASURED)).astype(int)
+    decoded = v2.Compose(decode(config.data, dataset.channels))
+    return channel_statistics(replace(train.subset(numbers), transform=decoded))
+
+
+def _resolve_sizes(config: TrainConfig, dataset: DataSet) -> TrainConfig:
+    data, augment = config.data, config.augment
+    size = data.image_size or _natural_size(dataset)
+    if data.image_size is None and _is_tiny(size, config.model):
+        size = TINY
+    if data.resize_size and data.resize_size < size:
+        raise InputError(f"resize_size {data.resize_size} is smaller than the image size {size}")
+    data = replace(data, image_size=size, resize_size=data.resize_size or size)
+    if augment.random_crop is None:
+        augment = replace(augment, random_crop=0 if augment.random_resized_crop else size // 8)
+    return replace(config, data=data, augment=augment)
+
+
+def _natural_size(dataset: DataSet) -> int:
+    width, height = dataset.splits["train"].image(0).size
+    return width if width == height <= SMALL else 224
+
+
+def _is_tiny(size: int, model) -> bool:
+    return size < TINY and model.stem is None and has_stem_choice(model.arch)
+
+
+def _resolve_model(config: TrainConfig, dataset: DataSet) -> TrainConfig:
+    model, classes = config.model, len(dataset.class_names)
+    if model.num_classes not in (None, classes):
+        raise InputError(f"num_classes {model.num_classes}, but the data has {classes} classes")
+    stem = model.stem
+    if stem is None and has_stem_choice(model.arch):
+        stem = "cifar" if TINY < config.data.image_size < SMALL else "imagenet"
+    return replace(config, model=replace(model, num_classes=classes, stem=stem))
