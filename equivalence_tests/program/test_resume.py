@@ -115,6 +115,7 @@ def test_a_fine_tuned_run_needs_its_source_no_more(tmp_path, monkeypatch):
     (tmp_path / "source").rename(tmp_path / "elsewhere")
     fit(config, tmp_path / "cut", resume=True, display=quiet())
     assert digest(tmp_path / "cut") == digest(tmp_path / "straight")
+    (tmp_path / "cut" / "report.json").unlink()
     for step in steps_in(tmp_path / "cut" / "checkpoints"):
         (tmp_path / "cut" / "checkpoints" / str(step) / "manifest.json").unlink()
     with pytest.raises(InputError, match="none of its checkpoints is sound"):
