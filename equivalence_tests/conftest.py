@@ -7,7 +7,6 @@
 
 import ctypes
 import os
-from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -23,7 +22,6 @@ import pytest
 
 from equivalence_tests import results, surroundings
 from equivalence_tests.parity import inputs
-from flax_resnet.kernels import cpu_convolution, winograd
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -72,15 +70,6 @@ def _freed_memory_is_given_back():
     yield
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
-
-
-@pytest.fixture
-def winograd_everywhere(monkeypatch):
-    """In every 3x3 convolution of stride 1; a mock that knows whether it was called."""
-    for name in ("SMALLEST_TILED", "MANY_CHANNELS", "MANY_TILES"):
-        monkeypatch.setattr(cpu_convolution, name, 1)
-    with mock.patch.object(winograd, "convolution", wraps=winograd.convolution) as used:
-        yield used
 
 
 @pytest.fixture

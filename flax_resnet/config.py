@@ -109,6 +109,10 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Computation; parameters are float32, and float64 only with float64."""
 
+    kernels: Literal["auto", "library"] = "auto"
+    """How layers are computed. "auto": in this project's own way where that is faster on the
+    platform the program is compiled for. "library": by JAX's and Flax's operations alone."""
+
     def __post_init__(self):
         if self.zero_init_residual and self.arch == "basic_cnn":
             raise ValueError("zero_init_residual: basic_cnn has no residual blocks")
@@ -462,6 +466,11 @@ class TrainConfig:
             raise ValueError("random_resized_crop decodes every file anew: cache device has no use")
         if self.schedule.cycle_momentum and self.schedule.schedule != "onecycle":
             raise ValueError(f"cycle_momentum is of onecycle, not of {self.schedule.schedule}")
+        if self.deterministic and self.model.kernels == "library":
+            raise ValueError(
+                "deterministic needs kernels auto: on a GPU the library's max-pool has no"
+                " deterministic gradient"
+            )
         still = optimizer.optimizer in ("sgd", "rmsprop") and not optimizer.momentum
         if self.schedule.cycle_momentum and still:
             raise ValueError(f"cycle_momentum: {optimizer.optimizer} has momentum 0, none to move")

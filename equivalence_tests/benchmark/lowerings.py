@@ -10,6 +10,8 @@ digits each way loses where the mean of a channel is large.
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -27,20 +29,23 @@ from equivalence_tests.benchmark import timed_jax, timing
 from equivalence_tests.parity import inputs
 from flax_resnet.commands import cli
 from flax_resnet.devices.parallel import Engine
-from flax_resnet.kernels import cpu_convolution
-from flax_resnet.models import create_from_config, layers, resnet
+from flax_resnet.kernels import cpu_convolution, sliced_max_pool
+from flax_resnet.kernels.cpu_sum import library_sum
+from flax_resnet.models import create_from_config, layers
 from flax_resnet.models.layers import BatchNorm
 from flax_resnet.runs import environment
 from flax_resnet.training import steps
 from flax_resnet.training.network import Network
 
 
-def window_max_pool(x, window, stride, *, padding=0):
-    return nnx.max_pool(x, (window, window), (stride, stride), [(padding, padding)] * 2)
+def window_max_pool(x, window, stride, padding):
+    return layers.max_pool(x, window, stride, padding=padding, kernels="library")
 
 
-def loop_sum(x):
-    return x.sum(tuple(range(1, x.ndim - 1)))
+def differentiated(how, lhs, rhs, gradient):
+    return cpu_convolution._transposed(
+        lambda lhs, rhs: cpu_convolution._plain(lhs, rhs, *how), lhs, rhs, gradient
+    )
 
 
 def normalize(x, mean, rstd, scale, bias, axis_name):
@@ -90,13 +95,17 @@ def never(*_):
     return False
 
 
+def no_options(*_):
+    return {}
+
+
 LIBRARY = {
-    "sums-of-products": [(cpu_convolution, "_winograd_is_faster", never)],
     "library-convolution": [(cpu_convolution, "conv_general_dilated", lax.conv_general_dilated)],
-    "library-options": [(timed_jax, "COMPILER_OPTIONS", {})],
-    "library-max-pool": [(resnet, "max_pool", window_max_pool)],
-    "library-sums": [(layers, "sum_of_pixels", loop_sum)],
-    "library-relu": [(resnet, "relu", nnx.relu)],
+    "library-products": [(cpu_convolution, "_product_is_faster", never)],
+    "library-gradients": [(cpu_convolution, "_plain_gradients", differentiated)],
+    "library-options": [(timed_jax, "compiler_options", no_options)],
+    "library-max-pool": [(sliced_max_pool, "max_pool", window_max_pool)],
+    "library-sums": [(layers, "sum_of_pixels", library_sum)],
     "differentiated": [(layers, "_standardize", normalize), (lax, "stop_gradient", not_stopped)],
 }
 """What JAX and Flax bring along, and BatchNorm's statistics with a gradient found operation by
@@ -105,7 +114,7 @@ operation: (where, name, the other way)."""
 WAYS = (
     {"as-is": []}
     | LIBRARY
-    | {"library": sum(LIBRARY.values(), [])}
+    | {"library": LIBRARY["library-options"]}
     | {name: [(BatchNorm, "_batch_statistics", way)] for name, way in STATISTICS.items()}
 )
 
@@ -133,14 +142,16 @@ def computed(way: str):
         yield
 
 
-def make_model(job: timing.Job) -> nnx.Module:
-    return create_from_config(timed_jax.make_config(job).model, in_channels=3)
+def make_model(job: timing.Job, way: str = "as-is") -> nnx.Module:
+    config = timed_jax.make_config(job).model
+    kernels = "library" if way == "library" else "auto"
+    return create_from_config(dataclasses.replace(config, kernels=kernels), in_channels=3)
 
 
 def compile_step(job: timing.Job, way: str, variables: nnx.State) -> Step:
     config = timed_jax.make_config(job)
     with computed(way):
-        model = nnx.eval_shape(lambda: make_model(job))
+        model = nnx.eval_shape(lambda: make_model(job, way))
         nnx.update(model, variables)
         network = Network(model)
         step = steps.make_train_step(
@@ -162,7 +173,8 @@ def measure(programs: dict[str, Step], job: timing.Job) -> dict[str, list[float]
     for _ in range(job.blocks):
         for way in order.permutation(list(programs)).tolist():
             step = programs[way]
-            program = timing.Program(step.run, lambda s=step: jax.block_until_ready(s.state), list)
+            finish = functools.partial(jax.block_until_ready, step.state)
+            program = timing.Program(step.run, finish, list, job.steps_per_dispatch)
             seconds[way].append(timing.repeat(program, job.steps))
     return seconds
 
@@ -174,6 +186,7 @@ def summary(seconds: dict[str, list[float]], losses: dict[str, float], batch_siz
             "milliseconds": float(1e3 * np.median(values)),
             "images_per_second": float(batch_size / np.median(values)),
             "times_as_long": float(np.median(np.array(values) / base)),
+            "quartiles": np.quantile(np.array(values) / base, (0.25, 0.75)).tolist(),
             "first_loss": losses[way],
         }
         for way, values in seconds.items()
@@ -209,6 +222,7 @@ def parse():
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--steps", type=int, default=3, help="of a block")
+    parser.add_argument("--steps-per-dispatch", type=int, default=1, help="in a loop on the device")
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--list", action="store_true", help="say what the ways are")
@@ -228,7 +242,8 @@ def make_job(args) -> timing.Job:
         dtype=args.dtype,
         device=jax.default_backend(),
         framework="jax",
-        variant="jit",
+        variant="multi_step" if args.steps_per_dispatch > 1 else "jit",
+        steps_per_dispatch=args.steps_per_dispatch,
         steps=args.steps,
         blocks=args.blocks,
     )
@@ -244,11 +259,13 @@ def main():
     variables, programs, losses = nnx.state(make_model(job)), {}, {}
     for way in dict.fromkeys(ways):
         programs[way] = compile_step(job, way, variables)
-        losses[way] = float(programs[way].run()["loss"])  # and warm
+        losses[way] = float(np.ravel(programs[way].run()["loss"])[0])  # and warm
     rows = summary(measure(programs, job), losses, job.batch_size)
     lost = {way: digits_lost(way) for way in rows if way in {"as-is", *STATISTICS} - {"running"}}
     for way, row in rows.items():
-        print(f"{way}: {row['milliseconds']:.1f} ms, {row['times_as_long']:.3f} times as long")
+        low, high = row["quartiles"]
+        ratio = f"{row['times_as_long']:.3f} ({low:.3f} to {high:.3f})"
+        print(f"{way}: {row['milliseconds']:.1f} ms, {ratio} times as long")
     if args.json:
         measured = {"command": cli.command_line(), "environment": environment.describe(1)}
         measured["glibc_tunables"] = os.environ.get("GLIBC_TUNABLES")

@@ -21,7 +21,7 @@ from flax_resnet.config import (
     TrainConfig,
 )
 from flax_resnet.devices.parallel import Engine
-from flax_resnet.kernels.cpu_convolution import COMPILER_OPTIONS
+from flax_resnet.kernels.cpu_convolution import compiler_options
 from flax_resnet.models import create_from_config
 from flax_resnet.models.folding import fold_batchnorm
 from flax_resnet.training import steps
@@ -50,10 +50,6 @@ def configure(job: Job):
         jax.config.update("jax_default_matmul_precision", "highest")  # no TF32
     if jax.default_backend() != job.device:
         raise Skipped(f"JAX sees no {job.device.upper()} here")
-
-
-def compiler_options(job: Job) -> dict:
-    return COMPILER_OPTIONS if job.device == "cpu" else {}
 
 
 def make_config(job: Job) -> TrainConfig:
@@ -100,7 +96,7 @@ def place(job: Job, engine: Engine, step, state):
     index = np.arange(len(labels), dtype=np.int32)
     data = {"image": images, "label": labels.astype(np.int32)}
     if job.variant == "jit":
-        compiled = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(job))
+        compiled = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(job.device))
         return compiled, state, (jax.device_put(data | {"index": index}),)
     several = engine.steps_per_dispatch(resident=True)
     compiled = engine.compile_train(step, several)
@@ -123,7 +119,7 @@ def inference(job: Job, config: TrainConfig, engine: Engine, network) -> Program
     def forward(variables, images):
         return network.apply(variables, images, train=False)[0]
 
-    compiled, last = jax.jit(forward, compiler_options=compiler_options(job)), {}
+    compiled, last = jax.jit(forward, compiler_options=compiler_options(job.device)), {}
 
     def dispatch():
         last["logits"] = compiled(variables, images)
@@ -142,7 +138,7 @@ def measure_ceilings(job: Job) -> dict:
     matrix, vector = (
         jax.random.normal(jax.random.key(0), shape, dtype) for shape in ((side, side), (count,))
     )
-    product = jax.jit(jnp.dot, compiler_options=compiler_options(job))
+    product = jax.jit(jnp.dot, compiler_options=compiler_options(job.device))
     copy = jax.jit(lambda x: x + 1)
     last = {}
 

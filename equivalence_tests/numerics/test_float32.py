@@ -28,7 +28,7 @@ from equivalence_tests.parity import (
     tolerances,
     torch_side,
 )
-from flax_resnet.kernels.cpu_convolution import COMPILER_OPTIONS
+from flax_resnet.kernels.cpu_convolution import compiler_options
 from flax_resnet.models import layers
 from torch_ref import checkpoint, optim
 
@@ -86,14 +86,6 @@ ARCHS = [pytest.param(arch, marks=marks(arch)) for arch in flax_resnet.list_mode
 def test_steps_of_training(arch):
     case = inputs.make_case(arch, batch=4, steps=BATCHES, lr=STILL, momentum=0.9, weight_decay=5e-4)
     assert over_budget_of_steps(teacher_forced(case)) == []
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("arch", FAST)
-def test_steps_of_training_by_winograd(arch, winograd_everywhere):
-    case = inputs.make_case(arch, batch=4, steps=BATCHES, lr=STILL, momentum=0.9, weight_decay=5e-4)
-    assert over_budget_of_steps(teacher_forced(case)) == []
-    assert winograd_everywhere.called
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -196,7 +188,7 @@ def teacher_forced(case, *, compute_dtype=None, autocast=None):
     teacher, truth = Torch(case, np.float32, autocast), Torch(case, np.float64)
     network, config, state = jax_side.start(case, np.float32, compute_dtype=compute_dtype)
     step = jax_side.probed_train_step(network, config, case.num_classes)
-    step = jax.jit(step, donate_argnums=0, compiler_options=COMPILER_OPTIONS)
+    step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options("cpu"))
 
     def traces(index):
         nonlocal state

@@ -60,10 +60,10 @@ def test_one_step_of_training(arch, stem):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("arch", QUICK)
-def test_one_step_of_training_by_winograd(arch, winograd_everywhere):
-    assert too_large(make_case(arch)) == []
-    assert winograd_everywhere.called
+@pytest.mark.parametrize("arch", [*QUICK, "basic_cnn"])
+def test_the_librarys_kernels(arch):
+    case = make_case(arch, kernels="library")
+    assert too_large(case) == [] and too_large(case, train=False) == []
 
 
 @pytest.mark.parametrize("arch, stem", CASES)
@@ -168,7 +168,7 @@ def smoothed_over_the_others(labels, num_classes, smoothing, dtype):
     return SOFT_TARGETS(labels, num_classes, smoothing * num_classes / (num_classes - 1), dtype)
 
 
-def same_padding(x, window, stride, *, padding):
+def same_padding(x, window, stride, **_):
     return nnx.max_pool(x, (window, window), (stride, stride), "SAME")
 
 
@@ -186,7 +186,7 @@ FAULTS = [  # the fault, where it goes, the first phase that shows it
     (momentum_of_flax, layers, "_moving", "batch_norm"),
     (larger_epsilon, lax, "rsqrt", "forward"),
     (smoothed_over_the_others, losses, "soft_targets", "loss"),
-    (same_padding, resnet, "max_pool", "forward"),
+    (same_padding, layers, "max_pool", "forward"),
     (no_nesterov, optax, "trace", "parameters"),
 ]
 
@@ -203,7 +203,7 @@ def test_a_fault_shows_first_in_its_phase(fault, module, name, phase):
 @pytest.mark.control
 @pytest.mark.quick
 def test_half_a_gradient_at_zero_shows_only_in_ties():
-    with mock.patch.object(resnet, "relu", lambda x: jnp.maximum(x, 0)):
+    with mock.patch.object(layers, "relu", lambda x: jnp.maximum(x, 0)):
         assert too_large(make_case("resnet20")) == []
         assert {row.phase for row in too_large(make_case("resnet20", zero_init=True))} >= {
             "gradient",

@@ -3,6 +3,8 @@ what is slow. Each fact has the library's own way as its control: where that pas
 """
 
 import re
+from collections import Counter
+from functools import partial
 from unittest import mock
 
 import jax
@@ -11,20 +13,25 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from jax import lax
 from torch.nn import functional as F
 
 from equivalence_tests.benchmark import lowerings
 from equivalence_tests.parity import inputs
-from flax_resnet.kernels import cpu_convolution
-from flax_resnet.kernels.cpu_sum import sum_of_pixels
-from flax_resnet.models import layers
+from flax_resnet.config import ModelConfig, ParallelConfig, TrainConfig
+from flax_resnet.devices.parallel import Engine
+from flax_resnet.kernels import cpu_convolution, sliced_max_pool
+from flax_resnet.kernels.cpu_convolution import compiler_options
+from flax_resnet.kernels.cpu_sum import library_sum, sum_of_pixels
+from flax_resnet.models import KERNELS, create_model, layers
+from flax_resnet.training.network import Network
 
 pytestmark = pytest.mark.quick
 
 
 def program(function, *arrays) -> str:
     """The compiled program's text."""
-    compiled = jax.jit(function, compiler_options=cpu_convolution.COMPILER_OPTIONS)
+    compiled = jax.jit(function, compiler_options=compiler_options("cpu"))
     return compiled.lower(*arrays).compile().as_text()
 
 
@@ -97,9 +104,16 @@ def test_sums_of_pixels_are_additions():
     assert loops_over_pixels(sum_of_pixels) == 0
 
 
+def test_sums_are_the_librarys_on_cuda():
+    x = jax.ShapeDtypeStruct((4, 16, 16, 32), jnp.float32)
+    for platform, loops in {"cpu": False, "cuda": True}.items():
+        program = jax.export.export(jax.jit(sum_of_pixels), platforms=[platform])(x).mlir_module()
+        assert ("stablehlo.reduce(" in program) == loops
+
+
 @pytest.mark.control
 def test_the_library_s_sums_are_loops():
-    assert loops_over_pixels(lowerings.loop_sum) > 0
+    assert loops_over_pixels(library_sum) > 0
 
 
 def questions_for_a_sharding(function) -> int:
@@ -122,31 +136,93 @@ def test_the_library_s_assignment_asks():
     assert questions_for_a_sharding(assign) > 0
 
 
-def additions_of_a_bias(relu) -> int:
-    """How often conv - bias - ReLU - conv and its gradient compute conv + bias."""
-
-    def loss(kernels, x, bias):
-        hidden = relu(convolution(x, kernels[0]) + layers._along(bias, x))
-        return jnp.square(convolution(hidden, kernels[1])).sum()
-
-    def convolution(x, kernel):
-        return cpu_convolution.conv_general_dilated(x, kernel, (1, 1), [(1, 1)] * 2)
-
-    kernel, bias = np.ones((3, 3, 8, 8), np.float32), np.ones(8, np.float32)
-    text = program(jax.grad(loss), [kernel] * 2, np.ones((4, 12, 12, 8), np.float32), bias)
-    return len(re.findall(r"f32\[4,12,12,8\]\S* add\(", text))
-
-
-def test_what_a_relu_gives_is_kept():
-    """Once forward and once for the sign; the kernel's gradient takes what is there."""
-    assert additions_of_a_bias(layers.relu) == 2
-
-
-@pytest.mark.control
-def test_what_the_library_s_gives_is_computed_again():
-    assert additions_of_a_bias(nnx.relu) == 3
-
-
 def test_relu_keeps_nan():
     x = np.array([np.nan, -np.inf, -1, -0.0, 0.0, 1, np.inf], np.float32)
     assert np.array_equal(layers.relu(jnp.asarray(x)), F.relu(torch.tensor(x)), equal_nan=True)
+
+
+def abstract_network(kernels: str) -> Network:
+    return Network(nnx.eval_shape(lambda: create_model("resnet18", kernels=kernels)))
+
+
+IMAGES = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "place, name",
+    [
+        (cpu_convolution, "_convolution"),
+        (sliced_max_pool, "max_pool"),
+        (layers, "_standardize"),
+        (layers, "sum_of_pixels"),
+    ],
+)
+def test_one_switch_turns_every_lowering_off(place, name):
+    called = {}
+    for kernels in KERNELS:
+        network = abstract_network(kernels)
+        apply = partial(network.apply, train=True)
+        with mock.patch.object(place, name, wraps=getattr(place, name)) as lowering:
+            jax.eval_shape(apply, network.initial, IMAGES)
+        called[kernels] = lowering.called
+    assert called == {"auto": True, "library": False}
+
+
+def test_the_switch_reaches_the_compiler():
+    engines = [Engine(ParallelConfig(devices=1), kernels=kernels) for kernels in KERNELS]
+    assert [bool(engine._options) for engine in engines] == [True, False]
+
+
+def test_a_deterministic_run_needs_the_max_pool_of_this_project():
+    with pytest.raises(ValueError, match="deterministic needs kernels auto"):
+        TrainConfig(deterministic=True, model=ModelConfig(kernels="library"))
+
+
+def exported(kernels: str, *platforms: str, gradients=False) -> str:
+    """The program of a ResNet-18, exported on this machine."""
+    network = abstract_network(kernels)
+
+    def value(params, images, variables):
+        variables = variables._replace(params=params)
+        return network.apply(variables, images, train=False)[0].sum()
+
+    function = jax.jit(jax.grad(value, (0, 1)) if gradients else value)
+    arrays = network.initial.params, IMAGES, network.initial
+    return jax.export.export(function, platforms=platforms)(*arrays).mlir_module()
+
+
+def on_the_last_platform(program: str) -> Counter:
+    """{operation: count} of what a program of several platforms computes on the last of them."""
+
+    innermost = re.compile(r"stablehlo\.case((?:(?!stablehlo\.case).)*?)}\) : ", re.DOTALL)
+    while "stablehlo.case" in program:
+        program = innermost.sub(lambda case: case[1].split("}, {")[-1], program)
+    return Counter(re.findall(r"stablehlo\.(convolution|dot_general)", program))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("platforms", [("cuda",), ("cpu", "cuda")])
+def test_a_program_for_cuda_holds_the_librarys_convolutions(platforms, gradients):
+    """Wherever it is exported: here there is a CPU alone."""
+    options = dict(gradients=gradients)
+    ours = on_the_last_platform(exported("auto", *platforms, **options))
+    assert ours == on_the_last_platform(exported("library", "cuda", **options))
+    assert gradients or ours == {"convolution": 20, "dot_general": 1}
+
+
+def test_a_program_for_a_cpu_multiplies_on_small_maps():
+    assert on_the_last_platform(exported("auto", "cpu")) == {"convolution": 10, "dot_general": 11}
+    library = on_the_last_platform(exported("library", "cpu"))
+    assert library == {"convolution": 20, "dot_general": 1}
+
+
+@pytest.mark.control
+def test_a_choice_by_the_machine_that_traces_shows(monkeypatch):
+    def of_this_machine(*arrays, cpu, default):
+        return (cpu if jax.default_backend() == "cpu" else default)(*arrays)
+
+    monkeypatch.setattr(lax, "platform_dependent", of_this_machine)
+    jax.clear_caches()  # of what was traced without the fault
+    found = on_the_last_platform(exported("auto", "cpu", "cuda"))
+    jax.clear_caches()
+    assert found == {"convolution": 10, "dot_general": 11}

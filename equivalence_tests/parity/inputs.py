@@ -60,6 +60,9 @@ class Case:
 
     shortcut: str | None = None
 
+    kernels: str = "auto"
+    """How flax_resnet computes its layers, as `ModelConfig.kernels`."""
+
     num_classes: int = NUM_CLASSES
 
     dropout: float = 0.0
@@ -86,6 +89,7 @@ def make_case(
     steps=1,
     dropout=0.0,
     zero_init=False,
+    kernels="auto",
     seed=0,
     **rule,
 ) -> Case:
@@ -105,6 +109,7 @@ def make_case(
         arch=arch,
         stem=stem,
         shortcut=shortcut,
+        kernels=kernels,
         arrays=random_state(shapes, rng, zero_init=zero_init),
         images=images,
         labels=rng.integers(0, NUM_CLASSES, (steps, batch)),

@@ -18,8 +18,8 @@ from equivalence_tests.parity import inputs, replay
 from equivalence_tests.parity.inputs import Case
 from equivalence_tests.parity.states import named, optimizer_state
 from flax_resnet.config import ScheduleConfig, TrainConfig
-from flax_resnet.kernels.cpu_convolution import COMPILER_OPTIONS
-from flax_resnet.models import cnn, resnet
+from flax_resnet.kernels.cpu_convolution import compiler_options
+from flax_resnet.models import layers
 from flax_resnet.models.summary import recorded_activations
 from flax_resnet.training import losses, steps
 from flax_resnet.training.network import Network, Variables
@@ -34,7 +34,7 @@ def run(case: Case, dtype=np.float64, *, train=True, decisions=None, jit=False, 
     probed = probed_train_step if train else probed_evaluation
     step = probed(network, config, case.num_classes)
     if jit:
-        step = jax.jit(step, compiler_options=COMPILER_OPTIONS)
+        step = jax.jit(step, compiler_options=compiler_options("cpu", case.kernels))
     values = {}
     for index in range(len(case.images)):
         batch = batch_of(case, index, dtype, decisions and decisions[index])
@@ -66,6 +66,7 @@ def make_model(case: Case, dtype=np.float64, compute_dtype=None) -> nnx.Module:
             stem=case.stem,
             shortcut=case.shortcut,
             dropout=case.dropout,
+            kernels=case.kernels,
             dtype=compute_dtype,
             param_dtype=dtype,
         )
@@ -108,7 +109,6 @@ class ProbedNetwork(Network):
         return model
 
 
-@contextlib.contextmanager
 def recorded_pools(outputs: dict):
     """Pools are functions in JAX; this adds their outputs under the names of torch's modules."""
     counts = {}
@@ -127,13 +127,8 @@ def recorded_pools(outputs: dict):
         "global_average_pool": "avgpool",
         "adaptive_average_pool": "avgpool",
     }
-    with contextlib.ExitStack() as stack:
-        for module in (resnet, cnn):
-            for function, name in pools.items():
-                if hasattr(module, function):
-                    patch = recording(getattr(module, function), name)
-                    stack.enter_context(mock.patch.object(module, function, patch))
-        yield
+    patches = {f: recording(getattr(layers, f), name) for f, name in pools.items()}
+    return mock.patch.multiple(layers, **patches)
 
 
 def probed_train_step(network: ProbedNetwork, config: TrainConfig, num_classes: int):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flax_resnet.models import cnn, layers, resnet
+from flax_resnet.models import layers
 
 Decisions = list[np.ndarray]
 """In the order of the calls: of a ReLU, bool [B, C, H, W] or [B, F], where it is open; of a
@@ -63,7 +63,6 @@ def _torch_modules(relu, max_pool):
     return stack
 
 
-@contextlib.contextmanager
 def replayed_jax(decisions):
     """Within this context flax_resnet's ReLU and max-pool decide as `channels_last(decisions)`."""
     queue = iter(decisions)
@@ -77,10 +76,7 @@ def replayed_jax(decisions):
         flat = indices.reshape(batch, -1, channels)
         return jnp.take_along_axis(x.reshape(batch, -1, channels), flat, 1).reshape(indices.shape)
 
-    with contextlib.ExitStack() as stack:
-        for module in (resnet, cnn):
-            stack.enter_context(mock.patch.multiple(module, relu=relu, max_pool=max_pool))
-        yield
+    return mock.patch.multiple(layers, relu=relu, max_pool=max_pool)
 
 
 def channels_last(decisions: Decisions) -> Decisions:

@@ -127,6 +127,8 @@ def test_bad_names_are_answered_with_the_nearest():
         flax_resnet.create_model("resnet18", stem="imagnet")
     with pytest.raises(InputError, match="did you mean 'projection'"):
         flax_resnet.create_model("resnet20", shortcut="projections")
+    with pytest.raises(InputError, match="unknown kernels 'librery'; did you mean 'library'"):
+        flax_resnet.create_model("resnet20", kernels="librery")
     with pytest.raises(InputError, match="zero_init_residual"):
         flax_resnet.create_model("basic_cnn", zero_init_residual=True)
     with pytest.raises(InputError, match="dropout"):

@@ -21,7 +21,7 @@ import numpy as np
 from equivalence_tests import mutants, results
 from equivalence_tests.mutants import of_layers
 from equivalence_tests.parity import engine, inputs, jax_side, localise
-from flax_resnet.models import resnet
+from flax_resnet.models import layers
 from flax_resnet.runs import environment
 
 DRAWN = {"resnet18": None, "resnet50": 20}
@@ -113,7 +113,7 @@ def relu_trials(arch: str, most: int | None) -> Iterator[Trial]:
     shapes = inputs.state_shapes(arch)
     for end in list(_ends_with_ties(arch, shapes))[:most]:
         calls = _calls_until(end, shapes)
-        with mock.patch.object(resnet, "relu", _one_faulty(resnet.relu, calls)):
+        with mock.patch.object(layers, "relu", _one_faulty(layers.relu, calls)):
             yield localised(mutant, arch, end, zero_init=True)
 
 

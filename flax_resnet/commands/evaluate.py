@@ -72,7 +72,8 @@ def measure(run: LoadedRun, dataset, split: str, left_out: list | None) -> tuple
     num_images = sum(map(len, sources))
     if not num_images:
         raise InputError(f"the {split} split is empty")
-    engine = Engine(replace(run.config.parallel, devices=1))
+    parallel = replace(run.config.parallel, devices=1)
+    engine = Engine(parallel, kernels=run.config.model.kernels)
     eval_step = steps.make_eval_step(run.network, run.preprocess, num_classes=len(run.class_names))
     decoder, size = evaluation_decoder(run.config.data), run.config.eval_batch_size
     batches = itertools.chain.from_iterable(

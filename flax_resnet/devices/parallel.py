@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_resnet.config import ParallelConfig
 from flax_resnet.errors import InputError
-from flax_resnet.kernels import cpu_convolution
+from flax_resnet.kernels.cpu_convolution import compiler_options
 
 AXIS = "data"
 SMALLEST_SHARDED = 4096  # elements; BatchNorm's vectors are smaller and stay whole
@@ -25,7 +25,9 @@ SMALLEST_SHARDED = 4096  # elements; BatchNorm's vectors are smaller and stay wh
 class Engine:
     """Places arrays on the devices and compiles steps for them."""
 
-    def __init__(self, config: ParallelConfig, *, deterministic: bool = False):
+    def __init__(
+        self, config: ParallelConfig, *, deterministic: bool = False, kernels: str = "auto"
+    ):
         self.devices = _choose_devices(config.devices)
         self.pmap = config.parallel == "pmap"
         self.shard_parameters = config.shard_parameters
@@ -39,10 +41,10 @@ class Engine:
         self.mesh = Mesh(np.array(self.devices), (AXIS,))
         self._whole = NamedSharding(self.mesh, PartitionSpec())
         self._by_row = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        on_cpu = self.devices[0].platform == "cpu"
+        platform = self.devices[0].platform
         self._steps_per_dispatch = config.steps_per_dispatch
-        self._options = cpu_convolution.COMPILER_OPTIONS if on_cpu else {}
-        if deterministic and not on_cpu:
+        self._options = compiler_options(platform, kernels)
+        if deterministic and platform != "cpu":
             self._options = {"xla_gpu_deterministic_ops": True}
 
     def steps_per_dispatch(self, *, resident: bool) -> int:

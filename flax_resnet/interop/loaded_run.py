@@ -189,7 +189,7 @@ def predict_files(
     parts = [range(len(paths))[start : start + size] for start in range(0, len(paths), size)]
     decode = functools.partial(decoded, source, evaluation_decoder(data))
     images = ahead(decode, parts) if skip_bad else whole(ahead(decode, parts), source)
-    predict = make_predict(run.network, run.preprocess)
+    predict = make_predict(run.network, run.preprocess, run.config.model.kernels)
     for indices, part in zip(parts, images, strict=True):
         batch = np.zeros((size, *run.image_shape), np.uint8)
         for row, image in enumerate(part):

@@ -17,6 +17,7 @@ MOST = 1_000_000
 
 STEMS = ("imagenet", "cifar")
 SHORTCUTS = ("pad", "projection")
+KERNELS = ("auto", "library")
 
 
 def list_models() -> list[str]:
@@ -68,6 +69,7 @@ def create_model(
     bn_axis_name: str | None = None,
     rngs: nnx.Rngs | None = None,
     shortcut: str | None = None,
+    kernels: str = "auto",
 ) -> nnx.Module:
     """A freshly initialised network in training mode: `[B, H, W, C]` -> `[B, num_classes]`.
 
@@ -83,10 +85,12 @@ def create_model(
       rngs: left out, `nnx.Rngs(0)`.
       shortcut: of He's five, where the width changes: "pad" (the default: option A, channels of
         zero) or "projection" (option B: 1x1 convolution and BatchNorm).
+      kernels: "auto" (this project's own lowerings where they are faster on the platform that the
+        program is compiled for) or "library" (JAX's and Flax's operations alone).
 
     Raises:
-      InputError: an unknown name (the nearest valid one is named), stem, shortcut or type, or a
-        number out of range.
+      InputError: an unknown name (the nearest valid one is named), stem, shortcut, kernels or type,
+        or a number out of range.
 
     Example:
       >>> model = flax_resnet.create_model("resnet18", num_classes=3, stem="cifar")
@@ -98,11 +102,13 @@ def create_model(
         raise InputError(f"unknown architecture {arch!r}{nearest(arch, list_models())}")
     check_stem(arch, stem)
     check_shortcut(arch, shortcut)
+    if kernels not in KERNELS:
+        raise InputError(f"unknown kernels {kernels!r}{nearest(kernels, KERNELS)}")
     _check_numbers({"num_classes": num_classes, "in_channels": in_channels}, dropout)
     _check_types({"dtype": dtype, "param_dtype": param_dtype})
     rngs = nnx.Rngs(0) if rngs is None else rngs
     options = dict(dropout=dropout, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    options["in_channels"] = in_channels
+    options |= dict(in_channels=in_channels, kernels=kernels)
     if arch == "basic_cnn":
         if zero_init_residual:
             raise InputError("zero_init_residual: basic_cnn has no residual blocks")
@@ -153,4 +159,5 @@ def create_from_config(
         bn_axis_name=bn_axis_name,
         rngs=nnx.Rngs(seed),
         shortcut=config.shortcut,
+        kernels=config.kernels,
     )

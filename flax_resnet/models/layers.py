@@ -1,10 +1,10 @@
-"""The one file that owns "PyTorch does it so": padding, pools, BatchNorm, dropout, initialisers.
+"""Layers with PyTorch's semantics: padding, pools, BatchNorm, dropout.
 
 Images are `[B, H, W, C]`, kernels `[kh, kw, C / groups, O]`.
 """
 
 import math
-from functools import partial, reduce
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,43 +13,9 @@ from flax import nnx
 from jax import lax
 
 from flax_resnet.errors import InputError
-from flax_resnet.kernels import cpu_convolution
-from flax_resnet.kernels.cpu_sum import sum_of_pixels
-
-_CHUNK = 1 << 18
-
-
-def kaiming_normal_fan_out(key, shape, dtype=jnp.float32, **_):
-    """torch.nn.init.kaiming_normal_(mode="fan_out"): a full normal, `[kh, kw, I, O]`.
-
-    Flax's he_normal is a truncated one scaled by fan_in. Drawn in chunks of one size: XLA takes
-    a quarter of a second to compile the generator for every new shape.
-    """
-    std = math.sqrt(2 / (shape[0] * shape[1] * shape[-1]))
-    count = -(-math.prod(shape) // _CHUNK)
-    chunks = [_normal_chunk(key, number) for number in range(count)]
-    return _assemble(chunks, shape, std, jnp.dtype(dtype))
-
-
-@jax.jit
-def _normal_chunk(key, number):
-    return jax.random.normal(jax.random.fold_in(key, number), (_CHUNK,), jnp.float32)
-
-
-@partial(jax.jit, static_argnums=(1, 3))
-def _assemble(chunks, shape, scale, dtype):
-    values = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks)
-    return (scale * values[: math.prod(shape)]).reshape(shape).astype(dtype)
-
-
-def uniform_fan_in(fan_in: int):
-    """torch's default for the weight and the bias of Linear and Conv2d: U(+-1/sqrt(fan_in))."""
-    bound = 1 / math.sqrt(fan_in)
-
-    def init(key, shape, dtype=jnp.float32, **_):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+from flax_resnet.kernels import cpu_convolution, sliced_max_pool
+from flax_resnet.kernels.cpu_sum import library_sum, sum_of_pixels
+from flax_resnet.models.initializers import kaiming_normal_fan_out, uniform_fan_in
 
 
 def conv(
@@ -63,6 +29,7 @@ def conv(
     bias=False,
     dtype=None,
     param_dtype=jnp.float32,
+    kernels="auto",
     rngs,
 ) -> nnx.Conv:
     """torch.nn.Conv2d: `padding` pixels on every side, never "SAME", which differs at stride 2.
@@ -70,6 +37,7 @@ def conv(
     Without a bias it starts as torchvision's ResNets do, with one as Conv2d does by default.
     """
     fan_in = in_features // groups * kernel_size**2
+    own = cpu_convolution.conv_general_dilated
     return nnx.Conv(
         in_features,
         out_features,
@@ -82,7 +50,7 @@ def conv(
         bias_init=uniform_fan_in(fan_in),
         dtype=dtype,
         param_dtype=param_dtype,
-        conv_general_dilated=cpu_convolution.conv_general_dilated,
+        conv_general_dilated=lax.conv_general_dilated if kernels == "library" else own,
         rngs=rngs,
     )
 
@@ -121,6 +89,7 @@ class BatchNorm(nnx.Module):
         axis_name=None,
         dtype=None,
         param_dtype=jnp.float32,
+        kernels="auto",
         rngs=None,
     ):
         del rngs  # nothing here is random
@@ -133,6 +102,7 @@ class BatchNorm(nnx.Module):
         self.epsilon = epsilon
         self.axis_name = axis_name
         self.dtype = dtype
+        self.kernels = kernels
         self.use_running_average = False
 
     def __call__(self, x):
@@ -143,9 +113,12 @@ class BatchNorm(nnx.Module):
         if self.use_running_average:
             rstd = lax.rsqrt(self.var[...] + self.epsilon)
             return _normalize(wide, self.mean[...], rstd, scale, bias).astype(dtype)
-        mean, var, count = lax.stop_gradient(self._batch_statistics(wide))
+        mean, var, count = self._batch_statistics(wide)
         self._update(mean, var, count)
         rstd = lax.rsqrt(var + self.epsilon)
+        if self.kernels == "library":
+            return _normalize(wide, mean, rstd, scale, bias).astype(dtype)
+        mean, rstd = lax.stop_gradient((mean, rstd))
         return _standardize(wide, mean, rstd, scale, bias, self.axis_name).astype(dtype)
 
     def _batch_statistics(self, x):
@@ -169,7 +142,7 @@ class BatchNorm(nnx.Module):
         return first + rest, var, count
 
     def _mean(self, x):
-        mean = _sums(x)[0] / math.prod(x.shape[:-1])
+        mean = _sums(x, kernels=self.kernels)[0] / math.prod(x.shape[:-1])
         return mean if self.axis_name is None else lax.pmean(mean, self.axis_name)
 
     def _update(self, mean, var, count):
@@ -186,13 +159,14 @@ def _moving(old, new, momentum):
     return (1 - momentum) * old + momentum * new.astype(old.dtype)
 
 
-def _sums(*arrays):
+def _sums(*arrays, kernels="auto"):
     """Each summed over all axes but the last: `[N, C]` of N arrays.
 
     Image by image and then over the images: two short sums lose fewer digits than a long one. The
     second is a product with ones, which XLA cannot fuse with the first.
     """
-    images = jnp.concatenate([sum_of_pixels(x) for x in arrays], axis=1)
+    of_pixels = library_sum if kernels == "library" else sum_of_pixels
+    images = jnp.concatenate([of_pixels(x) for x in arrays], axis=1)
     ones = jnp.ones(len(images), images.dtype)
     return jnp.dot(ones, images, precision="highest").reshape(len(arrays), -1)
 
@@ -265,58 +239,18 @@ def keep_mask(keys, probability, shape):
 
 
 def relu(x):
-    """Gradient 0 at 0, as torch; `jnp.maximum(x, 0)` would give 1/2.
-
-    Not `nnx.relu`: of a maximum with a constant XLA's CPU backend takes it for free to compute it
-    again, and all behind it back to the last convolution, for every use: 5 to 8% of a step.
-    """
-    return jnp.where(x <= 0, jnp.zeros_like(x), x)
+    """torch.nn.ReLU: its gradient at 0 is 0, where that of `jnp.maximum(x, 0)` would be 1/2."""
+    return nnx.relu(x)
 
 
-def max_pool(x, window, stride, *, padding=0):
+def max_pool(x, window, stride, *, padding=0, kernels="auto"):
     """torch.nn.MaxPool2d: padded with -inf on every side, never "SAME".
 
-    Of equal numbers the first takes the gradient. A window's pixels are slices of the image: XLA's
-    own window takes ten times as long on a CPU (`[128, 16, 16, 64]`, forward and gradient, one
-    core: 65 ms, here 7), and XLA calls its gradient on a GPU nondeterministic.
+    Of equal numbers the first takes the gradient.
     """
-    return _max_pool(x, window, stride, padding)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _max_pool(x, window, stride, padding):
-    return reduce(jnp.maximum, _window_pixels(x, window, stride, padding))
-
-
-def _max_pool_forward(x, window, stride, padding):
-    highest = _max_pool(x, window, stride, padding)
-    return highest, (x, highest)
-
-
-def _max_pool_backward(window, stride, padding, saved, gradient):
-    x, highest = saved
-    pixels, to_image = jax.vjp(lambda x: _window_pixels(x, window, stride, padding), x)
-    free, gradients = jnp.ones(highest.shape, bool), []
-    for pixel in pixels:
-        hit = free & (pixel == highest)
-        free &= ~hit
-        gradients.append(jnp.where(hit, gradient, 0))
-    return to_image(gradients)
-
-
-_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
-
-
-def _window_pixels(x, window, stride, padding):
-    """`[B, H, W, C]` -> window^2 times `[B, H', W', C]`, in the order of reading."""
-    around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    x = jnp.pad(x, around, constant_values=-jnp.inf)
-    rows, columns = ((size - window) // stride * stride + 1 for size in x.shape[1:3])
-    return [
-        x[:, i : i + rows : stride, j : j + columns : stride]
-        for i in range(window)
-        for j in range(window)
-    ]
+    if kernels == "library":
+        return nnx.max_pool(x, (window, window), (stride, stride), [(padding, padding)] * 2)
+    return sliced_max_pool.max_pool(x, window, stride, padding)
 
 
 def global_average_pool(x):

@@ -8,15 +8,7 @@ from functools import partial
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_resnet.models.layers import (
-    BatchNorm,
-    Dropout,
-    conv,
-    global_average_pool,
-    linear,
-    max_pool,
-    relu,
-)
+from flax_resnet.models import layers
 
 
 class BasicBlock(nnx.Module):
@@ -32,9 +24,9 @@ class BasicBlock(nnx.Module):
 
     def __call__(self, x):
         """`[B, H, W, in_planes]` -> `[B, H / stride, W / stride, planes]`."""
-        out = relu(self.bn1(self.conv1(x)))
+        out = layers.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return relu(out + self.downsample(x))
+        return layers.relu(out + self.downsample(x))
 
 
 class Bottleneck(nnx.Module):
@@ -53,10 +45,10 @@ class Bottleneck(nnx.Module):
 
     def __call__(self, x):
         """`[B, H, W, in_planes]` -> `[B, H / stride, W / stride, 4 * planes]`."""
-        out = relu(self.bn1(self.conv1(x)))
-        out = relu(self.bn2(self.conv2(out)))
+        out = layers.relu(self.bn1(self.conv1(x)))
+        out = layers.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return relu(out + self.downsample(x))
+        return layers.relu(out + self.downsample(x))
 
 
 class Identity(nnx.Module):
@@ -109,15 +101,18 @@ class ResNet(nnx.Module):
         dtype=None,
         param_dtype=jnp.float32,
         bn_axis_name=None,
+        kernels="auto",
         rngs,
     ):
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        norm = partial(BatchNorm, axis_name=bn_axis_name, **options)
-        layers = dict(conv=partial(conv, **options), norm=norm)
+        conv = partial(layers.conv, kernels=kernels, **options)
+        norm = partial(layers.BatchNorm, axis_name=bn_axis_name, kernels=kernels, **options)
+        parts = dict(conv=conv, norm=norm)
         size, stride = (7, 2) if stem == "imagenet" else (3, 1)
-        self.conv1 = conv(in_channels, planes, size, stride=stride, padding=size // 2, **options)
+        self.conv1 = conv(in_channels, planes, size, stride=stride, padding=size // 2)
         self.bn1 = norm(planes)
         self.pools = stem == "imagenet"
+        self.kernels = kernels
         in_planes = planes
         for stage, depth in enumerate(depths):
             out_planes = planes * 2**stage
@@ -129,28 +124,28 @@ class ResNet(nnx.Module):
                         in_planes,
                         out_planes,
                         stride,
-                        partial(_shortcut, projection=projection, **layers),
+                        partial(_shortcut, projection=projection, **parts),
                         groups=groups,
                         base_width=base_width,
-                        **layers,
+                        **parts,
                     )
                 )
                 in_planes = out_planes * block.expansion
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
         self.num_stages = len(depths)
-        self.dropout = Dropout(dropout, rngs=rngs)
-        self.fc = linear(in_planes, num_classes, **options)
+        self.dropout = layers.Dropout(dropout, rngs=rngs)
+        self.fc = layers.linear(in_planes, num_classes, **options)
         if zero_init_residual:
             self._zero_init_residual()
 
     def __call__(self, x, *, dropout_keys=None):
         """`[B, H, W, C]` -> logits `[B, num_classes]`; `dropout_keys` is `[B]`."""
-        x = relu(self.bn1(self.conv1(x)))
+        x = layers.relu(self.bn1(self.conv1(x)))
         if self.pools:
-            x = max_pool(x, 3, 2, padding=1)
+            x = layers.max_pool(x, 3, 2, padding=1, kernels=self.kernels)
         for block in self._blocks():
             x = block(x)
-        x = global_average_pool(x)
+        x = layers.global_average_pool(x)
         return self.fc(self.dropout(x, dropout_keys))
 
     def blocks(self):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_resnet import metrics
+from flax_resnet.config import ParallelConfig
 from flax_resnet.data import pipeline
+from flax_resnet.devices.parallel import Engine
 from flax_resnet.errors import InputError
-from flax_resnet.kernels.cpu_convolution import COMPILER_OPTIONS
 from flax_resnet.training import steps
 from flax_resnet.training.network import predict_logits
 
@@ -65,11 +66,11 @@ def evaluate_split(run, split: str, variables=None) -> tuple[dict, np.ndarray]:
     return evaluate(run.engine, run.eval_fn, variables, batches)
 
 
-def make_predict(network, preprocess):
-    """A compiled function (variables, uint8 images `[B, H, W, C]`) -> probabilities `[B, K]`."""
+def make_predict(network, preprocess, kernels: str):
+    """A compiled function of one device: (variables, uint8 images `[B, H, W, C]`) ->
+    probabilities `[B, K]`."""
 
     def predict(variables, images):
         return jax.nn.softmax(predict_logits(network, preprocess, variables, images))
 
-    options = COMPILER_OPTIONS if jax.default_backend() == "cpu" else {}
-    return jax.jit(predict, compiler_options=options)
+    return Engine(ParallelConfig(devices=1), kernels=kernels).compile_eval(predict)

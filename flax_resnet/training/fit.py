@@ -181,7 +181,9 @@ def _begin(
     if not begun and (faults := idle(config)):
         raise InputError("; ".join(faults.values()))
     environment.configure_jax(config)
-    engine = Engine(config.parallel, deterministic=config.deterministic)
+    engine = Engine(
+        config.parallel, deterministic=config.deterministic, kernels=config.model.kernels
+    )
     engine.check_batch_size(config.batch_size)
     prepared = prepare(config)
     model = _initial_model(prepared, engine)
