@@ -98,12 +98,7 @@ def create_model(
       >>> model(jnp.zeros((1, 32, 32, 3))).shape
       (1, 3)
     """
-    if arch not in list_models():
-        raise InputError(f"unknown architecture {arch!r}{nearest(arch, list_models())}")
-    check_stem(arch, stem)
-    check_shortcut(arch, shortcut)
-    if kernels not in KERNELS:
-        raise InputError(f"unknown kernels {kernels!r}{nearest(kernels, KERNELS)}")
+    _check_names(arch, stem, shortcut, kernels)
     _check_numbers({"num_classes": num_classes, "in_channels": in_channels}, dropout)
     _check_types({"dtype": dtype, "param_dtype": param_dtype})
     rngs = nnx.Rngs(0) if rngs is None else rngs
@@ -119,6 +114,15 @@ def create_model(
     if has_shortcut_choice(arch):
         options |= dict(projection=shortcut == "projection")
     return CONSTRUCTORS[arch](num_classes=num_classes, **options)
+
+
+def _check_names(arch: str, stem: str | None, shortcut: str | None, kernels: str):
+    if arch not in list_models():
+        raise InputError(f"unknown architecture {arch!r}{nearest(arch, list_models())}")
+    check_stem(arch, stem)
+    check_shortcut(arch, shortcut)
+    if kernels not in KERNELS:
+        raise InputError(f"unknown kernels {kernels!r}{nearest(kernels, KERNELS)}")
 
 
 def _check_numbers(counts: dict, dropout):
