@@ -1,6 +1,6 @@
-"""Strict JAX for every test: eight CPU devices, rank promotion is an error.
+"""Settings of every test: eight CPU devices, rank promotion is an error.
 
---mutant NAME      run on code with a known fault in it (`mutants/`); tests have to fail
+--mutant NAME      inject a known fault (`mutants/`); some test has to fail
 --inputs-seed N    draw other random inputs; none may fail
 --record NAME      write outcomes and seconds to results/NAME.json
 """
@@ -11,8 +11,8 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
-# A core for each test process: with as many threads as cores each, they would spend half their
-# time waiting for one another. Before the imports, which start the threads.
+# Each test process is pinned to one core: with one thread per core in every process, the processes
+# would spend half their time waiting for one another. Importing JAX starts the threads.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
@@ -52,21 +52,21 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True, scope="session")
 def _empty_working_directory(tmp_path_factory):
-    """A test that takes the user's files for its own would pass or fail by what lies there."""
+    """Every test runs in an empty working directory, so files of the user cannot decide it."""
     with surroundings.empty_directory(tmp_path_factory.mktemp("working_directory")):
         yield
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_programs_are_dropped():
-    """JAX keeps every program that it has compiled."""
+    """Drops compiled programs after each file; JAX would keep them all in memory."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
 def _freed_memory_is_given_back():
-    """glibc keeps what a test has freed: after the largest networks a process stayed at 11 GB."""
+    """Returns freed memory to the system; glibc kept 11 GB after the largest networks."""
     yield
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
@@ -74,7 +74,7 @@ def _freed_memory_is_given_back():
 
 @pytest.fixture
 def x64():
-    """Float64 in JAX for one test, asserted to be on."""
+    """Enables float64 in JAX for one test."""
     with jax.enable_x64(True):
         assert jax.numpy.zeros(1).dtype == "float64"
         yield

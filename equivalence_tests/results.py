@@ -1,4 +1,4 @@
-"""Where measured results go: results/NAME.json, with the command and the machine that made them."""
+"""Files of measured results: results/NAME.json, with the command and the machine."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,13 @@ FOLDER = Path(__file__).parents[1] / "results"
 
 
 def write(name: str, document: dict):
-    """results/NAME.json; "command" and "environment" are filled in unless the document has them."""
+    """Writes results/NAME.json; adds "command" and "environment" unless the document has them."""
     measured = {"command": cli.command_line(), "environment": environment.describe(1)}
     (FOLDER / f"{name}.json").write_text(json.dumps(measured | document, indent=1) + "\n")
 
 
 def read(name: str) -> dict:
-    """What `write` has written."""
+    """Reads results/NAME.json."""
     return json.loads((FOLDER / f"{name}.json").read_text())
 
 
@@ -30,14 +30,14 @@ class Recorder:
         self.revision = environment.revision()
 
     def pytest_runtest_logreport(self, report):
-        """The call of every test, and a set-up that failed or skipped."""
+        """Records the call of every test, and each set-up that failed or was skipped."""
         if report.when == "call" or not report.passed:
             row = {"outcome": report.outcome, "seconds": round(report.duration, 1)}
             self.tests[report.nodeid] = row | {"revision": self.revision}
             self.write()
 
     def write(self):
-        """After every test: a run of hours may be cut off."""
+        """Writes the file, after every test because a run of hours may be cut off."""
         outcomes = [row["outcome"] for row in self.tests.values()]
         counts = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
         write(self.name, {**counts, "tests": self.tests})

@@ -1,7 +1,7 @@
-"""What the tests must leave alone: the user's working directory, home and caches.
+"""Isolation of the tests from the user's working directory, home and caches.
 
-Each test process works in an empty temporary directory, with a temporary home. The plugin then
-compares the checkout before and after, ignored files included.
+Each test process works in an empty temporary directory, with a temporary home. The plugin
+compares the checkout before and after the tests, ignored files included.
 """
 
 import os
@@ -19,7 +19,7 @@ _CACHES = ("__pycache__", ".egg-info")  # Python and its installers write these 
 
 
 def move_home():
-    """Give this process, and those that it starts, a temporary home and caches.
+    """Give this process and its children a temporary home and caches.
 
     The processes of pytest-xdist inherit the home of the process that starts them.
     """
@@ -35,7 +35,7 @@ def move_home():
 
 
 def remove_home():
-    """Remove what `move_home` has made."""
+    """Remove the temporary home that `move_home` created."""
     shutil.rmtree(os.environ.pop(_HOME), ignore_errors=True)
 
 
@@ -51,29 +51,29 @@ def empty_directory(path: Path) -> Iterator[None]:
 
 
 class Checkout:
-    """A pytest plugin: the tests fail where they have added or changed a file of the checkout."""
+    """A pytest plugin that fails the session if a file of the checkout was added or changed."""
 
     def __init__(self, root: Path):
         self.root = root
 
     def pytest_sessionstart(self):
-        """Note what is there."""
+        """Record the state of the checkout."""
         self.before = files(self.root)
 
     def pytest_sessionfinish(self, session):
-        """Compare."""
+        """Compare the checkout with its state at the start."""
         self.left = sorted(files(self.root) ^ self.before)
         if self.left and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter):
-        """Say what differs."""
+        """List the files that differ."""
         if self.left:
             terminalreporter.write_line(f"FAILED: the tests changed {', '.join(self.left)}")
 
 
 def files(root: Path) -> set[str]:
-    """The lines of `git status` of what is new, changed or ignored; empty outside git."""
+    """Lines of `git status` for new, changed and ignored files; empty outside git."""
     command = ["git", "-C", str(root), "status", "--porcelain", "--ignored"]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.splitlines() if done.returncode == 0 else []

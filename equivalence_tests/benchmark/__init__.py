@@ -1,4 +1,4 @@
-"""JAX and PyTorch timed side by side, and the costs of JAX's own ways.
+"""Timing of JAX and PyTorch side by side, and of alternatives within JAX.
 
-Nothing here judges equality but of what is timed.
+Equality is checked here only for the programs that are timed.
 """

@@ -1,4 +1,4 @@
-"""Whether the two sides compute the same: before anything is timed, and what was timed."""
+"""Checks that both frameworks compute the same, before timing and from the timed programs."""
 
 from dataclasses import replace
 
@@ -11,23 +11,28 @@ from equivalence_tests.parity.tolerances import BUDGET_FACTOR, BUDGET_ULPS, rela
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float64": 2.0**-52}
 
 SAME_LOSS = {"float32": 1e-3, "bfloat16": 5e-2, "float64": 1e-9}
-"""Relative difference of the first losses (or of logits) of a timed program from those of the first
-one. They differ by rounding, which three steps have amplified. Measured with ResNet-18: a training
-without Nesterov's rule is 1.4e-2 off, without momentum 2.0e-2, with twice the learning rate 3.4e-2,
-without weight decay 1.4e-7. So float32 shows all but the last, bfloat16 only what is far off, and
-float64 all of them: `compare_losses` holds the rule of training in float64."""
+"""Largest relative difference of first losses (or logits) between a timed program and the first
+one. They differ by rounding, amplified over three steps. Measured with ResNet-18, the difference is
+1.4e-2 without Nesterov's rule, 2.0e-2 without momentum, 3.4e-2 with twice the learning rate and
+1.4e-7 without weight decay. So float32 shows all but the last, bfloat16 none of them and float64
+all of them; `compare_losses` checks in float64."""
 
 
 class Disagreement(Exception):
-    """The two sides do not compute the same; they are not timed."""
+    """The two sides do not compute the same, so they are not timed."""
 
 
 def compare_logits(settings, files, missing, kept: Kept, say) -> dict | None:
-    """Both sides on a few images against float64: the error of JAX may be twice that of PyTorch,
-    and 4 units of the last place where PyTorch happens to be exact.
+    """Compares the logits of both sides on a few images with float64.
+
+    The error of JAX may be twice that of PyTorch, plus 4 units in the last place because PyTorch
+    may happen to be exact.
 
     Returns:
-      Both errors and the bound; None where only one side is there.
+      Both errors and the bound; None if only one side is available.
+
+    Raises:
+      Disagreement: the error of JAX is larger, or a program failed.
     """
     if set(settings.variants) - set(missing) != set(VARIANTS):
         return None
@@ -53,10 +58,10 @@ def compare_logits(settings, files, missing, kept: Kept, say) -> dict | None:
 
 
 def compare_losses(settings, files, kept: Kept, say) -> dict:
-    """A few steps of both trainings on a few images in float64, where each part of the rule shows.
+    """Compares a few training steps of both sides in float64, which shows every part of the rule.
 
     Raises:
-      Disagreement: their losses differ by more than rounding.
+      Disagreement: the losses differ by more than rounding.
     """
     short = dict(batch_size=CHECKED_IMAGES, dtype="float64", device="cpu", warmup=1, blocks=0)
     jobs = plain_pair(settings.job, files, mode="train", **short)
@@ -74,7 +79,7 @@ def compare_losses(settings, files, kept: Kept, say) -> dict:
 
 
 def plain_pair(job: Job, files, **changes) -> dict[str, Job]:
-    """{framework: the job for its plain variant}."""
+    """{framework: the job of its plain variant}."""
     return {
         name: replace(job, framework=name, variant=PLAIN[name], weights=str(files[name]), **changes)
         for name in VARIANTS
@@ -82,10 +87,10 @@ def plain_pair(job: Job, files, **changes) -> dict[str, Job]:
 
 
 def check_losses(outcomes):
-    """The outcomes, where a program that is not like the first of its mode is a skipped one.
+    """The outcomes, with programs skipped whose losses differ from the first of their mode.
 
     Raises:
-      Disagreement: it is one of the plain pair that differs from the other.
+      Disagreement: the two plain variants differ.
     """
     first, checked = {}, []
     for runs in outcomes:
@@ -95,10 +100,10 @@ def check_losses(outcomes):
 
 
 def deviation(job: Job, outcome: dict, first: dict) -> str | None:
-    """How far its values are from those of the first program with its mode and batch, if too far.
+    """A sentence if the values differ too much from the first program's of that mode and batch.
 
     Args:
-      first: {(mode, batch size): (job, values)}, filled here.
+      first: {(mode, batch size): (job, values)}; a missing entry is added.
     """
     if "values" not in outcome:
         return None

@@ -19,7 +19,7 @@ MODES = {
 
 
 def speeds(path: Path, rows: list[dict]):
-    """A bar for every variant, a panel for every mode; the line is the interquartile range.
+    """Write a panel per mode with a bar per variant; error bars show the interquartile range.
 
     Args:
       rows: framework, variant, mode, arch, image_size, batch_size, dtype, device,
@@ -54,7 +54,7 @@ def _bars(axis, mode: str, rows: list[dict]):
 
 
 def _bars_of(mode: str, rows: list[dict]) -> tuple[list[str], list, list | None, str]:
-    """Name, value and error of every bar, and the unit: a bar a row, or a bar a training."""
+    """Names, values and errors of the bars, and the unit; one bar per row or per training."""
     names = [" ".join(filter(None, (row["framework"], row["variant"]))) for row in rows]
     if mode == "time_to_accuracy":
         times = [
@@ -68,10 +68,10 @@ def _bars_of(mode: str, rows: list[dict]) -> tuple[list[str], list, list | None,
 
 
 def scaling(path: Path, gpus: list[int], rows: list[dict], fabrics: dict[str, str]):
-    """Predicted efficiency over the number of GPUs, a panel a fabric, a line a network.
+    """Write predicted efficiency over the number of GPUs, a panel per fabric, a line per network.
 
     Args:
-      gpus: of each point.
+      gpus: numbers of GPUs, in ascending order.
       rows: arch, efficiency: {fabric: a share for each of gpus}.
       fabrics: {fabric: title of its panel}.
     """
@@ -95,8 +95,7 @@ def scaling(path: Path, gpus: list[int], rows: list[dict], fabrics: dict[str, st
 
 
 def _name_lines(axis, gpus, rows, fabric):
-    """The names of the networks at the ends of their lines; of lines that lie together the first
-    and a number."""
+    """Write names of networks at the ends of their lines; for close lines, one name and a count."""
     groups = []
     for row in rows:
         end = row["efficiency"][fabric][-1]

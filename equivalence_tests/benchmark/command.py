@@ -6,9 +6,9 @@ python scripts/benchmark.py --arch resnet18 --frameworks jax --variants jit mult
 python scripts/benchmark.py --arch resnet20 --dataset folder:DIR --modes end_to_end --epochs 3
 python scripts/benchmark.py --recipe cifar10-fast --dataset folder:DIR --modes time_to_accuracy
 
-The weights, the batch, the optimizer and the precision are the same, and the logits are compared
-before anything is timed. --json FILE writes a chart beside it. With --keep DIR what is measured
-lies in DIR, and the same command goes on where it was cut off, with the same code and device.
+Both use the same weights, batch, optimizer and precision. Logits are compared before anything is
+timed. --json FILE also writes a chart beside the file. --keep DIR stores outcomes in DIR, so the
+same command continues after an interruption, with the same code and device.
 Exit status: 0 done, 1 the two do not compute the same or nothing was measured, 2 bad input.
 """
 
@@ -16,7 +16,7 @@ import json
 import os
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # of this process: the GPU's memory is for those it starts
+os.environ["JAX_PLATFORMS"] = "cpu"  # this process leaves the GPU's memory to its children
 
 import numpy as np
 from rich import box
@@ -36,7 +36,7 @@ DTYPES = ("float32", "bfloat16", "float64")
 DEVICES = ("cpu", "gpu")
 MODES = (*throughput.MODES, *end_to_end.MODES)
 LEAST_TWIN = 0.97
-"""Of torchvision's speed, below which the twin is no fair rival."""
+"""Share of torchvision's speed below which the twin (our PyTorch network) is no fair reference."""
 
 REPEATS = {  # a step on a CPU takes seconds
     "cpu": {"warmup": 2, "blocks": 3, "steps": 4, "steps_per_dispatch": 4},
@@ -63,29 +63,34 @@ def parse():
         nargs="+",
         default=throughput.MODES,
         metavar="NAME",
-        help=f"of {', '.join(MODES)} (default: the first two)",
+        help=f"any of {', '.join(MODES)} (default: the first two)",
     )
-    parser.add_argument("--rounds", type=int, default=2, metavar="INT", help="fresh processes each")
+    parser.add_argument(
+        "--rounds", type=int, default=2, metavar="INT", help="new processes per variant"
+    )
     for name, text in (
         ("warmup", "steps before a round is timed"),
-        ("blocks", "timed blocks a round"),
-        ("steps", "steps a block"),
-        ("steps-per-dispatch", "of multi_step"),
+        ("blocks", "timed blocks per round"),
+        ("steps", "steps per block"),
+        ("steps-per-dispatch", "steps per dispatch of multi_step"),
     ):
         parser.add_argument(f"--{name}", type=int, metavar="INT", help=text)
     course = end_to_end.Course()
     section = parser.add_argument_group("trainings on real images")
     for name, kind, default, text in (
         ("dataset", str, course.dataset, "digits or folder:DIR"),
-        ("epochs", int, course.epochs, "of a training"),
-        ("target-accuracy", float, course.target, "of validation, for time_to_accuracy"),
-        ("workers", int, course.workers, "of PyTorch's DataLoader"),
+        ("epochs", int, course.epochs, "epochs per training"),
+        ("target-accuracy", float, course.target, "validation accuracy of time_to_accuracy"),
+        ("workers", int, course.workers, "workers of PyTorch's DataLoader"),
     ):
         metavar = {str: "NAME[:PATH]", int: "INT", float: "FLOAT"}[kind]
         section.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and a chart")
     parser.add_argument(
-        "--keep", type=Path, metavar="DIR", help="outcomes: the same command goes on from there"
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="store outcomes; the same command continues from them",
     )
     start_from_recipe(parser)
     args = parser.parse_args()
@@ -94,7 +99,7 @@ def parse():
 
 
 def start_from_recipe(parser):
-    """What a recipe says is the default of the flags."""
+    """Make the settings of --recipe the defaults of the other flags."""
     name = parser.parse_known_args()[0].recipe
     if name is None:
         return
@@ -162,13 +167,19 @@ def make_settings(args) -> throughput.Settings:
     )
 
 
-def table(document: dict, job: Job, mode: str) -> Table:
+def empty_table(document: dict, job: Job, mode: str, *columns: str) -> Table:
+    """A table without rows; its first column is aligned to the left, the others to the right."""
     title = f"{mode}: {job.arch}, {job.image_size} pixels, {job.dtype}, {job.device}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.caption, table.caption_justify = "\n".join(notes(document, mode)), "left"
-    table.add_column("variant", no_wrap=True)
-    for name in ("images/s", "iqr", "compile", "warm", "GiB", "MFU", "roof"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="left" if name == columns[0] else "right", no_wrap=True)
+    return table
+
+
+def table(document: dict, job: Job, mode: str) -> Table:
+    columns = ("variant", "images/s", "iqr", "compile", "warm", "GiB", "MFU", "roof")
+    table = empty_table(document, job, mode, *columns)
     for row in document["rows"]:
         if row["mode"] == mode:
             table.add_row(label(row), *cells(row))
@@ -176,12 +187,9 @@ def table(document: dict, job: Job, mode: str) -> Table:
 
 
 def course_table(document: dict, job: Job, mode: str) -> Table:
-    """Of a mode that trains on real images."""
-    title = f"{mode}: {job.arch}, {job.image_size} pixels, {job.dtype}, {job.device}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.caption, table.caption_justify = "\n".join(notes(document, mode)), "left"
-    for name in ("program", "images/s", "iqr", "first epoch", "to accuracy", "cold", "accuracy"):
-        table.add_column(name, justify="left" if name == "program" else "right", no_wrap=True)
+    """The table of a mode that trains on real images."""
+    columns = ("program", "images/s", "iqr", "first epoch", "to accuracy", "cold", "accuracy")
+    table = empty_table(document, job, mode, *columns)
     for row in (row for row in document["rows"] if row["mode"] == mode):
         cold, warm = end_to_end.split_seconds(row)
         table.add_row(
@@ -216,7 +224,7 @@ def cells(row: dict) -> list[str]:
 
 
 def notes(document: dict, mode: str) -> list[str]:
-    """What stands below the table: what was skipped and why, what to doubt, ratios."""
+    """Lines below the table: skipped variants with reasons, warnings, ratios."""
     lines = [
         f"{label(row)}: skipped, {row['reason']}"
         for row in document["skipped"]
@@ -244,7 +252,7 @@ def comparisons(document: dict, mode: str) -> list[str]:
     if ratio := document["torchvision"].get(mode, {}).get("ratio"):
         lines.append(f"our PyTorch net is {ratio:.2f} x torchvision's, both eager")
         if ratio < LEAST_TWIN:
-            lines.append("warning: that is slow, and so may be what JAX is compared with")
+            lines.append("warning: our PyTorch net is slow, which favours JAX in the comparison")
     if mode == "end_to_end" and (share := document["ratios"].get("real_to_synthetic")):
         lines.append(f"JAX trains on real images at {share:.2f} x its speed on synthetic ones")
     return lines
@@ -273,4 +281,4 @@ def main():
         if document["rows"]:
             charts.speeds(args.json.with_suffix(".png"), document["rows"])
     if not document["rows"]:
-        raise cli.CheckFailed("nothing was measured; the reasons stand above")
+        raise cli.CheckFailed("nothing was measured; the reasons are above")

@@ -1,4 +1,4 @@
-"""A job of the benchmark in a process of its own, with its own compilation caches."""
+"""Runs a job of the benchmark in its own process, with its own compilation caches."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ KEPT_MEMORY = ":".join(
     f"glibc.malloc.{option}"
     for option in ("arena_max=1", "mmap_max=0", f"trim_threshold={2**31 - 1}")
 )
-"""What `scripts/train.py` tells the allocator of a CPU (`commands/memory.py`)."""
+"""Allocator settings with which `scripts/train.py` runs on a CPU (`commands/memory.py`)."""
 
 
 _TIMED = (
@@ -30,20 +30,20 @@ _TIMED = (
         "timing", "timed_*", "fresh_process", "end_to_end"
     )),
 )  # fmt: skip
-"""The code that an outcome depends on."""
+"""Files whose code an outcome depends on."""
 
 _COMPUTING = ("jax", "flax", "optax", "grain", "torch", "triton", "nvidia", "numpy", "pillow")
-"""How the names of packages begin that it depends on."""
+"""Prefixes of the packages that an outcome depends on."""
 
 
 def launch(job: Job, kept: Kept, number: int = 0) -> dict:
-    """The outcome of a job in a fresh process, of this call or of one before.
+    """The outcome of a job in a new process, or the stored outcome of an earlier call.
 
-    A program that fails is an outcome too: {"skipped": why}, or {"out_of_memory": True}.
+    A program that fails has an outcome too: {"skipped": why}, or {"out_of_memory": True}.
 
     Args:
-      number: of the round; the first starts with empty compilation caches. 0: what comes before
-        the rounds, which cannot do without it, so a failure of it is not kept.
+      number: number of the round; round 1 starts with empty compilation caches. 0: a job before
+        the rounds, which need it, so its failure is not stored.
     """
 
     def run():
@@ -55,8 +55,8 @@ def launch(job: Job, kept: Kept, number: int = 0) -> dict:
 
 
 def execute(job: Job, cache: Path) -> dict:
-    """What the process of a job prints; "passing" where it was ended from outside."""
-    command = [sys.executable, "-m", f"equivalence_tests.timed_{job.framework}"]
+    """The outcome that the process of a job prints; "passing" (not stored) if it was killed."""
+    command = [sys.executable, "-m", f"{__package__}.timed_{job.framework}"]
     done = subprocess.run(
         command,
         input=json.dumps(dataclasses.asdict(job)),
@@ -65,7 +65,7 @@ def execute(job: Job, cache: Path) -> dict:
         env=environment(job, cache),
         cwd=ROOT,
     )
-    if done.returncode == -9:  # as the kernel ends what asks for more memory than there is
+    if done.returncode == -9:  # SIGKILL, by which the kernel ends a process for lack of memory
         return {"out_of_memory": True, "passing": True}
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
@@ -75,7 +75,7 @@ def execute(job: Job, cache: Path) -> dict:
 
 
 def environment(job: Job, cache: Path) -> dict[str, str]:
-    """Variables of a fresh process: its caches, the device, one CPU device."""
+    """Environment variables of a job: caches, device, a single CPU device."""
     variables = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -94,13 +94,13 @@ def environment(job: Job, cache: Path) -> dict[str, str]:
 
 
 def absence(framework: str) -> str | None:
-    """Why a framework cannot run; None if it can."""
+    """Reason why a framework cannot run; None if it can."""
     found = importlib.util.find_spec(framework) is not None
     return None if found else f"{framework} is not installed (--extra torch)"
 
 
 def origin(job: Job) -> dict:
-    """Code, packages and device: outcomes of others are not mixed with those of this call."""
+    """Code, packages and device of this call; only outcomes with the same origin are reused."""
     sources = sorted(path for pattern in _TIMED for path in ROOT.glob(pattern))
     return {
         "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
@@ -117,7 +117,7 @@ def origin(job: Job) -> dict:
 
 
 def query_gpu(query: str) -> str | None:
-    """What nvidia-smi says; None where it is not there."""
+    """Output of nvidia-smi for a query; None if it cannot be run."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

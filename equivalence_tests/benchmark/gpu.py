@@ -1,13 +1,13 @@
-"""All that needs a GPU, one stage after the other, each with its log.
+"""Runs everything that needs a GPU in stages, each with its own log.
 
     python -m equivalence_tests.benchmark.gpu --list
-    python -m equivalence_tests.benchmark.gpu --cifar10 folder:DIR  # all of them, into runs/gpu
-    python -m equivalence_tests.benchmark.gpu parity resnet50  # these
-    python -m equivalence_tests.benchmark.gpu --minutes 9  # as far as that goes
+    python -m equivalence_tests.benchmark.gpu --cifar10 folder:DIR  # all stages, into runs/gpu
+    python -m equivalence_tests.benchmark.gpu parity resnet50  # these stages
+    python -m equivalence_tests.benchmark.gpu --minutes 9  # stops after 9 minutes
 
-A stage that is done is skipped and one that was cut off goes on where it can, so the same command
-again and again gets through them all on a machine that is lent for minutes. Exit status: 0 all
-passed, 1 one did not or waits, 2 there is no GPU.
+Finished stages are skipped and interrupted ones continue where they can. So on a machine that is
+available for minutes at a time, repeating the command completes all stages. Exit status: 0 all
+stages passed, 1 a stage failed or is not done, 2 there is no GPU.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from flax_resnet.recipes import CIFAR10, RECIPES
 ROOT = Path(__file__).parents[2]
 NUMERICS = "equivalence_tests/numerics"
 LIMIT_SECONDS = 3600
-"""Of a stage, so that one that hangs does not keep the others."""
+"""Time limit of a stage, so that one that hangs does not block the others."""
 
 GRACE_SECONDS = 20
-"""For a training that is told to stop, to save its work."""
+"""Time for a training to save its work after SIGTERM."""
 
 PARITY = {
-    # Products in full float32: TF32 is a difference that the suite is made to find.
+    # Products in full float32, because the tests detect TF32 as a difference.
     "parity": f"-m pytest {NUMERICS}/test_float32.py {NUMERICS}/test_layers.py -n 0",
     "parity-float64": f"-m pytest {NUMERICS}/test_float64.py -m quick -n 0",
 }
@@ -44,12 +44,12 @@ BENCHMARKS = {
     "resnet18": f"{SMALL} --batch-size 512",
     "resnet18-large": f"{SMALL} --batch-size 1024",
     "end-to-end": f"{FAST} --modes train end_to_end --variants jit multi_step eager compile",
-    # The first round has an empty compilation cache and is not compared with the others.
+    # Round 1 has an empty compilation cache and is reported separately.
     "to-94": f"{FAST} --modes time_to_accuracy --target-accuracy 0.94 --rounds 4",
     "to-96": f"{FAST} --modes time_to_accuracy --target-accuracy 0.96 --epochs 60",
 }
 FIRST = {f"{name}-first": name for name in ("resnet50", "resnet18")}
-"""The comparison that matters most, which the whole benchmark goes on from."""
+"""The most important comparisons first; the full benchmarks reuse their outcomes."""
 
 XLA_FLAGS = {
     "without-graphs": "--xla_gpu_enable_command_buffer=",
@@ -59,7 +59,7 @@ XLA_FLAGS = {
     "fused-convolutions": "--xla_gpu_experimental_enable_conv_fusion=true",
     "without-triton": "--xla_gpu_enable_triton_gemm=false",
 }
-"""What JAX's training steps are timed under besides XLA's defaults."""
+"""XLA flags with which JAX's training steps are timed, besides the defaults."""
 
 FLAGGED = {
     f"{name}-{word}": (name, word) for word in XLA_FLAGS for name in ("resnet50", "resnet18")
@@ -78,7 +78,7 @@ CIFAR10_RECIPES = [
 
 
 def stages(cifar10: str, out: Path) -> dict[str, list[str]]:
-    """{name: arguments of python}."""
+    """{name of a stage: arguments of python}."""
     step = "--modes train --frameworks jax --variants jit"
     first = "--modes train --variants jit multi_step eager compile compile-max-autotune --rounds 1"
     jobs = {name: f"{BENCHMARKS[base]} {first}" for name, base in FIRST.items()} | BENCHMARKS
@@ -102,7 +102,7 @@ def stages(cifar10: str, out: Path) -> dict[str, list[str]]:
 
 
 def run(name: str, arguments: list[str], out: Path, seconds: float) -> bool:
-    """Whether a stage passed, now or before; it is ended after `seconds`."""
+    """Run a stage unless it has passed before; returns whether it passed within `seconds`."""
     done = out / f"{name}.done"
     if done.exists():
         return True
@@ -117,14 +117,14 @@ def run(name: str, arguments: list[str], out: Path, seconds: float) -> bool:
 
 
 def settings(name: str) -> dict[str, str]:
-    """Variables of a stage."""
+    """Environment variables of a stage."""
     if name in PARITY:
         return {"JAX_PLATFORMS": "cuda", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     return {"XLA_FLAGS": XLA_FLAGS[FLAGGED[name][1]]} if name in FLAGGED else {}
 
 
 def call(command: list[str], environment: dict, log, seconds: float) -> int | str:
-    """The exit status of a command, which leaves no process behind, or "cut off"."""
+    """Run a command and end all its processes; its exit status, or "cut off" after `seconds`."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
     )
@@ -137,26 +137,26 @@ def call(command: list[str], environment: dict, log, seconds: float) -> int | st
 
 
 def end(process: subprocess.Popen):
-    """Whatever lives on of a stage: it would hold memory of the GPU and disturb the next."""
+    """End all processes of a stage; left alone they would hold GPU memory and disturb the next."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < deadline:
             process.poll()
-            os.killpg(process.pid, 0)  # raises where nothing is left
+            os.killpg(process.pid, 0)  # raises if no process is left
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def in_turn(names: list[str], out: Path) -> list[str]:
-    """What never ran first, then what waits longest: one stage that is cut off keeps no other."""
+    """Stages that never ran first, then the longest waiting, so none blocks the others."""
     logs = {name: out / f"{name}.log" for name in names}
     return sorted(names, key=lambda n: logs[n].stat().st_mtime if logs[n].exists() else 0)
 
 
 def run_all(names: list[str], every: dict, out: Path, minutes: float) -> bool:
-    """Whether all stages passed, in at most so many minutes."""
+    """Run stages for at most `minutes`; returns whether all passed."""
     deadline = time.monotonic() + 60 * minutes - GRACE_SECONDS
     passed = []
     for name in in_turn(names, out):
@@ -171,8 +171,12 @@ def parse():
     parser.add_argument("names", nargs="*", metavar="STAGE", help="default: all")
     parser.add_argument("--cifar10", default=CIFAR10, metavar="DATASET")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=math.inf, metavar="M", help="in all")
-    parser.add_argument("--list", action="store_true", help="say what would run")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="M", help="time limit of all stages"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="list the commands without running them"
+    )
     args = parser.parse_args()
     every = stages(args.cifar10, args.out.absolute())
     if unknown := set(args.names) - set(every):

@@ -1,10 +1,9 @@
-"""The time that a network takes on a device that always runs at its ceilings, from its own FLOPs
-and bytes.
+"""Roofline model: time of a step on a device that always runs at its ceilings.
 
-A step is the sum over convolutions and linear layers of whichever takes longer, the arithmetic or
-the memory, at the ceilings that the device reached in the same run. That is a measure, not a bound:
-it counts a gradient of the images, which the first layer does not compute, and a program that keeps
-more on the chip than `OUTPUT_PASSES` says may take less.
+Each convolution and linear layer takes the longer of its arithmetic and its memory traffic, at the
+ceilings that the device reached in the same run; a step is the sum. This is an estimate, not a
+bound. It counts a gradient of the images, which the first layer does not compute, and a program
+that keeps more on the chip than `OUTPUT_PASSES` assumes may be faster.
 """
 
 import contextlib
@@ -19,20 +18,22 @@ from flax import nnx
 from flax_resnet.models import create_model
 
 OUTPUT_PASSES = {"train": 11, "inference": 1}
-"""Times that the output of a convolution crosses the memory if nothing is kept on the chip but one
-elementwise pass. Inference: written. Training: written; BatchNorm reads it for its statistics and
-reads and writes it to normalise; backwards its two sums read activation and gradient, its
-gradient reads both and writes one; both gradients of the convolution read what came in."""
+"""Memory transfers of a convolution's output if only one elementwise pass is kept on the chip.
+Inference: one write. Training, forward: one write; BatchNorm reads it for the statistics, then
+reads and writes it to normalise. Backward: BatchNorm's two sums read activation and gradient, its
+gradient reads both and writes one; both gradients of the convolution read the incoming one."""
 
 INPUT_PASSES = {"train": 3, "inference": 1}
-"""The same of its input: read forwards and for the weight's gradient; its own gradient written."""
+"""Memory transfers of a convolution's input: read forward and for the weight's gradient; its own
+gradient written."""
 
 WEIGHT_PASSES = {"train": 8, "inference": 1}
-"""Read twice, gradient written and read, momentum and weight read and written."""
+"""Memory transfers of a weight: read twice; its gradient written and read; momentum and weight read
+and written by the optimizer."""
 
 
 class Layer(NamedTuple):
-    """A convolution or linear layer; values of one image."""
+    """Numbers of values in a convolution or linear layer, for one image."""
 
     multiplications: int
     inputs: int
@@ -41,7 +42,7 @@ class Layer(NamedTuple):
 
 
 def layers(arch: str, *, stem, num_classes: int, image_size: int) -> list[Layer]:
-    """All of a network, in order; nothing is computed."""
+    """The convolutions and linear layers of a network in order, found without computing."""
     found = []
 
     def recording(original):
@@ -71,20 +72,20 @@ def _evaluated(arch, num_classes, stem):
 
 
 def step_flops(network: list[Layer], mode: str, batch_size: int) -> int:
-    """2 a multiply-add; a training step is three times a forward pass."""
+    """FLOPs of a step: 2 per multiply-add; training is three times a forward pass."""
     passes = 3 if mode == "train" else 1
     return 2 * passes * batch_size * sum(layer.multiplications for layer in network)
 
 
 def step_bytes(layer: Layer, mode: str, batch_size: int, itemsize: int) -> int:
-    """Of one layer; weights are float32 or wider in training."""
+    """Bytes that one layer transfers; in training weights are at least float32."""
     values = OUTPUT_PASSES[mode] * layer.outputs + INPUT_PASSES[mode] * layer.inputs
     wide = max(4, itemsize) if mode == "train" else itemsize
     return batch_size * values * itemsize + WEIGHT_PASSES[mode] * layer.weights * wide
 
 
 def floor_seconds(network, mode, batch_size, itemsize, ceilings: dict) -> float:
-    """Of a step, at `ceilings`: {"flops": a second, "bytes": a second}."""
+    """Seconds of a step at `ceilings`: {"flops": per second, "bytes": per second}."""
     return sum(
         max(
             step_flops([layer], mode, batch_size) / ceilings["flops"],

@@ -1,9 +1,9 @@
-"""What a step on many GPUs exchanges, and the scaling efficiency to expect of it: a prediction.
+"""Predicts the communication and the scaling efficiency of a training step on many GPUs.
 
     python -m equivalence_tests.benchmark.scaling  # results/scaling.json and .png
 
-Bytes and numbers of all-reduces come from the model, as `test_compiled.py` counts them in the
-compiled program. Seconds come from the assumptions below; nothing here has run on a GPU.
+Bytes and numbers of all-reduces come from the model; `test_compiled.py` checks them in the compiled
+program. Seconds come from the assumptions below; nothing here has run on a GPU.
 """
 
 import math
@@ -57,27 +57,28 @@ class Exchange(NamedTuple):
     """All-reduces of one training step, on any number of devices."""
 
     statistics: tuple[int, ...]
-    """Bytes of each that BatchNorm needs: two forward and one backward a layer."""
+    """Bytes of each all-reduce of BatchNorm: two forward and one backward per layer."""
 
     gradients: int
-    """Bytes of the last one: the other gradients, loss and accuracy."""
+    """Bytes of the last all-reduce: the other gradients, loss and accuracy."""
 
     @property
     def bytes(self) -> int:
-        """Of all."""
+        """Bytes of all all-reduces."""
         return sum(self.statistics) + self.gradients
 
     @property
     def times(self) -> int:
-        """How many there are."""
+        """Number of all-reduces."""
         return len(self.statistics) + 1
 
 
 def exchange(arch: str, num_classes: int) -> Exchange:
-    """What a step of a network exchanges, in float32.
+    """The all-reduces of a network's training step, in float32.
 
-    A channel of a BatchNorm takes three sums forward (in two all-reduces, the second needs the
-    first) and two backward, which are the gradients of its bias and its scale as well.
+    Each channel of a BatchNorm needs three sums forward and two backward. The forward sums take two
+    all-reduces, because the second needs the result of the first. The backward sums are also the
+    gradients of bias and scale.
     """
     model = nnx.eval_shape(lambda: create_model(arch, num_classes))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -88,7 +89,7 @@ def exchange(arch: str, num_classes: int) -> Exchange:
 
 
 def all_reduce_seconds(size: int, gpus: int, fabric: str) -> float:
-    """Of so many bytes among so many GPUs, by ASSUMPTIONS."""
+    """Seconds of an all-reduce of `size` bytes among `gpus` GPUs, by ASSUMPTIONS."""
     inside = {"nvlink": gpus, "infiniband": 1, "hosts": min(gpus, GPUS_PER_HOST)}[fabric]
     between = gpus // inside
     if gpus == 1:
@@ -99,7 +100,7 @@ def all_reduce_seconds(size: int, gpus: int, fabric: str) -> float:
 
 
 def efficiency(arch: str, image_size: int, num_classes: int) -> dict:
-    """The row of a network: what it exchanges, and {fabric: efficiency for each of GPUS}."""
+    """The row of a network: its all-reduces, and {fabric: efficiency for each of GPUS}."""
     layers = roofline.layers(arch, stem=None, num_classes=num_classes, image_size=image_size)
     alone = roofline.floor_seconds(layers, "train", BATCH_PER_GPU, 2, CEILINGS)
     step = exchange(arch, num_classes)
@@ -123,7 +124,7 @@ def efficiency(arch: str, image_size: int, num_classes: int) -> dict:
 
 
 def settings(arch: str) -> tuple[int, int]:
-    """Image size and number of classes."""
+    """Image size and number of classes of a network."""
     small = arch in ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "basic_cnn")
     return (32, 10) if small else (224, 1000)
 

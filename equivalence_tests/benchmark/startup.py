@@ -1,7 +1,8 @@
-"""How long a training takes from its command to its first step, with an empty compilation cache and
-with that of the start before it.
+"""Measures the time from the command of a training to its first step.
 
 python -m equivalence_tests.benchmark.startup --arch resnet18 --json results/startup-cpu.json
+
+The first of three starts has an empty compilation cache; the others use the cache it left.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).parents[2]
-CLOCK = "STARTED_AT"  # seconds since the epoch, of the process whose first step is awaited
+CLOCK = "STARTED_AT"  # variable: start of the timed process, in seconds since the epoch
 STARTS = ("cold", "second", "third")
 
 
@@ -32,7 +33,7 @@ def main():
 
 
 def measure(flags: list[str]) -> dict[str, float]:
-    """Seconds from the start of the process to the metrics of its first step."""
+    """{name of a start: seconds from the start of its process to the metrics of its first step}."""
     with tempfile.TemporaryDirectory() as folder:
         return {name: start(flags, Path(folder), name) for name in STARTS}
 
@@ -41,7 +42,7 @@ def start(flags, folder: Path, name: str) -> float:
     command = [sys.executable, "-m", "equivalence_tests.benchmark.startup", *flags]
     command += ["--log-steps", "1", "--run-dir", str(folder / name)]
     environment = os.environ | {"XDG_CACHE_HOME": str(folder), CLOCK: str(time.time())}
-    for unusual in ("JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE"):  # as users have it
+    for unusual in ("JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE"):  # users have neither
         environment.pop(unusual, None)
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -50,7 +51,7 @@ def start(flags, folder: Path, name: str) -> float:
 
 
 def first_step(flags: list[str]):
-    """scripts/train.py, which ends when the metrics of its first step are there."""
+    """Run scripts/train.py up to the metrics of its first step."""
     from flax_resnet.commands import main
     from flax_resnet.devices.parallel import Engine
 

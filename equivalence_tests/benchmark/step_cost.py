@@ -1,11 +1,11 @@
-"""What a step costs beyond its arithmetic under plain jit, a mesh and pmap.
+"""Measures the overhead of a step under plain jit, a mesh and pmap.
 
     JAX_NUM_CPU_DEVICES=8 python -m equivalence_tests.benchmark.step_cost  # results/step-cost.json
 
-"empty" is a step that takes and leaves the whole state of a training and only counts: the fixed
-cost of a call. "training" is a real one; on the CPU jit has compiler options that pmap cannot take,
-so there the two run different programs. All take turns in one process; "jit again" is plain jit a
-second time, and shows the noise.
+"empty" is a step that takes and returns the whole state of a training and only increments its step
+count: the fixed cost of a call. "training" is a real step; on the CPU jit takes compiler options
+that pmap cannot take, so the two run different programs. All variants take turns in one process.
+"jit again" is a second plain jit, which shows the noise.
 """
 
 import functools
@@ -25,12 +25,12 @@ from flax_resnet.training import steps
 from flax_resnet.training.network import Network, Preprocess
 
 BATCH, CLASSES, NUM_IMAGES = 16, 10, 64
-STEPS = {"empty": 200, "training": 10}  # of a turn
+STEPS = {"empty": 200, "training": 10}  # per turn
 ROUNDS = 24  # turns of each variant
 
 
 class Variant:
-    """Steps under way; each call is a turn."""
+    """A training in progress; each call runs one turn of steps."""
 
     def __init__(self, kind: str, mode: str, devices: int):
         self.steps = STEPS[kind]
@@ -74,7 +74,7 @@ class Variant:
         )
 
     def __call__(self) -> float:
-        """Seconds of a step, mean of a turn."""
+        """Mean seconds of a step over one turn."""
         before = time.perf_counter()
         for _ in range(self.steps):
             self.state, metrics = self.step(self.state, self.resident, self.place(self.batch))
@@ -83,12 +83,12 @@ class Variant:
 
 
 def count_only(state, batch):
-    """The step that does nothing."""
+    """A step that only increments the step count."""
     return state._replace(step=state.step + 1), {"loss": batch["label"].sum()}
 
 
 def measure(variants: dict) -> dict:
-    """{name: seconds of each turn}, the order of the variants changed from round to round."""
+    """{name: seconds per step of each turn}; the order of variants changes every round."""
     seconds = {name: [] for name in variants}
     for variant in variants.values():
         variant()  # compiles
@@ -100,7 +100,7 @@ def measure(variants: dict) -> dict:
 
 
 def summary(seconds: dict, reference: str) -> dict:
-    """Microseconds of a step with quartiles, and the ratio to the reference, round by round."""
+    """Quartiles of microseconds per step and of the ratio to the reference in the same round."""
     base, rows = np.array(seconds[reference]), {}
     for name, values in seconds.items():
         quartiles = functools.partial(np.quantile, q=[0.25, 0.5, 0.75])

@@ -1,10 +1,10 @@
-"""JAX and PyTorch side by side: the same network, weights, batch, optimizer and precision.
+"""Times JAX and PyTorch with the same network, weights, batch, optimizer and precision.
 
     measure(settings) -> {"rows", "skipped", "ratios", "torchvision", "ceilings", ...}
 
-Every variant runs in a process of its own, one at a time, in rounds: A B C, A B C. So each starts
-without the other's memory and threads, meets the same weather, and shows its compile time twice,
-with an empty cache and with a full one. Nothing is timed until the logits of both sides agree.
+Every variant runs in its own process, one at a time, in rounds: A B C, A B C. So variants do not
+share memory or threads, see the same machine load, and compile twice: with an empty cache and with
+a full one. Nothing is timed until the logits of both sides agree. The "twin" is `torch_ref`'s net.
 """
 
 import contextlib
@@ -31,28 +31,28 @@ GPU_STATE = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is compared."""
+    """Settings of a comparison."""
 
     job: Job
-    """Without framework, variant and mode."""
+    """The common settings of all jobs; framework, variant and mode are ignored."""
 
     variants: dict[str, tuple[str, ...]]
-    """{framework: its variants}."""
+    """{framework: names of its variants}."""
 
     modes: tuple[str, ...] = MODES
-    """Of these and of `end_to_end.MODES`."""
+    """Names from MODES and `end_to_end.MODES`."""
 
     course: end_to_end.Course = end_to_end.Course()
-    """Of the modes of `end_to_end`."""
+    """Settings of the trainings in the modes of `end_to_end`."""
 
     rounds: int = 2
 
     keep: Path | None = None
-    """Folder of outcomes: a call that was cut off goes on there. None: one that is removed."""
+    """Folder of outcomes, from which an interrupted call continues. None: a temporary folder."""
 
 
 def measure(settings: Settings, say=print) -> dict:
-    """The whole comparison.
+    """Runs the whole comparison.
 
     Raises:
       Disagreement: logits or first losses differ by more than rounding.
@@ -92,7 +92,7 @@ def measure(settings: Settings, say=print) -> dict:
 
 
 def weight_files(job: Job, folder: Path) -> dict[str, Path]:
-    """Random weights, the same for both; each framework reads its own file."""
+    """Files of equal random weights; each framework reads its own file."""
     shapes = Architecture(job.arch, job.num_classes, 3, job.stem).shapes()
     arrays = inputs.random_state(shapes, np.random.default_rng(0))
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def absent(settings, missing: dict) -> list[dict]:
 
 
 def make_plan(settings: Settings, files, missing) -> list[Job]:
-    """Jobs of one round, the frameworks taking turns."""
+    """The jobs of one round; the frameworks take turns."""
     variants = {f: v for f, v in settings.variants.items() if f not in missing}
     if "torch" in variants:
         variants["torch"] = (*variants["torch"], "torchvision")
@@ -147,7 +147,7 @@ def run_real(settings: Settings, missing, kept: Kept, say) -> list[dict]:
 
 
 def run_rounds(plan: list[Job], rounds: int, kept: Kept, say) -> list[list[tuple[Job, dict]]]:
-    """[job][round] -> (job as it ran, outcome); what was skipped is not tried again."""
+    """[job][round] -> (job as it ran, outcome); skipped jobs are not run in later rounds."""
     outcomes = [[] for _ in plan]
     for number in range(1, rounds + 1):
         for runs, job in zip(outcomes, plan, strict=True):
@@ -159,7 +159,7 @@ def run_rounds(plan: list[Job], rounds: int, kept: Kept, say) -> list[list[tuple
 
 
 def run_where_it_fits(job: Job, kept: Kept, number: int) -> tuple[Job, dict]:
-    """A job, with half the batch as often as the memory does not hold it."""
+    """Run a job, halving the batch until it fits in memory."""
     outcome = fresh_process.launch(job, kept, number)
     while "out_of_memory" in outcome and job.batch_size > 1:
         job = replace(job, batch_size=job.batch_size // 2)
@@ -172,7 +172,7 @@ def timed(runs) -> bool:
 
 
 def reason(runs) -> dict | None:
-    """Why there is no row."""
+    """The entry of a skipped program with its reason; None if it was timed."""
     job, outcome = runs[-1]
     if timed(runs):
         return None
@@ -181,7 +181,7 @@ def reason(runs) -> dict | None:
 
 
 def measure_ceilings(settings, missing, kept: Kept) -> dict:
-    """The most that either framework gets out of the device, and each on its own."""
+    """The highest FLOP/s and bytes/s of either framework, and those of each framework."""
     found = {}
     for framework in settings.variants.keys() - missing.keys():
         job = replace(settings.job, framework=framework, variant=PLAIN[framework], mode="ceilings")
@@ -193,7 +193,7 @@ def measure_ceilings(settings, missing, kept: Kept) -> dict:
 
 
 def summarize(runs, ceilings: dict, network) -> dict:
-    """The row of one program."""
+    """The row of one timed program."""
     job = runs[-1][0]
     outcomes = [outcome for ran, outcome in runs if ran == job and "seconds_per_step" in outcome]
     seconds = np.array([s for outcome in outcomes for s in outcome["seconds_per_step"]])
@@ -222,7 +222,7 @@ def summarize(runs, ceilings: dict, network) -> dict:
 
 
 def compile_seconds(outcomes) -> list[float | None]:
-    """The first with an empty cache and the first with that of a round before."""
+    """Seconds of the first compilation with an empty cache, and of the first with a full one."""
     return [
         next((o["compile_seconds"] for o in outcomes if o["empty_cache"] == empty), None)
         for empty in (True, False)
@@ -230,9 +230,9 @@ def compile_seconds(outcomes) -> list[float | None]:
 
 
 def ratios(rows: list[dict]) -> dict:
-    """{mode: best of JAX over best of PyTorch, and the plain variants}; of speeds.
+    """{mode: ratio of the best speeds of JAX and PyTorch, and of the best JAX to eager PyTorch}.
 
-    "real_to_synthetic" is JAX on real images over its best on synthetic ones, where both were run.
+    "real_to_synthetic" is the best speed of JAX on real images over that on synthetic images.
     """
     found = real_to_synthetic(rows)
     for mode in dict.fromkeys(row["mode"] for row in rows):
@@ -272,7 +272,7 @@ def real_to_synthetic(rows: list[dict]) -> dict:
 
 
 def against_torchvision(rows: list[dict]) -> dict:
-    """{mode: images a second of torchvision's net, and the twin's ratio to it}; both eager."""
+    """{mode: images/s of torchvision's network, and the twin's ratio to it}; both eager."""
     found = {}
     for row in rows:
         if row["variant"] != "torchvision":

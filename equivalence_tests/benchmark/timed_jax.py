@@ -1,8 +1,8 @@
 """The JAX side of the throughput comparison: `flax_resnet`'s own train step and engine.
 
-Variants: jit (one jitted step), multi_step (several steps a dispatch by `lax.scan`), mesh (a mesh
-of one device), deterministic (the same under --deterministic, to compare with mesh), pmap, and for
-inference folded (BatchNorm as part of the convolutions).
+Variants: jit (one jitted step), multi_step (several steps per dispatch by `lax.scan`), mesh (a mesh
+of one device), deterministic (mesh under --deterministic) and pmap. Inference also has folded
+(BatchNorm merged into the convolutions).
 """
 
 import jax
@@ -44,7 +44,7 @@ def configure(job: Job):
     if job.variant == "deterministic" and job.device == "cpu":
         raise Skipped("the CPU is deterministic as it is")
     if job.variant == "folded" and job.mode == "train":
-        raise Skipped("of inference only")
+        raise Skipped("for inference only")
     jax.config.update("jax_enable_x64", job.dtype == "float64")
     if job.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")  # no TF32
@@ -91,7 +91,7 @@ def training(job: Job, config: TrainConfig, engine: Engine, network) -> Program:
 
 
 def place(job: Job, engine: Engine, step, state):
-    """The compiled step, the state and the batch on the device, as the variant has them."""
+    """The compiled step of the variant, with state and batch on the device."""
     images, labels = timing.synthetic_batch(job)
     index = np.arange(len(labels), dtype=np.int32)
     data = {"image": images, "label": labels.astype(np.int32)}
@@ -102,14 +102,14 @@ def place(job: Job, engine: Engine, step, state):
     compiled = engine.compile_train(step, several)
     if several == 1:
         return compiled, engine.replicate(state), ({}, engine.shard([data | {"index": index}]))
-    # One batch of images for all steps, looked up as training looks up a resident data set.
+    # All steps look up the same images, as training looks up a data set on the device.
     batches = engine.shard([{"index": index}] * several)
     return compiled, engine.replicate(state), (engine.replicate(data), batches)
 
 
 def inference(job: Job, config: TrainConfig, engine: Engine, network) -> Program:
     if job.variant not in ("jit", "mesh", "folded"):
-        raise Skipped("of training only")
+        raise Skipped("for training only")
     images, _ = timing.synthetic_batch(job)
     dtype = jnp.float64 if job.dtype == "float64" else jnp.float32
     variables, images = jax.device_put(network.initial), jax.device_put(images.astype(dtype))

@@ -1,10 +1,10 @@
-"""The PyTorch side of the throughput comparison: the twin, as fast as PyTorch goes.
+"""The PyTorch side of the throughput comparison: the twin (`torch_ref`'s network) at full speed.
 
-Channels last, autocast to bfloat16, fused SGD, gradients set to None, cuDNN's autotuning, every
-mode of torch.compile; on a CPU a variant with -kept-memory has the allocator's settings that
-`flax_resnet` trains with. For inference there is folded: BatchNorm as part of the convolutions by
-torch.fx, then torch.compile. Variant torchvision is torchvision's own network, eager, with the same
-weights: it shows that the twin is not slow.
+PyTorch gets channels last, autocast to bfloat16, fused SGD, gradients set to None, cuDNN's
+autotuning and every mode of torch.compile. On a CPU, variants with -kept-memory use the allocator
+settings that `flax_resnet` trains with. Inference also has folded: torch.fx merges BatchNorm into
+the convolutions, then torch.compile. Variant torchvision is torchvision's own network, eager, with
+the same weights, and shows that the twin is not slow.
 """
 
 import numpy as np
@@ -51,7 +51,7 @@ def build(job: Job) -> Program:
 
 def configure(job: Job) -> torch.device:
     if job.variant == "folded" and job.mode == "train":
-        raise Skipped("of inference only")
+        raise Skipped("for inference only")
     torch.set_num_threads(timing.num_cores())
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -60,7 +60,7 @@ def configure(job: Job) -> torch.device:
     if job.variant == "compile-reduce-overhead" and job.device == "cpu":
         raise Skipped("CUDA graphs need a GPU; without them it is compile")
     if job.variant.endswith("-kept-memory") and job.device == "gpu":
-        raise Skipped("a setting of the CPU's allocator")
+        raise Skipped("for the CPU only, whose allocator it sets")
     return torch.device("cuda" if job.device == "gpu" else "cpu")
 
 

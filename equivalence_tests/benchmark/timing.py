@@ -1,4 +1,4 @@
-"""One timed program in a process of its own: `timed_jax` and `timed_torch` fill it in.
+"""The process of one timed program; `timed_jax` and `timed_torch` supply the program.
 
 The process reads a `Job` as JSON from standard input and prints its outcome as one line of JSON.
 Neither framework is imported here.
@@ -32,22 +32,22 @@ VARIANTS = {
 }
 
 PLAIN = {framework: names[0] for framework, names in VARIANTS.items()}
-"""The variants that must agree; another one that does not is skipped."""
+"""The plain variants, which must agree; any other variant that disagrees is skipped."""
 
 CHECKED_STEPS = 3
-"""Training steps whose loss is reported: they show the optimizer and BatchNorm too."""
+"""Number of training steps whose loss is reported; it depends on optimizer and BatchNorm too."""
 
 CHECKED_IMAGES = 4
-"""Of a batch, whose logits are reported."""
+"""Number of images of a batch whose logits are reported."""
 
 
 class Skipped(Exception):
-    """What the job asks for is not there."""
+    """The job cannot run here; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is run, and how often."""
+    """A program to time, and its numbers of steps."""
 
     arch: str
     stem: str | None
@@ -56,7 +56,7 @@ class Job:
     batch_size: int
 
     dtype: str
-    """float32, bfloat16 (computation; parameters are float32) or float64."""
+    """float32, bfloat16 (computation only; parameters are float32) or float64."""
 
     device: str
     """cpu or gpu."""
@@ -65,31 +65,31 @@ class Job:
     variant: str = ""
 
     mode: str = "train"
-    """train, inference, logits (of one batch, nothing timed) or ceilings (of the device)."""
+    """train, inference, logits (of one batch, without timing) or ceilings (of the device)."""
 
     weights: str = ""
     """.npz under torch's names and in its layouts."""
 
     warmup: int = 10
     blocks: int = 3
-    """Of `steps` steps each, with one wait for the device at the end."""
+    """Number of timed blocks of `steps` steps; each block waits for the device once, at its end."""
 
     steps: int = 40
 
     steps_per_dispatch: int = 20
-    """multi_step only."""
+    """Steps per dispatch of the variant multi_step."""
 
 
 class Kept(NamedTuple):
-    """A folder of outcomes and compilation caches: what it holds is not run again."""
+    """A folder of outcomes and compilation caches; jobs with a stored outcome are not run again."""
 
     folder: Path
 
     origin: dict
-    """What else an outcome depends on; with another one it is not there."""
+    """Code, packages and device; outcomes with another origin are not used."""
 
     def outcome(self, key: dict, run: Callable[[], dict]) -> dict:
-        """Of `run`, now or under the same key before; "passing" ones are not kept."""
+        """The stored outcome of a key, else that of `run`, stored unless marked "passing"."""
         key = key | {"origin": self.origin}
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         path = self.folder / "outcomes" / f"{name}.json"
@@ -101,12 +101,12 @@ class Kept(NamedTuple):
         return outcome
 
     def with_cache(self, job: Job, number: int, run: Callable[[Path], dict]) -> dict:
-        """What `run` gives with a folder of compilation caches, and whether that was empty.
+        """The outcome of `run` with a folder of compilation caches, and whether it was empty.
 
-        There is one a program and mode, so that no program finds what another has compiled.
+        Each program and mode has its own folder, so programs do not share compiled code.
 
         Args:
-          number: of the round; in the first the folder is empty.
+          number: number of the round; in round 1 the folder is empty.
         """
         folder = self.folder / "caches" / f"{job.framework}-{job.variant}-{job.mode}"
         if number == 1:
@@ -117,7 +117,7 @@ class Kept(NamedTuple):
 
 
 def _write_whole(path: Path, text: str):
-    """All of a file or none of it, whenever the machine is taken away."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with open(part, "w") as file:
@@ -141,24 +141,24 @@ class Program(NamedTuple):
     """Waits for the device."""
 
     values: Callable[[], list[float]]
-    """What the last dispatch computed: logits or losses."""
+    """Returns the logits or losses of the last dispatch."""
 
     steps_per_dispatch: int = 1
 
 
 class Side(NamedTuple):
-    """What a framework brings."""
+    """The functions that a framework supplies."""
 
     build: Callable[[Job], Program]
 
     measure_ceilings: Callable[[Job], dict]
-    """{"flops": a second, in the job's dtype, "bytes": a second}."""
+    """{"flops": per second, in the job's dtype, "bytes": per second}."""
 
     describe: Callable[[Job], dict]
     """Name of the device and versions."""
 
     peak_memory: Callable[[Job], int | None]
-    """Bytes on the device; None where the framework does not count them."""
+    """Peak bytes on the device; None if the framework does not count them."""
 
 
 def synthetic_batch(job: Job) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +174,7 @@ def main(side: Side):
     try:
         outcome = side.measure_ceilings(job) if job.mode == "ceilings" else run(side, job)
         outcome["device"] = side.describe(job)
-    except Skipped as reason:  # which may be mended before the next call
+    except Skipped as reason:  # the reason may be gone at the next call
         outcome = {"skipped": str(reason), "passing": True}
     except Exception as error:
         if not out_of_memory(error):
@@ -205,7 +205,7 @@ def run(side: Side, job: Job) -> dict:
 
 
 def repeat(program: Program, steps: int) -> float:
-    """Seconds a step of a block with one wait at its end."""
+    """Seconds per step of a block that waits for the device once, at its end."""
     dispatches = -(-steps // program.steps_per_dispatch)
     started = time.perf_counter()
     for _ in range(dispatches):
@@ -215,9 +215,9 @@ def repeat(program: Program, steps: int) -> float:
 
 
 def best_seconds(call: Callable[[], None], finish: Callable[[], None], repeats: int = 20) -> float:
-    """Of one call, the fastest of some: a ceiling is what the device can do at its best.
+    """Seconds of one call: the minimum over several calls.
 
-    Its operands have to be random: a GPU multiplies zeros and ones with less power, thus faster.
+    Operands have to be random: a GPU multiplies zeros and ones with less power, thus faster.
     """
     call()
     finish()
@@ -231,12 +231,12 @@ def best_seconds(call: Callable[[], None], finish: Callable[[], None], repeats: 
 
 
 def ceiling_sizes(job: Job) -> tuple[int, int]:
-    """Side of the square matrices to multiply, number of values to copy."""
+    """Side of the square matrices to multiply, and number of values to copy."""
     return (8192, 1 << 29) if job.device == "gpu" else (2048, 1 << 26)
 
 
 def num_cores() -> int:
-    """That this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 

@@ -1,13 +1,13 @@
-"""Every known way in which a port differs from PyTorch, as a fault to inject by name.
+"""Mutants: the known differences between ports and PyTorch, as faults to inject by name.
 
     with mutants.injected(mutants.MUTANTS["biased running variance"]): ...
 
-The suite proves itself on them: `pytest --mutant NAME` runs its unchanged tests on the faulty code,
-and some test of equality has to fail (`kill_matrix.py`). A fault of a layer can also be put into
-one layer of one model (`Mutant.layer`), for the localiser to find.
+Mutants check the suite: `pytest --mutant NAME` runs the unchanged tests on the faulty code, and
+some test of equality has to fail (`studies/kill_matrix.py`). A fault of a layer can also be
+injected into one layer of one model (`Mutant.layer`), for the localiser to find.
 
-`difference` numbers the 33 known differences, and as 34 those of the other augmentations;
-`results/kill-matrix.md` lists them.
+`difference` is the number of a known difference, 1 to 33; 34 stands for the other augmentations.
+`results/kill-matrix.md` lists all of them.
 """
 
 from equivalence_tests.mutants import of_images, of_layers, of_losses, of_optimizers, of_schedules
@@ -32,10 +32,10 @@ GROUPS = {
 }
 
 MUTANTS = {mutant.name: mutant for group in GROUPS.values() for mutant in group}
-"""All of them by name."""
+"""All mutants by name."""
 
 NOT_APPLICABLE = {
-    "22b": "class weights: neither side offers them, so there is nothing to put the fault into",
+    "22b": "class weights: neither side offers them, so there is no code to change",
     "25": "step, multi-step and warm-up agree in both frameworks: a control that must not fail",
 }
-"""Parts of the known differences without a mutant, and why."""
+"""Known differences without a mutant, and the reason."""

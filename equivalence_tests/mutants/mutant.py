@@ -1,4 +1,4 @@
-"""A fault, and how it is put in."""
+"""The type of a mutant (a fault to inject by name), and its injection."""
 
 import contextlib
 import dataclasses
@@ -10,41 +10,43 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerFault:
-    """A fault of one module."""
+    """A fault in modules of one type."""
 
     kind: type
-    """Of the module."""
+    """Type of the modules that can have the fault."""
 
     edit: Callable[[nnx.Module], None]
-    """Puts the fault in, in place."""
+    """Changes a module in place."""
 
     eligible: Callable[[nnx.Module], bool] = lambda module: True
-    """Whether the module has what the fault changes."""
+    """Whether a module of this type has the part that the fault changes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mutant:
+    """A known difference, injected everywhere by `injected` or into one layer by `layer`."""
+
     name: str
 
     difference: str
-    """Number of the known difference, and a letter for its parts."""
+    """Number of the known difference, and a letter if it has several parts."""
 
     what: str
-    """What the faulty code does; PyTorch does the opposite."""
+    """Behaviour of the faulty code, which PyTorch does not have."""
 
     phase: str | None = None
-    """The first phase of a training step that shows it; None: none does."""
+    """The first phase of a training step that shows the fault; None: no phase does."""
 
     patches: tuple = ()
-    """(owner, attribute, faulty value), to put it in everywhere."""
+    """(owner, attribute, faulty value) of every patch that injects the fault everywhere."""
 
     layer: LayerFault | None = None
-    """To put it into one layer; without `patches` also into every one."""
+    """The fault as a change of one layer; `injected` uses it on every layer without `patches`."""
 
 
 @contextlib.contextmanager
 def injected(mutant: Mutant):
-    """Within this context flax_resnet and Optax have the fault, everywhere."""
+    """Within this context flax_resnet and Optax have the fault everywhere."""
     with contextlib.ExitStack() as stack:
         for owner, name, value in mutant.patches:
             if isinstance(owner, dict):
@@ -68,7 +70,7 @@ def _edited_when_made(fault: LayerFault):
 
 
 def eligible_layers(mutant: Mutant, model: nnx.Module) -> dict[str, nnx.Module]:
-    """Torch's names of the modules that can have the fault."""
+    """The modules of a model that can have the fault, by torch's names."""
     fault = mutant.layer
     return {
         ".".join(str(part) for part in path if part != "layers"): module

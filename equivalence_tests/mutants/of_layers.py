@@ -16,7 +16,7 @@ from flax_resnet.weights import convert
 
 
 def _becomes(**methods):
-    """An edit that overrides methods of one module."""
+    """An edit that overrides methods of a module."""
 
     def edit(module):
         faulty = type(f"Faulty{type(module).__name__}", (type(module),), methods)
@@ -103,7 +103,7 @@ def _interleaved_groups(lhs, rhs, *args, feature_group_count=1, **kwargs):
 
 
 def _tf32(x):
-    """Operands as the tensor cores take them: 10 bits of mantissa, 8 of exponent."""
+    """Rounds operands as tensor cores do: 10 bits of mantissa, 8 of exponent."""
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     rounded = (bits + jnp.uint32(0xFFF) + ((bits >> 13) & jnp.uint32(1))) & jnp.uint32(0xFFFFE000)
     exact = lax.bitcast_convert_type(rounded, jnp.float32).astype(x.dtype)
@@ -119,7 +119,7 @@ def _stride_on_the_first(block):
 
 
 def _without_norm_in_narrow_nets(self, x):
-    """Those of torchvision are 64 channels wide from the first projection on."""
+    """Drops the BatchNorm of narrow projections; torchvision's have 64 channels or more."""
     convolution, norm = self.layers
     out = convolution(x)
     normalised = norm(out)
@@ -141,7 +141,7 @@ def _zero_padded_max_pool(x, window, stride, *, padding=0, **_):
 
 
 def _whole_windows(length, size):
-    """Windows of ceil(length / size) pixels in a row, as ceil_mode places them."""
+    """Adjacent windows of ceil(length / size) pixels, as with ceil_mode."""
     window = -(-length // size)
     pixels, cells = np.arange(length), np.arange(size)[:, None]
     inside = (pixels >= cells * window) & (pixels < (cells + 1) * window)
@@ -149,7 +149,7 @@ def _whole_windows(length, size):
 
 
 def _counted_padding(length, size):
-    """Every cell divides by the largest window, as if what it lacks were padding that counts."""
+    """Divides every cell by the largest window, as if missing pixels were counted padding."""
     matrix = _POOLING_MATRIX(length, size)
     return (matrix > 0) / (matrix > 0).sum(1).max()
 
@@ -192,7 +192,7 @@ MUTANTS = [
     Mutant(
         name="BatchNorm momentum 0.99",
         difference="1",
-        what="BatchNorm moves by 0.01, Flax's default, instead of 0.1",
+        what="running statistics move by 0.01, Flax's default, instead of 0.1",
         phase="batch_norm",
         layer=_norm(_sets("momentum", 0.01)),
     ),
@@ -225,7 +225,7 @@ MUTANTS = [
     Mutant(
         name="batches not counted",
         difference="5b",
-        what="num_batches_tracked stays as it is",
+        what="num_batches_tracked is not increased",
         phase="batch_norm",
         layer=_norm(_becomes(_update=_uncounted)),
     ),
@@ -282,7 +282,7 @@ MUTANTS = [
     Mutant(
         name="residual branches start at zero",
         difference="8b",
-        what="the last scale of every block starts at 0 without being asked",
+        what="the last scale of every block starts at 0 by default",
         patches=[
             (resnet.ResNet.__init__.__kwdefaults__, "zero_init_residual", True),
             (models.create_model.__kwdefaults__, "zero_init_residual", True),
@@ -329,7 +329,7 @@ MUTANTS = [
     Mutant(
         name="interleaved groups",
         difference="11b",
-        what="outputs of grouped convolutions go around the groups in turn",
+        what="output channels of grouped convolutions are interleaved over the groups",
         phase="forward",
         layer=_conv(
             _sets("conv_general_dilated", _interleaved_groups),
@@ -339,7 +339,7 @@ MUTANTS = [
     Mutant(
         name="linear weights not transposed",
         difference="11c",
-        what="linear weights are taken as they are",
+        what="linear weights are not transposed",
         patches=[(convert._LEAVES, ("kernel", 2), ("weight", (0, 1)))],
     ),
     Mutant(
@@ -358,7 +358,7 @@ MUTANTS = [
     Mutant(
         name="float64 is float32",
         difference="13",
-        what="float64 is asked for without jax_enable_x64",
+        what="jax_enable_x64 stays off in float64",
         patches=[(jax, "enable_x64", lambda on=True: contextlib.nullcontext())],
     ),
     Mutant(
@@ -383,7 +383,7 @@ MUTANTS = [
     Mutant(
         name="BatchNorm in float32 under bfloat16",
         difference="29a",
-        what="BatchNorm gives float32 in mixed precision",
+        what="BatchNorm returns float32 in mixed precision",
         layer=_norm(_sets("dtype", jnp.float32), eligible=lambda m: m.dtype == jnp.bfloat16),
     ),
     Mutant(
@@ -395,7 +395,7 @@ MUTANTS = [
     Mutant(
         name="n of the shard",
         difference="33c",
-        what="n / (n - 1) takes the n of one device instead of all",
+        what="n / (n - 1) uses the n of one device instead of all devices",
         patches=[(layers.BatchNorm, "_batch_statistics", _count_of_the_shard)],
     ),
     Mutant(

@@ -54,7 +54,7 @@ MUTANTS = [
     Mutant(
         name="last of equals",
         difference="33b",
-        what="of equal logits the last comes first in the top five",
+        what="among equal logits, top five prefers the last instead of the first",
         patches=[(steps, "label_rank", _last_of_equals)],
     ),
 ]

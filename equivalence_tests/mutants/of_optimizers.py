@@ -11,7 +11,7 @@ from flax_resnet.training import optim, steps
 
 
 def _with_config(**changes):
-    """make_optimizer of a config with other fields."""
+    """make_optimizer with changed fields of its config."""
 
     def make(config, **kwargs):
         return _MAKE_OPTIMIZER(dataclasses.replace(config, **changes), **kwargs)
@@ -122,7 +122,7 @@ MUTANTS = [
     Mutant(
         name="decoupled weight decay",
         difference="15a",
-        what="weight decay shrinks the weights instead of adding to the gradient",
+        what="weight decay shrinks the weights instead of being added to the gradient",
         phase="optimizer",
         patches=[(optim, "make_optimizer", _with_config(decoupled_weight_decay=True))],
     ),
@@ -136,7 +136,7 @@ MUTANTS = [
     Mutant(
         name="no Nesterov",
         difference="15c",
-        what="Nesterov's momentum is the plain one",
+        what="momentum is plain instead of Nesterov's",
         phase="parameters",
         patches=[(optax, "trace", _without_nesterov)],
     ),
@@ -177,13 +177,13 @@ MUTANTS = [
     Mutant(
         name="RMSprop's rate before momentum",
         difference="20b",
-        what="the learning rate goes into RMSprop's momentum",
+        what="RMSprop's momentum accumulates updates times the learning rate",
         patches=[(optim, "make_optimizer", _rate_before_momentum)],
     ),
     Mutant(
         name="RMSprop's decay 0.9",
         difference="20c",
-        what="RMSprop forgets with 0.9, Optax's default",
+        what="RMSprop's decay rate is 0.9, Optax's default",
         patches=[(optim, "make_optimizer", _default_rms_decay)],
     ),
     Mutant(
@@ -207,7 +207,7 @@ MUTANTS = [
     Mutant(
         name="equal average",
         difference="28b",
-        what="all weights so far count alike, AveragedModel's default",
+        what="all weights so far have equal weight in the average, AveragedModel's default",
         patches=[(steps, "_moving_average", _equal_average)],
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Faults of the learning rate's course."""
+"""Faults of learning rate schedules."""
 
 import dataclasses
 
@@ -9,12 +9,12 @@ from equivalence_tests.mutants.mutant import Mutant
 from flax_resnet.training import optim
 
 
-def _schedule(kind, course):
-    """A main schedule that differs for one kind."""
+def _schedule(kind, faulty):
+    """Patches that change one kind of schedule."""
 
     def main(config, lr, updates_per_epoch, total):
         own = _MAIN_SCHEDULE(config, lr, updates_per_epoch, total)
-        return course(config, lr, total, own) if config.schedule == kind else own
+        return faulty(config, lr, total, own) if config.schedule == kind else own
 
     return [(optim, "_main_schedule", main)]
 

@@ -1,1 +1,1 @@
-"""Test files that hold numbers: what JAX computes equals what PyTorch computes."""
+"""Tests that JAX computes the same numbers as PyTorch."""

@@ -1,4 +1,4 @@
-"""Augmentation equals torchvision's, draw for draw, and our own draws are what they should be."""
+"""Augmentation equals torchvision's for equal draws; our own draws have the right distribution."""
 
 from functools import partial
 
@@ -42,7 +42,7 @@ def seeds():
 
 
 def pixels(channels=3, size=(B, H, W), seed=0):
-    """uint8 [B, H, W, C] with the hard cases of HSV in it: black, white, gray, ties."""
+    """uint8 [B, H, W, C] that include the edge cases of HSV: black, white, gray, equal channels."""
     images = inputs.random_numbers(seed).integers(0, 256, (*size, channels), np.uint8)
     images[0], images[1], images[2] = 0, 255, 77
     images[3, ..., -1] = images[3, ..., 0]
@@ -140,7 +140,7 @@ def test_color_jitter_one_adjustment(number, channels):
     np.testing.assert_allclose(actual, from_torch(floats), atol=FLOAT)
 
     levels = [replay_jitter(*x) for x in zip(to_torch(images), order, factors, strict=True)]
-    # On uint8 torchvision truncates the result, and the gray that contrast and saturation blend in.
+    # On uint8 torchvision truncates the result, and the gray used by contrast and saturation.
     gray = np.abs(1 - factors[:, number]) if number in (A.CONTRAST, A.SATURATION) else np.zeros(B)
     error = np.abs(actual - from_torch(levels) / 255).max((1, 2, 3))
     assert (error <= (1.001 + gray) * LEVEL).all()
@@ -156,7 +156,7 @@ def test_color_jitter_chain(channels):
 
 
 def test_color_jitter_chain_on_uint8():
-    """Step by step from torchvision's uint8 images, whose truncations would add up otherwise."""
+    """Every step starts from torchvision's uint8 image, so that truncations do not add up."""
     images, (order, factors) = pixels(), jitter_draws(B)
     factors[:, :3] = factors[:, :3] * 0.25 + 0.75  # to [0.8, 1.2]: a gray truncated weighs little
     run = jax.jit(A.color_jitter)
@@ -186,7 +186,7 @@ def test_erasing_exact():
 
 
 def test_erasing_comes_after_normalising():
-    """What is erased is 0, the mean colour, as behind torchvision's Normalize; not black."""
+    """Erased pixels are 0, the mean colour, as after torchvision's Normalize; not black."""
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     batch = {"image": jnp.asarray(pixels()), "label": jnp.zeros(B, int), "index": jnp.arange(B)}
     config = TrainConfig(augment=AugmentConfig(random_crop=0, random_erasing=1.0))
@@ -225,7 +225,7 @@ def draw(function, number, *arguments, seed=0):
     return jax.tree.map(np.asarray, run(keys(number, seed), *arguments))
 
 
-def test_draw_crop():
+def test_crop_offsets_are_uniform():
     offsets = draw(A.draw_crop, MANY, 2)
     assert offsets.min() == 0 and offsets.max() == 4
     joint = np.zeros((5, 5))
@@ -233,16 +233,16 @@ def test_draw_crop():
     assert stats.chisquare(joint.ravel()).pvalue > 1e-4
 
 
-def test_draw_flip():
+def test_flips_have_their_probability():
     assert abs(draw(A.draw_flip, MANY, 0.3).mean() - 0.3) < 5 * np.sqrt(0.21 / MANY)
     assert draw(A.draw_flip, 50, 1.0).all() and not draw(A.draw_flip, 50, 0.0).any()
 
 
-def test_draw_rotation():
+def test_rotation_angles_are_uniform():
     assert uniform(draw(A.draw_rotation, MANY, 25.0), -25, 25) > 1e-4
 
 
-def test_draw_color_jitter():
+def test_jitter_factors_and_orders_are_uniform():
     order, factors = draw(A.draw_color_jitter, MANY, (0.4, 1.5, 0.2, 0.1))
     ranges = [(0.6, 1.4), (0, 2.5), (0.8, 1.2), (-0.1, 0.1)]
     for column, (low, high) in zip(factors.T, ranges, strict=True):
@@ -252,7 +252,7 @@ def test_draw_color_jitter():
     assert np.abs(np.corrcoef(factors.T) - np.eye(4)).max() < 0.04
 
 
-def test_draw_color_jitter_skips_what_is_off():
+def test_jitter_draws_only_adjustments_that_are_on():
     order, _ = draw(A.draw_color_jitter, 200, (0.4, 0, 0, 0.1))
     assert {tuple(row) for row in order.tolist()} == {(0, 3), (3, 0)}
 
@@ -273,19 +273,19 @@ def test_draw_erasing_probability_and_ten_tries():
     some, every = (draw(A.draw_erasing, MANY, p, 32, 32) for p in (0.4, 1.0))
     erased = some[:, 2] > 0
     assert abs(erased.mean() - 0.4) < 0.02
-    for left, all_ in zip(some[erased].T, every.T, strict=True):  # chance decides nothing else
+    for left, all_ in zip(some[erased].T, every.T, strict=True):  # the rest is unchanged
         assert stats.ks_2samp(left, all_).pvalue > 1e-4
-    # In a line of pixels nothing has a height below 1 but what rounds to 0: none fits.
+    # In an image one pixel high, a smaller height rounds to 0, so no rectangle fits.
     assert not draw(A.draw_erasing, 100, 1.0, 1, 400)[:, 2].any()
 
 
-def test_draw_mixup():
+def test_mixup_shares_follow_the_beta_distribution():
     shares = draw(jax.vmap(partial(A.draw_mixup, alpha=0.4)), 5000)
     assert stats.kstest(shares, stats.beta(0.4, 0.4).cdf).pvalue > 1e-4
 
 
 def test_draws_are_independent():
-    """Between transforms of one example, and between neighbouring examples."""
+    """Draws of two transforms of one example, or of neighbouring examples, are uncorrelated."""
     columns = [
         *draw(A.draw_crop, MANY, 4).T,
         draw(A.draw_flip, MANY, 0.5),
@@ -306,7 +306,7 @@ def test_draws_are_independent():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_belongs_to_the_example(name):
+def test_augmentation_depends_on_the_example_not_on_the_batch(name):
     config, images = AugmentConfig(**CONFIGS[name]), to_jax(pixels())
     whole = augment(keys(B), images, config)
     halves = [augment(keys(B)[part], images[part], config) for part in (slice(0, 12), slice(12, B))]
@@ -319,8 +319,8 @@ def test_belongs_to_the_example(name):
 augment = jax.jit(A.augment, static_argnums=2)
 
 
-def test_order_of_the_transforms():
-    """With contrast, whose mean sees what crop and rotation have cut off."""
+def test_transforms_are_applied_in_torchvisions_order():
+    """Crop, flip, rotation, then contrast, which depends on pixels that the others remove."""
     geometry = CONFIGS["crop"] | CONFIGS["flip"] | CONFIGS["rotation"]
     images = to_jax(pixels())
     expected = A.crop(images, draw(A.draw_crop, B, 3), 3)
@@ -332,7 +332,7 @@ def test_order_of_the_transforms():
     np.testing.assert_allclose(actual, expected, atol=FLOAT)
 
 
-def test_off_is_no_operation():
+def test_augmentation_that_is_off_compiles_to_nothing():
     config = AugmentConfig(random_crop=0, random_erasing=0.5, mixup=0.5, random_resized_crop=True)
     program = jax.make_jaxpr(A.augment, static_argnums=2)(keys(2), to_jax(pixels())[:2], config)
     assert not program.eqns
@@ -352,7 +352,7 @@ def test_float64(x64, name):
     np.testing.assert_allclose(exact, single, atol=1e-4)  # the same draws
 
 
-def test_float64_of_erasing_and_mixup(x64):
+def test_erasing_and_mixup_keep_float64(x64):
     images = jnp.asarray(pixels() / 255)
     erased = A.erase(images, draw(A.draw_erasing, B, 1.0, H, W))
     assert A.mixup(erased, draw(jax.vmap(partial(A.draw_mixup, alpha=1)), 1)[0]).dtype == "float64"

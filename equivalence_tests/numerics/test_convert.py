@@ -1,4 +1,4 @@
-"""Weights cross between the frameworks bit for bit, or not at all."""
+"""Weights are converted between the frameworks bit for bit, or refused."""
 
 import dataclasses
 import re
@@ -29,7 +29,7 @@ OWN_STEM = [(arch, None) for arch in flax_resnet.list_models() if arch not in TO
 
 
 def model_of(case):
-    """Our network without numbers."""
+    """Our network with all weights 0."""
     blank = {n: np.zeros_like(a) for n, a in case.arrays.items()}
     return jax_side.make_model(dataclasses.replace(case, arrays=blank), np.float32)
 
@@ -60,7 +60,7 @@ def test_the_round_trip_is_exact(arch):
 
 
 @pytest.mark.quick
-def test_crossings_copy():
+def test_converted_weights_are_copies():
     case = inputs.make_case("resnet20")
     twin = torch_side.make_model(case, np.float32)
     shared = {name: tensor.numpy() for name, tensor in twin.state_dict().items()}
@@ -75,8 +75,10 @@ def test_crossings_copy():
 
 
 def hugging_face(name: str) -> str:
-    """torchvision's name -> that of ResNetForImageClassification, from transformers' own module
-    tree: embedder, encoder.stages[i].layers[j].{shortcut, layer[k]}, classifier[1]."""
+    """Translates torchvision's name to that of transformers' ResNetForImageClassification.
+
+    Its modules: embedder, encoder.stages[i].layers[j].{shortcut, layer[k]}, classifier[1].
+    """
     if name.startswith("fc."):
         return name.replace("fc.", "classifier.1.")
     kinds = {"conv": "convolution", "bn": "normalization", "0": "convolution", "1": "normalization"}
@@ -111,7 +113,7 @@ DIALECTS = {
 @pytest.mark.quick
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_dialects(arch, dialect):
+def test_names_of_other_projects_are_translated(arch, dialect):
     case = inputs.make_case(arch)
     foreign = {DIALECTS[dialect](name): array for name, array in case.arrays.items()}
     assert len(foreign) == len(case.arrays)
@@ -206,7 +208,7 @@ def test_files_older_than_the_count_of_batches_load():
 
 @pytest.mark.control
 def test_swapped_kernel_axes_show_in_the_numbers_only():
-    """H and W of square kernels swapped both ways: same names and shapes, exact round trip."""
+    """Swapping H and W of square kernels both ways keeps names, shapes and the round trip."""
     case = inputs.make_case("resnet20")
     swapped = convert._LEAVES | {("kernel", 4): ("weight", (3, 2, 1, 0))}
     with mock.patch.dict(convert._LEAVES, swapped):

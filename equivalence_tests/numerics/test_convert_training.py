@@ -1,4 +1,4 @@
-"""A training begun in one framework and ended in the other is the one that never crossed."""
+"""A training continued in the other framework ends as one that stayed in its own."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from torch_ref import training_state as torch_state
 STEPS, CROSSING = 6, 3
 SLOW = "adam, two batches an update"
 RULES = {
-    # Two groups of parameters, which torch numbers in another order than the model has.
+    # Two parameter groups: torch numbers their parameters in another order than the model.
     "sgd": dict(momentum=0.9, nesterov=True, weight_decay=0.1, decay_norm_and_bias=False),
     "adam": dict(optimizer="adam"),
     "adamw": dict(optimizer="adamw", weight_decay=0.1),
@@ -26,7 +26,7 @@ RULES = {
 
 
 def make_case(rule: dict) -> inputs.Case:
-    # The crossing has to lie between two updates.
+    # A training can move to the other framework only between two updates.
     steps = STEPS * rule.get("accumulate_steps", 1)
     rule = dict(lr=1e-3, ema_decay=0.9, label_smoothing=0.1) | rule
     return inputs.make_case("basic_cnn", size=(8, 15), steps=steps, **rule)
@@ -66,7 +66,7 @@ class Torch:
 
 
 class Jax:
-    """The same training in JAX."""
+    """A training in JAX, equal to `Torch`."""
 
     def __init__(self, case: inputs.Case):
         self.case = case
@@ -102,7 +102,7 @@ class Jax:
 
 
 def differences(got: dict, expected: dict) -> list[str]:
-    """Names of what differs by more than the bound, or is on one side only."""
+    """Names of arrays that differ by more than the bound."""
     assert got["step"] == expected["step"]
     found = []
     for part in ("model", "optimizer", "ema"):
@@ -118,7 +118,7 @@ def differences(got: dict, expected: dict) -> list[str]:
     "rule", [pytest.param(r, marks=pytest.mark.slow) if r == SLOW else r for r in RULES]
 )
 def test_the_other_framework_goes_on(rule, x64):
-    """In both directions into a training that stands elsewhere, so that all has to be replaced."""
+    """State is loaded into a training at another step, so every part has to be replaced."""
     case = make_case(RULES[rule])
     ours, theirs = Jax(case).train(crossing(case)), Torch(case).train(crossing(case))
     from_jax, from_torch = ours.arrays, theirs.arrays
@@ -128,13 +128,13 @@ def test_the_other_framework_goes_on(rule, x64):
     assert differences(ours.train(end).arrays, expected) == []
     assert differences(ours.load(from_torch).train(end).arrays, expected) == []
     assert differences(theirs.load(from_jax).train(end).arrays, expected) == []
-    # What is not taken along shows.
+    # A part that is not loaded changes the result.
     for part in ("model", "optimizer", "ema"):
         stale = from_torch | {part: expected[part]}
         assert differences(ours.load(stale).train(end).arrays, expected) != []
 
 
-def test_batch_norm_crosses_too(x64):
+def test_batch_norm_statistics_are_converted_too(x64):
     case = inputs.make_case("resnet20", steps=2, lr=1e-3, ema_decay=0.9, label_smoothing=0.1)
     ours, theirs = Jax(case), Torch(case)
     from_jax, from_torch = ours.arrays, theirs.train(1).arrays
@@ -143,7 +143,7 @@ def test_batch_norm_crosses_too(x64):
     assert differences(theirs.arrays, from_jax) == []
 
 
-def test_the_state_before_the_first_update_crosses(x64):
+def test_the_state_before_the_first_update_is_converted(x64):
     case = make_case(RULES["adam"])
     ours, theirs = Jax(case), Torch(case)
     assert theirs.arrays["optimizer"] == {}
@@ -183,7 +183,7 @@ def test_numbers_that_are_not_finite_are_refused(x64):
         training.load(arrays)
 
 
-def test_between_two_updates_nothing_crosses(x64):
+def test_no_state_is_converted_between_two_updates(x64):
     training = Jax(make_case(RULES[SLOW]))
     training.state = training.state._replace(step=training.state.step + 1)
     with pytest.raises(InputError, match="between two updates"):

@@ -1,7 +1,8 @@
-"""Narrow types, held to what rounding can explain: at most twice torch's own error, and 4 ulp.
+"""Float32 and bfloat16: the error is at most twice torch's own error plus 4 ulp.
 
-Both errors are measured against float64, so no tolerance is set by hand. Gradients are compared
-with torch's ReLU and max-pool decisions replayed on all three sides (`replay.py`).
+Both errors are measured against float64, so no tolerance is set by hand. An ulp (unit in the last
+place) is the distance of neighbouring floating-point numbers. Gradients are compared with torch's
+ReLU and max-pool decisions replayed on all three sides (`replay.py`).
 """
 
 import collections
@@ -35,33 +36,33 @@ from torch_ref import checkpoint, optim
 FAST = ("resnet20", "basic_cnn")
 BATCHES = 8
 SHARED = ("batch_norm", "parameters")
-"""Phases of a torch trace that lie in the memory of the model."""
+"""Phases of a torch trace whose arrays share the model's memory."""
 
 STILL = 1e-30
-"""A learning rate that keeps the weights, so that every batch meets the same."""
+"""A learning rate that does not change the weights, so every batch sees the same ones."""
 
 
 def over_budget(rows) -> list[engine.Budget]:
-    """The tensors beyond their budget; scalars have a test of their own."""
+    """Tensors over their budget; scalars have their own test."""
     return [row for row in rows if row.phase != "loss" and not row.within]
 
 
 def budgets(got, reference, truth, dtype=np.float32) -> list[engine.Budget]:
-    """Of all tensors of one step.
+    """Budgets of all tensors of one step.
 
     Args:
-      dtype: of the computation, whose ulp counts.
+      dtype: dtype of the computation; determines the ulp.
     """
     ulps = tolerances.BUDGET_ULPS * float(jnp.finfo(dtype).eps)
     return engine.budgets(got, reference, truth, factor=tolerances.BUDGET_FACTOR, ulps=ulps)
 
 
 def over_budget_of_steps(steps) -> list:
-    """Of what a forward pass gives at every step, and of gradients and what they move over all.
+    """Tensors over budget: forward results at each step, gradients and updates over all steps.
 
-    The error of a bias gradient of 16 numbers is mostly one number, the error of what came
-    before, and so as much luck as that of a scalar: with sound code one in 300 is over its budget
-    on one batch in three. It is taken as the root mean square over the steps.
+    The error of a bias gradient of 16 numbers comes mostly from one number, the error of the
+    incoming gradient, so it varies by chance as a scalar does. With correct code one in 300 is over
+    its budget on one batch in three. So the root mean square over the steps is used.
     """
     every, pooled = [], collections.defaultdict(list)
     for index, rows in enumerate(steps):
@@ -90,7 +91,7 @@ def test_steps_of_training(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_evaluation(arch):
-    """Activations, where every framework decides for itself."""
+    """Activations are within budget without replayed decisions."""
     case = inputs.make_case(arch, batch=4)
     runs = [
         engine.run_jax(case, np.float32, train=False, jit=True),
@@ -113,13 +114,13 @@ def test_scalars_over_many_batches(train):
         )
     )
     assert len(truth) == len(set(truth)) == steps
-    # As one tensor, whose norm-wise error is the root mean square over the batches.
+    # In one tensor, the norm-wise error is the root mean square over the batches.
     traces = ({"forward": {"loss": values}} for values in (got, reference, truth))
     assert over_budget(budgets(*traces)) == []
 
 
 def epoch_of(images, labels, num_steps=None, batch=64) -> inputs.Case:
-    """The first steps, or all, of an epoch of resnet20 on real images `[N, H, W, C]`."""
+    """A case of an epoch, or its first steps, of resnet20 on real images `[N, H, W, C]`."""
     num_steps = num_steps or len(images) // batch
     order = inputs.random_numbers().permutation(len(images))[: num_steps * batch]
     shape = (num_steps, batch)
@@ -150,7 +151,7 @@ def cifar10(num_steps=None) -> inputs.Case:
 
 
 class Torch:
-    """A model and its optimizer, one step at a time."""
+    """A PyTorch model and its optimizer, trained one step at a time."""
 
     def __init__(self, case, dtype, autocast=None):
         self.case, self.autocast = case, autocast
@@ -170,20 +171,20 @@ class Torch:
         }
 
     def trace(self, seen) -> dict:
-        """In the memory of the model."""
+        """The trace; its arrays share the memory of the model."""
         return torch_side.trace(self.model, self.optimizer, seen)
 
     def follow(self, other):
-        """Goes on from the state of another."""
+        """Take over the state of another training."""
         self.model.load_state_dict(other.model.state_dict())
         self.optimizer.load_state_dict(other.optimizer.state_dict())
 
 
 def teacher_forced(case, *, compute_dtype=None, autocast=None):
-    """At every step torch's state goes into JAX and into float64, and all three take the step.
+    """Before every step JAX and the float64 training get torch's state; then all three step.
 
     Yields:
-      The budgets of each step. Not its arrays: those of the largest network are 6 GB.
+      The budgets of each step; its arrays would take 6 GB for the largest network.
     """
     teacher, truth = Torch(case, np.float32, autocast), Torch(case, np.float64)
     network, config, state = jax_side.start(case, np.float32, compute_dtype=compute_dtype)
@@ -217,21 +218,23 @@ def test_a_teacher_forced_epoch_of_cifar10():
 
 @pytest.mark.quick
 def test_teacher_forced_bfloat16():
-    """Against torch's autocast. The 4 ulp are needed: XLA sums the gradient of a bias in bfloat16,
-    torch in float32."""
+    """The reference is torch's autocast.
+
+    The 4 ulp are needed: XLA sums the gradient of a bias in bfloat16, torch in float32.
+    """
     steps = teacher_forced(digits(4), compute_dtype=jnp.bfloat16, autocast=torch.bfloat16)
     assert over_budget_of_steps(steps) == []
 
 
 def variance_by_difference(self, x):
-    """E[x^2] - E[x]^2, which loses its digits where the mean is large."""
+    """The variance as E[x^2] - E[x]^2, which loses digits when the mean is large."""
     axes = tuple(range(x.ndim - 1))
     mean = x.mean(axes)
     return mean, jnp.square(x).mean(axes) - jnp.square(mean), x.size // x.shape[-1]
 
 
 def first_variance_over_budget():
-    """Of images far from 0."""
+    """The first running variance if it is over budget on images with a mean of 100; else []."""
     case = inputs.make_case("resnet20", batch=4)
     case = dataclasses.replace(case, images=case.images + np.float32(100))
     rows = over_budget(next(teacher_forced(case)))
@@ -245,14 +248,14 @@ def test_a_variance_beside_a_large_mean():
 
 @pytest.mark.control
 def test_a_variance_that_loses_digits_is_over_budget():
-    """Invisible in float64, and in float32 unless the mean is large."""
+    """The lost digits are invisible in float64, and in float32 unless the mean is large."""
     with mock.patch.object(layers.BatchNorm, "_batch_statistics", variance_by_difference):
         assert len(first_variance_over_budget()) == 1
 
 
 @pytest.mark.control
 def test_a_float32_gradient_needs_the_decisions_of_torch():
-    """Without them a flipped ReLU can be a thousand times the rounding: what `replay` is for."""
+    """One flipped ReLU changes gradients a thousand times as much as rounding."""
     case = inputs.make_case("resnet20", batch=4)
     decisions = []
     engine.run_torch(case, np.float32, record=decisions)

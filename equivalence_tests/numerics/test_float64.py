@@ -1,8 +1,8 @@
-"""Float64, where rounding cannot hide a difference: all 16 networks, training and evaluation. The
-default suite runs one of every kind.
+"""All 16 networks in float64, where rounding cannot hide a difference: training and evaluation.
 
-Every activation, the loss, the gradient of every parameter and of the images, BatchNorm's state,
-the optimizer's state and the parameters after a step (`tolerances.float64`).
+Compared are every activation, the loss, the gradients of all parameters and of the images,
+BatchNorm's state, the optimizer's state and the parameters after a step (`tolerances.float64`).
+The default suite runs one network of every kind.
 """
 
 from unittest import mock
@@ -21,7 +21,7 @@ from flax_resnet.models import has_stem_choice, layers, resnet
 from flax_resnet.training import losses
 
 QUICK = ("resnet20", "resnet18")
-# One network of every kind, and both stems; the others differ from these in numbers alone.
+# One network of every kind, and both stems; the others differ only in depth or width.
 DEFAULT = [
     ("resnet50", "imagenet"),
     ("resnet50", "cifar"),
@@ -46,7 +46,7 @@ CASES = [
 
 
 def too_large(case, *, train=True, bound=None) -> list[engine.Row]:
-    """The rows beyond their bound."""
+    """Rows over their bound."""
     got, reference = engine.run_jax(case, train=train), engine.run_torch(case, train=train)
     assert {a.dtype for phase in got.values() for a in phase.values() if a.ndim} == {np.dtype("f8")}
     rows = engine.compare(got, reference)
@@ -81,7 +81,7 @@ def test_projection_shortcuts_of_the_cifar_nets():
 def without_norm(self, x):
     convolution, norm = self.layers
     out = convolution(x)
-    norm(out)  # seen, and left out
+    norm(out)  # recorded, but its result is not used
     return out
 
 
@@ -106,7 +106,7 @@ def test_a_fault_of_a_projection_shows_there(fault, where):
     ["resnet18", *(pytest.param(a, marks=pytest.mark.slow) for a in ("resnet50", "resnet110"))],
 )
 def test_twenty_steps(arch):
-    # Eight images: with two, BatchNorm of eight values multiplies rounding by 1e4 in 20 steps.
+    # With two images instead of eight, BatchNorm amplifies rounding by 1e4 in 20 steps.
     stem = "cifar" if has_stem_choice(arch) else None
     case = make_case(arch, stem=stem, size=(8, 9), batch=8, steps=20, lr=1e-3)
     assert too_large(case, bound=tolerances.TRAJECTORY) == []
@@ -115,7 +115,7 @@ def test_twenty_steps(arch):
 @pytest.mark.quick
 @pytest.mark.parametrize("arch", ["resnet20", "resnet18"])
 def test_ties_of_relu_at_zero(arch):
-    """Zeros that end the residual branches put every closed pixel at exactly 0."""
+    """Residual branches that end in 0 give the last ReLU of a block inputs of exactly 0."""
     assert too_large(make_case(arch, zero_init=True, seed=1)) == []
 
 
@@ -140,7 +140,7 @@ def test_even_and_odd_sizes(size):
 @pytest.mark.parametrize(
     "rule",
     [
-        dict(lr=1e-3, ema_decay=0.9),  # which leaves the running statistics alone
+        dict(lr=1e-3, ema_decay=0.9),  # does not average the running statistics
         dict(lr=1e-3, clip_norm=0.1),
         dict(optimizer="adamw", lr=1e-3, weight_decay=0.1, label_smoothing=0.2),
         dict(optimizer="rmsprop", lr=1e-4, centered=True, decay_norm_and_bias=False),
@@ -181,7 +181,7 @@ BATCH_NORM_UPDATE = layers.BatchNorm._update
 SOFT_TARGETS = losses.soft_targets
 TRACE = optax.trace
 
-FAULTS = [  # the fault, where it goes, the first phase that shows it
+FAULTS = [  # the fault, the module and name that it replaces, the first phase that shows it
     (biased_variance, layers.BatchNorm, "_update", "batch_norm"),
     (momentum_of_flax, layers, "_moving", "batch_norm"),
     (larger_epsilon, lax, "rsqrt", "forward"),
@@ -213,7 +213,7 @@ def test_half_a_gradient_at_zero_shows_only_in_ties():
 
 @pytest.mark.control
 def test_narrow_numbers_are_not_float64():
-    """A "float64" test that ran in float32 would be off by more than every bound."""
+    """A float64 test that ran in float32 would exceed every bound."""
     case = make_case("resnet20")
     rows = engine.compare(engine.run_jax(case, np.float32, jit=True), engine.run_torch(case))
     assert engine.worst(rows, "forward").norm_relative > 1e3 * tolerances.FORWARD

@@ -1,5 +1,4 @@
-"""BatchNorm folded into the convolutions: the same logits, in float64 and within the budget of
-float32."""
+"""Folding BatchNorm into the convolutions keeps the logits, in float64 and in float32."""
 
 from unittest import mock
 

@@ -1,4 +1,4 @@
-"""Weights say which network they are of."""
+"""The network of given weights is recognised from their names and shapes."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_every_network_is_told_from_every_other(arch, stem):
 
 @pytest.mark.parametrize("arch", ["resnet20", "resnet110"])
 def test_option_b_is_told_from_option_a_and_crosses_both_ways(arch):
-    """akamaster's names: shortcut.0 and shortcut.1."""
+    """Weights with akamaster's names (shortcut.0, shortcut.1) are recognised as option B."""
     case = inputs.make_case(arch, shortcut="projection")
     names = {n: n.replace("downsample", "shortcut").replace("fc.", "linear.") for n in case.arrays}
     foreign = {f"module.{names[name]}": array for name, array in case.arrays.items()}

@@ -1,5 +1,7 @@
-"""Resizing and cropping are torchvision's on PIL images, bit for bit; random areas are drawn as
-torchvision draws them."""
+"""Resizing, cropping and random areas equal torchvision's.
+
+Resizing and cropping are compared bit for bit on PIL images, random areas by their distribution.
+"""
 
 import numpy as np
 import pytest
@@ -50,7 +52,7 @@ def test_an_image_of_the_right_size_is_left_alone():
 
 
 def test_random_resized_crop_draws_areas_and_ratios_as_torchvision():
-    """The same distribution: means of area and log-ratio over 4,000 draws, within 5 sigma."""
+    """Means of area and log-ratio over 4,000 draws agree within 5 sigma."""
     image, rng = picture(60, 80), inputs.random_numbers()
     areas, ratios = [], []
     for _ in range(4000):

@@ -1,5 +1,7 @@
-"""Each layer on its own, where whole networks cannot tell: behind a ReLU a max-pool cannot show
-what it pads with, and no network has a batch of one value."""
+"""Single layers, for differences that whole networks cannot show.
+
+For example, the padding value of a max-pool after a ReLU, or a batch with one value per channel.
+"""
 
 from functools import partial
 
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.quick
 
 
 def random_images(*shape):
-    """[B, H, W, C] for JAX and [B, C, H, W] for torch."""
+    """The same images as [B, H, W, C] for JAX and [B, C, H, W] for torch."""
     images = inputs.random_numbers().standard_normal(shape)
     return jnp.asarray(images), torch.tensor(images.transpose(0, 3, 1, 2))
 
@@ -68,7 +70,7 @@ def test_convolution(size, kernel, stride, groups, x64):
 
 @pytest.mark.parametrize("stride, groups", [(1, 1), (2, 1), (2, 4)])
 def test_bottleneck(stride, groups, x64):
-    """Where it strides, and how its groups lie."""
+    """The stride is in the 3x3 convolution; groups are contiguous."""
     x, x_torch = random_images(2, 7, 10, 16)
     torch.manual_seed(0)
     theirs = torch_ref.resnet.Bottleneck(
@@ -94,7 +96,7 @@ def test_one_value_per_channel_cannot_be_normalised():
 
 
 def test_batch_norm_of_a_batch_on_two_devices(x64):
-    """Mean, variance and n are those of the whole batch."""
+    """Mean, variance and n are those of the whole batch on all devices."""
     x, x_torch = random_images(4, 2, 3, 5)
     theirs = nn.BatchNorm2d(5, dtype=torch.float64)
     expected = theirs(x_torch)
@@ -125,9 +127,9 @@ def fresh_weights(framework, arch, seed) -> dict:
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "basic_cnn"])
 def test_fresh_weights_are_drawn_as_torchs(arch):
-    """The same distribution in every layer: constants equal, others by Kolmogorov and Smirnov.
+    """In every layer constants are equal, and other values pass a Kolmogorov-Smirnov test.
 
-    Each has a few hundred values at least, so that a bias of zeros would be seen.
+    Each has at least a few hundred values, so a bias of zeros would be detected.
     """
     times = 10 if arch == "basic_cnn" else 1
     ours, twins = (
@@ -145,7 +147,7 @@ def test_fresh_weights_are_drawn_as_torchs(arch):
 
 
 def types_in_jax(arch):
-    """Of every activation in mixed precision."""
+    """{activation: its dtype in mixed precision}."""
 
     def run(images):
         model = flax_resnet.create_model(arch, dtype=jnp.bfloat16)
@@ -169,14 +171,14 @@ def types_in_torch(arch):
 
 @pytest.mark.parametrize("arch", ["resnet20", "resnet18", "basic_cnn"])
 def test_types_in_mixed_precision(arch):
-    """What is narrow in torch's autocast is narrow here, layer by layer."""
+    """Each activation has the dtype that it has in torch's autocast."""
     got, expected = types_in_jax(arch), types_in_torch(arch)
     assert set(got.values()) == {"bfloat16"}
     assert got == {name: expected[name] for name in got}
 
 
 def test_statistics_are_wide_in_mixed_precision():
-    """Behind several layers the ulp of bfloat16 hides it."""
+    """After several layers the ulp of bfloat16 would hide narrow statistics."""
     images, tensor = (x + 1 for x in random_images(8, 6, 6, 4))
     ours, theirs = layers.BatchNorm(4, dtype=jnp.bfloat16), nn.BatchNorm2d(4)
     got, expected = ours(images.astype(jnp.bfloat16)), theirs(tensor.bfloat16())
@@ -209,7 +211,7 @@ def test_targets_of_mixup_are_wide_in_mixed_precision():
 
 
 def test_dropout_drops_its_rate_and_keeps_the_mean():
-    """With the same mask networks cannot tell; with 0.5 what is kept is as much as what is not."""
+    """Networks are compared with one mask, and at a rate of 0.5 keeping and dropping look alike."""
     shape, rate = (64, 256), 0.3
     torch.manual_seed(0)
     dropout = layers.Dropout(rate, rngs=nnx.Rngs(0))

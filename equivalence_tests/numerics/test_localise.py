@@ -1,6 +1,7 @@
-"""The localiser names the module, the phase and the cause; on equal traces it names nothing.
+"""The localiser names module, phase and cause of a fault, and nothing for equal traces.
 
-`python -m equivalence_tests.studies.localiser_check` is the long run over all layers.
+`python -m equivalence_tests.studies.localiser_check` is the long version over all layers. A mutant
+is a known difference between ports and PyTorch, injected as a fault.
 """
 
 import functools
@@ -18,7 +19,7 @@ ARCH = "resnet20"
 OF_A_LAYER = [
     m.name
     for m in mutants.MUTANTS.values()
-    if m.layer and m.phase and m.difference not in ("8a", "11b")  # which need bottlenecks
+    if m.layer and m.phase and m.difference not in ("8a", "11b")  # those need bottlenecks
 ]
 
 
@@ -108,7 +109,7 @@ def test_an_unknown_fault_has_no_cause():
 
 
 def test_the_long_run_keeps_the_rows_of_other_networks(tmp_path, monkeypatch, capsys):
-    """`--archs` replaces the rows of these networks, and one wrong answer in two fails it."""
+    """`--archs` replaces the rows of these networks; one wrong answer in two fails the command."""
     right, wrong = (
         localiser_check.Trial("resnet18", "m", "conv1", "forward", phase, phase and "conv1", ("c",))
         for phase in ("forward", None)

@@ -1,4 +1,7 @@
-"""Losses are torch's, metrics scikit-learn's, and both stop at the same epoch."""
+"""Losses equal torch's, metrics equal scikit-learn's, early stopping equals the twin's.
+
+The twin is `torch_ref`, this project's PyTorch side.
+"""
 
 import math
 
@@ -64,7 +67,7 @@ def test_soft_targets_of_mixup(x64):
     mixed = np.asarray(0.3 * targets + 0.7 * targets[::-1])
     got = loss_and_gradient_of_jax(logits, mixed)
     assert close(got, loss_and_gradient_of_torch(logits, mixed))
-    # Smoothed by torch after mixing, or by us before: the same targets.
+    # Torch smooths after mixing, we smooth before; the targets are equal.
     hard = losses.soft_targets(labels, NUM_CLASSES, 0.0, jnp.float64)
     expected = loss_and_gradient_of_torch(logits, np.asarray(0.3 * hard + 0.7 * hard[::-1]), 0.1)
     assert close(got, expected)
@@ -81,7 +84,7 @@ def test_smoothing_over_the_other_classes_only_is_seen(x64):
 def test_the_l1_penalty(x64):
     rng = inputs.random_numbers()
     params = {"a": rng.standard_normal((3, 4)), "b": {"c": rng.standard_normal(5)}}
-    params["a"][0, 0] = 0  # where |w| has no slope, both take 0
+    params["a"][0, 0] = 0  # both use a gradient of 0 for |w| at 0
     tensors = [torch.tensor(leaf, requires_grad=True) for leaf in jax.tree.leaves(params)]
     expected = torch_ref.losses.l1_penalty(tensors, 0.3)
     expected.backward()
@@ -89,11 +92,11 @@ def test_the_l1_penalty(x64):
     assert close(jax.tree.leaves(got), [expected.item(), *(t.grad.numpy() for t in tensors)])
 
 
-# Metrics: the reference sees labels and predictions, ours only the counts.
+# Metrics: the reference gets labels and predictions, ours only the confusion matrix.
 
 
 def random_labels(kind: str, seed: int):
-    """(labels, predictions) with the awkward classes that `kind` says."""
+    """(labels, predictions) with unusual classes as `kind` says."""
     rng = inputs.random_numbers(seed)
     labels = rng.choice(NUM_CLASSES, 200, p=rng.dirichlet(np.ones(NUM_CLASSES)))
     predicted = np.where(rng.random(200) < 0.6, labels, rng.integers(0, NUM_CLASSES, 200))
@@ -160,14 +163,14 @@ class Logits:
 
 
 def evaluated(logits, labels, split) -> dict:
-    """Sums of `eval_step` over batches of these sizes, padded to the largest."""
+    """Sums of `eval_step` over batches of the sizes in `split`, padded to the largest."""
     step = steps.make_eval_step(Logits(), inputs.AsGiven(), num_classes=NUM_CLASSES)
     variables = Variables({"w": jnp.zeros((), jnp.float64)}, {}, {})
     total, start = None, 0
     for size in split:
         rows = slice(start, start + size)
         pad = max(split) - size
-        # What fills a batch up must not matter: NaN would show.
+        # Padding must not matter; NaN would show if it did.
         padded = jnp.pad(logits[rows], ((0, pad), (0, 0)), constant_values=jnp.nan)
         batch = {
             "image": padded[:, None, None],
@@ -200,7 +203,7 @@ def test_any_split_into_batches_gives_the_sums_of_the_whole(split, x64):
 
 
 def test_of_equal_logits_the_first_counts(x64):
-    """As torch's argmax; torch's topk promises no order, so the sort is NumPy's stable one."""
+    """The reference is torch's argmax and NumPy's stable sort; torch's topk leaves ties open."""
     rng = inputs.random_numbers()
     logits = rng.integers(0, 3, (200, NUM_CLASSES)).astype(np.float64)
     labels = rng.integers(0, 3, 200)  # the classes that the order of ties puts first
@@ -222,8 +225,8 @@ def test_a_mean_of_means_would_be_seen(x64):
 
 
 @pytest.mark.parametrize("k", [2, 4, 5, 6])
-def test_top_5_with_few_classes(k, x64):
-    """With five classes or fewer everything is among the first five."""
+def test_top_5_with_few_classes_is_torchs(k, x64):
+    """With five classes or fewer, every label is in the top five."""
     logits, labels = random_logits()
     logits, labels = logits[:, :k], labels % k
     step = steps.make_eval_step(Logits(), inputs.AsGiven(), num_classes=k)
@@ -248,7 +251,7 @@ COURSES = [
 
 
 def stops(config, values, side=selection):
-    """Of every epoch: whether to stop, epochs without improvement, the best value and its epoch."""
+    """For every epoch: whether to stop, epochs without improvement, best value and its epoch."""
     state, seen = side.Selection(), []
     for epoch, value in enumerate(values, start=1):
         state = side.update(state, value, epoch, config)
@@ -278,7 +281,7 @@ def test_early_stopping_is_the_twins(monitor, patience, min_delta):
             [1.0, 0.95, 0.89, 0.9],
             None,
             3,
-        ),  # of the reference
+        ),  # min_delta refers to the best value
         ("validation_accuracy", 2, 0.0, [0.1, 0.3, 0.2, 0.3, 0.4], 4, 2),
         ("validation_accuracy", 0, 0.0, [0.9] + [0.1] * 50, None, 1),
         ("validation_accuracy", 1, 0.0, [NAN, 0.2], 1, None),

@@ -1,7 +1,7 @@
-"""Optimizers are torch.optim's, in float64: every option, update by update.
+"""Optimizers equal torch.optim's in float64, for every option and at every update.
 
-Updates and states are compared, not only parameters: a wrong step of Adam is 1e-5 of a step and
-1e-8 of a weight.
+Updates and states are compared as well as parameters, because a fault of Adam may change a step by
+1e-5 and a weight by 1e-8.
 """
 
 import itertools
@@ -32,7 +32,7 @@ SHAPES = {"conv.weight": (3, 2, 3, 3), "bn.weight": (5,), "fc.weight": (4, 5), "
 
 
 def tree(arrays: dict) -> dict:
-    """Torch's names and layouts -> nested NNX leaves."""
+    """Converts arrays with torch's names and layouts to nested NNX leaves."""
     leaves = {"conv.weight": "kernel", "bn.weight": "scale", "fc.weight": "kernel"}
     nested = {}
     for name, array in arrays.items():
@@ -44,7 +44,7 @@ def tree(arrays: dict) -> dict:
 
 
 def numbers(seed=0):
-    """Parameters, and the gradients of every step: norms from 1e-9, about Adam's eps, to 30."""
+    """Parameters, and gradients of every step; norms range from 1e-9, near Adam's eps, to 30."""
     rng = inputs.random_numbers(seed)
     params = {name: rng.standard_normal(shape) for name, shape in SHAPES.items()}
     sizes = 10.0 ** rng.uniform(-9, 1, STEPS)
@@ -56,17 +56,17 @@ def numbers(seed=0):
 
 
 def rates() -> np.ndarray:
-    """A learning rate for every step, that jumps: some rules differ only then."""
+    """The learning rate of every step; it jumps, because some rules differ only then."""
     return 0.01 * 0.3 ** (np.arange(STEPS) // 7)
 
 
 def momenta() -> np.ndarray:
-    """A momentum for every step, for the rules that are asked to cycle it."""
+    """The momentum of every step, for rules with CYCLED."""
     return 0.9 + 0.05 * np.cos(np.arange(STEPS))
 
 
 def set_momentum(group: dict, momentum: float):
-    """As OneCycleLR does."""
+    """Set the momentum (Adam: beta1) of a parameter group, as OneCycleLR does."""
     if "betas" in group:
         group["betas"] = (momentum, group["betas"][1])
     else:
@@ -74,7 +74,7 @@ def set_momentum(group: dict, momentum: float):
 
 
 def run_torch(rule: dict) -> list[dict]:
-    """After every step: parameters, state and moving average."""
+    """Parameters, state and moving average after every step in PyTorch."""
     params, gradients = numbers()
     model = nn.Module()
     for name, value in params.items():
@@ -111,7 +111,7 @@ def run_torch(rule: dict) -> list[dict]:
 
 
 def run_jax(rule: dict) -> list[dict]:
-    """The same by `steps.apply_gradients`, which a training step calls."""
+    """Parameters, state and moving average after every step of `steps.apply_gradients`."""
     params, gradients = numbers()
     options = {name: value for name, value in rule.items() if name != CYCLED}
     config = TrainConfig(optimizer=OptimizerConfig(**options))
@@ -130,7 +130,7 @@ def run_jax(rule: dict) -> list[dict]:
 
 
 def differences(rule: dict) -> list[str]:
-    """What differs, and when."""
+    """Step and name of every array that differs."""
     found, before = [], [numbers()[0]] * 2
     for step, after in enumerate(zip(run_jax(rule), run_torch(rule), strict=True)):
         states = [now | updates(now, last) for now, last in zip(after, before, strict=True)]
@@ -144,7 +144,7 @@ def updates(now: dict, last: dict) -> dict:
 
 
 def unlike(got: dict, expected: dict) -> list[str]:
-    """Names of what differs by more than the bound."""
+    """Names of arrays that differ by more than the bound."""
     # Optax has a state before the first update, torch only after it.
     updated = any(np.any(expected[f"{name} update"]) for name in SHAPES)
     names = expected.keys() | got.keys() if updated else expected.keys()
@@ -156,7 +156,7 @@ def close(name: str, got: dict, expected: dict) -> bool:
         return False
     bound = tolerances.RULES * np.linalg.norm(expected[name])
     if parameter := name.removesuffix(" update") if name.endswith("update") else None:
-        # The difference of two weights is known to the rounding of a weight.
+        # The difference of two weights carries the rounding of a weight.
         bound += np.finfo(float).eps * np.linalg.norm(expected[parameter])
     return bool(np.linalg.norm(got[name] - expected[name]) <= bound)
 

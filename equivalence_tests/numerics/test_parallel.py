@@ -1,7 +1,7 @@
-"""One device = a mesh = pmap: the same loss, gradients, statistics and weights, in float64.
+"""One device, a mesh and pmap give equal losses, gradients, statistics and weights in float64.
 
-Everything random is on, and the shards differ, so a statistic of a shard instead of the global
-batch, or a draw that depends on the device, moves the result by far more than the bound.
+All random parts are on and the shards differ. So a statistic of one shard instead of the global
+batch, or a draw that depends on the device, changes the result by far more than the bound.
 """
 
 import functools
@@ -97,7 +97,7 @@ def test_several_steps_a_dispatch_are_the_same_steps(mode, devices, x64):
 
 
 @pytest.mark.control
-def test_what_is_no_number_is_noticed():
+def test_nan_exceeds_every_bound():
     good = {"a": np.ones(2), "b": np.ones(2)}
     for name in good:
         assert not largest_error(good | {name: np.full(2, np.nan)}, good) <= PARALLEL
@@ -110,7 +110,7 @@ def test_statistics_of_a_shard_are_noticed(x64):
 
 
 @pytest.mark.control
-def test_draws_of_the_device_are_noticed(x64, monkeypatch):
+def test_draws_that_depend_on_the_device_are_noticed(x64, monkeypatch):
     """Negative control: keys by position in the shard instead of by example."""
     original = jax.random.fold_in
     expected = one_device()

@@ -1,4 +1,4 @@
-"""The comparison itself: it refuses inputs that cannot fail and never calls unlike things equal."""
+"""The comparison engine refuses inputs that cannot fail and never reports a difference as equal."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.quick, pytest.mark.control]
 
 
 def broken(**changes):
-    """A good case with some images or arrays replaced by what a function makes of them."""
+    """A sound case with images or arrays changed by the given functions."""
     case = inputs.make_case("resnet20")
     arrays = dict(case.arrays)
     images = changes.pop("images", lambda x: x)(case.images.copy())
@@ -79,7 +79,7 @@ def test_a_row_measures_the_difference():
     assert narrow[0].ulp == 1
 
 
-def test_nothing_unlike_is_called_equal():
+def test_nan_zero_and_other_shapes_are_never_called_equal():
     assert engine.compare(trace([np.nan]), trace([1.0]))[0].norm_relative == np.inf
     assert engine.compare(trace([np.nan]), trace([np.nan]))[0].norm_relative == np.inf
     assert engine.compare(trace([1e-30]), trace([0.0]))[0].norm_relative == np.inf

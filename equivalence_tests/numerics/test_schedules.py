@@ -1,4 +1,4 @@
-"""Schedules are torch.optim.lr_scheduler's in float64, over their whole course and past its end."""
+"""Schedules equal torch.optim.lr_scheduler's in float64, to their end and beyond."""
 
 import contextlib
 import itertools
@@ -43,7 +43,7 @@ WARMUPS = [{}, dict(warmup_epochs=2.0), dict(warmup_epochs=0.75, warmup_factor=0
 
 
 def torch_course(options: dict, updates=UPDATES) -> np.ndarray:
-    """[steps, 2]: learning rate and momentum of every update, and as far past as torch goes."""
+    """[steps, 2]: learning rate and momentum of every update, up to PAST updates after the end."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4, momentum=0.9)
     config = ScheduleConfig(**options)
     scheduler, _ = torch_ref.optim.make_schedulers(optimizer, config, updates, EPOCHS)
@@ -173,7 +173,7 @@ def test_the_courses_cut_and_a_patience_off_by_one_is_seen():
     ids=label,
 )
 def test_lengths_beyond_32_bits_are_never_reached(options):
-    """40,000 updates an epoch: 4 billion. In float32, as a step counts."""
+    """40,000 updates per epoch make 4 billion, more than an int32 step count can hold."""
     config = ScheduleConfig(**options)
     schedule = optim.make_schedule(config, 0.4, 40_000, 50_000)
     momentum = optim.make_momentum_schedule(config, 40_000, 50_000) or schedule

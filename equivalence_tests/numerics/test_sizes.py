@@ -1,4 +1,4 @@
-"""Sizes of images that would hide a wrong padding are refused, and for this reason."""
+"""Image sizes that would hide a wrong padding are refused with this reason."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from equivalence_tests.parity import inputs, sizes
 pytestmark = [pytest.mark.control, pytest.mark.quick]
 
 WRONG = {"one pixel in front alone": (1, 0, 1, 0), "SAME at even sizes": (0, 1, 0, 1)}
-"""Left, right, top, bottom."""
+"""{wrong padding: pixels on the left, right, top, bottom}."""
 
 
 @pytest.mark.parametrize("size, hidden", [(12, "one pixel in front alone"), (13, None)])

@@ -1,5 +1,8 @@
-"""A whole training comes out the same: every loss, every learning rate, the epoch it stops at,
-the metrics of the best weights, and the weights."""
+"""Whole trainings agree in both frameworks.
+
+Compared are all losses and learning rates, the last epoch, the metrics of the best weights, and the
+weights.
+"""
 
 import numpy as np
 import pytest
@@ -50,8 +53,10 @@ def test_a_training_of_120_steps(course):
 
 
 def test_accumulation_over_the_ends_of_epochs():
-    """Every epoch ends between two updates, of the weights and so of their average; the running
-    statistics of both are those of the last batch."""
+    """Epochs end between two updates of weights and average.
+
+    The running statistics of both are those of the last batch.
+    """
     config = trajectory.config(
         epochs=3,
         data={"train_images": 160},

@@ -1,4 +1,4 @@
 """The comparison of two networks, tensor by tensor, as users call it.
 
-Nothing here is a test or a fault.
+No test and no injected fault lives here.
 """

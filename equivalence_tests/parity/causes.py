@@ -1,5 +1,7 @@
-"""The likely cause of a first divergence: what each known fault would have made of the arrays that
-are still equal is computed, and compared with what the faulty side has.
+"""Likely causes of a first divergence.
+
+For each known fault, the faulty result is computed from arrays that are still equal on both sides.
+A fault is a cause if its result equals what the faulty side has.
 """
 
 import functools
@@ -15,12 +17,12 @@ from equivalence_tests.parity.inputs import Case
 from flax_resnet.config import OptimizerConfig
 
 SAME = 1e-9
-"""Relative difference below which a prediction is taken for what was found: far above rounding,
-far below every fault."""
+"""Largest relative difference between a predicted array and an equal one: far above rounding, far
+below every fault."""
 
 
 def module_of(row: Row) -> str:
-    """The layer that a tensor belongs to."""
+    """Name of the layer that a tensor belongs to."""
     name = row.name.split(" ")[0].split(":")[0]
     if row.phase == "forward":
         return name
@@ -28,19 +30,19 @@ def module_of(row: Row) -> str:
 
 
 def causes(row: Row, subject: Trace, standard: Trace, case: Case) -> list[str]:
-    """Sentences of the known faults that predict what the subject has."""
+    """Known faults that predict the subject's array, one sentence each."""
     evidence = Evidence(row, subject, standard, case)
     found = []
     for explain in EXPLANATIONS.get(row.phase, ()):
         try:
             found += explain(evidence)
         except (KeyError, RuntimeError, StopIteration, ValueError):
-            continue  # this fault cannot have made such arrays
+            continue  # this fault does not apply to such arrays
     return found
 
 
 class Evidence:
-    """What an explanation may look at."""
+    """Evidence available to an explanation."""
 
     def __init__(self, row: Row, subject: Trace, standard: Trace, case: Case):
         self.row, self.subject, self.standard, self.case = row, subject, standard, case
@@ -49,42 +51,42 @@ class Evidence:
         self.expected = np.asarray(standard[row.phase][row.name], np.float64)
 
     def weights(self, leaf: str) -> np.ndarray:
-        """Of the module, before the step."""
+        """An array of the module's state before the step."""
         return np.asarray(self.case.arrays[f"{self.module}.{leaf}"], np.float64)
 
     def statistic(self, leaf: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A running statistic of the module: before the step, of the subject, of the standard."""
+        """A running statistic of the module: before the step, in subject, in standard."""
         name = f"{self.module}.{leaf}"
         sources = self.case.arrays, self.subject["batch_norm"], self.standard["batch_norm"]
         before, got, expected = (np.asarray(source[name], np.float64) for source in sources)
         return before, got, expected
 
     def has(self, prediction) -> bool:
-        """Whether the subject has just that."""
+        """Whether the subject's array equals the prediction."""
         return same(prediction, self.got)
 
     def inputs(self) -> Iterator[np.ndarray]:
-        """What may have entered the module: equal activations [B, C, H, W] before it, as they are
-        and behind a ReLU, nearest first; the images last."""
+        """Candidates for the module's input: earlier activations [B, C, H, W], nearest first, each
+        without and with a ReLU; then the images."""
         names = list(self.standard["forward"])
         for name in reversed(names[: names.index(self.row.name)]):
-            activation = np.array(self.standard["forward"][name])  # JAX's cannot be written to
+            activation = np.array(self.standard["forward"][name])  # JAX's arrays are read-only
             yield from (activation, np.maximum(activation, 0))
         yield self.case.images[-1].transpose(0, 3, 1, 2).astype(np.float64)
 
 
 def same(a, b) -> bool:
-    """Equal but for rounding."""
+    """Whether two arrays are equal up to rounding."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return a.shape == b.shape and np.linalg.norm(a - b) <= SAME * np.linalg.norm(b)
 
 
 def constant(values, spread=1e-6, noise=0.0) -> float | None:
-    """The one value that an array has throughout, or None.
+    """The value of an array whose elements are all equal, or None.
 
     Args:
-      spread: relative differences that are rounding.
-      noise: absolute ones, for a value that may be 0.
+      spread: relative differences to ignore.
+      noise: absolute differences to ignore, for a value that may be 0.
     """
     values = np.asarray(values, np.float64)
     middle = float(np.median(values))
@@ -95,10 +97,10 @@ def constant(values, spread=1e-6, noise=0.0) -> float | None:
 
 
 def moved_by(evidence: Evidence) -> list[str]:
-    """Running statistics that went another share of the way, or towards the biased variance.
+    """Another momentum of the running statistics, a biased variance, or both.
 
-    The mean tells the share. With it the variance tells by which factor it differs, so that two
-    faults at once are told apart.
+    The running mean shows the momentum. With that known, the running variance shows the factor of
+    the batch variance, so two faults at once are distinguished.
     """
     if not evidence.row.name.endswith(("running_mean", "running_var")):
         return []
@@ -108,7 +110,7 @@ def moved_by(evidence: Evidence) -> list[str]:
 
 
 def _share_of_the_way(evidence: Evidence) -> float | None:
-    """How far the mean of the module went, where PyTorch's goes 1."""
+    """Change of the module's running mean relative to PyTorch's change; None if not constant."""
     old, got, expected = evidence.statistic("running_mean")
     return constant((got - old) / (expected - old))
 
@@ -126,7 +128,7 @@ def _other_share(evidence: Evidence, share: float) -> list[str]:
 
 
 def _biased(evidence: Evidence, share: float) -> list[str]:
-    """Whether the variances of the batch differ by n / (n - 1)."""
+    """A biased variance: the batch variances differ by (n - 1) / n for a whole number n."""
     old, got, expected = evidence.statistic("running_var")
     if not share:
         return []
@@ -166,12 +168,12 @@ def other_epsilon(evidence: Evidence) -> list[str]:
 
 
 _EPS_NOISE = 1e-10
-"""A variance near 1 that is solved for from outputs in float64 is exact to about 1e-14; what is
+"""Error of a solved eps. A variance near 1, solved for in float64, is exact to about 1e-14; one
 read from running statistics loses some digits."""
 
 
 def _variance(evidence) -> np.ndarray:
-    """The variance that a BatchNorm divided by."""
+    """The variance by which a BatchNorm normalised."""
     name = f"{evidence.module}.running_var"
     old = np.asarray(evidence.case.arrays[name], np.float64)
     if "batch_norm" not in evidence.standard:
@@ -181,7 +183,7 @@ def _variance(evidence) -> np.ndarray:
 
 
 def other_convolution(evidence: Evidence) -> list[str]:
-    """Recomputes a convolution as each fault would have it."""
+    """Recomputes a convolution with each known fault."""
     kernel = torch.from_numpy(evidence.weights("weight").copy())
     if kernel.ndim != 4:
         return []
@@ -243,7 +245,7 @@ CONVOLUTIONS: dict[str, Callable] = {
     'padding is "SAME", which is lopsided at stride 2': _same_padding,
     "operands are rounded to TF32": lambda x, k, s: _convolution(_tf32(x), _tf32(k), s),
     "groups are interleaved": _interleaved,
-    "the stride is another": lambda x, k, s: _convolution(x, k, 3 - s),
+    "the stride is wrong": lambda x, k, s: _convolution(x, k, 3 - s),
     "there is no padding": lambda x, k, s: _convolution(x, k, s, 0),
     "the kernel is rotated by 180 degrees": lambda x, k, s: _convolution(x, k.flip(2, 3), s),
 }
@@ -287,18 +289,18 @@ def other_loss(evidence: Evidence) -> list[str]:
 
 
 def ties_at_zero(evidence: Evidence) -> list[str]:
-    """A gradient that differs although the forward pass is equal."""
+    """A ReLU's gradient at 0: the gradient differs although the forward pass is equal."""
     block = re.match(r"layer\d+\.\d+", evidence.module)
     outputs = evidence.standard["forward"]
     ties = int((outputs[block[0]] == 0).sum()) if block else 0
     return [f"the gradient of a ReLU at exactly 0 ({ties:,} zeros in {block[0]})"] if ties else []
 
 
-# --- optimizer, parameters: after one step from an empty state ---
+# --- optimizer, parameters: the first step, from an empty optimizer state ---
 
 
 class FirstStep:
-    """A parameter's first step, by the definitions of torch.optim."""
+    """The first step of one parameter, by the definitions of torch.optim."""
 
     def __init__(self, evidence: Evidence, name: str):
         if len(evidence.case.images) > 1:
@@ -309,13 +311,13 @@ class FirstStep:
 
     @property
     def norm(self) -> float:
-        """Of all gradients."""
+        """Norm of all gradients together."""
         gradients = self.evidence.standard["gradient"]
         parameters = [g for name, g in gradients.items() if name in self.evidence.case.arrays]
         return float(np.sqrt(sum(np.square(np.float64(g)).sum() for g in parameters)))
 
     def gradient(self, scale=None) -> np.ndarray:
-        """Clipped by norm, or times `scale`, and with weight decay where that belongs in it."""
+        """The gradient times `scale` (None: norm clipping), plus weight decay unless decoupled."""
         if scale is None:
             most = self.rule.clip_norm
             scale = min(1.0, most / (self.norm + 1e-6)) if most else 1.0
@@ -328,13 +330,13 @@ class FirstStep:
 
 
 def _predicting(evidence: Evidence, variants: dict[str, np.ndarray], origin=0.0) -> list[str]:
-    """Variants that are what the subject has, measured from `origin`."""
+    """Names of the variants that equal the subject's array, both measured from `origin`."""
     got = evidence.got - origin
     return [why for why, prediction in variants.items() if same(prediction - origin, got)]
 
 
 def other_momentum(evidence: Evidence) -> list[str]:
-    """What entered SGD's momentum."""
+    """Faults of what SGD adds to its momentum buffer."""
     name, _, kind = evidence.row.name.partition(" ")
     step = FirstStep(evidence, name)
     if kind != "momentum_buffer" or step.rule.optimizer != "sgd":
@@ -355,7 +357,7 @@ def other_momentum(evidence: Evidence) -> list[str]:
 
 
 def other_average(evidence: Evidence) -> list[str]:
-    """Averages of gradients or their squares that forget at another rate."""
+    """Another decay rate of the averages of gradients or of squared gradients."""
     name, _, kind = evidence.row.name.partition(" ")
     rule = FirstStep(evidence, name).rule
     options = {"exp_avg": "beta1", "exp_avg_sq": "beta2", "square_avg": "alpha"}
@@ -367,14 +369,14 @@ def other_average(evidence: Evidence) -> list[str]:
 
 
 def other_direction(evidence: Evidence) -> list[str]:
-    """What entered RMSprop's momentum."""
+    """Faults of what RMSprop adds to its momentum buffer."""
     name, _, kind = evidence.row.name.partition(" ")
     step = FirstStep(evidence, name)
     if kind != "momentum_buffer" or step.rule.optimizer != "rmsprop":
         return []
     variants = {
         "eps is added under RMSprop's root": _rms_direction(step, eps_in_root=True),
-        # Optax's updates have the sign of the step.
+        # Optax scales by -lr, so the sign of the buffer changes too.
         "the learning rate goes into RMSprop's momentum": -step.rule.lr * evidence.expected,
     }
     return _predicting(evidence, variants)
@@ -389,7 +391,7 @@ def _rms_direction(step: FirstStep, *, eps_in_root=False) -> np.ndarray:
 
 
 def other_sgd_step(evidence: Evidence) -> list[str]:
-    """How SGD's buffer became a step."""
+    """Faults of SGD's step from its momentum buffer."""
     step = FirstStep(evidence, evidence.row.name)
     if step.rule.optimizer != "sgd":
         return []
@@ -403,7 +405,7 @@ def other_sgd_step(evidence: Evidence) -> list[str]:
 
 
 def other_adam_step(evidence: Evidence) -> list[str]:
-    """How Adam's moments became a step."""
+    """Faults of Adam's step from its moments."""
     step = FirstStep(evidence, evidence.row.name)
     rule = step.rule
     if rule.optimizer not in ("adam", "adamw"):
@@ -443,4 +445,4 @@ EXPLANATIONS: dict[str, tuple[Callable[[Evidence], list[str]], ...]] = {
     "optimizer": (other_momentum, other_average, other_direction),
     "parameters": (other_sgd_step, other_adam_step),
 }
-"""By the phase that diverges first."""
+"""Explanations by the phase of the first divergence."""

@@ -1,6 +1,6 @@
-"""Hold a network in JAX against PyTorch, tensor by tensor, in float64 on the CPU.
+"""Compare a network in JAX with PyTorch, tensor by tensor, in float64 on the CPU.
 
-python scripts/parity.py --arch resnet18                           # random weights and our twin
+python scripts/parity.py --arch resnet18                           # random weights, our PyTorch net
 python scripts/parity.py --checkpoint mine.pth --report out/        # your weights
 python scripts/parity.py --torch-model my_package.nets:make_resnet  # your own PyTorch network
 python scripts/parity.py --checkpoint RUN_DIR --dataset folder:DIR  # and their predictions
@@ -58,7 +58,7 @@ MODES = {"evaluation": False, "training": True}
 
 def parse():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--arch", metavar="NAME", help="left out: told from the weights")
+    parser.add_argument("--arch", metavar="NAME", help="default: recognised from the weights")
     parser.add_argument("--stem", metavar="|".join(STEMS), help="with --arch")
     parser.add_argument("--shortcut", metavar="|".join(SHORTCUTS), help="with --arch")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights file or run directory")
@@ -69,8 +69,10 @@ def parse():
     parser.add_argument(
         "--dataset", metavar="NAME[:PATH]", help="compare predictions on its test split"
     )
-    parser.add_argument("--mean", type=float, nargs="+", metavar="FLOAT", help="of its channels")
-    parser.add_argument("--std", type=float, nargs="+", metavar="FLOAT", help="of its channels")
+    parser.add_argument("--mean", type=float, nargs="+", metavar="FLOAT", help="channel means")
+    parser.add_argument(
+        "--std", type=float, nargs="+", metavar="FLOAT", help="channel standard deviations"
+    )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write parity.json and .html")
     args = parser.parse_args()
     if args.checkpoint and args.torch_model:
@@ -91,7 +93,7 @@ def parse():
 
 
 def build_case(args, model):
-    """What both sides run on."""
+    """The case that both sides run on."""
     size = tuple(args.image_size * 2)[:2] if args.image_size else None
     try:
         if args.checkpoint or model:
@@ -106,7 +108,7 @@ def build_case(args, model):
 
 
 def own_case(args, model, size):
-    """Of the user's weights, or of drawn ones in the user's network."""
+    """A case of the user's weights, or of random weights in the user's network."""
     if model:
         arrays = own_model.weights(model)
     else:
@@ -114,18 +116,18 @@ def own_case(args, model, size):
     arch = args.arch or convert.nearest_architecture(arrays).arch
     kind = convert.describe(arrays, arch, args.stem, args.shortcut)
     arrays = convert.conform(arrays, kind.shapes())
-    if model:  # fresh weights hide differences that drawn ones show
+    if model:  # freshly initialised weights hide differences that random ones show
         arrays = random_state(kind.shapes(), random_numbers(1))
         own_model.fill(model, arrays)
     return case_of_weights(arrays, kind.arch, kind.stem, kind.shortcut, size=size)
 
 
 def compare(case, model) -> tuple[dict, dict | None]:
-    """Rows of both modes, and the first divergence."""
+    """Rows of both modes, and the first divergence or None."""
     rows, first = {}, None
     for mode, train in MODES.items():
         ours = engine.run_jax(case, train=train, jit=True)
-        if model:  # which is the side that may be wrong: ours is proven
+        if model:  # the user's network is the side that may be wrong
             subject, standard = own_model.trace(model, case, train=train), ours
             standard = engine.shared(standard, subject)
             subject = engine.shared(subject, standard)
@@ -143,7 +145,7 @@ def compare(case, model) -> tuple[dict, dict | None]:
 
 
 def data_config(args) -> DataConfig:
-    """The data set for predictions, preprocessed as the run was if there is one."""
+    """The data set for predictions; its preprocessing is that of the run, if there is one."""
     options = {k: v for k in ("mean", "std") if (v := getattr(args, k))}
     options = {name: tuple(values) for name, values in options.items()}
     base = DataConfig()
@@ -153,7 +155,7 @@ def data_config(args) -> DataConfig:
 
 
 def predicted(args, case, data: DataConfig) -> dict:
-    """Predictions of both sides; a network of the user's has its own weights again."""
+    """Agreement of predictions; a user's network is loaded anew, with its own weights."""
     own = own_model.load(args.torch_model) if args.torch_model else None
     names = class_names(args.checkpoint) if args.checkpoint else ()
     if own:
@@ -163,7 +165,7 @@ def predicted(args, case, data: DataConfig) -> dict:
 
 
 def layer_table(rows: dict) -> Table:
-    """A line a layer: its largest relative difference in each phase of a training step."""
+    """One line per layer: the largest relative difference in each phase of a training step."""
     title = "one step of training: largest relative differences"
     table = Table(title=title, box=box.SIMPLE, padding=0)  # within 80 columns
     table.add_column("layer", no_wrap=True)
@@ -178,7 +180,7 @@ def layer_table(rows: dict) -> Table:
 
 
 def by_layer(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows of one module each, in the order of the forward pass."""
+    """{module: its rows}, in the order of the forward pass."""
     layers = {}
     for row in rows:
         if row["phase"] in COLUMNS:
@@ -243,7 +245,7 @@ def sentence(document: dict) -> str:
 
 
 def finite(value):
-    """The same document with "inf" and "nan" as words: JSON has no such numbers."""
+    """Replaces infinite and NaN numbers by words, because JSON has none."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

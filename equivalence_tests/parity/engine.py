@@ -1,10 +1,10 @@
-"""The one comparison engine: numbers of both frameworks, side by side.
+"""The comparison engine: runs a case in both frameworks and compares every tensor.
 
     run_torch(case), run_jax(case) -> Trace       compare(got, reference) -> [Row, ...]
 
-A `Trace` holds plain arrays under torch's names and in torch's layouts, so whoever compares them
-cannot know which framework, or which fault, they come from. What runs is what trains: the train
-steps of `torch_ref.steps` and `flax_resnet.training.steps`, with probes in them.
+A `Trace` holds plain arrays with torch's names and layouts, so the comparison does not depend on
+the framework that computed them. Both sides run their real training steps, `torch_ref.steps` and
+`flax_resnet.training.steps`, with probes.
 """
 
 from typing import NamedTuple
@@ -16,20 +16,20 @@ from equivalence_tests.parity import jax_side, torch_side
 from equivalence_tests.parity.inputs import Case
 
 Trace = dict[str, dict[str, np.ndarray]]
-"""phase -> name -> array. The names of a phase are in the order in which they are computed."""
+"""phase -> name -> array. The names of a phase are in the order of computation."""
 
 PHASES = ("forward", "loss", "gradient", "batch_norm", "optimizer", "parameters")
-"""In the order in which a step computes them; forward, loss and gradient are the last step's."""
+"""Phases in the order of a step; a trace holds forward, loss and gradient of the last step only."""
 
 
 def run_torch(
     case: Case, dtype=np.float64, *, train=True, decisions=None, record=None, model=None
 ) -> Trace:
-    """All steps of a case in PyTorch, or its forward and backward pass in evaluation mode.
+    """Runs all steps of a case in PyTorch, or its forward and backward pass in evaluation mode.
 
     Args:
-      model: another network than the twin, with its own weights.
-      decisions: of every step, to replay (`replay.py`).
+      model: a network with its own weights; None: the twin, this project's PyTorch network.
+      decisions: decisions of every step, to replay (`replay.py`).
       record: a list to which the decisions of every step are appended.
     """
     return torch_side.run(case, dtype, train=train, decisions=decisions, record=record, model=model)
@@ -38,19 +38,19 @@ def run_torch(
 def run_jax(
     case: Case, dtype=np.float64, *, train=True, decisions=None, jit=False, edit=None
 ) -> Trace:
-    """The same in JAX.
+    """Runs all steps of a case in JAX, or its forward and backward pass in evaluation mode.
 
     Args:
       edit: called with the model before the first step, to change it in place.
-      jit: compile the whole step: half the time for one network. Op by op, all networks that
-        follow in the same process share what is compiled.
+      jit: compile the whole step, which halves the time for one network. Without it, networks of
+        one process share their compiled operations.
     """
     with jax.enable_x64(dtype == np.float64):
         return jax_side.run(case, dtype, train=train, decisions=decisions, jit=jit, edit=edit)
 
 
 class Row(NamedTuple):
-    """One tensor of both sides."""
+    """Differences of one tensor between the two sides."""
 
     phase: str
 
@@ -59,21 +59,21 @@ class Row(NamedTuple):
     shape: tuple[int, ...]
 
     max_relative: float
-    """Largest difference over the largest value; infinite where the shapes differ."""
+    """Largest difference over the largest value; infinite if the shapes differ."""
 
     norm_relative: float
     """Norm of the difference over the norm of the reference."""
 
     ulp: float
-    """Largest difference in units of the last place of the reference's largest value."""
+    """Largest difference in units in the last place (ulp) of the reference's largest value."""
 
 
 def compare(got: Trace, reference: Trace) -> list[Row]:
-    """All tensors in the order in which a step computes them.
+    """Rows of all tensors in the order in which a step computes them.
 
     Raises:
-      ValueError: a side has tensors that the other lacks. Activations may have more names in the
-        reference, which has modules where JAX has functions.
+      ValueError: a side has tensors that the other lacks. The reference may have more activations,
+        because some of torch's modules are functions in JAX.
     """
     if odd := set(got) ^ set(reference):
         raise ValueError(f"phases of one side only: {', '.join(sorted(odd))}")
@@ -104,7 +104,7 @@ def _row(phase, name, got, reference) -> Row:
 
 
 def _largest(array):
-    """The largest absolute value, in the array's type; NaN if there is one."""
+    """The largest absolute value, in the array's type; NaN if the array contains NaN."""
     return abs(np.maximum(array.max(), -array.min()))
 
 
@@ -115,7 +115,7 @@ def _ratio(error, size) -> float:
 
 
 class Budget(NamedTuple):
-    """The error of one tensor in a narrow type, and what it may be; both against float64."""
+    """Error of one tensor in float32 or bfloat16, and its bound; both measured against float64."""
 
     phase: str
 
@@ -139,13 +139,13 @@ class Budget(NamedTuple):
 
 
 def budgets(got: Trace, reference: Trace, truth: Trace, *, factor, ulps) -> list[Budget]:
-    """Whether `got` is about as close to the truth as the reference is.
+    """Errors of `got`, with bounds from the errors of the reference.
 
     Args:
-      got, reference: in the narrow type.
+      got, reference: traces in the narrow type (float32 or bfloat16).
       truth: the reference in float64.
-      factor: how much larger the error may be.
-      ulps: what is granted beyond, in relative units of the narrow type.
+      factor: factor on the error of the reference.
+      ulps: allowance added to the bound, relative to the norm of the truth.
     """
     rows = zip(compare(got, truth), compare(shared(reference, got), truth), strict=True)
     return [
@@ -154,7 +154,7 @@ def budgets(got: Trace, reference: Trace, truth: Trace, *, factor, ulps) -> list
 
 
 def pooled(rows: list[Budget]) -> Budget:
-    """One tensor over several batches, its errors as root mean squares."""
+    """Budget of one tensor over several batches, with the root mean square of its errors."""
 
     def rms(values):
         return float(np.sqrt(np.mean(np.square(list(values)))))
@@ -166,7 +166,7 @@ def pooled(rows: list[Budget]) -> Budget:
 
 
 def shared(trace: Trace, other: Trace) -> Trace:
-    """What both have, of the first, in the order of the second."""
+    """The arrays of `trace` whose names `other` has too, in the order of `other`."""
     return {
         phase: {n: arrays[n] for n in other[phase] if n in arrays}
         for phase, arrays in trace.items()

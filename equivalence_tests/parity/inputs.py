@@ -1,9 +1,8 @@
-"""Inputs on which a wrong port cannot look right.
+"""Weights and images that expose a wrong port.
 
-Freshly initialised BatchNorms (1, 0, 0, 1) hide swapped parameters, square images hide swapped
-axes, odd or even sizes alone hide a wrong padding (`sizes.py`), constant images hide nearly
-everything. All values fit in
-float32, so that the same arrays drive the float64 and the float32 tests.
+Freshly initialised BatchNorms (1, 0, 0, 1) hide swapped parameters. Square images hide swapped
+axes. Sizes that are all odd or all even hide a wrong padding (`sizes.py`). Constant images hide
+nearly everything. All values fit in float32, so the same arrays serve float64 and float32 tests.
 
 Names and layouts of arrays are torch's: `layer1.0.conv1.weight` [O, I, kh, kw]. B batch, H height,
 W width, C channels, S steps.
@@ -25,25 +24,25 @@ CIFAR10 = os.environ.get("CIFAR10_IMAGES")
 """All of CIFAR-10 for the long tests: a folder with train/CLASS/*.jpg and test/CLASS/*.jpg."""
 
 SEED = 0
-"""Of everything random in the tests; `pytest --inputs-seed N` draws other inputs."""
+"""Seed of all random inputs; set by `pytest --inputs-seed N`."""
 
 
 def random_numbers(seed=0) -> np.random.Generator:
-    """The generator of one test."""
+    """A random generator for one test."""
     return np.random.default_rng([SEED, seed])
 
 
 MOST_VALUES = 20_000
-"""Values per channel up to which n / (n - 1) moves a variance by 5e-5 or more."""
+"""Values per channel up to which n / (n - 1) changes a variance by 5e-5 or more."""
 
 RESIDUAL_END = 0.3
-"""Size of the last scale of a residual branch: 54 blocks then add up to a few times one. With 1
-each block would double the variance in evaluation mode, and saturate the loss."""
+"""Scale of the last BatchNorm of a residual branch. The sum over 54 blocks then stays at a few
+times 1; with a scale of 1 each block would double the variance and saturate the loss."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What both frameworks are given."""
+    """Weights, batches and training options that both frameworks run on."""
 
     arch: str
 
@@ -68,14 +67,14 @@ class Case:
     dropout: float = 0.0
 
     masks: np.ndarray | None = None
-    """[S, B, F], which of the F features before the last layer dropout keeps."""
+    """[S, B, F], True where dropout keeps a feature before the last layer."""
 
     rule: dict = dataclasses.field(default_factory=dict)
     """Options of the optimizer and the loss, under the names of `OptimizerConfig`."""
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """The rule as both sides take it; labels are smoothed only where it says so."""
+        """The rule as a config, without label smoothing unless the rule sets it."""
         return OptimizerConfig(**{"label_smoothing": 0.0} | self.rule)
 
 
@@ -93,13 +92,13 @@ def make_case(
     seed=0,
     **rule,
 ) -> Case:
-    """A random case, refused if it could not fail.
+    """A random case with none of the `faults` that would hide a difference.
 
     Args:
-      size: (H, W); left out, `image_size(arch, stem)`.
-      zero_init: the last scale of every residual branch is 0, as with zero_init_residual, which
-        ties the block's last ReLU at exactly 0.
-      rule: options of the optimizer and the loss; left out, SGD with all of its own in use.
+      size: (H, W); None: `image_size(arch, stem)`.
+      zero_init: the last scale of every residual branch is 0, as with zero_init_residual. Inputs
+        of the block's last ReLU are then exactly 0 in places.
+      rule: options of the optimizer and the loss; none: `RULE`.
     """
     rng = random_numbers(seed)
     shapes = state_shapes(arch, stem, shortcut)
@@ -132,10 +131,10 @@ RULE = dict(lr=1e-3, momentum=0.9, weight_decay=5e-4, label_smoothing=0.1)
 def case_of_weights(
     arrays: dict, arch: str, stem: str | None, shortcut: str | None = None, *, size=None, batch=4
 ) -> Case:
-    """Random images for weights that somebody trained.
+    """A case of given, trained weights and random images.
 
     Raises:
-      ValueError: names why the case could not fail.
+      ValueError: the case could not fail; the message says why.
     """
     rng = random_numbers()
     shape = (1, batch, *(size or image_size(arch, stem)), arrays["conv1.weight"].shape[1])
@@ -154,8 +153,10 @@ def case_of_weights(
 
 
 def image_size(arch: str, stem: str | None) -> tuple[int, int]:
-    """(H, W), even and odd in every strided layer; torchvision's first stage sees 12 x 13 behind
-    both stems."""
+    """(H, W), one even and one odd in every strided layer.
+
+    The first stage of torchvision's networks gets 12 x 13 with both stems.
+    """
     if arch == "basic_cnn":
         return 30, 41
     torchvision = not arch.startswith(("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"))
@@ -166,14 +167,14 @@ def image_size(arch: str, stem: str | None) -> tuple[int, int]:
 def state_shapes(
     arch: str, stem: str | None = None, shortcut: str | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the twin's state, in torch's order."""
+    """Names and shapes of the PyTorch network's state, in torch's order."""
     state = _without_weights(arch, stem, shortcut).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 @functools.cache
 def _without_weights(arch: str, stem: str | None, shortcut: str | None, in_channels=3):
-    import torch  # an extra, which the benchmark draws weights without
+    import torch  # an extra; the benchmark draws weights without it
 
     import torch_ref
 
@@ -182,7 +183,7 @@ def _without_weights(arch: str, stem: str | None, shortcut: str | None, in_chann
 
 
 def random_state(shapes: dict, rng: np.random.Generator, *, zero_init=False) -> dict:
-    """Every entry random and different from every other."""
+    """Random arrays under the names of `shapes`; no two are equal."""
     norms = {name.removesuffix(".running_var") for name in shapes if name.endswith("running_var")}
     arrays = {name: _random_entry(name, shapes[name], norms, rng) for name in shapes}
     for name in residual_ends(shapes):
@@ -192,7 +193,7 @@ def random_state(shapes: dict, rng: np.random.Generator, *, zero_init=False) -> 
 
 
 def residual_ends(shapes) -> list[str]:
-    """The BatchNorms that end a residual branch: bn3 of a bottleneck, else bn2."""
+    """Names of the last BatchNorms of residual branches: bn3 of a bottleneck, else bn2."""
     blocks = sorted({m[0] for name in shapes if (m := re.match(r"layer\d\.\d+", name))})
     return [f"{b}.bn3" if f"{b}.bn3.weight" in shapes else f"{b}.bn2" for b in blocks]
 
@@ -211,7 +212,7 @@ def _random_entry(name, shape, norms, rng) -> np.ndarray:
 
 
 def faults(case: Case, *, zero_init=False) -> list[str]:
-    """Why a case could pass although the frameworks differ; [] if it cannot."""
+    """Reasons why a case could hide a difference between the frameworks; [] if there are none."""
     return [
         *_image_faults(case.images),
         *_size_faults(case),
@@ -263,7 +264,7 @@ def _fits(array) -> bool:
 
 
 class AsGiven:
-    """Preprocessing of images that are normalised already."""
+    """Preprocessing for images that are already normalised: changes the dtype only."""
 
     def to_unit(self, images, dtype):
         return images.astype(dtype)

@@ -1,8 +1,8 @@
-"""A case in JAX: the three functions of `flax_resnet.training.steps`, with probes between them.
+"""Runs a case in JAX: the three functions of `flax_resnet.training.steps`, with probes.
 
-The network reports its activations beside the running statistics, and adds zeros, an extra
-parameter, to the images: their gradient comes out with the others'. Both are taken out again
-before the gradients are applied.
+The network returns its activations beside the running statistics. It also adds an extra parameter,
+zeros, to the images, whose gradient is that of the images. Both are removed before the gradients
+are applied.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ FORWARD = "forward"
 
 
 def run(case: Case, dtype=np.float64, *, train=True, decisions=None, jit=False, edit=None) -> dict:
-    """A trace (`parity.run_jax`)."""
+    """Returns a trace (`engine.run_jax`)."""
     network, config, state = start(case, dtype, edit=edit)
     probed = probed_train_step if train else probed_evaluation
     step = probed(network, config, case.num_classes)
@@ -57,7 +57,7 @@ def start(case: Case, dtype=np.float64, *, compute_dtype=None, edit=None):
 
 
 def make_model(case: Case, dtype=np.float64, compute_dtype=None) -> nnx.Module:
-    """A model with the weights of the case, without the slow drawing of initial ones."""
+    """A model with the weights of the case; skips the slow random initialization."""
     model = nnx.eval_shape(
         lambda: flax_resnet.create_model(
             case.arch,
@@ -82,7 +82,7 @@ def _blank(leaf):
 
 
 def batch_of(case: Case, index: int, dtype=np.float64, decisions=None) -> dict:
-    """What the step takes, and what is replayed in it."""
+    """The batch of a step, with dropout mask and decisions to replay."""
     return {
         "image": jnp.asarray(case.images[index], dtype),
         "label": jnp.asarray(case.labels[index], jnp.int32),
@@ -93,7 +93,7 @@ def batch_of(case: Case, index: int, dtype=np.float64, decisions=None) -> dict:
 
 
 class ProbedNetwork(Network):
-    """Reports activations, and the gradient of images."""
+    """A network that also returns its activations and takes the gradient of its images."""
 
     def apply(self, variables, images, **options):
         params = dict(variables.params)
@@ -110,7 +110,7 @@ class ProbedNetwork(Network):
 
 
 def recorded_pools(outputs: dict):
-    """Pools are functions in JAX; this adds their outputs under the names of torch's modules."""
+    """Adds the outputs of pools, which are functions in JAX, under the names of torch's modules."""
     counts = {}
 
     def recording(function, name):
@@ -132,7 +132,7 @@ def recorded_pools(outputs: dict):
 
 
 def probed_train_step(network: ProbedNetwork, config: TrainConfig, num_classes: int):
-    """(state, batch) -> (state, {"forward", "loss", "gradient"})."""
+    """A training step: (state, batch) -> (state, {"forward", "loss", "gradient"})."""
 
     def probed(state, batch):
         prepared = steps.prepare_batch(
@@ -152,7 +152,7 @@ def probed_train_step(network: ProbedNetwork, config: TrainConfig, num_classes: 
 
 
 def probed_evaluation(network: ProbedNetwork, config: TrainConfig, num_classes: int):
-    """The same of a forward and backward pass in evaluation mode; the state stays."""
+    """A forward and backward pass in evaluation mode, as `probed_train_step`; keeps the state."""
     smoothing = config.optimizer.label_smoothing
 
     def probed(state, batch):
@@ -190,7 +190,7 @@ def _replayed(batch):
 
 
 def trace(state, seen: dict, values: dict, config: TrainConfig, *, train=True) -> dict:
-    """Everything under torch's names and in torch's layouts."""
+    """A trace: every array with torch's names and layouts."""
     gradients = named(_without_images(seen["gradient"]))
     gradients[IMAGES] = np.asarray(seen["gradient"][IMAGES]).transpose(0, 3, 1, 2)
     result = {
@@ -209,6 +209,6 @@ def trace(state, seen: dict, values: dict, config: TrainConfig, *, train=True) -
 
 def _channels_first(array) -> np.ndarray:
     array = np.asarray(array)
-    if array.dtype == jnp.bfloat16:  # which NumPy cannot do arithmetic with
+    if array.dtype == jnp.bfloat16:  # NumPy has no arithmetic for bfloat16
         array = array.astype(np.float32)
     return array.transpose(0, 3, 1, 2) if array.ndim == 4 else array

@@ -1,6 +1,6 @@
-"""Where two traces part, and why: first the phase and the module, then the likely cause.
+"""The localiser: finds the first phase and module in which two traces diverge, and a likely cause.
 
-Only arrays are looked at: the traces of both sides and the case they ran on.
+It reads arrays only: the traces of both sides and the case that both ran on.
 """
 
 from typing import Literal, NamedTuple
@@ -14,7 +14,10 @@ Verdict = Literal["equal", "rounding", "semantic"]
 
 
 def verdict(row: Row, arch: str) -> Verdict:
-    """Of one tensor in float64."""
+    """Classifies the difference of one tensor in float64.
+
+    "semantic" is a difference of definition, larger than rounding can explain.
+    """
     if row.norm_relative == 0:
         return "equal"
     within = row.norm_relative <= tolerances.float64(arch, row.phase)
@@ -27,21 +30,24 @@ class Finding(NamedTuple):
     phase: str
 
     module: str
-    """Torch's name of the layer; "" for the whole (a loss, a step count)."""
+    """Torch's name of the layer; "" for a tensor without one (a loss, a step count)."""
 
     row: Row
 
     causes: list[str]
-    """Faults that explain it, each one sentence; [] for none that is known."""
+    """Known faults that explain the divergence, one sentence each; [] if none does."""
 
 
 def first_divergence(subject: Trace, standard: Trace, case: Case) -> Finding | None:
-    """The first tensor, in the order of a step, that rounding cannot explain.
+    """The first tensor, in the order of a step, whose difference rounding cannot explain.
 
     Args:
       subject: the side that may be wrong.
       standard: the side that follows PyTorch's definitions.
-      case: what both ran on.
+      case: weights and images that both sides ran on.
+
+    Returns:
+      The finding; None if every difference is rounding.
     """
     rows = compare(subject, standard)
     row = next((row for row in rows if verdict(row, case.arch) == "semantic"), None)

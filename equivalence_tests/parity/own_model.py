@@ -15,10 +15,10 @@ from torch_ref import checkpoint
 
 
 def load(place: str) -> nn.Module:
-    """ "package.module:callable" -> what the callable returns, dropout off.
+    """Imports "package.module:callable" and calls it; the network has dropout off and is float64.
 
     Raises:
-      InputError: there is no such thing, or it makes no network.
+      InputError: the callable cannot be imported, raises, or returns no network.
     """
     module_name, _, name = place.partition(":")
     sys.path.insert(0, "")  # a module in the working directory, as python -m has it
@@ -35,22 +35,22 @@ def load(place: str) -> nn.Module:
 
 
 def weights(model: nn.Module) -> dict[str, np.ndarray]:
-    """Its parameters and statistics under torchvision's names, float64."""
+    """Parameters and running statistics under torchvision's names, float64."""
     return convert.translate_names(checkpoint.to_arrays(model.state_dict()))
 
 
 def fill(model: nn.Module, arrays: dict[str, np.ndarray]):
-    """Give it weights that stand under torchvision's names."""
+    """Load weights with torchvision's names into the model."""
     model.load_state_dict(
         {own: torch.from_numpy(np.array(arrays[ours])) for own, ours in _names(model).items()}
     )
 
 
 def trace(model: nn.Module, case: Case, *, train: bool) -> engine.Trace:
-    """What it does with the images of a case; changes its weights in training.
+    """The trace of the model on a case; in training mode its weights change.
 
     Raises:
-      InputError: its forward pass raises something.
+      InputError: the forward pass raises.
     """
     names = _names(model)
     modules = {own.rpartition(".")[0]: ours.rpartition(".")[0] for own, ours in names.items()}
@@ -70,13 +70,13 @@ def trace(model: nn.Module, case: Case, *, train: bool) -> engine.Trace:
 
 
 def _names(model) -> dict[str, str]:
-    """Its own names of parameters and statistics -> torchvision's."""
+    """The model's own names of parameters and statistics -> torchvision's names."""
     own = {name: name for name in model.state_dict()}
     return {name: ours for ours, name in convert.translate_names(own).items()}
 
 
 def _renamed(name: str, names: dict) -> str:
-    """The name in front of a space or colon replaced."""
+    """Replaces the part of a name before its first space or colon."""
     for mark in " ", ":":
         head, found, tail = name.partition(mark)
         if found:

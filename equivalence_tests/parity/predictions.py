@@ -1,4 +1,4 @@
-"""Whether two networks give the images of a data set the same classes, in float32."""
+"""Agreement of two networks on the classes of a data set's images, in float32."""
 
 import dataclasses
 import functools
@@ -24,16 +24,16 @@ BATCH = 250
 def agreement(
     case: Case, data: DataConfig, model: nn.Module | None, class_names: tuple[str, ...] = ()
 ) -> dict:
-    """Predictions of the test split in JAX and in PyTorch.
+    """Compares predictions on the test split in JAX and in PyTorch.
 
     Args:
       case: the weights.
-      data: the set, and its preprocessing where that is known.
-      model: the PyTorch side, if it is not the twin.
-      class_names: in the order of the logits; (): that of the set.
+      data: the data set and its preprocessing.
+      model: the PyTorch network; None: the twin, this project's PyTorch network.
+      class_names: in the order of the logits; (): the order of the data set.
 
     Raises:
-      InputError: the set has other classes or channels than the weights.
+      InputError: classes or channels of the data set differ from those of the weights.
     """
     network = ModelConfig(
         arch=case.arch, stem=case.stem, shortcut=case.shortcut, num_classes=case.num_classes
@@ -81,7 +81,7 @@ def _jax_logits(case, data):
     )
     network = Network(flax_resnet.load_state_dict(model, case.arrays))
     preprocess = Preprocess(data.mean, data.std)
-    # Weights are an argument: as constants the compiler would compute with them beforehand.
+    # Weights are an argument: the compiler would fold them if they were constants.
     logits = jax.jit(functools.partial(predict_logits, network, preprocess))
     return functools.partial(logits, network.initial)
 

@@ -1,9 +1,8 @@
-"""What the two frameworks draw or decide for themselves, made one: dropout masks, and the sides
-that ReLU and max-pool take.
+"""Replay of random and discrete choices: dropout masks, signs in ReLU, positions in max-pool.
 
-A ReLU whose input is within rounding of 0 may open in one framework and stay shut in the other.
-One such flip in two million moves float32 gradients by 4e-3, a thousand times their rounding. So
-torch's decisions are recorded and replayed, and what is left to compare is arithmetic.
+A ReLU whose input is within rounding of 0 may pass it in one framework and not in the other. One
+such flip in two million elements moves float32 gradients by 4e-3, a thousand times their rounding.
+So torch's decisions are recorded and replayed, and only arithmetic is compared.
 """
 
 import contextlib
@@ -18,13 +17,13 @@ from torch import nn
 from flax_resnet.models import layers
 
 Decisions = list[np.ndarray]
-"""In the order of the calls: of a ReLU, bool [B, C, H, W] or [B, F], where it is open; of a
-max-pool, int [B, C, H', W'], the flat place of each maximum in its H x W plane."""
+"""One array per call, in order. ReLU: bool [B, C, H, W] or [B, F], True for positive inputs.
+Max-pool: int [B, C, H', W'], the flat index of each maximum in its H x W plane."""
 
 
 @contextlib.contextmanager
 def recorded_torch():
-    """Yields the list that the decisions of torch's modules go into."""
+    """Yields the list to which torch's modules append their decisions."""
     decisions = []
 
     def relu(self, x):
@@ -80,12 +79,12 @@ def replayed_jax(decisions):
 
 
 def channels_last(decisions: Decisions) -> Decisions:
-    """As flax_resnet sees them: [B, C, H, W] -> [B, H, W, C]."""
+    """Decisions in flax_resnet's layout: [B, C, H, W] -> [B, H, W, C]."""
     return [d.transpose(0, 2, 3, 1) if d.ndim == 4 else d for d in decisions]
 
 
 def masked_torch(mask: np.ndarray | None):
-    """torch's dropout keeps what the mask [B, F] says."""
+    """Within this context torch's dropout keeps the features where the mask [B, F] is True."""
     if mask is None:
         return contextlib.nullcontext()
 
@@ -96,7 +95,7 @@ def masked_torch(mask: np.ndarray | None):
 
 
 def masked_jax(mask):
-    """flax_resnet's dropout keeps what the mask [B, F] says."""
+    """Within this context flax_resnet's dropout uses the mask [B, F]."""
     if mask is None:
         return contextlib.nullcontext()
     return mock.patch.object(layers, "keep_mask", lambda keys, probability, shape: mask)

@@ -1,4 +1,7 @@
-"""The page that `scripts/parity.py --report` writes: one HTML file that needs nothing else."""
+"""The report of `scripts/parity.py --report`: one self-contained HTML file.
+
+A "semantic" difference is one of definition, larger than rounding.
+"""
 
 import html
 import io
@@ -23,7 +26,7 @@ PHASES = {
     "optimizer": "Optimizer state after one step",
     "parameters": "Parameters after one step",
 }
-_FLOOR = 1e-17  # where errors of exactly 0 are drawn
+_FLOOR = 1e-17  # position of errors of exactly 0
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -62,7 +65,7 @@ $agreement
 
 
 def page(document: dict) -> str:
-    """The whole report as HTML; all names in it are escaped."""
+    """The whole report as HTML; all names are escaped."""
     equal = document["verdict"] == "equal"
     return _PAGE.substitute(
         title=html.escape(f"Parity: {document['subject']} and {document['standard']}"),
@@ -104,7 +107,7 @@ def _explanation(document) -> str:
 
 
 def picture(path: Path, rows: list[dict]):
-    """The chart of one mode as PNG."""
+    """Write the chart of one mode as PNG."""
     figure = _figure(rows)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
@@ -143,7 +146,7 @@ def _legend():
 
 
 def _stage_ticks(axis, rows):
-    """A tick where a stage begins."""
+    """Add a tick at the first tensor of each stage."""
     starts, last = {}, None
     for index, row in enumerate(rows):
         stage = row["name"].split(".")[0].split(" ")[0]

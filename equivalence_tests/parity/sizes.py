@@ -1,8 +1,8 @@
-"""Image sizes at which a wrong padding of a strided layer cannot look right.
+"""Image sizes at which a wrong padding of a strided layer changes the output.
 
-"SAME" padding equals one pixel on every side where the size is odd, and a missing pixel behind the
-image is never read where it is even. So every layer with a stride has to see one size that its
-stride divides and one that it does not.
+At odd sizes, "SAME" padding equals one pixel on every side. At even sizes, a missing pixel at the
+end is never read. So the input of every strided layer must have one side that the stride divides
+and one that it does not.
 """
 
 import itertools
@@ -15,14 +15,14 @@ _STRIDED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
 def strided_calls(net: nn.Module, size: tuple[int, int], channels: int) -> dict:
-    """What the strided layers of a network see of an image.
+    """Strides and input sizes of the strided layers of a network.
 
     Args:
-      net: maps `[1, channels, H, W]` to anything; runs in evaluation mode, without gradients.
+      net: takes `[1, channels, H, W]`; runs in evaluation mode, without gradients.
       size: `(H, W)`.
 
     Returns:
-      {name of a layer, with its number where it is called again: (stride, (H, W) of its input)}.
+      {name of a layer: (stride, (H, W) of its input)}; the second call of a layer is `name:2`.
     """
     calls = {}
 
@@ -50,7 +50,7 @@ def strided_calls(net: nn.Module, size: tuple[int, int], channels: int) -> dict:
 
 
 def faults(calls: dict) -> list[str]:
-    """The layers that see only sizes at which a wrong padding looks right; [] if none does."""
+    """Layers whose input sizes would hide a wrong padding, one sentence each; [] if none."""
     found = []
     for name, (stride, size) in calls.items():
         divided = {pixels % step == 0 for step, pixels in zip(stride, size, strict=True)}
@@ -63,7 +63,7 @@ def faults(calls: dict) -> list[str]:
 
 
 def sound_size(net: nn.Module, channels: int, smallest: int) -> tuple[int, int] | None:
-    """The smallest `(H, W)` from `smallest` to twice as many pixels that has no faults."""
+    """The smallest `(H, W)` without faults, sides from `smallest` to twice that; None if none."""
     for size in _pairs(smallest):
         if not faults(strided_calls(net, size, channels)):
             return size

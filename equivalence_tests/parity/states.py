@@ -1,4 +1,4 @@
-"""JAX's trees <-> arrays under torch's names, in torch's layouts."""
+"""Conversion of JAX's trees to arrays with torch's names and layouts, and back."""
 
 from flax_resnet.config import OptimizerConfig
 from flax_resnet.interop import training_state
@@ -9,10 +9,10 @@ optimizer_state = training_state.optimizer_arrays
 
 
 def resumed(state: TrainState, trace: dict, optimizer: str) -> TrainState:
-    """A state that goes on where a trace (torch's or ours) ended.
+    """A state that continues from the end of a trace, of either framework.
 
     Args:
-      trace: its phases parameters, batch_norm and optimizer.
+      trace: has the phases parameters, batch_norm and optimizer.
     """
     arrays = {
         "model": trace["parameters"] | trace["batch_norm"],

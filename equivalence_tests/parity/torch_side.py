@@ -1,4 +1,4 @@
-"""A case in PyTorch: `torch_ref.steps.train_step`, watched by hooks."""
+"""Runs a case in PyTorch: `torch_ref.steps.train_step`, observed by hooks."""
 
 import contextlib
 from unittest import mock
@@ -18,7 +18,7 @@ optimizer_state = training_state.optimizer_arrays
 def run(
     case: Case, dtype=np.float64, *, train=True, decisions=None, record=None, model=None
 ) -> dict:
-    """A trace (`parity.run_torch`)."""
+    """Returns a trace (`engine.run_torch`)."""
     model = (model or make_model(case, dtype)).train(train)
     optimizer = optim.make_optimizer(model, case.optimizer)
     seen = {"loss": {}}
@@ -29,7 +29,7 @@ def run(
 
 
 def make_model(case: Case, dtype=np.float64) -> nn.Module:
-    """The twin with the weights of the case."""
+    """The twin, this project's PyTorch network, with the weights of the case."""
     with torch.device("meta"):
         model = torch_ref.create_model(
             case.arch,
@@ -46,10 +46,10 @@ def make_model(case: Case, dtype=np.float64) -> nn.Module:
 
 
 def one_step(model, optimizer, case: Case, index: int, seen: dict, *, autocast=None) -> None:
-    """One batch, forward and backward; in training mode it also moves the weights.
+    """Runs one batch forward and backward; in training mode it also updates the weights.
 
     Args:
-      seen: filled with forward, loss and gradient.
+      seen: receives forward, loss and gradient.
       autocast: torch.bfloat16 for mixed precision.
     """
     parameter = next(model.parameters())
@@ -78,12 +78,12 @@ def one_step(model, optimizer, case: Case, index: int, seen: dict, *, autocast=N
 
 
 def gradients(model) -> dict[str, np.ndarray]:
-    """Of all parameters; the first layers come last in a backward pass."""
+    """Gradients of all parameters in the order of the backward pass, last layer first."""
     return {n: to_numpy(p.grad) for n, p in reversed(list(model.named_parameters()))}
 
 
 def _gradients_before_clipping(model, seen: dict):
-    """torch clips gradients where they lie."""
+    """Records gradients before torch clips them in place."""
     clip = nn.utils.clip_grad_norm_
 
     def recording(parameters, max_norm):
@@ -94,8 +94,10 @@ def _gradients_before_clipping(model, seen: dict):
 
 
 def trace(model, optimizer, seen: dict, *, train=True) -> dict:
-    """What was seen and, after training, the state of everything; it shares the model's memory,
-    not the optimizer's."""
+    """`seen` and, after training, statistics, optimizer state and parameters.
+
+    Arrays of the model share its memory; arrays of the optimizer are copies.
+    """
     if not train:
         return seen
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
@@ -109,8 +111,10 @@ def trace(model, optimizer, seen: dict, *, train=True) -> dict:
 
 @contextlib.contextmanager
 def recorded_activations(model: nn.Module):
-    """Yields a dict that calls fill with outputs [B, C, ...] by module name, in order; the second
-    call of the same module is `name:2`."""
+    """Yields a dict that receives outputs [B, C, ...] by module name, in the order of the calls.
+
+    The second call of a module is `name:2`.
+    """
     outputs, counts = {}, {}
 
     def hook(name, output):
@@ -133,7 +137,7 @@ def recorded_activations(model: nn.Module):
 
 
 def to_numpy(tensor) -> np.ndarray:
-    """A copy; bfloat16 becomes float32."""
+    """Copies a tensor to an array; bfloat16 becomes float32."""
     return checkpoint.to_arrays({"": tensor})[""]
 
 

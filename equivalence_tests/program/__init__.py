@@ -1,1 +1,1 @@
-"""Test files that hold the program: commands, files, failures, packaging."""
+"""Tests of the program: commands, files, failures, packaging."""

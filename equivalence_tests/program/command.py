@@ -1,4 +1,4 @@
-"""Scripts called as a person would, but inside the test's process: a fresh one takes seconds."""
+"""Runs scripts within the test's process, because a new process takes seconds."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ class Outcome(NamedTuple):
 
 
 def run_script(name: str, *arguments) -> Outcome:
-    """`python scripts/NAME ARGUMENTS...` -> exit status, standard output and error."""
+    """Runs `python scripts/NAME ARGUMENTS...`; exit status, standard output and error."""
     argv = sys.argv
     out, err = _stream("strict"), _stream("backslashreplace")
     sys.argv = [f"scripts/{name}", *map(str, arguments)]
@@ -34,19 +34,19 @@ def run_script(name: str, *arguments) -> Outcome:
 
 
 def _stream(errors: str) -> io.TextIOWrapper:
-    """As a terminal in UTF-8."""
+    """A stream that encodes as a UTF-8 terminal does."""
     return io.TextIOWrapper(io.BytesIO(), "utf-8", errors, write_through=True)
 
 
 def train(run_dir, *arguments) -> Outcome:
-    """train.py with a small net on few digits, on one device."""
+    """Runs train.py with a small network on few digits, on one device."""
     small = ["--arch", "basic_cnn", "--train-images", 640, "--epochs", 2, "--batch-size", 32]
     small += ["--optimizer", "adam", "--lr", 0.003]
     return run_script("train.py", "--run-dir", run_dir, "--devices", 1, *small, *arguments)
 
 
 def refused(outcome: Outcome, *words: str):
-    """Asserts status 2 and one clear line that has these words."""
+    """Asserts status 2 and one line on standard error that contains these words."""
     assert outcome.status == 2, outcome
     lines = outcome.err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), outcome.err

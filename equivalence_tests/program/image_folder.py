@@ -1,4 +1,4 @@
-"""Folders of images for the tests of data, and what a refusal must say."""
+"""Image folders and files for the tests of data, and checks of refusals."""
 
 import io
 import struct
@@ -24,7 +24,7 @@ def encoded(image, **options):
 
 
 def tiff(pixels, bits=16, tags=(), order="<"):
-    """An uncompressed gray or RGB TIFF of these samples, with other tags (SHORT) on request."""
+    """An uncompressed gray or RGB TIFF of these samples; `tags` adds or replaces SHORT tags."""
     data, shape = pixels.tobytes(), (*pixels.shape, 1)
     gray = {256: shape[1], 257: shape[0], 258: bits, 259: 1, 262: 1, 277: 1, 278: shape[0]}
     entries = sorted((gray | {273: 8, 279: len(data)} | dict(tags)).items())

@@ -1,11 +1,11 @@
-"""What processes of their own are given to do: they import this file and little else."""
+"""Jobs for the worker processes in tests; a worker imports this file and little else."""
 
 import itertools
 import time
 
 
 def counts(number: int):
-    """number, number + 1, ... without end."""
+    """An endless iterator: number, number + 1, ..."""
     return itertools.count(number)
 
 
@@ -15,12 +15,12 @@ def three(number: int):
 
 
 def broken(number: int):
-    """An item, and an error."""
+    """One item, then an error."""
     yield "sound"
     raise LookupError(f"image {number} is broken")
 
 
 def stuck(number: int):
-    """Nothing, for a long time."""
+    """A first item that takes a long time."""
     time.sleep(1000)
     yield

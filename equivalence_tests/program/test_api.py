@@ -87,14 +87,14 @@ def test_other_images_are_refused(run, wrong):
 
 
 class SomeOutput(doctest.OutputChecker):
-    """Compares where an example shows an output; a training prints more than one would show."""
+    """Compares the last line of output, if an example shows one; a training prints more."""
 
     def check_output(self, want, got, flags):
         return not want or super().check_output(want, got.splitlines(keepends=True)[-1], flags)
 
 
 def examples() -> list[doctest.DocTest]:
-    """Those of every public name and of the public methods of classes."""
+    """Examples in the docstrings of all public names and of public methods."""
     names = {"flax_resnet": flax_resnet, "jnp": jnp, "np": np}
     things = [getattr(flax_resnet, name) for name in flax_resnet.__all__]
     methods = [flax_resnet.LoadedRun.predict, flax_resnet.LoadedRun.features]

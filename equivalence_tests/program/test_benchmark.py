@@ -1,4 +1,4 @@
-"""The benchmark at a tiny size: what it writes, and that it never times two different things."""
+"""The benchmark at a tiny size: its files, and its refusal to time two different programs."""
 
 import argparse
 import importlib
@@ -53,7 +53,7 @@ def test_it_times_both_and_writes_the_public_fields(tmp_path):
 
 @pytest.mark.control
 def test_two_different_networks_are_not_timed(tmp_path, monkeypatch):
-    """Negative control: one weight of one side a thousandth off."""
+    """Negative control: weights of one layer are a thousandth off on one side."""
     original = throughput.weight_files
 
     def spoiled(*arguments):
@@ -84,7 +84,7 @@ def test_whole_trainings_are_timed_too(tmp_path):
 
 
 def called(script: str, words, monkeypatch) -> tuple[dict, argparse.Namespace]:
-    """The names of a command's module, and what it makes of a command line."""
+    """The names in a command's module, and the parsed command line."""
     names = vars(importlib.import_module(COMMANDS[Path(script).stem][0]))
     monkeypatch.setattr(sys, "argv", [script, *words])
     return names, names["parse"]()
@@ -144,7 +144,7 @@ def test_the_environment_is_described_before_anything_is_measured(monkeypatch):
 
 
 def test_nothing_measured_is_no_success(monkeypatch):
-    """Where the device is not there, say: a stage of the GPU would count as done."""
+    """Without the device nothing is measured; with status 0 a GPU stage would count as done."""
     names, _ = called("benchmark.py", FLAGS, monkeypatch)
     skipped = [{"framework": "jax", "variant": "jit", "mode": "train", "reason": "no GPU"}]
     nothing = {"rows": [], "skipped": skipped, "ratios": {}, "torchvision": {}}
@@ -173,7 +173,7 @@ def test_wrong_words_are_one_line(flags, word):
 
 
 def test_every_stage_for_a_gpu_is_understood(tmp_path, monkeypatch):
-    """As far as that goes without one: its flags are valid."""
+    """The flags of all stages are valid; the stages themselves need a GPU."""
     programs = set()
     for program, *flags in gpu.stages("folder:images", tmp_path).values():
         programs.add(program)
@@ -200,7 +200,7 @@ def test_without_a_gpu_no_stage_runs(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flag", ["", "--xla_gpu_no_such_flag=1"], ids=["known", "control"])
 def test_xla_knows_the_flags_of_the_stages(flag):
-    """It ends the process where it does not, as the control shows."""
+    """XLA ends the process at an unknown flag, as the control shows."""
     flags = " ".join([*gpu.XLA_FLAGS.values(), flag])
     done = subprocess.run(
         [sys.executable, "-c", "import jax; jax.devices()"],
@@ -230,7 +230,7 @@ DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEPS}"
 
 
 def runs_still(pid: int) -> bool:
-    """Neither gone nor a zombie that nobody has asked for its status."""
+    """Whether a process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -239,7 +239,7 @@ def runs_still(pid: int) -> bool:
 
 @pytest.mark.parametrize("seconds", [0, 60], ids=["parent ended", "parent cut off"])
 @pytest.mark.parametrize("child", [SLEEPS, DEAF], ids=["obeys", "deaf"])
-def test_nothing_of_a_stage_lives_on(tmp_path, monkeypatch, child, seconds):
+def test_a_stage_leaves_no_process(tmp_path, monkeypatch, child, seconds):
     monkeypatch.setattr(gpu, "GRACE_SECONDS", 1)
     script = PARENT.format(child=child, seconds=seconds)
     with open(tmp_path / "log", "w") as log:
@@ -250,7 +250,7 @@ def test_nothing_of_a_stage_lives_on(tmp_path, monkeypatch, child, seconds):
 
 
 def test_a_lent_machine_is_shared_by_the_stages(tmp_path, monkeypatch):
-    """A stage that needs longer is cut off and comes last when the command is called again."""
+    """A stage that exceeds the time is cut off, and comes last in the next call."""
     monkeypatch.setattr(gpu, "GRACE_SECONDS", 0)
     every = {"long": ["-c", SLEEPS], "short": ["-c", "pass"]}
     assert not gpu.run_all(list(every), every, tmp_path, 1 / 60)
@@ -262,7 +262,7 @@ def test_a_lent_machine_is_shared_by_the_stages(tmp_path, monkeypatch):
 
 
 class Machine:
-    """Answers for the timed programs, and can be taken away."""
+    """Stands in for the timed programs; raises InterruptedError after a number of calls."""
 
     def __init__(self, monkeypatch, calls=999):
         self.ran, self.calls = [], calls
@@ -301,7 +301,7 @@ def settings_that_keep(folder, **changes) -> throughput.Settings:
 
 
 def test_a_benchmark_that_was_cut_off_goes_on(tmp_path, monkeypatch):
-    """Whole, or in two parts: the same programs run once each, and the rows are those they gave."""
+    """A benchmark in two parts runs every program once and gives the same rows."""
     whole = Machine(monkeypatch)
     throughput.measure(settings_that_keep(tmp_path / "whole"), lambda _: None)
     settings = settings_that_keep(tmp_path / "parts")
@@ -319,7 +319,7 @@ def test_a_benchmark_that_was_cut_off_goes_on(tmp_path, monkeypatch):
 
 @pytest.mark.control
 @pytest.mark.parametrize("changed", ["code", "settings", "folder"])
-def test_what_something_else_gave_is_run_again(tmp_path, monkeypatch, changed):
+def test_outcomes_of_other_code_settings_or_folders_are_not_reused(tmp_path, monkeypatch, changed):
     whole = Machine(monkeypatch)
     throughput.measure(settings_that_keep(tmp_path), lambda _: None)
     again = Machine(monkeypatch)
@@ -333,12 +333,12 @@ def test_what_something_else_gave_is_run_again(tmp_path, monkeypatch, changed):
 
 @pytest.mark.parametrize("file, same", [("gpu.py", True), ("timed_jax.py", False)])
 def test_outcomes_are_of_the_code_that_is_timed(tmp_path, monkeypatch, file, same):
-    """To mend what only starts it does not throw away what a lent machine has measured."""
+    """A change of `gpu.py`, which only starts the stages, keeps all outcomes."""
     monkeypatch.setattr(fresh_process, "ROOT", tmp_path)
     job = settings_that_keep(tmp_path).job
     before = fresh_process.origin(job)
-    (tmp_path / "equivalence_tests").mkdir()
-    (tmp_path / "equivalence_tests" / file).write_text("pass")
+    (tmp_path / "equivalence_tests" / "benchmark").mkdir(parents=True)
+    (tmp_path / "equivalence_tests" / "benchmark" / file).write_text("pass")
     assert (fresh_process.origin(job) == before) == same
 
 
@@ -356,7 +356,7 @@ def test_an_outcome_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number, runs", [(0, 2), (1, 1)])
 def test_a_check_that_failed_is_tried_again(tmp_path, monkeypatch, number, runs):
-    """A timed program that failed is not: it may take long, and its row says why."""
+    """A failed timed program is not run again: it may take long, and its row says why."""
     answers = [{"skipped": "failed: no memory"}, {"values": [1.0]}]
     monkeypatch.setattr(fresh_process, "execute", lambda *_: answers.pop(0))
     kept = timing.Kept(tmp_path, {})
@@ -385,7 +385,7 @@ def test_compiling_is_cold_once_and_then_warm(tmp_path, monkeypatch):
     assert {"jax-jit-train", "torch-eager-train", "jax--end_to_end"} <= caches
 
 
-def test_below_the_table_stands_what_to_doubt(monkeypatch):
+def test_the_notes_name_skipped_and_doubtful_variants(monkeypatch):
     names, _ = called("benchmark.py", FLAGS, monkeypatch)
     row = {"framework": "jax", "variant": "jit", "mode": "train", "batch_size": 4}
     row |= {"model_flop_utilisation": 0.5, "roofline_share": 1.01}

@@ -1,4 +1,4 @@
-"""CIFAR-10 as published: archives and folders of batches, and files that lie."""
+"""CIFAR-10 as published: archives, folders of batches, and broken or malicious files."""
 
 import hashlib
 import io
@@ -61,7 +61,7 @@ def pack(monkeypatch, path, members):
 
 @pytest.mark.parametrize("kind", ["py", "py2", "py5", "bin"])
 @pytest.mark.parametrize("layout", ["archive", "beside", "unpacked", "parent"])
-def test_cifar10(tmp_path, monkeypatch, kind, layout):
+def test_cifar10_archives_and_folders_are_read(tmp_path, monkeypatch, kind, layout):
     files, stem = cifar_files(kind), f"cifar-10-batches-{kind[:2] if kind != 'bin' else kind}"
     archive = f"cifar-10-{'binary' if kind == 'bin' else 'python'}.tar.gz"
     if layout in ("archive", "beside"):

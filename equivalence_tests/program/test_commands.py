@@ -1,4 +1,4 @@
-"""Commands given wrong words, broken files and impossible numbers; evaluate and predict."""
+"""Commands with wrong words, broken files and impossible numbers; evaluate and predict."""
 
 import csv
 import errno
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def insects(folder, tmp_path_factory):
-    """A run on the two classes."""
+    """The directory of a run on ants and bees."""
     run_dir = tmp_path_factory.mktemp("run") / "insects"
     outcome = train_on(folder, run_dir, "--epochs", 4)
     assert outcome.status == 0, outcome.err
@@ -159,7 +159,7 @@ CHANGED |= {str: lambda x: "skip", list: lambda x: [7]}
 
 @pytest.mark.parametrize("name", USED_WITH)
 def test_a_setting_without_effect_is_named(name):
-    """Whatever it is set to, but for its default; and what would make use of it."""
+    """The message names the settings that would use it; the default value is no fault."""
     groups = {g: v for g, v in to_dict(TrainConfig()).items() if isinstance(v, dict)}
     default = next(values[name] for values in groups.values() if name in values)
     changed = CHANGED[type(default)](default)
@@ -184,7 +184,7 @@ def with_flags(base, *flags):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_flag_takes_the_effect_of_what_a_recipe_says_without_a_word(name):
-    """But not of what another flag says."""
+    """A flag may switch off a recipe's setting, but not a setting given as another flag."""
     recipe = RECIPES[name].config
     assert not idle(recipe) and with_flags(recipe) == recipe
     changed = with_flags(recipe, "--schedule", "constant", "--optimizer", "adam")
@@ -256,14 +256,14 @@ def test_an_error_that_nobody_has_foreseen_is_a_line_and_a_log(tmp_path, monkeyp
 
 
 def piped(*arguments, shell: str) -> subprocess.CompletedProcess:
-    """`python scripts/train.py ARGUMENTS` in a line of the shell, for which "$@" stands."""
+    """Runs a shell command line in which "$@" is `python scripts/train.py ARGUMENTS`."""
     command = [sys.executable, "scripts/train.py", *map(str, arguments)]
     line = ["bash", "-o", "pipefail", "-c", shell, "bash", *command]
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("shell", ['"$@" | head -1', '"$@" >&- 2>&-'])
-def test_whoever_listens_may_leave(shell):
+def test_a_closed_pipe_is_no_error(shell):
     outcome = piped("--list-recipes", shell=shell)
     assert (outcome.returncode, outcome.stderr) == (0, "")
 
@@ -361,7 +361,7 @@ def test_resume_alone_names_the_runs_that_could_be_meant(tmp_path, monkeypatch):
 
 
 def test_resume_refuses_another_recipe_and_config(insects, tmp_path):
-    """But takes those that the run was begun with."""
+    """The run's own config is accepted."""
     other = json.loads((insects / "config.json").read_text()) | {"seed": 7}
     (tmp_path / "other.json").write_text(json.dumps(other))
     for begun in (
@@ -378,7 +378,7 @@ def test_resume_refuses_another_recipe_and_config(insects, tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar10-fast", "imagenette-cnn"])
 def test_the_command_that_began_a_recipe_resumes_it(tmp_path, name):
-    """What the recipe leaves open has been filled in since."""
+    """Settings that the recipe leaves open, and the run has filled in, are no difference."""
     data = replace(RECIPES[name].config.data, dataset="folder:x", resize_size=99)
     data = replace(data, mean=data.mean or (0.5,) * 3, std=data.std or (1.0,) * 3)
     own = replace(RECIPES[name].config, data=data, epochs=3)
@@ -392,7 +392,7 @@ def test_the_command_that_began_a_recipe_resumes_it(tmp_path, name):
 @pytest.mark.parametrize("content", [b"", b"<html>", None], ids=["empty", "no image", "truncated"])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_broken_images_are_named_or_left_out(tmp_path, split, content):
-    """Those of the test split too, before the training begins."""
+    """Images of the test split are read too, before the training begins."""
     root = write_folder(tmp_path / "data")
     broken = root / split / "bee" / "05.png"
     broken.write_bytes(broken.read_bytes()[:200] if content is None else content)
@@ -450,7 +450,7 @@ def test_the_guard_stops_at_the_first_step_too_many(finite, before, allowed, exp
 
 @pytest.mark.parametrize("epochs,words", [(1, "loss after epoch 1"), (2, "epoch 2: no step")])
 def test_a_run_whose_skipped_steps_leave_no_numbers_has_no_report(tmp_path, epochs, words):
-    """The first update is finite and enormous; all gradients after it are skipped."""
+    """The first update is finite and enormous; all later gradients are skipped."""
     outcome = train(
         tmp_path / "run", "--optimizer", "sgd", "--lr", 1e10, "--skip-nonfinite", 1000,
         "--schedule", "constant", "--epochs", epochs,
@@ -530,7 +530,7 @@ def test_evaluate_refuses_what_does_not_fit(insects, tmp_path):
 
 @pytest.fixture
 def some_bad(tmp_path, folder):
-    """A copy of the bees of which two files are no images."""
+    """A copy of the folder of bees in which two files are no images."""
     shutil.copytree(folder / "test" / "bee", tmp_path / "photos")
     for name in ("03.png", "05.png"):
         (tmp_path / "photos" / name).write_bytes(b"no image")
@@ -538,7 +538,7 @@ def some_bad(tmp_path, folder):
 
 
 def test_evaluate_masks_what_cannot_be_read(insects, folder, tmp_path):
-    """On request; else it names all of it."""
+    """Unreadable images are masked with --on-bad-image skip; otherwise all are named."""
     shutil.copytree(folder, tmp_path / "data")
     for name in ("test/bee/03.png", "test/ant/05.png"):
         (tmp_path / "data" / name).write_bytes(b"no image")
@@ -614,7 +614,7 @@ def test_predict_writes_to_standard_output_and_nothing_else_there(insects, some_
 
 
 def test_predict_prints_each_row_when_it_comes(capsys, monkeypatch):
-    """A table of 50,000 rows, made at the end, took longer for each row the more there were."""
+    """Rows are not collected: in a table, each further row cost more than the one before."""
     likely = [{"class": "ant", "probability": 0.5}]
 
     def rows():
@@ -651,7 +651,7 @@ def test_a_run_turns_images_as_it_learned_to(insects, tmp_path):
 
 
 def test_predict_files_keeps_few_images_in_memory(insects, folder):
-    """Whatever their number: the first outcome comes when a few have been read."""
+    """The first outcome comes after a few images are read, however many there are."""
     run = load_run(insects)
     run = replace(run, config=cli.merge(run.config, {"eval_batch_size": 4}))
     picture = folder / "test" / "bee" / "00.png"
@@ -697,7 +697,7 @@ def test_predict_writes_names_and_probabilities(insects, folder, tmp_path):
 
 
 def test_predict_passes_over_hidden_files(insects, folder, tmp_path):
-    """The Finder's `._NAME` beside every file, and what lies in hidden folders."""
+    """Hidden files are `._NAME`, which the Finder writes, and all files in hidden folders."""
     (tmp_path / "photos" / ".trash").mkdir(parents=True)
     shutil.copyfile(folder / "test" / "ant" / "00.png", tmp_path / "photos" / "img[a].png")
     for name in ("._img[a].png", ".trash/old.png"):
@@ -761,7 +761,7 @@ def test_predict_refuses_what_is_no_image(insects, folder, tmp_path):
     "script,flag", [("evaluate.py", "--json"), ("predict.py", "--json"), ("predict.py", "--csv")]
 )
 def test_where_nothing_can_be_written_is_told_first(tmp_path, script, flag):
-    """Before the run is read: there is none."""
+    """The output is checked before the run, which does not exist here."""
     inputs = ["image.png"] if script == "predict.py" else []
     for place, words in (
         (tmp_path / "gone" / "out", "gone does not exist"),

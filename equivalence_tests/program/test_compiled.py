@@ -1,4 +1,4 @@
-"""What the compiler makes of a step on several devices: exactly the exchanges that it needs."""
+"""Compiled steps on several devices contain exactly the collectives that they need."""
 
 import re
 from collections import Counter
@@ -29,7 +29,7 @@ NUM_IMAGES, BATCH, CLASSES = 48, 16, 5
 
 
 class Program:
-    """A training and an evaluation on tiny images: the compiled steps and what they take."""
+    """Training and evaluation steps on tiny images, with their arguments."""
 
     def __init__(self, arch: str, parallel: ParallelConfig, **augment):
         config = cli.merge(TrainConfig(), {"batch_size": BATCH, "augment": augment})
@@ -57,7 +57,7 @@ class Program:
         return self.engine.shard([{"index": order.astype(np.int32)}])
 
     def training(self) -> str:
-        """HLO of a step."""
+        """HLO of a training step."""
         step = self.engine.compile_train(self.train_step, 1)
         return step.lower(*self.arguments()).compile().as_text()
 
@@ -70,18 +70,18 @@ class Program:
 
 
 def opcodes(hlo: str) -> list[str]:
-    """Every operation of a program, in order."""
+    """The operations of a program, in order."""
     return re.findall(r"^\s*(?:ROOT )?%?\S+ = .*?[\])}] ([a-z][\w-]*)\(", hlo, re.MULTILINE)
 
 
 def collectives(hlo: str) -> dict:
-    """{operation: times} of those that exchange something."""
+    """{collective operation: number of uses}."""
     names = (name.removesuffix("-start") for name in opcodes(hlo))
     return Counter(name for name in names if name in COLLECTIVES)
 
 
 def bytes_all_reduced(hlo: str) -> int:
-    """float32 numbers in all-reduces, in bytes."""
+    """Bytes of the float32 numbers in all-reduces."""
     lines = [line.split(" all-reduce(")[0] for line in hlo.splitlines() if " all-reduce(" in line]
     shapes = [shape for line in lines for shape in re.findall(r"f32\[([\d,]*)\]", line)]
     return 4 * sum(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes)
@@ -89,15 +89,17 @@ def bytes_all_reduced(hlo: str) -> int:
 
 @pytest.mark.parametrize("arch", ["basic_cnn", pytest.param("resnet20", marks=pytest.mark.slow)])
 def test_a_step_exchanges_what_it_needs_and_nothing_else(arch):
-    """Two sums forward and one backward for each BatchNorm (its second sum needs the first); the
-    gradients, the loss and the accuracy all at once; mixup's neighbour: an image and a target."""
+    """All-reduces: two forward and one backward per BatchNorm, and one of gradients and metrics.
+
+    Mixup needs two permutes, for the images and targets of the neighbour.
+    """
     program = Program(arch, ParallelConfig(devices=8), horizontal_flip=0.5, mixup=0.2)
     hlo, layers = program.training(), program.batch_norms
     assert collectives(hlo) == {"all-reduce": 3 * len(layers) + 1, "collective-permute": 2}
     channels = sum(layer.scale[...].size for layer in layers)
     parameters = sum(p.size for p in jax.tree.leaves(program.network.initial.params))
-    # A channel of a BatchNorm: three sums forward, and two backward, the gradients of its two
-    # parameters.
+    # Each channel of a BatchNorm needs three sums forward; the two sums backward are the gradients
+    # of its two parameters.
     assert bytes_all_reduced(hlo) == 4 * (3 * channels + parameters + 2)
     predicted = scaling.exchange(arch, CLASSES)
     assert (predicted.bytes, predicted.times) == (bytes_all_reduced(hlo), 3 * len(layers) + 1)
@@ -124,13 +126,13 @@ def test_sharded_parameters_are_gathered_once():
 
 
 def test_an_evaluation_exchanges_its_sums_alone():
-    """Floating point (the loss) and integers (counts, confusion matrix)."""
+    """One all-reduce for floats (loss) and one for integers (counts, confusion matrix)."""
     program = Program("basic_cnn", ParallelConfig(devices=8))
     assert collectives(program.evaluation()) == {"all-reduce": 2}
 
 
 def test_a_mesh_of_one_is_plain_jit():
-    """Operation for operation, without any exchange."""
+    """Both programs have the same operations, and no collectives."""
     program = Program("basic_cnn", ParallelConfig(devices=1), mixup=0.2)
     plain = jax.jit(
         lambda state, resident, batch: program.train_step(
@@ -167,7 +169,7 @@ def test_nothing_is_compiled_after_the_first_step(parallel):
     try:
         state, metrics = step(state, resident, batch)
         program.engine.fetch_metrics(metrics)
-        assert compiled  # the listener hears what it is for
+        assert compiled  # the listener works
         compiled.clear()
         for number in range(1, 6):
             state, metrics = step(state, resident, program.batch(number))
@@ -179,7 +181,7 @@ def test_nothing_is_compiled_after_the_first_step(parallel):
 
 @pytest.mark.control
 def test_an_exchange_too_many_is_counted():
-    """Negative control: the top five by sorting brings all logits together."""
+    """Negative control: the top five by sorting gathers all logits."""
     program = Program("basic_cnn", ParallelConfig(devices=8))
     plain = program.eval_step
 
@@ -194,7 +196,7 @@ def test_an_exchange_too_many_is_counted():
 
 
 def test_a_checkpoint_loads_on_another_number_of_devices(tmp_path):
-    """Whole or in parts, from one to eight and back: the same bits in the place asked for."""
+    """Replicated or sharded, from one device to eight and back, the bits are the same."""
     layouts = [(1, False), (8, False), (8, True)]
     engines = [Engine(ParallelConfig(devices=n, shard_parameters=s)) for n, s in layouts]
     network = Network(create_model("basic_cnn", CLASSES))

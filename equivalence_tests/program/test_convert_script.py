@@ -44,7 +44,7 @@ def weights() -> dict:
 
 @pytest.fixture(scope="module")
 def sources(weights, tmp_path_factory) -> dict[str, Path]:
-    """The same weights in every format, written without the command where that is possible."""
+    """Files of equal weights in every format, written without the command where possible."""
     folder = tmp_path_factory.mktemp("sources")
     for suffix in (".pth", ".pt", ".th"):
         torch.save(checkpoint.to_tensors(weights), folder / f"weights{suffix}")
@@ -329,7 +329,7 @@ def last_state(run_dir: Path) -> dict:
 
 
 def test_a_training_crosses_to_torch_and_back_and_goes_on_to_the_same_bits(tmp_path):
-    """A run cut off after its first epoch, sent through PyTorch, ends where the whole run ends."""
+    """A run cut off after one epoch, converted to PyTorch and back, ends as the whole run."""
     rule = ["--ema-decay", 0.9, "--schedule", "cosine"]
     assert train(tmp_path / "whole", *rule).status == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
@@ -414,7 +414,7 @@ IMAGENET = ["--mean", 0.485, 0.456, 0.406, "--std", 0.229, 0.224, 0.225]
 @pytest.mark.slow
 @pytest.mark.parametrize("arch, accuracy", [("resnet20", 0.8103), ("resnet32", 0.8256)])
 def test_trained_checkpoints_score_what_they_scored(arch, accuracy, tmp_path):
-    """Every prediction is torch's; the accuracies are those of the checkpoints' own project."""
+    """Predictions equal torch's; accuracies equal those of the checkpoints' own project."""
     found = sorted(CHECKPOINTS.glob(f"{arch}-*.th"))
     if not (found and inputs.CIFAR10):
         pytest.skip("needs shared/data beside the repository and CIFAR10_IMAGES")
@@ -435,7 +435,7 @@ def test_trained_checkpoints_score_what_they_scored(arch, accuracy, tmp_path):
 
 @torch.no_grad()
 def torch_predictions(arch: str, weights: Path, paths: list[Path]) -> np.ndarray:
-    """PyTorch from the file to the class [N], with the loaders and transforms of torchvision."""
+    """Classes [N] that PyTorch predicts, with torchvision's loaders and transforms."""
     net = torch_ref.create_model(arch).eval()
     names = checkpoint.load(weights).items()
     tensors = {n.removeprefix("module.").replace("linear.", "fc."): a for n, a in names}

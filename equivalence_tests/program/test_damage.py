@@ -1,5 +1,8 @@
-"""A damaged checkpoint is passed over, said so, and the one before it is used: for every file of a
-checkpoint and every kind of damage. Broken images and settings are errors, never tracebacks."""
+"""Damaged checkpoints, images and configs.
+
+A checkpoint with any kind of damage in any file is skipped with a message, and the one before it is
+used. Broken images and settings are errors of one line, never tracebacks.
+"""
 
 import errno
 import functools
@@ -44,7 +47,7 @@ def state(value):
 
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):
-    """Checkpoints of step 1 and 2; the number is in every leaf."""
+    """Checkpoints of steps 1 and 2; every leaf holds the number of its step."""
     folder = tmp_path_factory.mktemp("checkpoints")
     checkpoints = Checkpoints(folder)
     for step in (1, 2):
@@ -54,7 +57,7 @@ def two_steps(tmp_path_factory):
 
 
 def reopened(folder):
-    """(newest sound step, its state, what was said)."""
+    """(newest sound step, its state, messages)."""
     said = []
     checkpoints = Checkpoints(folder, say=said.append)
     step = checkpoints.latest()
@@ -76,7 +79,7 @@ def test_every_damaged_file_is_noticed(two_steps, tmp_path, damage, caplog):
         folder = tmp_path / str(number)
         shutil.copytree(two_steps, folder)
         if not (folder / name).stat().st_size:
-            continue  # an empty file cannot be damaged but by deleting it, which is below
+            continue  # an empty file can only be deleted, which is tested below
         DAMAGES[damage](folder / name)
         step, restored, said = reopened(folder)
         assert step == 1, (name, said)
@@ -84,7 +87,7 @@ def test_every_damaged_file_is_noticed(two_steps, tmp_path, damage, caplog):
         assert len(said) == 1 and "step 2" in said[0], said
         manifest = name.name.startswith("manifest")
         assert manifest or name.name in said[0], said
-    assert not caplog.records  # Orbax has words of its own for some of it
+    assert not caplog.records  # Orbax logs some damage itself
 
 
 @pytest.mark.parametrize(
@@ -99,7 +102,7 @@ def test_a_manifest_that_lists_nothing_is_damaged(two_steps, tmp_path, content):
 
 
 def listed_less(step):
-    """A manifest that does not know one of the files."""
+    """Remove one of the files from the manifest."""
     names = json.loads((step / "manifest.json").read_text())
     del names["state/manifest.ocdbt"]
     (step / "manifest.json").write_text(json.dumps(names))
@@ -118,7 +121,7 @@ def test_a_file_that_the_manifest_does_not_know_is_damage(two_steps, tmp_path, c
 
 
 def test_an_unreadable_checkpoint_is_passed_over(two_steps, monkeypatch):
-    """The disk answers with an error."""
+    """Reading raises an error of the disk."""
     original = checkpoint._sha256
 
     def broken(path):
@@ -134,7 +137,7 @@ def test_an_unreadable_checkpoint_is_passed_over(two_steps, monkeypatch):
 
 @pytest.mark.parametrize("name", ["²", "٣", "7", "08", "-1", "7.5", "7 "])
 def test_other_names_among_the_checkpoints_are_no_steps(two_steps, tmp_path, name):
-    """Nor are they deleted by a run that goes on."""
+    """A resumed run does not delete them."""
     shutil.copytree(two_steps, tmp_path / "run")
     mine = tmp_path / "run" / name / "photo.jpg"
     mine.parent.mkdir()
@@ -208,7 +211,7 @@ def test_what_is_not_of_a_checkpoint_is_not_deleted_with_it(two_steps, tmp_path)
     assert steps_in(tmp_path / "run") == [1, 4, 5] and mine[0].exists()
 
 
-def test_nothing_sound_is_nothing(two_steps, tmp_path):
+def test_without_a_sound_checkpoint_there_is_none(two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path / "all")
     for path in (tmp_path / "all").rglob("*"):
         if path.is_file() and path.stat().st_size:
@@ -230,7 +233,7 @@ def test_the_latest_two_and_the_best_are_kept_however_often_a_run_goes_on(tmp_pa
 
 
 def test_a_damaged_step_is_written_again(two_steps, tmp_path):
-    """By the run that came to it a second time."""
+    """A resumed run that reaches the step again replaces it."""
     shutil.copytree(two_steps, tmp_path / "run")
     (tmp_path / "run/2/manifest.json").unlink()
     checkpoints = Checkpoints(tmp_path / "run", say=lambda line: None)
@@ -242,7 +245,7 @@ def test_a_damaged_step_is_written_again(two_steps, tmp_path):
 
 
 def test_a_step_found_to_be_the_best_is_marked_so(two_steps, tmp_path):
-    """It was saved before, when the run was told to stop there."""
+    """The step may have been saved earlier, when the run was stopped there."""
     shutil.copytree(two_steps, tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run")
     checkpoints.save(2, state(2.0), {"improvement": True}, improvement=True)
@@ -265,7 +268,7 @@ def picture(kind: str, rng) -> bytes:
 
 
 def spoiled(content: bytes, rng) -> bytes:
-    """Some bytes changed, cut off or put in."""
+    """The content with some bytes changed, removed or inserted."""
     content = bytearray(content)
     for _ in range(rng.randrange(1, 8)):
         content[rng.randrange(len(content))] = rng.randrange(256)
@@ -278,7 +281,7 @@ def spoiled(content: bytes, rng) -> bytes:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_ten_thousand_spoiled_images():
-    """Each is decoded or refused in one line; nothing else is ever raised."""
+    """Each image is decoded or refused in one line; no other error is raised."""
     rng, refused = random.Random(0), 0
     originals = [picture(kind, rng) for kind in FORMATS]
     for number in range(NUM_IMAGES):
@@ -297,7 +300,7 @@ ODD = [None, True, False, 0, 1, -1, 10**12, -(10**12), 0.5, float("nan"), float(
 
 
 def odd_config(rng) -> dict:
-    """The default with some fields replaced by odd values, and now and then an unknown one."""
+    """The default config with some odd values, and sometimes an unknown field."""
     values = to_dict(TrainConfig())
     for _ in range(rng.randrange(1, 5)):
         group = rng.choice([values, *(v for v in values.values() if isinstance(v, dict))])
@@ -328,7 +331,7 @@ def from_odd_flags(rng) -> TrainConfig:
 
 @pytest.mark.parametrize("read, times", [(from_odd_file, 1000), (from_odd_flags, 1000)])
 def test_a_thousand_odd_configs(read, times):
-    """Each is a config or one line."""
+    """Each config is accepted or refused in one line."""
     rng, refused = random.Random(1), 0
     for _ in range(times):
         try:
@@ -361,8 +364,8 @@ def test_a_config_says_each_thing_once_and_in_text(tmp_path, text, words):
     assert words in str(error.value) and str(error.value).isprintable()
 
 
-def test_a_device_is_no_config():
-    """It would be read until the memory is full."""
+def test_a_device_file_is_refused_as_config():
+    """/dev/zero would be read until the memory is full."""
     with pytest.raises(InputError, match="/dev/zero is not readable as JSON"):
         config_from_file("/dev/zero")
 
@@ -378,7 +381,7 @@ def test_a_device_is_no_config():
     folder=st.text(min_size=1),
 )
 def test_any_config_comes_back_from_json(arch, epochs, lr, mixup, milestones, std, folder):
-    """Every digit of every number, and any path."""
+    """Every digit of every number and any path are kept."""
     values = to_dict(TrainConfig()) | {"epochs": epochs}
     values["model"] |= {"arch": arch}
     values["optimizer"] |= {"lr": lr}
@@ -391,7 +394,7 @@ def test_any_config_comes_back_from_json(arch, epochs, lr, mixup, milestones, st
 
 
 def test_configs_at_the_edges_of_the_schema_are_traced():
-    """The long form, 2,000 of them, is `python -m equivalence_tests.studies.edges`."""
+    """`python -m equivalence_tests.studies.edges` is the long version with 2,000 configs."""
     found = edges.survey(8, seed=0)
     assert not found["faults"] and found["traced"] > 0, found
 
@@ -402,7 +405,7 @@ def test_configs_at_the_edges_of_the_schema_are_traced():
     [("optimizer", "lr", 1e300), ("optimizer", "eps", 1e-50), ("optimizer", "beta2", 1 - 1e-12)],
 )
 def test_a_value_beyond_the_edge_is_noticed(group, name, value):
-    """Negative control: as if the schema took it."""
+    """Negative control: the schema allows a value that a step cannot compute with."""
     values = {
         "model": {"arch": "basic_cnn", "num_classes": "10"},
         "optimizer": {"optimizer": "adam"},

@@ -1,4 +1,4 @@
-"""The documentation: tables are those of the results, the site builds, the notebook runs."""
+"""Documentation: tables match the results, the site builds, the notebook runs."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ PAGES = {path.name: path for path in doc_tables.pages()}
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_tables_of_a_page_are_made_of_the_results(name):
-    """`python -m equivalence_tests.studies.doc_tables` writes them."""
+    """`python -m equivalence_tests.studies.doc_tables` writes the tables."""
     text = PAGES[name].read_text()
     assert doc_tables.filled(text) == text
 

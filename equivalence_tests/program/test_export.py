@@ -1,5 +1,4 @@
-"""Programs for serving: what `scripts/convert.py` writes computes what the run computes, in batches
-of any size, and a file that does not is not kept."""
+"""Exported programs compute what the run computes, for any batch size; others are not kept."""
 
 import json
 import sys
@@ -29,7 +28,7 @@ MEAN, STD = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4])
 README = (Path(__file__).parents[2] / "docs/convert.md").read_text()
 
 CLOSE = 1e-5
-"""Relative difference of logits of two float32 programs; test_folding.py is exact."""
+"""Largest relative difference of logits of two float32 programs; test_folding.py is exact."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def images(number: int) -> np.ndarray:
 
 
 def expected(weights, images) -> np.ndarray:
-    """By the model alone."""
+    """Logits of the model without export."""
     model = convert.load_state_dict(create_model("resnet20", 7), weights)
     model.eval()
     return np.asarray(model(jnp.asarray((images / 255 - MEAN) / STD, jnp.float32)))
@@ -75,7 +74,7 @@ PROGRAMS = {".stablehlo": run_stablehlo, ".onnx": run_onnx}
 
 @pytest.fixture(scope="module")
 def programs(run_dir, tmp_path_factory) -> dict[str, Path]:
-    """The run as both kinds of programs, as it is and folded."""
+    """Both kinds of exported programs of the run, without and with folding."""
     folder = tmp_path_factory.mktemp("programs")
     for name, flags in (("plain", []), ("folded", ["--fold-batchnorm"])):
         for suffix in PROGRAMS:
@@ -134,7 +133,7 @@ def test_the_snippet_of_the_readme_runs_as_it_is(programs, weights, tmp_path, mo
 
 
 class SlowToFold:
-    """What takes the compiler more than a second to compute beforehand, of which it complains."""
+    """A network whose constant folding takes the compiler over a second, which it warns about."""
 
     image_shape = (1,)
 
@@ -156,7 +155,7 @@ def test_an_export_is_compared_without_a_word_of_the_compiler(tmp_path, capfd):
 
 
 def test_evaluate_and_predict_fold_too(run_dir, tmp_path):
-    """To the same figures; a wrong folding shows."""
+    """Folding keeps the figures; a wrong folding changes them."""
     for split in ("train", "val", "test"):
         for number, name in enumerate("abcdefg"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -181,7 +180,7 @@ def test_evaluate_and_predict_fold_too(run_dir, tmp_path):
 @pytest.mark.control
 @pytest.mark.parametrize("suffix", PROGRAMS)
 def test_a_program_that_computes_something_else_is_not_kept(run_dir, tmp_path, suffix):
-    """An eps of Keras in the folding, and weights of which one is a hundredth off."""
+    """The faults are Keras's eps in the folding, and one weight a hundredth off."""
     out, flags = tmp_path / f"net{suffix}", []
     if suffix == ".stablehlo":
         flags = ["--fold-batchnorm"]

@@ -1,4 +1,4 @@
-"""What makes training fast, as facts of the program and not of a clock."""
+"""Properties of the program that make training fast, checked without a clock."""
 
 import os
 import subprocess
@@ -34,8 +34,10 @@ SMALL = {
 
 @pytest.fixture(scope="module", params=["auto", "none"])
 def watched(request, tmp_path_factory):
-    """A training, what it sent to the device at every step, and how often it did what: with images
-    that stay on the device, and without."""
+    """A training with and without images on the device.
+
+    Yields the cache setting, counts of operations, arrays sent at each step, and resident arrays.
+    """
     config = cli.merge(TrainConfig(), SMALL)
     config = cli.merge(config, {"data": {"cache": request.param, "train_images": "640"}})
     counts, decodings, sent, resident = Counter(), Counter(), [], {}
@@ -71,7 +73,7 @@ def watched(request, tmp_path_factory):
 
 
 def test_images_that_fit_stay_on_the_device_as_they_are(watched):
-    """A step then sends the numbers of images; otherwise uint8 images, and never floats."""
+    """A step sends image indices only; without resident images it sends uint8 images."""
     cache, _, sent, resident = watched
     assert len(sent) == 40
     if cache == "auto":
@@ -82,18 +84,18 @@ def test_images_that_fit_stay_on_the_device_as_they_are(watched):
 
 
 def test_images_that_fit_are_decoded_once(watched):
-    """Those of all splits; otherwise twice to train, for the statistics and the last evaluation."""
+    """Without resident images: twice to train, once each for statistics and last evaluation."""
     cache, counts, _, _ = watched
     assert counts["decodings"] == (1 if cache == "auto" else 4)
 
 
 def test_a_dispatch_waits_for_the_fourth_before_it_only(watched):
-    """After the fetch at every fifth step nothing is left to wait for."""
+    """After the fetch at every fifth step no dispatch is in flight."""
     assert watched[1]["waits"] == 2 * 20 // 5
 
 
 def test_metrics_are_fetched_once_a_log_interval(watched):
-    """20 steps an epoch, logged every 5."""
+    """Two epochs of 20 steps are logged every 5 steps."""
     assert watched[1]["fetches"] == 2 * 20 // 5
 
 
@@ -106,7 +108,7 @@ def test_the_state_of_a_step_is_donated():
 
 
 def test_several_steps_are_one_program():
-    """A loop in it, and no more calls than dispatches."""
+    """The compiled program contains a loop; one call runs all steps."""
     program = Program("basic_cnn", ParallelConfig(devices=1, steps_per_dispatch=4))
     state, resident, _ = program.arguments()
     index = {"index": np.arange(16, dtype=np.int32)}
@@ -118,7 +120,7 @@ def test_several_steps_are_one_program():
 
 
 def test_several_steps_are_sent_at_once_where_that_sends_no_images():
-    """To a GPU: 20 batches of images would take its memory, and the time to stop."""
+    """Batches of images are sent singly: 20 would fill a GPU's memory and delay a stop."""
     engine = Engine(ParallelConfig(devices=1))
     assert engine.steps_per_dispatch(resident=True) == 1
     engine.devices = [mock.Mock(platform="gpu")]
@@ -144,7 +146,7 @@ def test_compiled_programs_are_kept_unless_asked_not_to(tmp_path, monkeypatch, w
 
 @pytest.mark.parametrize("place", ["~/.cache", "/etc/hostname/.cache"])
 def test_without_a_home_no_programs_are_kept(monkeypatch, place):
-    """Of a user without an entry in passwd, and a home that is none."""
+    """The user has no entry in passwd, or a home that is no directory."""
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(environment.os.path, "expanduser", lambda path: place)
     monkeypatch.setattr(environment.os, "access", lambda path, mode: os.path.isdir(path))
@@ -168,9 +170,9 @@ print(min(faults))
 
 
 def page_faults(how: str) -> int:
-    """Of a program that gives a large array, the least of many calls.
+    """Page faults of a program that returns a large array: the minimum over many calls.
 
-    On a busy machine calls now and then overlap and meet new pages all the same.
+    On a busy machine, calls sometimes overlap and touch new pages even with kept memory.
     """
     if not sys.platform.startswith("linux"):
         pytest.skip("glibc's allocator")
@@ -185,5 +187,5 @@ def test_memory_is_kept_between_steps():
 
 
 @pytest.mark.control
-def test_left_alone_it_is_not():
+def test_without_the_setting_memory_is_not_kept():
     assert page_faults("as it is") > 24_000

@@ -1,6 +1,6 @@
-"""Nothing is lost: real processes killed and resumed to the same bits, signals, saves that fail.
+"""Killed and stopped runs resume to the same bits; signals; failing saves.
 
-The long form, 35 processes, is `python -m equivalence_tests.studies.faults`.
+`python -m equivalence_tests.studies.faults` is the long version with 35 processes.
 """
 
 import errno
@@ -30,7 +30,7 @@ from flax_resnet.training.progress import Interrupted, SignalFlag
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """The run that nobody touches."""
+    """An uninterrupted run and its fingerprint."""
     run_dir = tmp_path_factory.mktemp("faults") / "straight"
     return SimpleNamespace(run_dir=run_dir, fingerprint=faults.straight(run_dir)[0])
 
@@ -51,7 +51,7 @@ def test_a_run_that_is_told_to_stop_comes_back_to_the_same_bits(straight, tmp_pa
 
 @pytest.mark.control
 def test_one_bit_of_an_average_is_noticed(straight, monkeypatch):
-    """Negative control: the fingerprint of the same run with the smallest change there is."""
+    """Negative control: the fingerprint changes with a single bit."""
     original = restore.restore
 
     def one_bit_off(*arguments):
@@ -90,7 +90,7 @@ def test_a_signal_before_the_first_step_is_a_line_and_leaves_nothing(tmp_path, m
 
 
 def test_ctrl_c_amid_the_imports_is_no_traceback():
-    """`memory` is what a command imports first; here nothing else follows but Ctrl-C."""
+    """Ctrl-C comes while a command imports its first module, `memory`."""
     code = "import os, signal; from flax_resnet.commands import memory;"
     code += "os.kill(os.getpid(), signal.SIGINT); print('survived')"
     outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -119,7 +119,7 @@ def test_a_run_in_a_thread_leaves_signals_to_the_main_one():
 
 
 def broken_at(step, monkeypatch, where):
-    """The next training fails at this step, or after it in the validation."""
+    """Make the next training fail at this step, or in the validation after it."""
     original = getattr(loop, where)
 
     def failing(run, *arguments):
@@ -132,7 +132,7 @@ def broken_at(step, monkeypatch, where):
 
 @pytest.mark.parametrize("where", ["_next_batches", "_validate"])
 def test_a_run_that_fails_is_saved_and_ends_the_same(tmp_path, monkeypatch, where):
-    """In the middle of an epoch, and in its validation, with steps not yet looked at."""
+    """The run fails within an epoch or in its validation, with steps not yet logged."""
     config = small(**EVERYTHING, log_steps="50")
     fit(config, tmp_path / "straight", display=quiet())
     with monkeypatch.context() as patch, pytest.raises(RuntimeError) as error:
@@ -180,7 +180,7 @@ def test_a_limit_of_file_size_ends_a_run_in_one_line(tmp_path):
 
 
 def test_a_failed_save_ends_the_training(tmp_path, monkeypatch):
-    """In the epoch after, not at the end of the run."""
+    """The training ends in the next epoch, not at the end of the run."""
 
     def broken(self, *_):
         raise OSError(errno.EIO, "disk broke")
@@ -192,7 +192,7 @@ def test_a_failed_save_ends_the_training(tmp_path, monkeypatch):
 
 
 def test_what_is_saved_is_the_state_of_that_moment(tmp_path):
-    """The step after may write into the same memory."""
+    """The next step may write into the same memory."""
     checkpoints = Checkpoints(tmp_path)
     state = {"a": np.arange(1e6, dtype=np.float32)}
     checkpoints.save(1, state, {}, improvement=False)
@@ -202,7 +202,7 @@ def test_what_is_saved_is_the_state_of_that_moment(tmp_path):
 
 
 def cut(config, run_dir, step, monkeypatch):
-    """A run that is told to stop after so many steps."""
+    """Run a training that is told to stop after this step."""
     original = loop.at_log_step
 
     def at_log_step(run, count):
@@ -216,7 +216,7 @@ def cut(config, run_dir, step, monkeypatch):
 
 
 def test_the_number_of_workers_may_change(tmp_path, monkeypatch):
-    """Images decoded by threads, then by two processes, with random areas: the same bits."""
+    """Decoding by threads, then by two processes, gives the same bits, random areas included."""
     config = small(**EVERYTHING, epochs="2", data={"train_images": "320", "cache": "none"})
     fit(config, tmp_path / "straight", display=quiet())
     cut(config, tmp_path / "cut", 13, monkeypatch)
@@ -238,7 +238,7 @@ def test_the_number_of_devices_may_change_and_is_said(tmp_path, monkeypatch):
 
 
 def test_a_run_with_parameters_in_parts_is_taken_up(tmp_path, monkeypatch):
-    """In the same parts, to the same bits."""
+    """The resumed run shards parameters equally and ends with the same bits."""
     in_parts = {"devices": "2", "shard_parameters": True}
     config = small(epochs="2", data={"train_images": "320"}, parallel=in_parts)
     fit(config, tmp_path / "straight", display=quiet())
@@ -250,7 +250,7 @@ def test_a_run_with_parameters_in_parts_is_taken_up(tmp_path, monkeypatch):
 
 
 def test_one_run_a_directory(tmp_path):
-    """The second is refused while the first lives, and takes over from one that died."""
+    """A second run is refused while the first is alive, and takes over after it died."""
     hold = (
         f"from flax_resnet.runs.directory import RunDirectory; d = RunDirectory({str(tmp_path)!r})"
     )

@@ -1,4 +1,4 @@
-"""Folders of images: which split is what, links, hidden files, images that are broken."""
+"""Image folders: splits, links, hidden files, broken images."""
 
 import dataclasses
 import pickle
@@ -76,7 +76,7 @@ def test_folder_hidden_ignored_and_nested(tree):
     assert len(opened.train) == 31 and opened.ignored_files == 1
 
 
-def test_folder_refusals(tree, tmp_path):
+def test_bad_folders_are_refused_by_name(tree, tmp_path):
     refused(f"folder:{tmp_path}/nowhere", "nowhere", "no such folder")
     (tmp_path / "empty").mkdir()
     refused(f"folder:{tmp_path}/empty", "empty", "no class folder")
@@ -106,7 +106,7 @@ def test_folder_without_training_split(tree):
 ])  # fmt: skip
 @pytest.mark.parametrize("wrapper", ["", "birds"])
 def test_splits_have_many_names(tree, names, wrapper):
-    """In any case, and in one folder more."""
+    """Names may be in upper or lower case, and splits one folder deeper."""
     (tree / wrapper).mkdir(exist_ok=True)
     for before, now in zip(("train", "val", "test"), names, strict=True):
         (tree / before).rename(tree / wrapper / now)
@@ -178,7 +178,7 @@ def test_a_split_without_images_is_refused(tree):
 
 
 def test_names_are_compared_in_one_form_of_unicode(tree):
-    """A Mac writes the accent as a character of its own."""
+    """macOS stores an accent as a separate character."""
     for split, name in (("train", "café"), ("val", "cafe\u0301"), ("test", "café")):
         (tree / split / "Cow").rename(tree / split / name)
     opened = open_dataset(DataConfig(dataset=f"folder:{tree}"))
@@ -269,7 +269,7 @@ def test_all_bad_images_are_named_at_once(tree):
     assert message.endswith("and 2 more; `on_bad_image` skip leaves such files out")
 
 
-def test_class_of_bad_images_only(tree):
+def test_a_class_of_bad_images_only_is_refused(tree):
     for path in (tree / "val/bee").iterdir():
         path.write_bytes(b"")
     refused(f"folder:{tree}", "bee", "none of 4", on_bad_image="skip")
@@ -283,7 +283,7 @@ def test_sources_cross_process_borders(tree):
 
 
 def test_a_pickle_of_a_large_source_says_where_it_lies():
-    """A worker maps the names, labels and indices of a million files instead of having them."""
+    """Workers map names, labels and indices of a million files instead of copying them."""
     names = Names.of(f"/data/class{number % 9}/é{number}.jpg" for number in range(50_000))
     source = FolderSource(names, np.arange(50_000, dtype=np.int32), 3)
     subset = Subset(source, np.arange(50_000)[::-1])

@@ -1,4 +1,4 @@
-"""Files made to do harm, and names made to confuse: one line and status 2, or nothing happens."""
+"""Malicious files and names: refused in one line with status 2, or harmless."""
 
 import csv
 import hashlib
@@ -25,7 +25,7 @@ MEGABYTE = 1 << 20
 
 
 def test_an_archive_that_unpacks_to_gigabytes_is_refused(tmp_path):
-    """A weights file is a zip; torch writes it without compression."""
+    """A weights file is a zip, which torch writes without compression."""
     path = tmp_path / "bomb.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("bomb/data.pkl", "w", force_zip64=True) as entry:
@@ -43,7 +43,7 @@ def test_a_tensor_that_promises_terabytes_is_refused(tmp_path):
 
 
 def test_an_archive_writes_nowhere(tmp_path, monkeypatch):
-    """Members that climb out of the folder, and links, are passed over; nothing is unpacked."""
+    """Members with paths outside the folder and links are skipped; nothing is unpacked."""
     path = tmp_path / "set" / "cifar-10-binary.tar.gz"
     path.parent.mkdir()
     with tarfile.open(path, "w:gz") as archive:
@@ -69,7 +69,7 @@ NAMES = ("<script>alert(1)<|script>", "two\nlines", '"quoted", with comma', "[b]
 
 
 def test_class_names_are_only_names(tmp_path):
-    """Markup, new lines, commas and Rich's brackets, from the folder to every output."""
+    """Markup, newlines, commas and Rich's brackets in class names stay literal in all outputs."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for number, name in enumerate(NAMES):
@@ -114,7 +114,7 @@ def _words(value):
 
 
 def test_a_folder_s_name_is_only_a_name(capsys):
-    """Rich takes ":b:" for a picture."""
+    """Rich would replace ":b:" by an emoji."""
     Display().say("folder:b: 256 training images [red]")
     assert capsys.readouterr().out == "folder:b: 256 training images [red]\n"
 
@@ -128,7 +128,7 @@ def test_a_file_s_name_in_a_table_is_only_a_name(capsys):
 
 
 def test_names_in_any_script_are_drawn_without_a_warning(tmp_path, monkeypatch):
-    """In a font that has them, or as numbers where no font does."""
+    """Names are drawn in a font that has them; without one, the class number is drawn."""
     names = ["鳥", "птица", "ptak", "a\u202eb"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""One image file: modes, depths, orientation, and everything that is none."""
+"""Decoding of one image file: modes, depths, orientation, and files that are no images."""
 
 import io
 import os
@@ -48,7 +48,7 @@ def pgm(maxval, samples, dtype=">u2", magic="P5"):
 
 
 def packed(samples):
-    """12 bits each, two in three bytes."""
+    """Samples of 12 bits, packed two in three bytes."""
     left, right = samples[:, ::2], samples[:, 1::2]
     parts = [left >> 4, (left & 15) << 4 | right >> 8, right & 255]
     return np.stack(parts, -1).reshape(len(samples), -1).astype(np.uint8)
@@ -75,7 +75,7 @@ AS_SHOWN = {
 
 @pytest.mark.parametrize("kind", AS_SHOWN)
 def test_gray_is_as_bright_as_its_file_says(kind):
-    """By its own tags, and not by how PIL would clip it."""
+    """Brightness follows the file's tags; PIL would clip."""
     image = decode_image(io.BytesIO(AS_SHOWN[kind]), 1, name=kind)[..., 0]
     expected = 0 * LEVELS if "black" in kind else LEVELS
     np.testing.assert_array_equal(image, expected)
@@ -115,14 +115,14 @@ NOT_SAID = {
 
 @pytest.mark.parametrize("kind", NOT_SAID)
 def test_gray_of_a_depth_that_is_not_known_is_refused(kind):
-    """It would be nearly black, or another image."""
+    """Decoded, the image would be nearly black or another one."""
     with pytest.raises(InputError, match="not a readable image .*(bits|signed|TIFF)"):
         decode_image(io.BytesIO(NOT_SAID[kind]), 1, name=kind)
 
 
 @pytest.mark.parametrize("factor", [1, 16])
 def test_colours_of_12_bits_are_refused_for_what_they_are(factor):
-    """Pillow has dropped their low bytes; and samples beyond the depth contradict it."""
+    """Pillow drops the low bytes of samples; samples above 12 bits are refused too."""
     pixels = (DEEP_COLOURS * factor).astype("<u2")
     content = tiff(pixels, tags={262: 2, 277: 3, 281: 4095})
     with pytest.raises(InputError, match="its colours have 12 of 16 bits"):
@@ -130,7 +130,7 @@ def test_colours_of_12_bits_are_refused_for_what_they_are(factor):
 
 
 def test_a_palette_of_8_bits_where_16_belong_is_refused():
-    """Every colour of it would be black."""
+    """All colours would be black."""
     file = encoded(picture(mode="P"), format="TIFF")
     with Image.open(io.BytesIO(file)) as image:
         colours = np.array(image.tag_v2[320], "<u2").tobytes()
@@ -143,7 +143,7 @@ def test_a_palette_of_8_bits_where_16_belong_is_refused():
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 def test_images_are_turned_upright_on_request(tmp_path, suffix, orientation):
-    """As viewers do; PIL itself always turns a TIFF."""
+    """Images are turned as viewers do; PIL always turns a TIFF."""
     path = tmp_path / f"image.{suffix}"
     picture(size=(24, 16)).save(path, exif=upright(orientation))
     with Image.open(path) as stored:
@@ -161,7 +161,7 @@ def test_an_image_with_broken_exif_is_upright(tmp_path):
 
 
 def test_large_images_are_decoded_one_after_another(monkeypatch):
-    """However many threads there are: a file of 10 KiB can take a gigabyte."""
+    """Threads do not decode large images at once; a file of 10 KiB can take a gigabyte."""
     monkeypatch.setattr(image_files, "MEMORY", image_files._Budget(3 * 400 * 400 * 16))
     file = encoded(Image.new("1", (400, 400)), format="PNG")
     given_back = mock.Mock()
@@ -257,7 +257,7 @@ def test_read_image_no_file(tmp_path):
 
 @pytest.mark.parametrize("size", [(1, 201), (402, 2)])
 def test_a_line_is_no_picture(tmp_path, size):
-    """Scaled until its shorter side is 224 pixels it would fill the memory."""
+    """Scaled to a shorter side of 224 pixels, a line of pixels would fill the memory."""
     picture(size=size).save(tmp_path / "line.png")
     with pytest.raises(InputError, match="line.png: not a readable image .*a line"):
         read_image(tmp_path / "line.png", 3)

@@ -1,4 +1,4 @@
-"""The networks as a program: names, options, sizes, initial values, dtypes."""
+"""Networks: names, options, sizes, initial values, dtypes."""
 
 from contextlib import nullcontext
 
@@ -21,7 +21,7 @@ HE = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "r
 
 
 def abstract(*args, **kwargs):
-    """A model's shapes without its numbers."""
+    """A model with shapes but no values."""
     return nnx.eval_shape(lambda: flax_resnet.create_model(*args, **kwargs, rngs=nnx.Rngs(0)))
 
 
@@ -175,7 +175,7 @@ def test_bfloat16_computes_narrow_and_keeps_wide(arch):
 
 
 def test_a_model_is_made_in_training_mode_and_says_how_to_leave_it():
-    """As torch's are; and a person in Python has given no flag."""
+    """Training mode is torch's default too; the message names `model.eval()`, not a flag."""
     model, image = flax_resnet.create_model("resnet20"), jnp.zeros((1, 1, 1, 3))
     with pytest.raises(InputError, match=r"more than one value .* model.eval\(\)") as error:
         jax.eval_shape(lambda: model(image))

@@ -1,4 +1,4 @@
-"""The wheel, installed elsewhere: every package, the command, types."""
+"""The wheel, installed outside the repository: packages, command, types."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ def pip(*words):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy: a build leaves files in its tree."""
+    """A wheel, built from a copy because a build leaves files in its tree."""
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in PACKAGES:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -34,7 +34,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """A folder with the wheel alone; what it needs comes from the environment of the tests."""
+    """A folder with only the wheel installed; dependencies come from the tests' environment."""
     target = tmp_path_factory.mktemp("installed")
     pip("install", "--no-deps", "--offline", "--target", target, wheel)
     return target

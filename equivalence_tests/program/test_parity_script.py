@@ -1,4 +1,4 @@
-"""scripts/parity.py: says what is equal, and where and why something is not."""
+"""scripts/parity.py reports equal networks, and where and why networks differ."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def with_same_padding():
 
 
 def of_another_make():
-    """The names of pytorch-cifar, behind a wrapper."""
+    """A network with pytorch-cifar's names in a wrapper."""
     wrapper = nn.Module()
     wrapper.module = sound()
     wrapper.module.linear = wrapper.module.fc
@@ -134,7 +134,7 @@ def test_weights_of_ones_own_and_their_predictions(tmp_path):
 
 
 def test_predictions_are_compared_with_the_classes_of_the_run():
-    """Whose order may be another than that of the data set."""
+    """Classes are matched by name; their order may differ from the data set's."""
     shapes = Architecture("basic_cnn", 10, 1, None).shapes()
     arrays = inputs.random_state(shapes, inputs.random_numbers())
     case = inputs.case_of_weights(arrays, "basic_cnn", None)
@@ -159,7 +159,7 @@ def test_fresh_weights_are_refused_because_they_hide_differences(tmp_path):
 
 
 def test_predictions_are_of_the_whole_test_split(tmp_path, monkeypatch):
-    """However few of its images the run looked at."""
+    """The run's limit on test images is not applied."""
     few = cli.merge(TrainConfig(), {"data": {"dataset": "digits", "eval_images": 5}})
     RunDirectory(tmp_path).write_config(few)
     words = ["parity.py", "--checkpoint", str(tmp_path), "--dataset", "digits"]
@@ -205,5 +205,5 @@ def test_without_torch_the_extra_is_named(monkeypatch):
         (["--arch", "resnet20", "--report", __file__], ["--report", "no directory"]),
     ],
 )
-def test_bad_input(arguments, words):
+def test_bad_input_is_one_line(arguments, words):
     refused(run_script("parity.py", *arguments), *words)

@@ -80,7 +80,7 @@ def test_the_iterator_goes_on_where_its_state_says():
 
 @pytest.mark.parametrize("parts", [[slice(0, 2), slice(2, 4)], [slice(n, n + 1) for n in range(4)]])
 def test_the_parts_of_all_processes_are_the_batch(parts):
-    """Random areas too: a draw belongs to the step and the image, not to the process."""
+    """This holds for random areas too: draws depend on step and image, not on the process."""
     source = ArraySource(np.stack([picture(8, 8, seed=i) for i in range(10)]), np.arange(10))
     decoder = Decoder(size=8, resize=8, random_resized_crop=True)
 
@@ -99,7 +99,7 @@ def test_the_parts_of_all_processes_are_the_batch(parts):
 
 
 class Meeting:
-    """Images that no one gets before several are asked for at the same time."""
+    """A source that returns images only when several are requested at the same time."""
 
     def __init__(self, images, together):
         self.labels = np.arange(len(images))
@@ -129,12 +129,12 @@ def decoded_at_once(source):
 
 @pytest.mark.parametrize("decode", [decoded_ahead, decoded_at_once])
 def test_images_are_decoded_in_parallel(decode):
-    """Batches ahead of the step that takes them, and the images of a set that is kept."""
+    """Batches are decoded ahead of their step; cached images are decoded at once."""
     np.testing.assert_array_equal(decode(Meeting(IMAGES, 8)), IMAGES)
 
 
 def test_images_lie_in_memory_once():
-    """While they are decoded, and while their statistics are taken."""
+    """No second copy is made by decoding, or by computing statistics."""
     source = ArraySource(np.stack([picture(70, 70)] * 3000), np.zeros(3000, np.int32))
     decoder = Decoder(size=64, resize=64)
     tracemalloc.start()
@@ -150,7 +150,7 @@ def test_images_lie_in_memory_once():
 
 @pytest.mark.parametrize("most", [10**6, 300])
 def test_statistics_do_not_depend_on_what_is_kept(monkeypatch, most):
-    """Decoded ahead, looked through in parts, or by the other side; all images or so many."""
+    """Cached, read in parts or in `torch_ref`, statistics are equal, also of a limited number."""
     for module, values in (
         (prepare, {"_MEASURED": most, "_AT_ONCE": 128}),
         (torch_ref.prepare, {"_MEASURED": most}),
@@ -185,7 +185,7 @@ def test_a_constant_channel_has_no_standard_deviation():
 
 
 class Asked:
-    """Images, and how often all of their labels were asked for."""
+    """A source that counts reads of all its labels."""
 
     names = None
 
@@ -205,7 +205,7 @@ class Asked:
 
 
 def test_labels_are_looked_up_once_for_all_batches():
-    """So that a batch of a million images costs what one of a thousand does."""
+    """The cost of a batch does not grow with the number of images."""
     source, decoder = Asked(400), Decoder(size=2, resize=2)
     subset = Subset(source, np.arange(300)[::-1])
     order = BatchOrder(num_images=300, batch_size=4, seed=0, epochs=1)
@@ -219,7 +219,7 @@ def test_labels_are_looked_up_once_for_all_batches():
 
 
 class SomeBad(Asked):
-    """Every third image is none."""
+    """A source in which every third image is unreadable."""
 
     def __getitem__(self, number):
         if number % 3 == 0:
@@ -229,7 +229,7 @@ class SomeBad(Asked):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 40])
 def test_evaluation_masks_images_that_cannot_be_read(batch_size):
-    """Where it is given a list for them."""
+    """With a list for left-out images they are masked; without one they are errors."""
     decoder, left_out = Decoder(size=2, resize=2), []
     batches = pipeline.evaluation_batches(SomeBad(20), decoder, batch_size, left_out=left_out)
     seen = [batch["label"][batch["mask"]] for batch in batches]
@@ -269,7 +269,7 @@ def test_size_stem_and_crop_are_chosen(model, data, expected):
 
 
 class Millions:
-    """As many images as nobody has memory for."""
+    """A source with more images than fit in any memory."""
 
     def __len__(self):
         return 10**9

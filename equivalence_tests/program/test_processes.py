@@ -1,6 +1,6 @@
 """Several real processes on one machine, over Gloo: equal to one, stopped, killed and resumed.
 
-A process that dies ends the others at their next exchange; one that hangs, after
+If a process dies, the others end at their next collective. If a process hangs, the others end after
 `distributed.HEARTBEAT_SECONDS`.
 """
 
@@ -29,19 +29,19 @@ from flax_resnet.runs.checkpoint import Checkpoints
 from flax_resnet.runs.tables import read_rows
 from flax_resnet.training import loop, restore
 
-# Splits that do not divide; float64, in which only the order of summation differs.
+# Splits are not divisible by the processes; in float64 only the order of summation differs.
 SHORT = (
     "--arch basic_cnn --dtype float64 --train-images 70 --eval-images 37 --batch-size 16"
     " --eval-batch-size 16 --epochs 1 --log-steps 2 --horizontal-flip 0.5 --dropout 0.3 --lr 0.01"
 ).split()
-# Decoded anew for every step, with all that is random, for 48 steps.
+# Images are decoded for every step, all random parts are on, 48 steps.
 LONG = (
     *SHORT,
     *"--epochs 12 --log-steps 1 --cache none --random-resized-crop --rotation 10".split(),
     *"--mixup 0.2 --ema-decay 0.9".split(),
 )
 TRAIN = str(ROOT / "scripts" / "train.py")
-DEADLINE = 300  # seconds for what takes 40 on a core of its own
+DEADLINE = 300  # seconds; a run takes 40 on its own core
 
 
 def free_port() -> int:
@@ -52,7 +52,7 @@ def free_port() -> int:
 
 @contextmanager
 def processes(*each: list, program=(TRAIN,), folders=None, environs=None):
-    """Programs side by side with one device each; their flags, working folders, environments."""
+    """Starts one program per list of flags, each with one CPU device; yields the processes."""
     started = []
     for number, flags in enumerate(each):
         environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
@@ -75,14 +75,14 @@ def processes(*each: list, program=(TRAIN,), folders=None, environs=None):
 
 
 def joined(run_dir, *each) -> list[list]:
-    """Flags of so many processes of one run, with the coordinator they meet at."""
+    """Flags of the processes of one run, with their coordinator."""
     at = ["--run-dir", run_dir, "--coordinator", f"127.0.0.1:{free_port()}"]
     at += ["--num-processes", len(each)]
     return [[*at, "--process-id", number, *flags] for number, flags in enumerate(each)]
 
 
 def ends(started) -> list[SimpleNamespace]:
-    """Status and last line on standard error of each."""
+    """Status, standard error and its last line of each process."""
     deadline, outcomes = time.monotonic() + DEADLINE, []
     for process in started:
         _, err = process.communicate(timeout=deadline - time.monotonic())
@@ -107,7 +107,7 @@ def wait_for_epoch(run_dir, epoch, started):
 
 
 def alone(run_dir, *flags, status=0):
-    """By one process with one device: this one."""
+    """Train in this process, with one device."""
     try:
         outcome = run_script("train.py", "--run-dir", run_dir, "--devices", 1, *flags)
     finally:
@@ -116,7 +116,7 @@ def alone(run_dir, *flags, status=0):
 
 
 def numbers(run_dir) -> dict:
-    """{name: value}: all rows of metrics.csv, metrics of every split, and the whole last state."""
+    """{name: value} of metrics.csv, of the metrics of every split, and of the last state."""
     rows = enumerate(read_rows(run_dir / "metrics.csv"))
     found = {f"{name} {i}": value for i, row in rows for name, value in row.items()}
     report = json.loads((run_dir / "report.json").read_text())
@@ -174,14 +174,14 @@ runpy.run_path({TRAIN!r}, run_name="__main__")
 @pytest.mark.slow
 @pytest.mark.control
 def test_a_process_with_the_wrong_shard_is_noticed(tmp_path, short):
-    """Negative control: the second process reads what the first one does."""
+    """Negative control: the second process reads the shard of the first."""
     run(tmp_path / "run", SHORT, SHORT, program=("-c", WRONG_SHARD))
     assert largest_error(numbers(tmp_path / "run"), short) > 1e6 * PARALLEL
 
 
 @pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on(tmp_path, long):
-    """SIGTERM to one. What both have saved, one ends as if it had begun it."""
+    """After SIGTERM to one process both stop; one process resumes as if it had been alone."""
     run_dir = tmp_path / "run"
     with processes(*joined(run_dir, LONG, LONG)) as started:
         wait_for_epoch(run_dir, 2, started)
@@ -242,7 +242,7 @@ def test_a_process_that_hangs_ends_the_other(tmp_path):
 
 
 def refused(run_dir, *each, **how) -> str:
-    """The one line with which all of them end."""
+    """The error line with which all processes end."""
     with processes(*each, **how) as started:
         outcomes = ends(started)
     assert [outcome.status for outcome in outcomes] == [2] * len(each), outcomes
@@ -290,7 +290,7 @@ def test_other_data_on_another_host_is_noticed(tmp_path, change):
 
 @pytest.mark.slow
 def test_a_slurm_step_is_found_by_itself(tmp_path):
-    """Two tasks as srun starts them; that they have met shows in the count of devices."""
+    """Two tasks as srun starts them connect; the message counts the devices of both."""
     step = {
         "SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost",
         "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2",
@@ -310,8 +310,8 @@ def test_a_coordinator_whose_others_do_not_come(tmp_path):
     assert "not all processes came to 127.0.0.1:" in outcome.last and "within 3 s" in outcome.last
 
 
-def test_what_differs_is_named(monkeypatch):
-    """Without processes: what three of them would exchange."""
+def test_facts_that_differ_between_processes_are_named(monkeypatch):
+    """The facts of three processes are given without starting them."""
     facts = [{"seed": 1, "the test images": "8"}, {"seed": 1, "the test images": "9"}]
     monkeypatch.setattr(distributed, "exchange", lambda own: [own, facts[0], facts[1]])
     with pytest.raises(distributed.Refusal, match="the test images: .* in process 2"):
@@ -337,7 +337,7 @@ def test_what_differs_is_named(monkeypatch):
         ((None, 2, 0), "need `coordinator`"),
     ],
 )
-def test_arguments_that_make_no_sense(arguments, words):
+def test_invalid_arguments_of_processes_are_named(arguments, words):
     with pytest.raises(InputError, match=words), distributed.joined(*arguments, timeout=1):
         pass
 
@@ -366,7 +366,7 @@ CLUSTERS = {
 @pytest.mark.parametrize("chosen", [True, False])
 @pytest.mark.parametrize("cluster", CLUSTERS)
 def test_a_port_of_a_cluster_that_another_program_listens_at(monkeypatch, cluster, chosen):
-    """JAX itself says which port it makes of the job's number."""
+    """The port that JAX derives from the job number is in use."""
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it crashes"))
     for name, value in CLUSTERS[cluster].items():
         monkeypatch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""The ways in which a step is timed: that each is another program for the same numbers."""
+"""Timed variants of a step: each is a different program for the same numbers."""
 
 import json
 import sys
@@ -49,11 +49,11 @@ def test_every_way_is_another_program(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["remedies", *words])
     job = lowerings.make_job(lowerings.parse())
     variables = nnx.state(lowerings.make_model(job))
-    names = [name for name in lowerings.WAYS if name != "library-options"]  # of the compiler alone
+    names = [name for name in lowerings.WAYS if name != "library-options"]  # compiler only
     assert len({lowerings.compile_step(job, name, variables) for name in names}) == len(names)
 
 
-def test_what_is_not_known_is_said(monkeypatch, capsys):
+def test_an_unknown_variant_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit) as status:
         run(monkeypatch, "faster")
     assert status.value.code == 2 and "unknown faster" in capsys.readouterr().err
@@ -63,7 +63,7 @@ def test_what_is_not_known_is_said(monkeypatch, capsys):
     assert status.value.code == 2 and "resnet18" in capsys.readouterr().err
 
 
-def test_afterwards_all_is_as_it_was():
+def test_a_timed_variant_leaves_no_patch():
     names = [(place, name, getattr(place, name)) for place, name, _ in lowerings.WAYS["library"]]
     with lowerings.computed("library"):
         assert all(getattr(place, name) is not before for place, name, before in names)

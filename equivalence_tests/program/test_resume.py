@@ -1,4 +1,4 @@
-"""What a run goes on from: its own data, its own checkpoints, and nothing else that may be gone."""
+"""A resumed run needs its own data and checkpoints, and no other files."""
 
 import shutil
 import signal
@@ -30,7 +30,7 @@ def cut(config, run_dir, monkeypatch, step=7):
 
 
 def test_the_time_before_a_cut_counts(tmp_path, monkeypatch):
-    """A row of an epoch that was cut off has all of its steps and seconds."""
+    """The row of an interrupted epoch has all its steps and seconds."""
     config = small(epochs="2")
     cut(config, tmp_path, monkeypatch)
     document = restore.restore(tmp_path, Checkpoints.latest)[0]
@@ -42,7 +42,7 @@ def test_the_time_before_a_cut_counts(tmp_path, monkeypatch):
 
 
 def test_a_finished_run_can_be_stopped_at_its_evaluation(tmp_path, monkeypatch):
-    """It has no epoch of its own whose time could be taken."""
+    """Such a run has no epoch in progress to be timed."""
     fit(small(epochs="1"), tmp_path, display=quiet())
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(distributed, "agreed_signal", lambda _: signal.SIGTERM)
@@ -52,7 +52,7 @@ def test_a_finished_run_can_be_stopped_at_its_evaluation(tmp_path, monkeypatch):
 
 @pytest.fixture
 def begun(tmp_path, monkeypatch):
-    """A folder of images and the config of a run on it that was cut off."""
+    """A folder of images and the config of an interrupted run on it."""
     for name in ("cat", "dog"):
         fill(tmp_path / "data" / name, 20)
     data = {"dataset": f"folder:{tmp_path / 'data'}", "image_size": "8"}
@@ -73,18 +73,18 @@ def grown(data):
     (renamed, "classes: cat, dog, now bird, cat"), (grown, "train images: "),
 ])  # fmt: skip
 def test_other_data_is_refused(begun, tmp_path, change, words):
-    """Labels would be swapped, or images of the training held out."""
+    """Otherwise labels could be swapped, or training images be held out."""
     kept = steps_in(tmp_path / "run" / "checkpoints")
     change(tmp_path / "data")
     with pytest.raises(InputError, match=words):
         fit(begun, tmp_path / "run", resume=True, display=quiet())
     assert steps_in(tmp_path / "run" / "checkpoints") == kept
-    if change is grown:  # of other classes it has its own words
+    if change is grown:  # other classes have their own message
         refused(run_script("evaluate.py", tmp_path / "run"), words)
 
 
 def test_a_run_of_an_earlier_version_has_names_as_the_disk_has_them(begun, tmp_path):
-    """On some an accent is a character of its own."""
+    """Some file systems store an accent as a separate character."""
     (tmp_path / "data" / "dog").rename(tmp_path / "data" / "d\u00f6g")
     [step] = (tmp_path / "run" / "checkpoints").glob("[0-9]*")
     text = (step / "document" / "metadata").read_text()
@@ -135,7 +135,7 @@ def test_a_source_does_not_switch_the_compilation_cache_on(tmp_path):
 
 
 def test_the_report_names_the_epoch_that_was_evaluated(tmp_path, monkeypatch):
-    """Where the best checkpoint is damaged, that is the newest."""
+    """If the best checkpoint is damaged, the newest is evaluated."""
     monkeypatch.setattr(selection, "improves", lambda value, before, *_: before is None)
     report = fit(small(epochs="3"), tmp_path, display=quiet())
     assert report["best_epoch"] == report["evaluated_epoch"] == 1
@@ -146,7 +146,7 @@ def test_the_report_names_the_epoch_that_was_evaluated(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("left", ["", "{"])
 def test_a_run_that_died_in_its_first_second_begins_again(tmp_path, left):
-    """Its lock is there, config.json is not yet, or half of it."""
+    """Such a run has left its lock, and no config.json or half of one."""
     (tmp_path / "run.lock").write_text("1")
     if left:
         (tmp_path / "config.tmp").write_text(left)

@@ -1,4 +1,4 @@
-"""A run directory: who may write and delete in it, and what of it is believed."""
+"""Run directories: rules for writing and deleting, and checks of their content."""
 
 import errno
 import fcntl
@@ -36,7 +36,7 @@ HUGGING_FACE = '{"model_type": "bert", "hidden_size": 768}'
 
 
 def tree(folder: Path) -> dict:
-    """{path: content} of everything below, links as what they say."""
+    """{path: content} of everything below; the content of a link is its target."""
     return {
         str(path.relative_to(folder)): os.readlink(path)
         if path.is_symlink()
@@ -54,7 +54,7 @@ def write(path: Path, text: str = "mine") -> Path:
 
 
 def without_training(run_dir: Path) -> Path:
-    """What a run of one epoch leaves when it is cut off."""
+    """The directory of a run that was cut off after one epoch."""
     directory = RunDirectory(run_dir)
     directory.write_config(TrainConfig())
     directory.start_logs(None, 0)
@@ -78,7 +78,7 @@ def begun(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two epochs."""
+    """The directory of a finished run of two epochs."""
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
     fit(small(epochs="2", data={"train_images": "96"}), run_dir, display=quiet())
     return run_dir
@@ -89,7 +89,7 @@ def copy(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
-# Whose data are deleted
+# Which files are deleted
 
 
 @pytest.mark.parametrize("files", [
@@ -133,7 +133,7 @@ def test_an_empty_foreign_folder_is_foreign_too(begun):
 
 
 def test_links_are_deleted_and_what_they_point_at_is_not(begun, tmp_path):
-    """Links in the run; a run directory that is a link stays one."""
+    """Links inside a run are deleted; a run directory that is a link stays one."""
     shutil.move(begun / "checkpoints", tmp_path / "scratch")
     (begun / "checkpoints").symlink_to(tmp_path / "scratch")
     mine = write(tmp_path / "mine.csv")
@@ -148,7 +148,7 @@ def test_links_are_deleted_and_what_they_point_at_is_not(begun, tmp_path):
 
 
 def test_all_that_a_run_writes_is_its_own(finished, copy):
-    """Also what is left of it after it was killed inside a save."""
+    """Remains of a run that was killed during a save are its own too."""
     assert owned.foreign(finished) == []
     for name in (
         "checkpoints/9.orbax-checkpoint-tmp/state.orbax-checkpoint-tmp/ocdbt.process_0/d",
@@ -168,7 +168,7 @@ def test_a_run_whose_config_is_damaged_is_still_a_run(begun):
 
 
 def test_converted_weights_replace_a_run_and_nothing_else(begun, tmp_path, monkeypatch):
-    """The run is the working directory and given as a link; it is the same directory afterwards."""
+    """The run is the working directory and given as a link; the directory stays the same one."""
     weights = tmp_path / "weights.safetensors"
     export.write_safetensors(weights, convert.state_dict(create_model("basic_cnn", in_channels=1)))
     write(tmp_path / "bert" / "config.json", HUGGING_FACE)
@@ -189,7 +189,7 @@ def test_converted_weights_replace_a_run_and_nothing_else(begun, tmp_path, monke
     assert {path.name for path in tmp_path.iterdir()} == {"bert", "latest", "run", weights.name}
 
 
-# Who is in it
+# Which run owns the directory
 
 
 def test_runs_that_begin_at_once_get_directories_of_their_own(tmp_path, monkeypatch):
@@ -267,7 +267,7 @@ def replaced(path):
 
 @pytest.mark.parametrize("fate", [moved, shutil.rmtree, emptied, replaced])
 def test_a_run_ends_where_its_directory_is_gone(tmp_path, fate):
-    """At every kind of write, and it does not come back."""
+    """Every kind of write fails and does not create the directory again."""
     path = tmp_path / "run"
     directory = RunDirectory(path)
     directory.start_logs(None, 0)
@@ -304,12 +304,14 @@ def test_a_training_ends_where_its_directory_is_gone(tmp_path, monkeypatch, caps
     assert len(tables.read_rows(tmp_path / "elsewhere" / "metrics.csv")) == 1
 
 
-# What is believed
+# Which files are trusted
 
 
 def test_a_cut_off_run_comes_back_whatever_happened_to_its_files(finished, copy):
-    """An edited setting, a row cut off in its middle, a table deleted: each is named, all are
-    written anew from the checkpoint, and the run ends as it would have."""
+    """An edited setting, a truncated row and a deleted table are named and restored.
+
+    They are restored from the checkpoint, and the run ends as the uninterrupted one.
+    """
     flips.unfinished(copy)
     values = json.loads((copy / "config.json").read_text())
     values["optimizer"]["lr"] *= 10
@@ -332,7 +334,7 @@ def test_a_cut_off_run_comes_back_whatever_happened_to_its_files(finished, copy)
 
 
 def test_a_damaged_report_is_written_again(finished, copy):
-    """And where nothing is damaged, nothing is written."""
+    """If nothing is damaged, nothing is written."""
     text = (copy / "report.json").read_text()
     (copy / "report.json").write_text(text.replace('"epochs": 2', '"epochs": 3'))
     outcome = run_script("train.py", "--resume", "--run-dir", copy)
@@ -444,7 +446,7 @@ def test_a_table_comes_back_from_either_copy(tmp_path, copies):
 
 
 def test_rows_are_appended(tmp_path, monkeypatch):
-    """The tenth thousandth costs what the first one cost: nothing is read or replaced."""
+    """The cost of a row does not grow: nothing is read or replaced."""
     table = tables.Table(tmp_path / "a.csv", tmp_path / "b.csv")
     table.start(b"")
     for refused_call in ("write", "read"):
@@ -478,7 +480,7 @@ def test_rows_lost_in_both_copies_are_said(begun):
     (b"epoch,loss\n\xc2\xb2,0.5\n", [], ["metrics.csv", "lost"]),
 ])  # fmt: skip
 def test_a_run_of_an_earlier_version_keeps_the_rows_of_its_file(begun, content, rows, words):
-    """Its checkpoints know of no tables."""
+    """Checkpoints of earlier versions contain no tables."""
     (begun / "metrics.csv").write_bytes(content)
     said = []
     directory = RunDirectory(begun, resume=True, say=said.append)
@@ -495,7 +497,7 @@ def test_json_holds_no_nan():
 
 @pytest.mark.parametrize("cut", [False, True], ids=["finished", "unfinished"])
 def test_a_flipped_bit_is_harmless_or_named(copy, cut):
-    """In any file of a run; the long form is `python -m equivalence_tests.studies.flips`."""
+    """The bit is in any file; `python -m equivalence_tests.studies.flips` is the long version."""
     if cut:
         flips.unfinished(copy)
     counts, rows = flips.study(copy, 60, seed=int(cut))

@@ -1,4 +1,4 @@
-"""A recipe is the same in both frameworks, and the script that measures it sees where it is not."""
+"""A recipe trains equally in both frameworks, and the comparison detects a fault."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from flax_resnet.recipes import RECIPES
 
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
-    """The exit status of `same_recipe` on a few small images, and what it wrote."""
+    """A function that runs `same_recipe` on a few small images: exit status and written row."""
     recipe = RECIPES["imagenette-cnn"]
     smaller = cli.merge(recipe.config, {"batch_size": 16, "data": {"image_size": 16}})
     monkeypatch.setitem(RECIPES, "imagenette-cnn", dataclasses.replace(recipe, config=smaller))

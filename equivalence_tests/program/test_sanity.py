@@ -14,7 +14,7 @@ from flax_resnet.recipes import RECIPES
 from flax_resnet.training import sanity
 
 UNLIKE = np.eye(3, dtype=int) * 5
-"""A confusion matrix of three classes, each predicted."""
+"""A confusion matrix of three classes in which each is predicted."""
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_settings_of_no_effect_are_named(changes, words):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_recipe_has_settings_of_no_effect(name):
-    """But for one, whose source has them."""
+    """One recipe is excepted, because its source has such a setting."""
     published = {"cifar10-resnet50-224": ["patience 5 lies beyond the 2 epoch(s) of the run"]}
     assert sanity.of_settings(RECIPES[name].config, 3, ()) == published.get(name, [])
 

@@ -1,4 +1,4 @@
-"""The house: pins, imports, the README's commands."""
+"""The repository: pinned versions, import contracts, the README's commands."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def test_pyproject_and_constraints_pin_the_same():
 
 
 def test_what_is_installed_is_what_is_pinned():
-    """Two machines get the same versions, whatever day they ask their registry."""
+    """Two machines get the same versions, whenever they install."""
     wrong, checked = [], 0
     for pin in map(Requirement, PINS):
         if pin.marker and not pin.marker.evaluate():
@@ -33,7 +33,7 @@ def test_what_is_installed_is_what_is_pinned():
         try:
             installed = metadata.version(pin.name)
         except metadata.PackageNotFoundError:
-            continue  # of an extra that is not asked for
+            continue  # part of an extra that is not installed
         checked += 1
         if not pin.specifier.contains(installed.split("+")[0]):
             wrong.append(f"{pin.name} {installed} instead of {pin.specifier}")
@@ -50,7 +50,7 @@ def test_every_dependency_is_pinned():
 
 
 def test_imports_point_one_way():
-    """The contracts stand in pyproject.toml."""
+    """The contracts are in pyproject.toml."""
     command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

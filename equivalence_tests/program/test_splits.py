@@ -1,4 +1,4 @@
-"""Splits: disjoint, complete, stratified, limited; and those that cannot be made."""
+"""Splits are disjoint, complete, stratified and limited; impossible ones are refused."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,7 +12,7 @@ from flax_resnet.data.sources import ArraySource, open_dataset
 from flax_resnet.errors import InputError
 
 
-def test_digits():
+def test_digits_are_split_reproducibly():
     opened = open_dataset(DataConfig())
     assert [len(s) for s in (opened.train, opened.validation, opened.test)] == [1293, 144, 360]
     assert opened.channels == 1 and opened.class_names == tuple("0123456789")
@@ -27,7 +27,7 @@ def test_digits():
 
 
 def opened_labels(monkeypatch, labels, **fields):
-    """`open_dataset` on images that say their own number."""
+    """`open_dataset` on images whose pixels hold their own number."""
     labels = np.asarray(labels, np.int32)
     source = ArraySource(np.arange(len(labels))[:, None, None, None], labels)
     facts = {"class_names": ("a", "b", "c"), "channels": 1}
@@ -91,13 +91,13 @@ def test_held_out_splits_may_be_empty(monkeypatch):
         ([0] * 400 + [1] * 2, {"test_fraction": 0.98}, "stratified"),
     ],
 )
-def test_splits_that_cannot_be(monkeypatch, labels, fields, words):
+def test_impossible_splits_are_refused(monkeypatch, labels, fields, words):
     with pytest.raises(InputError, match=words):
         opened_labels(monkeypatch, labels, **fields)
 
 
 def test_a_seed_that_scikit_learn_does_not_take_is_refused(monkeypatch):
-    """And is not taken for classes that cannot be stratified."""
+    """The message does not blame the classes; the largest valid seed works."""
     labels = [0] * 50 + [1, 2] * 10
     opened = opened_labels(monkeypatch, labels, train_images=28, split_seed=2**32 - 1)
     assert np.bincount(opened.train.labels).tolist() == [20, 4, 4]

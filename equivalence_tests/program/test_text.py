@@ -1,4 +1,4 @@
-"""What strangers' words may do to a terminal: nothing."""
+"""Text from files and names cannot control the terminal."""
 
 import re
 
@@ -40,7 +40,7 @@ def test_long_names_and_long_lists_are_cut():
 
 @pytest.fixture
 def verbose():
-    """As a command is that was called with --verbose; the next command is not."""
+    """Within this fixture commands are verbose; afterwards they are not."""
     cli.Parser().parse_args(["--verbose"])
     yield
     cli.Parser().parse_args([])

@@ -1,4 +1,4 @@
-"""Sets prepared by TensorFlow Datasets, read without TensorFlow."""
+"""Data sets prepared by TensorFlow Datasets, read without TensorFlow."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from flax_resnet.errors import InputError
 
 @pytest.fixture(scope="module")
 def tfds_set(tmp_path_factory):
-    """Makes a prepared set: split -> number of images; feature of the label; modes by number."""
+    """Writes a prepared data set with images per split, a label feature and image modes."""
     tfds = pytest.importorskip("tensorflow_datasets")
     folder = tmp_path_factory.mktemp("tfds")
 
@@ -51,7 +51,7 @@ def tfds_set(tmp_path_factory):
         yield make
 
 
-def test_tfds(tfds_set):
+def test_prepared_tfds_sets_are_read(tfds_set):
     opened = open_dataset(DataConfig(dataset=tfds_set("pets", {"train": 40, "test": 10})))
     assert opened.class_names == ("cat", "dog") and opened.channels == 3
     assert [len(s) for s in (opened.train, opened.validation, opened.test)] == [36, 4, 10]

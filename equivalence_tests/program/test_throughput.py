@@ -1,5 +1,7 @@
-"""The sums behind the benchmark's table, on figures done by hand."""
+"""The figures of the benchmark's table, compared with results computed by hand."""
 
+import importlib.util
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -28,7 +30,7 @@ VALUES = [2.3, 2.2, 2.1]
 
 
 def ran(job: Job, factor=1.0, rounds=2) -> list[tuple[Job, dict]]:
-    """Rounds of a program; the values of the last are `factor` off."""
+    """Rounds of a program; the values of the last are multiplied by `factor`."""
     right = {"values": VALUES, "seconds_per_step": [1.0]}
     wrong = right | {"values": [factor * value for value in VALUES]}
     return [(job, right)] * (rounds - 1) + [(job, wrong)]
@@ -36,7 +38,7 @@ def ran(job: Job, factor=1.0, rounds=2) -> list[tuple[Job, dict]]:
 
 @pytest.mark.parametrize("dtype", agreement.SAME_LOSS)
 def test_a_variant_with_other_losses_is_skipped_with_the_reason(dtype):
-    """The same that stays below the bound is timed."""
+    """A variant with a difference below the bound is timed."""
     for share, stays in ((2, False), (0.5, True)):
         factor = 1 + share * agreement.SAME_LOSS[dtype]
         outcomes = [
@@ -57,7 +59,7 @@ def test_the_plain_pair_must_agree(job):
     if job == EAGER:
         with pytest.raises(agreement.Disagreement, match="torch eager.*1.0e-02.*jax jit"):
             agreement.check_losses(outcomes)
-    else:  # rounds of one program that differ among themselves are set aside
+    else:  # a program whose own rounds differ is skipped
         jit, eager = agreement.check_losses(outcomes)
         assert not throughput.timed(jit) and throughput.timed(eager)
 
@@ -76,7 +78,7 @@ def test_modes_and_batches_are_not_compared_with_each_other():
 @pytest.mark.control
 @pytest.mark.parametrize("off, agree", [(1e-7, False), (1e-12, True)])
 def test_a_rule_without_weight_decay_is_not_timed(monkeypatch, off, agree):
-    """It moves the first losses by 1e-7, which only float64 shows."""
+    """Weight decay changes the first losses by 1e-7, which only float64 shows."""
 
     def launch(job, kept):
         assert (job.dtype, job.device, job.mode, job.blocks) == ("float64", "cpu", "train", 0)
@@ -119,7 +121,7 @@ LAYER = roofline.Layer(multiplications=1000, inputs=30, outputs=20, weights=50)
 
 
 def test_the_floor_of_one_layer():
-    """2 FLOPs a multiplication, three passes in training; then whichever takes longer."""
+    """2 FLOPs per multiplication, three passes in training; then the longer of both times."""
     assert roofline.step_flops([LAYER], "inference", 8) == 16_000
     assert roofline.step_flops([LAYER, LAYER], "train", 8) == 96_000
     inference_bytes = 8 * (20 + 30) * 2 + 50 * 2
@@ -135,7 +137,7 @@ def test_a_row_is_the_median_of_all_blocks():
             "compile_seconds": compile_seconds, "peak_memory_bytes": memory,
         }  # fmt: skip
 
-    whole = replace(EAGER, batch_size=16)  # did not fit, and its outcome is not in the figures
+    whole = replace(EAGER, batch_size=16)  # did not fit in memory, so it is left out
     runs = [(whole, {"out_of_memory": True})]
     runs += [(EAGER, outcome([1.0, 4.0], True, 9.0, 7)), (EAGER, outcome([2.0], False, 3.0, 5))]
     ceilings = {"flops": 96_000.0, "bytes": 1e9}
@@ -149,13 +151,27 @@ def test_a_row_is_the_median_of_all_blocks():
     assert {name: found[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("framework", VARIANTS)
+def test_the_process_of_a_job_starts_an_existing_module(monkeypatch, tmp_path, framework):
+    commands = []
+
+    def record(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="{}")
+
+    monkeypatch.setattr(fresh_process.subprocess, "run", record)
+    fresh_process.execute(replace(JOB, framework=framework), tmp_path)
+    [[_, flag, module]] = commands
+    assert flag == "-m" and importlib.util.find_spec(module), module
+
+
 SIDES = {"jax": timed_jax, "torch": timed_torch}
 PAIRS = [("jax", "jit"), ("jax", "folded"), ("torch", "eager"), ("torch", "folded")]
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> list[list[tuple[Job, dict]]]:
-    """Of inference with and without BatchNorm."""
+    """Outcomes of inference with BatchNorm and folded."""
     job = replace(JOB, arch="resnet20", stem=None, image_size=8, mode="inference")
     files = throughput.weight_files(job, tmp_path_factory.mktemp("weights"))
     jobs = [
@@ -166,7 +182,7 @@ def outcomes(tmp_path_factory) -> list[list[tuple[Job, dict]]]:
 
 
 def evaluated(job: Job) -> dict:
-    """In this process, whose settings stay; torch.compile changes no value."""
+    """The outcome of a job in this process, without its settings and without torch.compile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timed_jax, "configure", lambda job: None)
         patch.setattr(timed_torch, "configure", lambda job: torch.device("cpu"))
@@ -179,12 +195,12 @@ def evaluated(job: Job) -> dict:
 def test_folded_networks_compute_the_same(outcomes):
     assert agreement.check_losses(outcomes) == outcomes
     jit, jax_folded, eager, torch_folded = (outcome["values"] for [(_, outcome)] in outcomes)
-    assert jit != jax_folded and eager != torch_folded  # in the last places: another program
+    assert jit != jax_folded and eager != torch_folded  # rounding shows that the programs differ
 
 
 @pytest.mark.control
 def test_a_wrong_folding_is_not_timed(outcomes, monkeypatch):
-    """Negative control: a network that forgot its weights."""
+    """Negative control: the folded network has other weights."""
     another = lambda model: create_model("resnet20", 10)  # noqa: E731
     monkeypatch.setattr(timed_jax, "fold_batchnorm", another)
     monkeypatch.setattr(timed_torch, "fuse", lambda net: torch.nn.Sequential(net, torch.nn.ReLU()))

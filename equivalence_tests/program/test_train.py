@@ -1,4 +1,4 @@
-"""Training from the command line: what it writes, repeats, resumes and reports."""
+"""Training: written files, repetition, resuming and reports."""
 
 import csv
 import hashlib
@@ -66,7 +66,7 @@ def digest(run_dir) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of three epochs by the command, its directory and what it printed."""
+    """A run of three epochs by the command: its directory and its output."""
     run_dir = tmp_path_factory.mktemp("train") / "run"
     outcome = train(run_dir, "--epochs", 3, "--seed", 1)
     assert outcome.status == 0, outcome.err
@@ -78,12 +78,12 @@ def report(finished):
     return json.loads((finished[0] / "report.json").read_text())
 
 
-def test_it_learns(report):
+def test_three_epochs_learn_the_digits(report):
     """Three epochs of 640 images: chance is 0.1."""
     assert report["splits"]["test"]["accuracy"] > 0.5
 
 
-def test_everything_is_printed(finished):
+def test_the_command_prints_every_result(finished):
     out = finished[1].out
     for word in (
         "parameters",
@@ -128,7 +128,7 @@ def test_per_class_table_agrees_with_the_report(finished, report):
     assert f1 == pytest.approx(report["splits"]["test"]["f1_macro"], abs=1e-12)
 
 
-def test_pictures_are_pictures(finished):
+def test_written_pictures_have_content(finished):
     for name in ("curves.png", "confusion_matrix.png"):
         with Image.open(finished[0] / name) as image:
             assert min(image.size) > 300
@@ -191,7 +191,7 @@ EVERYTHING = {
 
 
 def cut_at(step, monkeypatch):
-    """The next trainings are told to stop at this step."""
+    """Make the next trainings stop at this step."""
     original = loop.at_log_step
 
     def at_log_step(run, count):
@@ -204,7 +204,7 @@ def cut_at(step, monkeypatch):
 
 @pytest.mark.parametrize("cache", ["device", "none"])
 def test_a_run_cut_off_at_any_step_ends_the_same(tmp_path, monkeypatch, cache):
-    """Mid-epoch and at an epoch's last step, with all that is random or remembers in flight."""
+    """The cuts are within an epoch and at its last step; all random and stateful parts are used."""
     config = small(**EVERYTHING, data={"train_images": "640", "cache": cache})
     fit(config, tmp_path / "straight", display=quiet())
     for step in (7, 20, 45):
@@ -218,7 +218,7 @@ def test_a_run_cut_off_at_any_step_ends_the_same(tmp_path, monkeypatch, cache):
 
 
 def test_a_run_cut_off_at_the_last_step_of_its_best_epoch_reports_that(tmp_path, monkeypatch):
-    """Its weights were saved before their validation."""
+    """The weights of that epoch are saved before their validation."""
     config = small(epochs="2")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         cut_at(40, patch)
@@ -239,8 +239,10 @@ def test_images_decoded_every_epoch_train_the_same_weights(tmp_path):
 
 
 def assert_alike(one, two):
-    """The weights of two runs, up to rounding in float32, of which Adam makes steps of its own
-    size where a gradient is nearly 0."""
+    """Asserts that the weights of two runs agree up to float32 rounding.
+
+    Where a gradient is nearly 0, Adam turns rounding into steps of full size.
+    """
     one, two = weights(one), weights(two)
     for name in one:
         np.testing.assert_allclose(one[name], two[name], rtol=2e-3, atol=2e-4)
@@ -258,7 +260,7 @@ def test_several_steps_a_dispatch_are_the_same_steps(tmp_path):
     ("cifar10:/x/cifar-10-python.tar.gz", "cifar10"), ("folder:~nobody/a b", "a-b"),
 ])  # fmt: skip
 def test_a_run_is_named_after_its_data(dataset, name, tmp_path, monkeypatch):
-    """And has its directory to itself, before anything is in it."""
+    """The directory is reserved while it is still empty."""
     monkeypatch.chdir(tmp_path)
     config = cli.merge(TrainConfig(), {"data": {"dataset": dataset}})
     assert reserve(config) == Path("runs") / f"resnet18-{name}"
@@ -267,7 +269,7 @@ def test_a_run_is_named_after_its_data(dataset, name, tmp_path, monkeypatch):
 
 
 def test_a_run_under_pmap_is_that_on_a_mesh(tmp_path, monkeypatch):
-    """Cut off, resumed, and evaluated with the weights of its best checkpoint."""
+    """The run is cut off, resumed, and evaluated with its best checkpoint."""
     for kind in ("jit", "pmap"):
         config = small(epochs="2", parallel={"devices": "2", "parallel": kind})
         if kind == "pmap":
@@ -281,7 +283,7 @@ def test_a_run_under_pmap_is_that_on_a_mesh(tmp_path, monkeypatch):
 
 def test_early_stopping_ends_the_run_and_restores_the_best(tmp_path):
     config = small(
-        epochs="40",  # rounding decides when it stops: four seeds did after 3 to 14
+        epochs="40",  # rounding decides when it stops: four seeds stopped after 3 to 14
         optimizer={"optimizer": "adam", "lr": "0.02", "label_smoothing": "0"},
         schedule={"schedule": "constant"},
         early_stopping={"patience": "2", "monitor": "validation_loss"},
@@ -312,7 +314,7 @@ def test_the_last_weights_are_served_where_the_best_are_not_restored(tmp_path):
 
 
 def test_weights_of_a_wide_run_leave_the_types_alone(tmp_path):
-    """A float32 run that starts from a float64 one stays narrow, and the other way round."""
+    """A float32 run that starts from float64 weights stays float32, and the reverse."""
     for dtype in ("float64", "float32"):
         model = {"arch": "basic_cnn", "dtype": dtype}
         fit(small(epochs="1", model=model), tmp_path / dtype, display=quiet())
@@ -342,7 +344,7 @@ def test_frozen_batchnorm_keeps_its_statistics(tmp_path):
 
 
 def test_weights_and_average_move_together_after_a_batch_is_skipped():
-    """Two batches make an update; the first is not finite, so the third completes one."""
+    """Two batches make an update; the first is skipped, so the third completes the update."""
     config = small(optimizer={"accumulate_steps": "2", "ema_decay": ".9"}, skip_nonfinite="1")
     state = steps.make_state(Variables({"fc": {"bias": jnp.zeros(3)}}, {}, {}), config)
     moved = []
@@ -352,10 +354,10 @@ def test_weights_and_average_move_together_after_a_batch_is_skipped():
         new = steps._unless_finite(finite, new, state)
         pairs = ((state.params, new.params), (state.ema, new.ema))
         moved.append([bool((old["fc"]["bias"] != now["fc"]["bias"]).any()) for old, now in pairs])
-        if len(moved) == 2:  # half an update is held back
+        if len(moved) == 2:  # half of an update is accumulated
             with pytest.raises(InputError, match="between two updates"):
                 training_state.training_arrays(new, config.optimizer)
-        if len(moved) == 3:  # the first copies the weights
+        if len(moved) == 3:  # the first update copies the weights
             np.testing.assert_array_equal(new.ema["fc"]["bias"], new.params["fc"]["bias"])
         state = new
     assert moved == [[False] * 2, [False] * 2, [True] * 2, [False] * 2, [True] * 2]

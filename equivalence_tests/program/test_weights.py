@@ -1,4 +1,4 @@
-"""Files of weights: read whole or refused, whatever they are called and however they are nested."""
+"""Weight files are read completely or refused, whatever their names and nesting."""
 
 import argparse
 import collections
@@ -51,7 +51,7 @@ def tensors(arrays) -> dict:
 
 
 def other(tensors: dict) -> dict:
-    """Weights of the same network, every number another."""
+    """Weights of the same network, with every number different."""
     return {name: tensor + 1 for name, tensor in tensors.items()}
 
 
@@ -74,7 +74,7 @@ def same(got: dict, expected: dict) -> bool:
     )
 
 
-# What a file is.
+# File formats.
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a.PTH", "a.pth.tar", "a.ckpt", "a.bin", "a", "a.sft"])
@@ -153,7 +153,7 @@ def test_a_file_that_is_cut_off_is_called_truncated(kind, arrays, tmp_path):
 
 
 def test_no_flipped_bit_of_a_pth_gives_other_weights():
-    """Few numbers, so that many of the bits are those of names, sizes and the zip itself."""
+    """The file has few numbers, so many bits belong to names, sizes and the zip itself."""
     few = {"layer1.0.conv1.weight": np.ones((2, 1, 1, 1), "f4"), "fc.bias": np.arange(9.0)}
     found = weight_flips.count(".pth", few, 400, lambda path: files.load(path)[0])
     assert found["other weights"] == 0 and found["refused"] > 200
@@ -186,7 +186,7 @@ def test_a_checksum_in_the_name_is_held_against_the_file(arrays, tmp_path):
     assert files.load(path)[1] == ""
 
 
-# What a file must not hold.
+# Malicious and broken contents.
 
 
 class Net(nn.Linear):
@@ -223,7 +223,7 @@ def test_what_is_neither_tensor_nor_plain_is_named(kind, legacy, tensors, tmp_pa
 
 
 def forged(path: Path, pickled: bytes) -> Path:
-    """A zip as torch.save makes them, around this pickle."""
+    """A zip in torch.save's format with this pickle."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/data/0", bytes(4))
@@ -244,7 +244,7 @@ def deep(levels: int) -> bytes:
 
 
 def shared(levels: int) -> bytes:
-    """Every list holds the one before it twice: 2^levels paths."""
+    """Nested lists in which each holds the previous one twice: 2^levels paths."""
     content = []
     for _ in range(levels):
         content = [content, content]
@@ -261,7 +261,7 @@ TRAPS = {
 
 
 @pytest.mark.parametrize("trap", TRAPS)
-def test_traps_are_refused_at_once(trap, tmp_path):
+def test_malicious_pickles_are_refused_at_once(trap, tmp_path):
     path, started = forged(tmp_path / "trap.pth", TRAPS[trap]), time.monotonic()
     with pytest.raises(InputError, match="trap.pth: "):
         files.load(path)
@@ -269,7 +269,7 @@ def test_traps_are_refused_at_once(trap, tmp_path):
 
 
 def tensor_of_one_number(offset: int, size: int, stride: int) -> bytes:
-    """The pickle of {"fc.bias": such a view of a storage of one float}."""
+    """The pickle of {"fc.bias": a view of a storage of one float}."""
     offset, size, stride = (
         b"J" + n.to_bytes(4, "little", signed=True) for n in (offset, size, stride)
     )
@@ -324,7 +324,7 @@ def test_huge_shapes_are_only_compared(shape):
         convert.conform(strange, inputs.state_shapes("basic_cnn"))
 
 
-# Which of a file's tensors are taken.
+# Choice of tensors in a file.
 
 FORMS = {
     "alone": (lambda w: w, ""),
@@ -411,7 +411,7 @@ def test_a_backbone_becomes_a_run_with_a_new_head(tensors, arrays, tmp_path):
 
 
 def fine_tuned(source: Path, num_classes=3, class_names=(), **options) -> tuple[dict, list]:
-    """The weights that a training begins with, and what it says of them."""
+    """The initial weights of a training that starts from a file, and its messages."""
     model, said = flax_resnet.create_model("resnet20", num_classes), []
     config = TrainConfig(
         init_from=str(source), model=ModelConfig(num_classes=num_classes), **options
@@ -441,7 +441,7 @@ def test_fine_tuning_starts_from_any_file(tensors, arrays, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(arrays, tmp_path_factory) -> dict[str, Path]:
-    """One network that knows its classes in two orders, and one whose numbers overflow."""
+    """Runs of one network with its classes in two orders, and of one whose numbers overflow."""
     folder = tmp_path_factory.mktemp("runs")
     turned = {name: arrays[name][::-1] for name in ("fc.weight", "fc.bias")}
     huge = {"fc.weight": np.full_like(arrays["fc.weight"], 3e38)}
@@ -491,7 +491,7 @@ def test_flags_of_weights_need_weights():
             TrainConfig(**flag)
 
 
-# What the numbers may be.
+# Allowed values.
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.int32])
@@ -558,7 +558,7 @@ def test_what_are_no_arrays_are_refused_and_nothing_is_loaded(kind, arrays):
     assert same(flax_resnet.state_dict(model), before)
 
 
-def test_reading_weights_needs_no_torch(tensors, arrays, tmp_path, monkeypatch):
+def test_reading_weights_does_not_import_torch(tensors, arrays, tmp_path, monkeypatch):
     path = saved(tmp_path, collections.OrderedDict(tensors))
     monkeypatch.setitem(sys.modules, "torch", None)
     assert same(files.load(path)[0], arrays)

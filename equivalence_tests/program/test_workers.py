@@ -1,4 +1,4 @@
-"""Processes that decode: in order, in step with their parent, and gone when it is gone."""
+"""Decoding processes deliver in order and end with their parent."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def pids(in_turn) -> list[int]:
 
 
 def is_there(pid: int) -> bool:
-    """Running, not merely a status that nobody has asked for."""
+    """Whether a process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -71,7 +71,7 @@ def test_a_process_that_was_killed_is_named_and_the_others_end():
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_are_left_to_the_parent(signum):
-    """From the first moment on, before Python has begun in them."""
+    """Workers ignore signals from their start, before Python runs."""
     everything = InTurn(jobs.counts, 1)
     os.kill(*pids(everything), signum)
     assert [next(everything) for _ in range(3)] == [0, 1, 2]
@@ -85,7 +85,7 @@ def test_they_end_when_nobody_holds_their_iterator():
     assert not is_there(pid)
 
 
-# The module by itself: the package would bring all of JAX.
+# Imports the module alone, because the package would import JAX.
 PARENT = f"""
 import sys, time
 from equivalence_tests.program import jobs
@@ -100,7 +100,7 @@ time.sleep(1000)
 
 @pytest.mark.parametrize("job,begun", [("counts", True), ("stuck", False)])
 def test_they_end_with_a_parent_that_is_killed(job, begun):
-    """Between two items, and before there is one."""
+    """The parent is killed between two items, or before the first one."""
     shared = set(os.listdir("/dev/shm"))
     program = PARENT.format(job=job, begun=begun)
     parent = subprocess.Popen(

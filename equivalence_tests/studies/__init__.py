@@ -1,1 +1,1 @@
-"""Measurements about the proof and the trainings, each a command that writes to `results/`."""
+"""Measurements of the tests and of trainings; each is a command that writes to `results/`."""

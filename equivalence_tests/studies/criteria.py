@@ -1,6 +1,7 @@
-"""The criteria by which other projects call a port of a ResNet correct, to be run on the mutants.
+"""Criteria by which other projects accept a port of a ResNet, applied to the mutants.
 
-Each is taken at its most favourable: the same weights and images for both sides, in float32.
+A mutant is a known difference between ports and PyTorch, injected as a fault. Each criterion gets
+favourable conditions: the same weights and images for both sides, in float32.
 """
 
 import functools
@@ -17,7 +18,7 @@ SIZE = (47, 50)
 
 
 def verdicts(chosen: list[mutants.Mutant]) -> dict[str, list[str]]:
-    """mutant -> the criteria that see it."""
+    """{name of a mutant: the criteria that detect it}."""
     return {mutant.name: _seen(mutant) for mutant in chosen}
 
 
@@ -31,12 +32,12 @@ def _seen(mutant) -> list[str]:
 def _fails(see, arch, reference) -> bool:
     try:
         return not see(arch, reference)
-    except Exception:  # weights that do not even load are seen by all
+    except Exception:  # every criterion detects weights that cannot be loaded
         return True
 
 
 def _network_for(mutant) -> str:
-    """resnet18, or a network of the kind that has what the mutant changes."""
+    """resnet18, or a network that has the part that the mutant changes."""
     needs_groups = mutant.difference in ("8a", "11b")
     return "resnext50_32x4d" if needs_groups else "resnet18"
 
@@ -65,7 +66,7 @@ KINDS = ("fresh", "ones", "random")
 
 
 def _logits(arch, reference, kind):
-    """Of evaluation, on both sides."""
+    """Logits of both sides in evaluation mode."""
     got = engine.run_jax(_case(arch, kind), np.float32, train=False)
     return got["forward"]["fc"], reference[kind]["forward"]["fc"]
 
@@ -77,8 +78,10 @@ def fresh_weights(arch, reference) -> bool:
 
 
 def trained_logits(arch, reference) -> bool:
-    """jax-ml/bonsai, Flax's porting guide: evaluation logits of trained weights, rtol 1e-5; 1e-5
-    of the largest logit is granted too, without which sound code fails."""
+    """jax-ml/bonsai, Flax's porting guide: evaluation logits of trained weights, rtol 1e-5.
+
+    An atol of 1e-5 of the largest logit is added, because correct code would fail without it.
+    """
     got, expected = _logits(arch, reference, "random")
     return bool(np.allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max()))
 
@@ -96,8 +99,8 @@ def mean_difference(arch, reference) -> bool:
 
 
 def training_mode(arch, reference) -> bool:
-    """samuela/torch2jax, the strictest of them: logits within 1e-4 in training too, and running
-    statistics within 1e-6 after one step."""
+    """samuela/torch2jax, the strictest criterion: training logits within 1e-4, running statistics
+    within 1e-6 after one step."""
     got = engine.run_jax(_case(arch, "random"), np.float32)
     expected = reference["training"]
     logits = np.abs(got["forward"]["fc"] - expected["forward"]["fc"]).max() <= 1e-4
@@ -123,4 +126,4 @@ CRITERIA = {
     "training mode 1e-4, 1e-6": training_mode,
     "training loss rtol 1": training_loss,
 }
-"""Each says whether it takes the port for correct."""
+"""Each returns whether it accepts the port."""

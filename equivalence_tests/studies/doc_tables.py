@@ -1,6 +1,6 @@
-"""The tables of figures in README.md and docs/, made from the files in results/.
+"""The tables of figures in README.md and docs/, generated from the files in results/.
 
-    python -m equivalence_tests.studies.doc_tables    # writes them anew
+    python -m equivalence_tests.studies.doc_tables    # updates all pages
 
 A page holds a table between `<!-- begin table: NAME -->` and `<!-- end table -->`.
 """
@@ -18,17 +18,17 @@ MARKED = re.compile(r"(<!-- begin table: (\w+) -->\n).*?(<!-- end table -->)", r
 
 
 def pages() -> list[Path]:
-    """README.md and the pages of docs/."""
+    """Paths of README.md and the pages of docs/."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def filled(text: str) -> str:
-    """A page with every table between its markers as the results say."""
+    """The text of a page with the tables between its markers generated anew."""
     return MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
 
 
 def table(header: list[str], rows: list[list], *, numbers: int = 0) -> str:
-    """Markdown; the last `numbers` columns are aligned to the right."""
+    """A Markdown table; the last `numbers` columns are aligned to the right."""
     rule = ["---"] * (len(header) - numbers) + ["---:"] * numbers
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in [header, rule, *rows])
 
@@ -84,11 +84,11 @@ CRITERIA = {
     "training mode 1e-4, 1e-6": "training logits within 1e-4, statistics within 1e-6 (torch2jax)",
     "training loss rtol 1": "training loss, rtol 1 (AlgoPerf)",
 }
-"""What each of `criteria.CRITERIA` compares, and who uses it."""
+"""Each of `criteria.CRITERIA` in words, with the project that uses it."""
 
 
 def faults_found() -> str:
-    """How many mutants our tests and other projects' criteria see."""
+    """Number of mutants (injected faults) that our tests and other projects' criteria detect."""
     rows = results.read("kill-matrix")["rows"]
     killed = sum(bool(row["killed_by"]) for row in rows)
     lines = [["our tests", f"{killed} of {len(rows)}"]]
@@ -99,7 +99,7 @@ def faults_found() -> str:
 
 
 def localiser() -> str:
-    """How often the localiser is right."""
+    """Number of faults that the localiser found."""
     trials = results.read("localiser")["trials"]
     archs = dict.fromkeys(trial["arch"] for trial in trials)
     lines = []
@@ -135,7 +135,7 @@ def paired_trainings() -> str:
 
 
 def error_growth() -> str:
-    """What rounding makes of a training at each learning rate."""
+    """Growth of rounding errors during a training, by learning rate."""
     lines = [
         [row["lr"], f"{row['weights_difference']:.1e}", f"{max(row['loss_differences']):.1e}"]
         for row in results.read("error-growth")["rows"]
@@ -220,12 +220,12 @@ def recipes() -> str:
 
 
 def recipe_pairs() -> str:
-    """The same recipe in both frameworks."""
+    """Recipes that ran in both frameworks."""
     return reproduction_page.pairs_markdown(results.read("recipes")["rows"])
 
 
 def survival() -> str:
-    """Faults that were struck many times."""
+    """Outcomes of killed runs and damaged files."""
     faults, flips = results.read("faults"), results.read("flips")
     weights, growth = results.read("weight-flips"), results.read("growth")
     kills, stops, pth = faults["SIGKILL"], faults["SIGTERM"], weights[".pth"]

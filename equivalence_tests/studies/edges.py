@@ -1,4 +1,4 @@
-"""Random valid configs at the edges of what each field may be, through everything that is traced.
+"""Traces random valid configs whose fields lie at the edges of their ranges.
 
 python -m equivalence_tests.studies.edges --count 2000 --json results/edges.json
 """
@@ -30,7 +30,7 @@ STEPS_PER_EPOCH = (1, 2, 3, 80, 40_000)
 
 
 def edges(schema: dict) -> list:
-    """Values of a field from its JSON schema: the ends of a range and what lies beside them."""
+    """Values of a field from its JSON schema: both ends of its range and their neighbours."""
     if "anyOf" in schema:
         return [value for option in schema["anyOf"] for value in edges(option)]
     if "enum" in schema:
@@ -55,7 +55,7 @@ def _ends(schema, step):
 
 @functools.cache
 def fields() -> dict[tuple, list]:
-    """{(group, field): its edges}; the run's own fields have the group ""."""
+    """{(group, field): its edges}; top-level fields have the group ""."""
     schema = pydantic.TypeAdapter(TrainConfig).json_schema()
     groups = {"": schema["properties"]}
     for name, field in schema["properties"].items():
@@ -70,7 +70,7 @@ def fields() -> dict[tuple, list]:
 
 
 def draw(rng: random.Random) -> TrainConfig:
-    """A valid config of which a third of the fields lie at an edge."""
+    """A valid config in which about a third of the fields lie at an edge."""
     while True:
         values = to_dict(TrainConfig())
         for (group, name), at_edge in fields().items():
@@ -79,16 +79,16 @@ def draw(rng: random.Random) -> TrainConfig:
         values["model"] |= {"arch": rng.choice(ARCHITECTURES), "num_classes": 10}
         try:
             return from_dict(values)
-        except InputError:  # of fields that exclude each other
+        except InputError:  # fields that exclude each other
             continue
 
 
 def trace(config: TrainConfig, steps_per_epoch: int):
-    """Raises whatever a run of this config would, from its first network to its last update.
+    """Trace a run of this config, from creating the network to its last update.
 
     Raises:
       InputError: the network does not take the images.
-      ArithmeticError: a value that a step computes with is not finite.
+      ArithmeticError: a value used in a step is not finite.
     """
     with jax.enable_x64(config.model.dtype == "float64"):
         size, batch = config.data.image_size or 16, config.batch_size
@@ -113,7 +113,7 @@ def _first_step(config, steps_per_epoch, batch):
 
 
 def _check_values(config, steps_per_epoch):
-    """Rates, momenta and mixup's share, and an update by no gradient of weights that are 0."""
+    """Check that rates, momenta, mixup's share and an update by zero gradients are finite."""
     accumulate = config.optimizer.accumulate_steps
     an_epoch = steps_per_epoch / accumulate
     rate = optim.make_schedule(config.schedule, config.optimizer.lr, an_epoch, config.epochs)
@@ -135,7 +135,7 @@ def _check_values(config, steps_per_epoch):
 
 
 def survey(count: int, seed: int) -> dict:
-    """{"traced", "refused": how many, "faults": [{"config", "error"}]} of so many configs."""
+    """Traces `count` configs: {"traced", "refused": counts, "faults": [{"config", "error"}]}."""
     rng, found, faults = random.Random(seed), collections.Counter(traced=0, refused=0), []
     for _ in range(count):
         config = draw(rng)

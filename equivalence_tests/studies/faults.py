@@ -1,11 +1,10 @@
-"""What a run survives: real processes killed, stopped and taken up again, each held to the bits of
-a run that nobody touched.
+"""Kills and stops real runs, resumes them and compares each with an uninterrupted run, bit for bit.
 
     python -m equivalence_tests.studies.faults --dataset folder:CIFAR10     # a quarter of an hour
 
-25 runs die by SIGKILL, 7 of them or more inside a save, and 10 get SIGTERM, at moments drawn from
-the whole life of a run; each is resumed. With --dataset it measures what a checkpoint an epoch
-costs a ResNet-18 there. Writes results/faults.json; exit status 1 if a run came back otherwise.
+25 runs get SIGKILL, at least 7 of them during a save, and 10 get SIGTERM, at random moments of the
+whole run; each is resumed. With --dataset, the cost of one checkpoint per epoch is measured for a
+ResNet-18 on that data set. Writes results/faults.json; exit status 1 if a resumed run differs.
 """
 
 import argparse
@@ -40,12 +39,12 @@ FLAGS = (
     " --accumulate-steps 2 --ema-decay 0.9 --clip-norm 1 --schedule plateau --plateau-patience 0"
     " --patience 3"
 ).split()
-"""All that is random or remembers is in flight; early stopping may end the run."""
+"""Uses all random and stateful parts of a training; early stopping may end the run."""
 
 KILLS, KILLS_IN_A_SAVE, TERMS = 18, 7, 10
 
 Moment = Callable[[Path], bool]
-"""Run directory -> whether it is time."""
+"""Run directory -> whether the moment has come."""
 
 
 def start(run_dir: Path, *flags: str) -> subprocess.Popen:
@@ -62,7 +61,7 @@ def start(run_dir: Path, *flags: str) -> subprocess.Popen:
 
 
 def finish(run_dir: Path, *flags: str) -> str:
-    """A run to its end; what it printed."""
+    """Runs a training to its end; returns its output."""
     process = start(run_dir, *flags)
     out, _ = process.communicate(timeout=1800)
     if process.returncode:
@@ -71,8 +70,11 @@ def finish(run_dir: Path, *flags: str) -> str:
 
 
 def fingerprint(run_dir: Path) -> dict:
-    """What has to come back: SHA-256 of model, optimizer, BatchNorm and averages, of metrics.csv
-    and per_class.csv, and the epochs at which it was best and stopped."""
+    """State that a resumed run has to reproduce.
+
+    SHA-256 of model, optimizer, BatchNorm statistics and averages, of metrics.csv and
+    per_class.csv; the epochs at which the run was best and stopped.
+    """
     document, _, _, state = restore.restore(run_dir, Checkpoints.latest)
     sha = hashlib.sha256()
     for path, leaf in jax.tree.flatten_with_path(state)[0]:
@@ -83,7 +85,7 @@ def fingerprint(run_dir: Path) -> dict:
 
 
 def after(epochs: int, seconds: float) -> Moment:
-    """So long after the end of an epoch; after 0 epochs, the run's config.json is there."""
+    """The moment `seconds` after the end of an epoch; 0 epochs: after config.json exists."""
     reached = None
 
     def now(run_dir):
@@ -97,7 +99,7 @@ def after(epochs: int, seconds: float) -> Moment:
 
 
 def in_save(number: int) -> Moment:
-    """As soon as the files of its n-th save appear."""
+    """The moment when the files of the save with this number appear."""
     seen = set()
 
     def now(run_dir):
@@ -108,11 +110,11 @@ def in_save(number: int) -> Moment:
 
 
 def strike(run_dir: Path, moment: Moment, signum: int) -> dict:
-    """Begin a run and send it a signal at a moment.
+    """Start a run and send it a signal at a moment.
 
     Returns:
-      {"step", "phase", "status"}: the newest whole checkpoint and what was going on at that
-      moment, and how it ended. "phase" is "finished" if the run was faster.
+      {"step", "phase", "status", "said"}: newest complete checkpoint and phase of the run at that
+      moment, exit status and output. "phase" is "finished" if the run ended before the moment.
     """
     process = start(run_dir)
     while process.poll() is None and not moment(run_dir):
@@ -120,7 +122,7 @@ def strike(run_dir: Path, moment: Moment, signum: int) -> dict:
     process.send_signal(signum)
     seen = {"step": _newest(run_dir), "phase": _phase(run_dir)} if signum != signal.SIGKILL else {}
     out, _ = process.communicate(timeout=120)
-    # A killed process leaves things as they were at that moment.
+    # After SIGKILL, the directory is still as it was at that moment.
     seen = seen or {"step": _newest(run_dir), "phase": _phase(run_dir)}
     return {**seen, "status": process.returncode, "said": out}
 
@@ -155,7 +157,7 @@ def _phase(run_dir) -> str:
 
 
 def survive(run_dir: Path, moment: Moment, signum: int, expected: dict) -> dict:
-    """Strike, resume, compare; the row for the table."""
+    """Strikes a run, resumes it and compares it; returns its row."""
     row = strike(run_dir, moment, signum)
     row.pop("said")
     said = finish(run_dir, "--resume")
@@ -170,16 +172,16 @@ def survive(run_dir: Path, moment: Moment, signum: int, expected: dict) -> dict:
 
 
 def straight(run_dir: Path) -> tuple[dict, float]:
-    """The run that nobody touches: its fingerprint, and seconds of an epoch."""
+    """An uninterrupted run: its fingerprint, and seconds of an epoch."""
     finish(run_dir)
     timings = read_rows(run_dir / "timings.csv")
     return fingerprint(run_dir), statistics.median(row["seconds"] for row in timings)
 
 
 def moments(seconds: float) -> list[tuple[Moment, int]]:
-    """When to do what: in any of the epochs but the last, `seconds` long each, or as a save begins.
+    """(moment, signal) of every run: within any epoch but the last, or at the start of a save.
 
-    The draws are the same in every run of this program.
+    The moments are drawn with a fixed seed; `seconds` is the length of an epoch.
     """
     draw = random.Random(0)
 
@@ -192,10 +194,11 @@ def moments(seconds: float) -> list[tuple[Moment, int]]:
 
 
 def checkpoint_cost(folder: Path, dataset: str) -> dict:
-    """Seconds of an epoch of ResNet-18, of what it waited for its checkpoint, and of the whole
-    writing by itself: the share that would be lost if nothing of it went on in the background.
+    """Cost of one checkpoint per epoch for ResNet-18.
 
-    The large stem makes the shortest epochs, so the largest shares.
+    Measures seconds of an epoch, of its wait for the checkpoint, and of writing a checkpoint
+    alone; the last is the cost without background writing. The large stem has the shortest epochs,
+    so the largest shares.
     """
     flags = ["--arch", "resnet18", "--stem", "imagenet", "--dataset", dataset, "--epochs", "2"]
     finish(folder / "cost", *flags)
@@ -217,7 +220,7 @@ def checkpoint_cost(folder: Path, dataset: str) -> dict:
 
 
 def summary(rows: list[dict]) -> dict:
-    """Counts of the rows by signal: how many, how many came back to the same bits."""
+    """Counts by signal: runs struck, resumed to the same bits, and struck during a save."""
     counts = {}
     for name in ("SIGKILL", "SIGTERM"):
         of_it = [row for row in rows if row["signal"] == name]
@@ -232,7 +235,7 @@ def summary(rows: list[dict]) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time")
-    parser.add_argument("--dataset", help="measure the cost of checkpoints on this one too")
+    parser.add_argument("--dataset", help="also measure the cost of checkpoints on this data set")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         expected, seconds = straight(Path(folder) / "straight")

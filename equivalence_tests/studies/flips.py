@@ -1,10 +1,10 @@
-"""What one flipped bit in any file of a run directory does: nothing, or the file is named.
+"""Flips one bit in any file of a run directory; it must be harmless, or the file must be named.
 
     python -m equivalence_tests.studies.flips --flips 5000     # ten minutes
 
-Trains a small network, twice: to its end, and to the middle. Then each flip is put into one of the
-files, the run is read as --resume, evaluate, predict and convert read it, and the bit is put back.
-Writes results/flips.json; exit status 1 after a traceback or a silent change.
+Trains a small network twice: to its end, and to the middle. For each flip, one bit of one file is
+changed, the run is read as --resume, evaluate, predict and convert read it, and the bit is
+restored. Writes results/flips.json; exit status 1 after a traceback or a silent change.
 """
 
 import argparse
@@ -34,7 +34,7 @@ KINDS = ("harmless", "named", "silent", "traceback")
 
 @contextlib.contextmanager
 def flipped(path: Path, bit: int) -> Iterator[None]:
-    """The file with one bit turned over, for as long as the body runs."""
+    """Within this context one bit of the file is flipped."""
     original = path.read_bytes()
     content = bytearray(original)
     content[bit // 8] ^= 1 << bit % 8
@@ -46,7 +46,7 @@ def flipped(path: Path, bit: int) -> Iterator[None]:
 
 
 def reading(run_dir: Path) -> tuple[dict, list[str]]:
-    """What the commands take from a run, and what they say of its files."""
+    """The data that the commands read from a run, and their messages about its files."""
     taken, said = {"refused": False}, []
     try:
         taken["config"] = to_dict(views.read_config(run_dir, said.append))
@@ -54,7 +54,7 @@ def reading(run_dir: Path) -> tuple[dict, list[str]]:
         taken |= _from_checkpoints(run_dir, said)
     except InputError as error:
         return {"refused": True}, [str(error)]
-    if (run_dir / "report.json").exists():  # before that all of them are written anew
+    if (run_dir / "report.json").exists():  # an unfinished run writes these files again
         said += views.damaged_steps(run_dir)
         shown = [path for kind in ("json", "csv", "png") for path in run_dir.glob(f"*.{kind}")]
         taken["shown"] = {path.name: _digest(path) for path in shown}
@@ -62,7 +62,7 @@ def reading(run_dir: Path) -> tuple[dict, list[str]]:
 
 
 def _from_checkpoints(run_dir: Path, said: list[str]) -> dict:
-    """The two steps that are chosen from, their content, and the tables that a run goes on with."""
+    """Latest and best step with their content, and the tables that a resumed run continues."""
     checkpoints = Checkpoints(run_dir / "checkpoints", say=said.append)
     try:
         latest, best = checkpoints.latest(), checkpoints.best()
@@ -89,8 +89,11 @@ def _digest(path: Path) -> str:
 
 
 def verdict(run_dir: Path, whole: dict) -> str:
-    """One of KINDS. What is named may be missing, or come from an older checkpoint; a config or a
-    row that is not the run's own is a silent change, whatever is said."""
+    """One of KINDS.
+
+    Data that a message names may be missing or come from an older checkpoint. A changed config or
+    row is a silent change, even with a message.
+    """
     try:
         taken, said = reading(run_dir)
     except Exception:
@@ -111,9 +114,9 @@ def _is_of(taken: dict, whole: dict) -> bool:
 
 
 def study(run_dir: Path, flips: int, seed: int) -> tuple[dict, list[str]]:
-    """Counts of KINDS, and the files in which a flip was harmless or worse.
+    """Counts of KINDS, and the files of all flips that were not named.
 
-    Every file has the same chance, whatever its size.
+    Every file is equally likely, whatever its size.
     """
     draw, (whole, said) = random.Random(seed), reading(run_dir)
     if said:
@@ -131,7 +134,7 @@ def study(run_dir: Path, flips: int, seed: int) -> tuple[dict, list[str]]:
 
 
 def unfinished(run_dir: Path):
-    """Make a finished run one that was cut off after its second checkpoint."""
+    """Turn a finished run into one that was cut off after its second checkpoint."""
     newest = steps_in(run_dir / "checkpoints")[-1]
     shutil.rmtree(run_dir / "checkpoints" / str(newest))
     for name in ("report.json", "per_class.csv", "curves.png", "confusion_matrix.png"):

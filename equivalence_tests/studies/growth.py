@@ -1,9 +1,10 @@
-"""What a folder of a million files costs against one of 20,000: an image of a training batch and of
-an evaluation, what a worker process is sent, and the way to the first step.
+"""Compares the cost of a folder of a million image files with that of 20,000.
 
 python -m equivalence_tests.studies.growth  # 10 minutes, 1.2 million links
 
-The files are links to a few small JPEGs. Writes results/growth.json.
+Measured are the time per image in training and in evaluation, the bytes sent to a worker process,
+and time and memory until the first step. The files are links to a few small JPEGs. Writes
+results/growth.json.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def main():
 
 
 def measured(size: int) -> dict:
-    """All parts on a folder of so many files, each in a process of its own."""
+    """Measures all parts on a folder of `size` files, each part in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder), size)
         row = {"files": size}
@@ -66,7 +67,7 @@ def measured(size: int) -> dict:
 
 
 def write_folder(root: Path, size: int):
-    """Classes of as many names as make `size`, all of a class links to one file."""
+    """Write a folder of `size` files in CLASSES classes; all files of a class are links to one."""
     rng = np.random.default_rng(0)
     for number in range(CLASSES):
         folder = root / f"class{number:03}"
@@ -78,7 +79,7 @@ def write_folder(root: Path, size: int):
 
 
 def costs(folder: str) -> dict:
-    """CPU seconds of what happens to the list of files, and microseconds of an image."""
+    """CPU seconds to list and fingerprint the files, and microseconds per image."""
     from flax_resnet.config import DataConfig
     from flax_resnet.data import pipeline
     from flax_resnet.data.prepare import contents
@@ -107,7 +108,7 @@ def costs(folder: str) -> dict:
 
 
 def cost_of_an_image(batches) -> float:
-    """CPU seconds, the least of three times."""
+    """CPU seconds per image, the minimum of three measurements."""
     counts, seconds = zip(
         *(timed(lambda: sum(1 for _ in batches())) for _ in range(3)), strict=True
     )
@@ -115,13 +116,13 @@ def cost_of_an_image(batches) -> float:
 
 
 def timed(function):
-    """What it returns, and its CPU seconds in all threads."""
+    """Result of a call, and its CPU seconds in all threads."""
     start = time.process_time()
     return function(), time.process_time() - start
 
 
 def first_step(folder: str) -> dict:
-    """CPU seconds and memory of scripts/train.py until the metrics of its first step are there."""
+    """CPU seconds and peak memory of scripts/train.py up to the metrics of its first step."""
     from flax_resnet.commands import main
     from flax_resnet.devices.parallel import Engine
 

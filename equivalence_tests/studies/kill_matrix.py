@@ -1,13 +1,13 @@
-"""The suite proves itself: every mutant against the unchanged tests, and against the criteria by
-which other projects call a port correct.
+"""Runs the tests, and other projects' criteria for a correct port, on every mutant.
 
     python -m equivalence_tests.studies.kill_matrix  # all; an hour on two cores
-    python -m equivalence_tests.studies.kill_matrix --only "no Nesterov"  # these rows anew
+    python -m equivalence_tests.studies.kill_matrix --only "no Nesterov"  # replaces these rows
     python -m equivalence_tests.studies.kill_matrix --seeds 20  # false alarms instead
-    python -m equivalence_tests.studies.kill_matrix --seeds 20 --go-on  # where that was cut off
+    python -m equivalence_tests.studies.kill_matrix --seeds 20 --go-on  # after an interruption
 
-Writes results/kill-matrix.json and .md. Exit status 1 if a mutant survives or a test fails on
-sound code.
+A mutant is a known difference between ports and PyTorch, injected as a fault. A test that fails on
+it kills it. Writes results/kill-matrix.json and .md. Exit status 1 if a mutant survives or a test
+fails on correct code.
 """
 
 import argparse
@@ -29,7 +29,6 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "equivalence_tests" / "numerics"
 
 
-# Files whose tests a mutant of a group most likely fails, to be run first; then all others.
 FIRST = {
     "layers": ("layers", "float64", "convert"),
     "optimizers": ("optim", "float64"),
@@ -37,10 +36,11 @@ FIRST = {
     "losses": ("losses_metrics", "layers", "float64"),
     "images": ("images", "augment"),
 }
+"""{group of mutants: test files that most likely fail, so run first}."""
 
 
 def run_tests(*flags: str, first=()) -> tuple[int, dict[str, str]]:
-    """Runs the tests of equality; how many ran, and which of them failed, with their message."""
+    """Runs the tests of equality; returns their number and {failed test: message}."""
     names = sorted(path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py"))
     names.sort(key=lambda name: first.index(name) if name in first else len(first))
     files = [str(TESTS / f"test_{name}.py") for name in names]
@@ -68,7 +68,7 @@ def _file(case) -> str:
 
 
 def row(mutant: mutants.Mutant) -> dict:
-    """The first test that fails on one mutant."""
+    """The row of one mutant, with the first test that fails on it."""
     started = time.monotonic()
     group = next(name for name, group in mutants.GROUPS.items() if mutant in group)
     count, failed = run_tests("-x", "--mutant", mutant.name, first=FIRST[group])
@@ -85,7 +85,7 @@ def row(mutant: mutants.Mutant) -> dict:
 
 
 def measure(chosen: list[mutants.Mutant], jobs: int) -> list[dict]:
-    """A row for each; prints them as they come."""
+    """One row per mutant, printed as it comes."""
     rows = []
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for result in pool.map(row, chosen):
@@ -98,10 +98,13 @@ def measure(chosen: list[mutants.Mutant], jobs: int) -> list[dict]:
 
 
 def false_alarms(seeds: int, rows: dict[str, dict]) -> dict[str, dict]:
-    """seed of the inputs -> how many tests ran on sound code, and which failed.
+    """Runs the tests on correct code with other inputs.
 
     Args:
-      rows: of seeds that are done; each row is written as it comes.
+      rows: {seed: row} of seeds that are done; each new row is written as it comes.
+
+    Returns:
+      {seed: {"tests": count, "failed": {test: message}, "revision"}}.
     """
     revision = environment.revision()  # before the first row is written
     for seed in map(str, range(1, seeds + 1)):
@@ -116,7 +119,7 @@ def false_alarms(seeds: int, rows: dict[str, dict]) -> dict[str, dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The matrix as a table."""
+    """The matrix as a Markdown table."""
     others = list(criteria.CRITERIA)
     lines = ["| no. | mutant | what it does | first test to fail | " + " | ".join(others) + " |"]
     lines += ["|---" * (4 + len(others)) + "|"]
@@ -134,7 +137,7 @@ def _order(difference: str) -> tuple[int, str]:
 
 
 def summary(rows: list[dict]) -> str:
-    """One sentence with all counts."""
+    """All counts in two sentences."""
     killed = sum(bool(r["killed_by"]) for r in rows)
     others = [f"{name} {sum(name in r['seen_by'] for r in rows)}" for name in criteria.CRITERIA]
     return f"{killed} of {len(rows)} mutants killed. Seen by others' criteria: {', '.join(others)}."
@@ -142,10 +145,10 @@ def summary(rows: list[dict]) -> str:
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants only")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these mutants")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="test runs at a time")
     parser.add_argument("--seeds", type=int, metavar="N", help="look for false alarms instead")
-    parser.add_argument("--go-on", action="store_true", help="keep the seeds that are done")
+    parser.add_argument("--go-on", action="store_true", help="keep rows of finished seeds")
     return parser.parse_args()
 
 

@@ -1,10 +1,11 @@
-"""How often the localiser names the right module and phase: every mutant of a training step, put
-into every layer of resnet18 that can have it and into 20 drawn layers of resnet50.
+"""Measures how often the localiser names the right module and phase of an injected fault.
 
     python -m equivalence_tests.studies.localiser_check  # all; an hour on two cores
-    python -m equivalence_tests.studies.localiser_check --archs resnet50  # these rows anew
+    python -m equivalence_tests.studies.localiser_check --archs resnet50  # replaces these rows
 
-Compiled operations pile up, to 14 GB after 200 trials of 359: with less, an architecture at a time.
+Every mutant (injected fault) of a training step is put into every layer of resnet18 that can have
+it and into 20 random layers of resnet50. Compiled operations accumulate in memory, to 14 GB after
+200 of 359 trials; with less memory, run one architecture at a time.
 
 Writes results/localiser.json. Exit status 1 below 99%.
 """
@@ -25,30 +26,30 @@ from flax_resnet.models import layers
 from flax_resnet.runs import environment
 
 DRAWN = {"resnet18": None, "resnet50": 20}
-"""arch -> how many layers are drawn for a mutant, or all of them."""
+"""{arch: number of random layers per mutant; None: all layers}."""
 
 RULES = {
     "17": (dict(optimizer="adam", lr=1e-3, weight_decay=0.1), "parameters"),
     "18": (dict(optimizer="adam", lr=1e-3, weight_decay=0.1), "parameters"),
     "19": (dict(optimizer="adamw", lr=1e-3, weight_decay=0.1), "parameters"),
-    # Directions that are scaled already go into RMSprop's momentum.
+    # RMSprop's momentum accumulates scaled gradients, so these faults show in the optimizer state.
     "20a": (dict(optimizer="rmsprop", lr=1e-3, weight_decay=0.1), "optimizer"),
     "20b": (dict(optimizer="rmsprop", lr=1e-3, weight_decay=0.1), "optimizer"),
     "20c": (dict(optimizer="rmsprop", lr=1e-3, weight_decay=0.1), "optimizer"),
     "21": (dict(lr=1e-3, clip_norm=0.1), "optimizer"),
 }
-"""Rules under which a mutant of an optimizer shows, where the usual one hides it, and the phase."""
+"""{difference: (rule, phase)} of optimizer mutants that the default rule hides."""
 
 
 class Trial(NamedTuple):
-    """One fault in one place, and what the localiser says of it."""
+    """A fault in one place, and the finding of the localiser."""
 
     arch: str
 
     mutant: str
 
     layer: str
-    """"" for a fault that has no layer."""
+    """Torch's name of the faulty layer; "" for a fault without a layer."""
 
     phase: str
 
@@ -75,7 +76,7 @@ def reference(arch: str, *, zero_init=False, rule=()) -> engine.Trace:
 
 
 def localised(mutant, arch, layer, *, edit=None, phase=None, **kind) -> Trial:
-    """What the localiser makes of the arrays; the mutant is named for the record only."""
+    """Runs the localiser on one faulty network; of the mutant only name and phase are used."""
     case = case_of(arch, **kind)
     got = engine.run_jax(case, edit=edit)
     finding = localise.first_divergence(got, reference(arch, **kind), case)
@@ -84,7 +85,7 @@ def localised(mutant, arch, layer, *, edit=None, phase=None, **kind) -> Trial:
 
 
 def layer_trials(arch: str, most: int | None) -> Iterator[Trial]:
-    """Every mutant of a layer, in all layers or in a number of drawn ones."""
+    """Every mutant of a layer, in all layers or in `most` random ones."""
     rng = np.random.default_rng(0)
     model = jax_side.make_model(case_of(arch), np.float32)
     for mutant in mutants.MUTANTS.values():
@@ -108,7 +109,7 @@ def pool_trial(arch: str) -> Iterator[Trial]:
 
 
 def relu_trials(arch: str, most: int | None) -> Iterator[Trial]:
-    """Half a gradient at zero in one ReLU, of the blocks that end in ties."""
+    """A gradient of 1/2 at zero in one ReLU, for each block whose last ReLU has inputs of 0."""
     mutant = mutants.MUTANTS["half a gradient at zero"]
     shapes = inputs.state_shapes(arch)
     for end in list(_ends_with_ties(arch, shapes))[:most]:
@@ -118,8 +119,11 @@ def relu_trials(arch: str, most: int | None) -> Iterator[Trial]:
 
 
 def _ends_with_ties(arch, shapes) -> Iterator[str]:
-    """Last BatchNorms of blocks whose branch is 0, whose shortcut is exactly 0 somewhere, and
-    whose ties a gradient reaches: the ReLU of an identity block behind them would stop it."""
+    """Last BatchNorms of blocks whose last ReLU gets inputs of exactly 0 and a gradient there.
+
+    Branches are 0, so the shortcut has to be 0 somewhere. The next block must project: the ReLU of
+    an identity block there would stop the gradient.
+    """
     activations = reference(arch, zero_init=True)["forward"]
     ends = inputs.residual_ends(shapes)
     blocks = [end.rpartition(".")[0] for end in ends]
@@ -132,7 +136,7 @@ def _ends_with_ties(arch, shapes) -> Iterator[str]:
 
 
 def _calls_until(end: str, shapes) -> int:
-    """Number of the call of the ReLU behind the last BatchNorm of a block, from 1."""
+    """Number of the ReLU call after the last BatchNorm of a block, counted from 1."""
     norms = [n for n in shapes if n.endswith("running_mean") and "downsample" not in n]
     return [n.removesuffix(".running_mean") for n in norms].index(end) + 1
 
@@ -143,7 +147,7 @@ def _one_faulty(relu, number):
 
 
 def rule_trials(arch: str) -> Iterator[Trial]:
-    """Faults of the loss and the optimizer, which have no layer."""
+    """Faults of the loss and the optimizer, which belong to no layer."""
     for mutant in [*mutants.GROUPS["losses"], *mutants.GROUPS["optimizers"]]:
         rule, phase = RULES.get(mutant.difference, ({}, mutant.phase))
         if phase:
@@ -159,7 +163,7 @@ def trials(arch: str) -> Iterator[Trial]:
 
 
 def row(trial: Trial) -> dict:
-    """Prints it as well."""
+    """The row of a trial; prints it too."""
     mark = "" if trial.right else "  WRONG"
     print(f"{trial.arch} {trial.mutant}: {trial.layer} -> {trial.found_phase}"
           f" {trial.found_module} {list(trial.causes)}{mark}", flush=True)  # fmt: skip

@@ -1,10 +1,11 @@
-"""Whether trainings in float32, which rounding drives apart, end equally good: test accuracies of
-20 paired trainings in JAX and PyTorch, by two one-sided t-tests (Schuirmann 1987).
+"""Tests whether float32 trainings in JAX and PyTorch reach equivalent test accuracies.
 
     python -m equivalence_tests.studies.paired_training  # 15 minutes of a core
     python -m equivalence_tests.studies.paired_training --mutant "NAME"  # with a fault in JAX
 
-Writes results/tost.json, with a fault tost-its-name.json. Exit status 1 if they are not equivalent.
+Rounding makes float32 trainings diverge, so only their accuracies are compared: 20 pairs, two
+one-sided t-tests (TOST, Schuirmann 1987). Writes results/tost.json, or tost-NAME.json with a
+mutant (an injected fault). Exit status 1 if the accuracies are not equivalent.
 """
 
 import argparse
@@ -19,12 +20,11 @@ from equivalence_tests.studies.reproduction import LEVEL, MARGIN
 from flax_resnet.commands import cli
 
 SEEDS = range(100, 120)
-"""Fixed before the first run. Five would have a power of 0.3."""
+"""Seeds of the pairs, fixed before the first run. With five pairs the power would be 0.3."""
 
 
 def accuracies(seed: int) -> tuple[float, float]:
-    """Test accuracy of resnet20 on all digits, in JAX and in PyTorch, from the same weights and on
-    the same batches."""
+    """Test accuracies of resnet20 on all digits: JAX, PyTorch; with equal weights and batches."""
     config = trajectory.config(
         seed=seed,
         epochs=6,
@@ -56,8 +56,8 @@ def equivalence(ours, theirs) -> dict:
 
 
 def parse() -> argparse.Namespace:
-    parser = cli.Parser(prog="tost", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--mutant", default="", metavar="NAME", help="put this fault into JAX")
+    parser = cli.Parser(prog="paired_training", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--mutant", default="", metavar="NAME", help="inject this fault into JAX")
     args = parser.parse_args()
     if args.mutant:
         cli.check_choice("--mutant", args.mutant, mutants.MUTANTS)

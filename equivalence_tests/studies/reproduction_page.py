@@ -1,4 +1,4 @@
-"""The table, the plots and the page of what all recipes reached."""
+"""Tables, plots and the HTML page of the figures that all recipes reached."""
 
 import base64
 import html
@@ -25,7 +25,7 @@ from flax_resnet.runs.tables import read_rows
 
 
 def rebuild(folder: Path) -> list[dict]:
-    """FOLDER/recipes.{json,md,html} and a picture for each comparison, from FOLDER/recipes/."""
+    """Write FOLDER/recipes.{json,md,html} and a plot per comparison, from FOLDER/recipes/."""
     folder.mkdir(parents=True, exist_ok=True)
     runs = finished(folder / "recipes")
     rows = table_rows(runs)
@@ -43,7 +43,7 @@ def rebuild(folder: Path) -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table; recipes that have not run say so."""
+    """The Markdown table of all recipes, including those that have not run."""
     lines = [
         "| recipe | figure | published | reached | seeds | epochs | minutes | hardware | data |",
         "|---" * 9 + "|",
@@ -86,7 +86,7 @@ def _words(figure: str) -> str:
 
 
 def reached(spread: dict) -> str:
-    """`0.8766` or `0.8766 ± 0.0012`."""
+    """Mean and deviation as text: `0.8766` or `0.8766 ± 0.0012`."""
     deviation = spread["deviation"]
     return f"{spread['mean']:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
 
@@ -98,7 +98,7 @@ two one-sided Welch tests at {100 * LEVEL:.0f}%; minutes are the median of a run
 
 
 def pairs_markdown(rows: list[dict]) -> str:
-    """What ran in both frameworks, a line each; nothing where none did."""
+    """One line per recipe that ran in both frameworks; "" if none did."""
     lines = [
         "| recipe | seeds | test accuracy, JAX | PyTorch | minutes, JAX | PyTorch"
         " | difference, points (90% interval) | equivalent |",
@@ -128,7 +128,7 @@ def _pair_line(pair: dict) -> str:
 
 
 def picture_name(title: str) -> str:
-    """`recipes-....png`."""
+    """File name of a comparison's plot: `recipes-....png`."""
     return "recipes-" + re.sub(r"\W+", "-", title.lower()).strip("-") + ".png"
 
 
@@ -157,7 +157,7 @@ $runs
 
 
 def page(folder: Path, runs: list[Run], rows: list[dict]) -> str:
-    """One HTML file that needs nothing else."""
+    """The page as one self-contained HTML file."""
     compared = [
         f"<h2>{html.escape(title)}</h2><p>{html.escape(discussion(group))}</p>"
         + f"<p>They differ in: {html.escape(differences([run.recipe for run in group]))}.</p>"

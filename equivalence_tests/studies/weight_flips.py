@@ -1,10 +1,10 @@
-"""Files of weights with one bit flipped: refused, read as the same weights, or as others.
+"""Reads weight files with one bit flipped: refused, read as the same weights, or as other weights.
 
     python -m equivalence_tests.studies.weight_flips --flips 1000      # half a minute
 
-A `.pth` of today has checksums of all that counts; the rest of it (dates, padding) may flip. The
-format before PyTorch 1.6 and .safetensors have none: there only what contradicts itself is noticed.
-Writes results/weight-flips.json; exit status 1 if a `.pth` of today was read as other weights.
+A current `.pth` has checksums of all its data; a flip elsewhere (dates, padding) is harmless. The
+format before PyTorch 1.6 and .safetensors have no checksums, so only contradictions are noticed.
+Writes results/weight-flips.json; exit status 1 if a current `.pth` was read as other weights.
 """
 
 import argparse
@@ -30,7 +30,7 @@ OUTCOMES = REFUSED, SAME, OTHER = "refused", "same weights", "other weights"
 
 
 def save_legacy(path: Path, arrays: Arrays):
-    """As PyTorch before 1.6 did."""
+    """Save in the format of PyTorch before 1.6."""
     torch.save(checkpoint.to_tensors(arrays), path, _use_new_zipfile_serialization=False)
 
 
@@ -47,14 +47,16 @@ def network() -> Arrays:
 
 
 def read_network(path: Path) -> Arrays:
-    """As convert.py does."""
+    """Read weights as scripts/convert.py does."""
     arrays, _ = files.load(path)
     return convert.conform(arrays, convert.nearest_architecture(arrays).shapes())
 
 
 def count(kind: str, arrays: Arrays, flips: int, read=read_network, seed: int = 0) -> dict:
-    """How many files with one random bit flipped ended how; an error of any other kind than
-    InputError ends the count."""
+    """Counts the outcomes of `flips` files with one random bit flipped.
+
+    Errors other than InputError are raised.
+    """
     draw, counts = random.Random(seed), Counter(dict.fromkeys(OUTCOMES, 0))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights"
