@@ -1,4 +1,4 @@
-"""What is done to training images alone; every step is torchvision's own."""
+"""Augmentation of training images; every step is torchvision's own."""
 
 from torchvision.transforms import InterpolationMode, v2
 

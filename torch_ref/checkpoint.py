@@ -40,7 +40,7 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def load_content(path: str | os.PathLike):
-    """What `torch.load` makes of a file on the CPU.
+    """The content of a file, as `torch.load` gives it on the CPU.
 
     Raises:
       InputError: the file is damaged, compressed or carries code.

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.csv, report.json and weights.pth."""
+"""The run directory: metrics.csv, report.json and weights.pth."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Where a result was measured, and torch's settings for a run."""
+"""The machine and the versions behind a result, and torch's settings for a run."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ from flax_resnet.errors import InputError
 
 
 def describe(device: torch.device) -> dict:
-    """What the figures depend on."""
+    """Versions, hardware and revision, for the report."""
     cuda = device.type == "cuda"
     return {
         "torch": torch.__version__,
@@ -26,7 +26,7 @@ def describe(device: torch.device) -> dict:
 
 
 def _processor() -> str:
-    """Its name, as the reports of flax_resnet have it."""
+    """Name of the device, as in the reports of flax_resnet."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -46,7 +46,7 @@ def revision() -> str | None:
 
 
 def choose_device(config: TrainConfig, name: str | None) -> torch.device:
-    """Where to run: CUDA where there is one, unless a name is given.
+    """The device to run on: CUDA where there is one, unless a name is given.
 
     Raises:
       InputError: there is no such device, or it cannot do what the config asks for.

@@ -1,4 +1,4 @@
-"""A tree of image files -> which file is of which split and class."""
+"""The splits and classes of the image files in a folder."""
 
 import os
 import re
@@ -118,7 +118,7 @@ def _images_in(class_folder: Path, root: Path) -> list[str]:
 
 
 def _files(folder: Path, root: Path, above: tuple[Path, ...] = ()) -> Iterator[str]:
-    """All files, a folder's own where its name comes among its neighbours."""
+    """All files below a folder, in the order of names at every level."""
     here = folder.resolve()
     if here in above:
         raise InputError(f"{folder} is a link to a folder that contains it")
@@ -130,7 +130,7 @@ def _files(folder: Path, root: Path, above: tuple[Path, ...] = ()) -> Iterator[s
 
 
 def _entries(folder: Path, root: Path) -> list[os.DirEntry]:
-    """What is neither hidden nor a system's, by name."""
+    """Visible entries of a folder, sorted by name."""
     with os.scandir(folder) as scan:
         visible = [entry for entry in scan if not entry.name.startswith(".")]
     visible = [entry for entry in visible if entry.name.lower() not in NOT_OURS]

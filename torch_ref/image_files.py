@@ -1,4 +1,4 @@
-"""An image file -> its pixels."""
+"""Pixels of image files."""
 
 import os
 
@@ -33,7 +33,7 @@ def read_image(path: str | os.PathLike, *, exif_transpose: bool = False) -> Imag
 
 
 class Depth:
-    """How many bits an image's samples have, by its header."""
+    """The number of bits of an image's samples, from its header."""
 
     def __init__(self, image: Image.Image):
         tags = image.tag_v2 if image.format == "TIFF" else {}
@@ -69,7 +69,7 @@ class Depth:
         return Image.fromarray(255 - pixels if self.inverted else pixels)
 
     def seen(self, highest: int) -> int:
-        """The bits that samples seem to have."""
+        """The number of bits that the largest sample needs."""
         if highest == 0 or (self.room == 32 and highest < 256):
             return 8
         if highest < 2**14:

@@ -39,7 +39,7 @@ def save(
 
 
 def load(path: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
-    """What `save` wrote as a function on the CPU: images [B, C, H, W] -> logits [B, K]."""
+    """The saved network as a function on the CPU: images [B, C, H, W] -> logits [B, K]."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: session.run(["logits"], {"images": images})[0]
 

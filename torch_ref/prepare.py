@@ -28,7 +28,7 @@ class Prepared:
     """With image size, crop, stem, number of classes, mean and std filled in."""
 
     dataset: DataSet
-    """Its splits as evaluation sees them."""
+    """Splits with the images as evaluation sees them."""
 
     augmented: Images
     """The training split as training sees it."""

@@ -1,4 +1,4 @@
-"""Which epoch is the best and when a run stops early, as a pure function of the epochs so far."""
+"""The choice of the best epoch and early stopping, as pure functions of the watched values."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from flax_resnet.config import EarlyStoppingConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What is remembered of the watched value between two epochs."""
+    """State between two epochs."""
 
     best: float | None = None
     """Best value so far, by however little."""

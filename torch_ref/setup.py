@@ -1,4 +1,4 @@
-"""What a training works with, from its start to its first step."""
+"""The set-up of a training: network, optimizer and batches before the first step."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ from torch_ref.steps import memory_format, parameter_dtype
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
-    """A training under way: what it works with, and how far it is."""
+    """A training under way: its parts and its state."""
 
     config: TrainConfig
     device: torch.device
@@ -29,25 +29,25 @@ class Run:
     optimizer: Optimizer
 
     scheduler: LRScheduler
-    """To step after every update."""
+    """Schedulers that step after every update."""
 
     plateau: ReduceLROnPlateau | None
-    """To step after every epoch."""
+    """Schedulers that step after every epoch."""
 
     ema: AveragedModel | None
     mix: v2.Transform | None
 
     batches: DataLoader
-    """Of the training."""
+    """Batches of the training."""
 
     splits: dict[str, DataLoader]
-    """Of the evaluation."""
+    """Batches of the evaluation."""
 
     epoch: int = 0
     """Epochs done."""
 
     seconds: list[float] = dataclasses.field(default_factory=list)
-    """Time that the training of each epoch took."""
+    """Seconds that the training of each epoch took."""
 
     selection: Selection = Selection()
     best: dict | None = None
@@ -57,12 +57,12 @@ class Run:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the computation."""
+        """Type of the computation."""
         return getattr(torch, self.config.model.dtype)
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network whose weights count: the average where there is one."""
+        """The network to evaluate: the average where there is one."""
         return self.ema.module if self.ema else self.model
 
 

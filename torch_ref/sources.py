@@ -36,14 +36,14 @@ class Images(Dataset):
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
     def image(self, index: int) -> Image.Image:
-        """At its own size."""
+        """The image `index`, at its own size."""
         item = self.items[index]
         if isinstance(item, np.ndarray):
             return Image.fromarray(item)
         return read_image(item, exif_transpose=self.exif_transpose)
 
     def subset(self, indices: np.ndarray) -> "Images":
-        """Those at `indices`, in the order of the whole."""
+        """The images at `indices`, in the order of the whole."""
         indices = np.sort(indices)
         return dataclasses.replace(self, items=self.items[indices], labels=self.labels[indices])
 
@@ -100,7 +100,7 @@ def _limit(images: Images, count: int | None, seed: int) -> Images:
 
 
 def _cut(train: Images, field: str, value: float, seed: int) -> tuple[Images, Images]:
-    """What stays for training and what is cut off by a field of the config, both stratified."""
+    """Split off the share that a field of the config asks for: (the rest, the share), stratified."""
     everything = np.arange(len(train))
     try:
         stay, off = train_test_split(

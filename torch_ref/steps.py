@@ -1,4 +1,4 @@
-"""One batch of training: prepared, taken backward, applied to the weights."""
+"""The training step: prepare a batch, take gradients, apply them."""
 
 import contextlib
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch_ref.losses import cross_entropy, l1_penalty
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """bfloat16 is torch's mixed precision; other types are simply those of the parameters."""
+    """Autocast for bfloat16; other types need none, they are those of the parameters."""
     mixed = dtype == torch.bfloat16
     return torch.autocast(device.type, dtype) if mixed else contextlib.nullcontext()
 
@@ -55,7 +55,7 @@ def train_step(
     dtype: torch.dtype = torch.float32,
     step: int = 0,
 ) -> Tensor:
-    """One batch; the last of every `accumulate_steps` updates the weights. Returns the loss
+    """Train on one batch; the last of every `accumulate_steps` updates the weights. Returns the loss
     without penalties.
 
     Args:
@@ -85,7 +85,7 @@ def loss_and_gradients(
 def apply_gradients(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: OptimizerConfig
 ) -> None:
-    """One update of the weights, from clipped gradients if the config asks for it."""
+    """Update the weights once, from clipped gradients if the config asks for it."""
     if config.clip_norm:
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     optimizer.step()

@@ -80,7 +80,7 @@ def check_supported(config: TrainConfig) -> None:
 
 
 def _changed(config: TrainConfig, names: tuple[str, ...]) -> list[str]:
-    """Those of the fields that differ from their default."""
+    """The given fields that differ from their default."""
     values, defaults = flat(config), flat(TrainConfig())
     changed = {name.rpartition(".")[2] for name in values if values[name] != defaults[name]}
     return [name for name in names if name in changed]

@@ -94,7 +94,7 @@ def load_training_arrays(
 
 
 def averages(ema: nn.Module | None) -> dict[str, Tensor]:
-    """What an AveragedModel averages."""
+    """Parameters and buffers of an AveragedModel."""
     parameters = ema.module.named_parameters() if ema else ()
     return {name: p for name, p in parameters if p.requires_grad}
 
@@ -145,7 +145,7 @@ def trained(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> list[str]
 
 
 def kinds(optimizer: Optimizer) -> tuple[str, ...]:
-    """What an optimizer keeps for every parameter."""
+    """Names of the tensors that an optimizer keeps for every parameter."""
     options = optimizer.param_groups[0]
     momentum = ("momentum_buffer",) if options.get("momentum") else ()
     if isinstance(optimizer, SGD):

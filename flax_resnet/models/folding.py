@@ -28,7 +28,7 @@ def fold_batchnorm(model: nnx.Module) -> nnx.Module:
 
 
 def _fold(convolution: nnx.Conv, norm: BatchNorm):
-    """In float64, so that the only rounding is that of the result."""
+    """Fold in float64, so that only the result is rounded."""
     kernel, scale, bias, mean, var = (
         np.asarray(variable[...], np.float64)
         for variable in (convolution.kernel, norm.scale, norm.bias, norm.mean, norm.var)

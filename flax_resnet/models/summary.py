@@ -1,4 +1,4 @@
-"""What a network is made of: activations by name, parameters and FLOPs by stage."""
+"""A network's activations by name, and its parameters and FLOPs by stage."""
 
 import contextlib
 import math
@@ -42,7 +42,7 @@ def recorded_activations(model: nnx.Module):
 
 
 def stage_rows(model: nnx.Module, image_shape: tuple[int, int, int]) -> list[dict]:
-    """One row a top-level part: name, output shape of one image, parameters, FLOPs.
+    """A row for each top-level part: name, output shape of one image, parameters, FLOPs.
 
     Args:
       image_shape: `(H, W, C)`.
