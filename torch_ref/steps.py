@@ -55,8 +55,8 @@ def train_step(
     dtype: torch.dtype = torch.float32,
     step: int = 0,
 ) -> Tensor:
-    """Train on one batch; the last of every `accumulate_steps` updates the weights. Returns the loss
-    without penalties.
+    """Train on one batch and return its loss without penalties. The last batch of every
+    `accumulate_steps` updates the weights.
 
     Args:
       images: [B, C, H, W].
