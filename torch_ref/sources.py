@@ -100,7 +100,7 @@ def _limit(images: Images, count: int | None, seed: int) -> Images:
 
 
 def _cut(train: Images, field: str, value: float, seed: int) -> tuple[Images, Images]:
-    """Split off the share that a field of the config asks for, stratified: (the rest, the share)."""
+    """Split off the share that a config field asks for, stratified: (the rest, the share)."""
     everything = np.arange(len(train))
     try:
         stay, off = train_test_split(
