@@ -1,4 +1,4 @@
-"""What a run is: frozen, keyword-only dataclasses, checked when they are made.
+"""The settings of a run: frozen, keyword-only dataclasses that are checked when they are made.
 
 Every field has one default, written here, and a docstring with its unit. The command line
 (`cli.py`) makes its flags from these fields, so a name must be unique across all groups.
@@ -28,11 +28,11 @@ Architecture = Literal[
 
 
 WITH_SHORTCUTS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
-"""Of He et al. 2015, who tried padded channels and projections."""
+"""The CIFAR networks of He et al. 2015, which exist with padded channels and with projections."""
 
 
 def nearest(word: str, valid) -> str:
-    """'; did you mean X?' or the list of what is valid, to end an error message with."""
+    """The end of an error message: "; did you mean X?", or the list of valid words."""
     close = difflib.get_close_matches(str(word), list(valid), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(map(str, valid))}"
 
@@ -40,27 +40,27 @@ def nearest(word: str, valid) -> str:
 T = TypeVar("T")
 
 INT32 = 2**31 - 1
-"""What a compiled step counts with."""
+"""The largest number that a compiled step counts to."""
 
 SMALLEST, LARGEST = 1e-30, 1e30
-"""Of numbers that a compiled step takes: their quotients are numbers in float32 too."""
+"""Bounds of the numbers that a compiled step takes; float32 holds them and their reciprocals."""
 
 
 def _zero_or_normal(value: float) -> float:
     if 0 < value < SMALLEST:
-        raise ValueError(f"between 0 and {SMALLEST:g}, which a step in float32 takes for 0")
+        raise ValueError(f"must be 0 or at least {SMALLEST:g}: float32 rounds smaller numbers to 0")
     return value
 
 
 def _writable(text: str) -> str:
-    """What a run could not write into its config, and so not read again, is no name of anything."""
+    """Raises ValueError for a name that config.json cannot hold."""
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("a name that is not in UTF-8, or holds a NUL: rename what it stands for")
+        raise ValueError("the name is not in UTF-8 or holds a NUL: rename the file or folder")
     return text
 
 
 Name = Annotated[str, pydantic.AfterValidator(_writable)]
-# Below 1 in float32 too, and so far that nothing is divided by 0.
+# The largest value is below 1 in float32 too, so that 1 - value is never 0.
 Fraction = Annotated[float, Field(ge=0, le=0.999999)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, le=LARGEST), pydantic.AfterValidator(_zero_or_normal)]
@@ -87,18 +87,18 @@ def _dataclass(cls: type[T]) -> type[T]:
 @_dataclass
 class ModelConfig:
     arch: Architecture = "resnet18"
-    """Which network."""
+    """Name of the network."""
 
     stem: Literal["imagenet", "cifar"] | None = None
-    """First layers of torchvision's ten: "imagenet" (7x7 stride 2, max-pool) or "cifar" (3x3
-    stride 1, no pool). Left out: "cifar" for images of 17 to 63 pixels, else "imagenet"."""
+    """First layers of torchvision's ten networks: "imagenet" (7x7 stride 2, max-pool) or "cifar"
+    (3x3 stride 1, no pool). Default: "cifar" for images of 17 to 63 pixels, else "imagenet"."""
 
     shortcut: Literal["pad", "projection"] | None = None
-    """Of He's five for CIFAR, where the width changes: "pad" (option A: channels of zero) or
-    "projection" (option B: 1x1 convolution and BatchNorm). Left out: "pad"."""
+    """Shortcuts where the width changes, in He's five networks for CIFAR: "pad" (option A: channels
+    of zero) or "projection" (option B: 1x1 convolution and BatchNorm). Default: "pad"."""
 
     num_classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
-    """Left out: as many as the data has; another number than that is an error."""
+    """Number of classes, which must be that of the data. Default: that of the data."""
 
     dropout: Fraction = 0.0
     """Probability of dropping a feature before the last linear layer."""
@@ -107,7 +107,7 @@ class ModelConfig:
     """Start the last BatchNorm scale of every block at zero."""
 
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Computation; parameters are float32, and float64 only with float64."""
+    """Type of the computation. Parameters are float64 with "float64", else float32."""
 
     kernels: Literal["auto", "library"] = "auto"
     """How layers are computed. "auto": in this project's own way where that is faster on the
@@ -115,36 +115,38 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.zero_init_residual and self.arch == "basic_cnn":
-            raise ValueError("zero_init_residual: basic_cnn has no residual blocks")
+            raise ValueError("`zero_init_residual`: basic_cnn has no residual blocks")
         if self.shortcut and self.arch not in WITH_SHORTCUTS:
-            raise ValueError(f"shortcut is of {', '.join(WITH_SHORTCUTS)}, not of {self.arch}")
+            raise ValueError(
+                f"`shortcut`: {self.arch} has no choice; {', '.join(WITH_SHORTCUTS)} have"
+            )
 
 
 @_dataclass
 class DataConfig:
     dataset: Name = "digits"
-    """digits | folder:DIR | cifar10:PATH | tfds:NAME."""
+    """Data set: digits | folder:DIR | cifar10:PATH | tfds:NAME."""
 
     image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Pixels a side of what the network sees. Left out: the size of the first image if it is
-    square and at most 64 pixels, else 224; smaller than 16 and with both sizes of the stem left
-    open, they are enlarged to 16."""
+    """Pixels a side of the network's input. Default: the size of the first image if it is square
+    and at most 64 pixels, else 224. A default below 16 becomes 16 where the network has a choice
+    of stems and none is chosen."""
 
     resize_size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Pixels of the shorter side before the centre crop. Left out: image_size."""
+    """Pixels of the shorter side before the centre crop. Default: `image_size`."""
 
     grayscale: bool = False
-    """Turn the images to one channel. Without it image files have three; digits have one."""
+    """Convert the images to one channel. Otherwise image files have three, digits have one."""
 
     validation_fraction: Fraction = 0.1
-    """Stratified share of the training split held out for validation, where the set has no
+    """Stratified share of the training split held out for validation, where the data set has no
     validation split of its own."""
 
     test_fraction: Fraction = 0.2
-    """Stratified share held out for the test, where the set has one split only."""
+    """Stratified share held out for the test, where the data set has one split only."""
 
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of these two splits."""
+    """Random seed of the validation and test splits."""
 
     train_images: PositiveCount | None = None
     """Use at most this many training images (stratified where it is enough for every class)."""
@@ -153,44 +155,41 @@ class DataConfig:
     """Use at most this many validation and test images each."""
 
     mean: tuple[pydantic.FiniteFloat, ...] | None = None
-    """Per channel, of images in [0, 1]. Left out: measured on the training split, of
-    more than 50,000 images on so many."""
+    """Mean of each channel, in [0, 1]. Default: measured on at most 50,000 training images."""
 
     std: tuple[Positive, ...] | None = None
-    """Per channel, of images in [0, 1]. Left out: measured on the training split, of
-    more than 50,000 images on so many."""
+    """Standard deviation of each channel, in [0, 1]. Default: measured as `mean` is."""
 
     on_bad_image: Literal["error", "skip"] = "error"
-    """"error": a file that is no image ends the run, named. "skip": such files are counted,
-    listed and left out."""
+    """Treatment of files that are no readable images: "error" ends the run and names them, "skip"
+    counts, lists and leaves them out."""
 
     exif_transpose: bool = False
     """Turn images upright by their EXIF orientation, as viewers do; torchvision does not."""
 
     cache: Literal["auto", "device", "none"] = "auto"
-    """Where decoded images live: those of the training on the device as uint8 and the others in
-    memory, or nowhere (every epoch decodes them again). "auto": so many splits as take at most
-    cache_gib together, the training images first."""
+    """Place of decoded images. "device": training images on the device as uint8, the others in
+    host memory. "none": every epoch decodes them again. "auto": as "device" for the splits that fit
+    into `cache_gib`, the training split first."""
 
     cache_gib: Annotated[float, Field(ge=0, le=1e6)] = 2.0
-    """Gibibytes that "auto" may spend."""
+    """Gibibytes of decoded images that `cache` "auto" keeps."""
 
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
-    """Processes that decode the training images that are not cached. 0: threads of this
-    process."""
+    """Processes that decode training images that are not cached. 0: threads of this process."""
 
     def __post_init__(self):
         if (self.mean is None) != (self.std is None):
-            raise ValueError("mean and std are given together or not at all")
+            raise ValueError("`mean` and `std` are given together or not at all")
         for name in ("mean", "std"):
             for value in getattr(self, name) or ():
                 if not 0 <= value <= 1:
                     raise ValueError(
-                        f"{name} {value:g} is not of images in [0, 1]: pixels are divided by 255"
-                        f" first, so divide {name} by 255 too"
+                        f"`{name}` {value:g} is outside [0, 1]: pixels are divided by 255 first, so"
+                        f" divide `{name}` by 255 too"
                     )
         if self.resize_size and self.image_size and self.resize_size < self.image_size:
-            raise ValueError("resize_size is smaller than image_size")
+            raise ValueError("`resize_size` is smaller than `image_size`")
         scheme, colon, place = self.dataset.partition(":")
         if self.dataset != "digits" and not (scheme in ("folder", "cifar10", "tfds") and place):
             hint = nearest(scheme + colon, ("digits", "folder:", "cifar10:", "tfds:"))
@@ -205,32 +204,32 @@ class DataConfig:
 
 @_dataclass
 class AugmentConfig:
-    """Training only; each with torchvision's definition, in this order."""
+    """Augmentation of training images in the order of the fields, as torchvision defines it."""
 
     random_resized_crop: bool = False
-    """Random area (8% to 100%) and aspect ratio (3/4 to 4/3), while decoding."""
+    """Crop a random area (8% to 100%) of random aspect ratio (3/4 to 4/3) while decoding."""
 
     random_crop: Annotated[int, Field(ge=0, le=512)] | None = None
-    """Pad by this many black pixels on each side and crop back at random; 0 is off. Left out: an
-    eighth of the image size, or 0 with random_resized_crop."""
+    """Pad by this many black pixels on each side and crop back at random; 0 is off. Default: an
+    eighth of the image size, or 0 with `random_resized_crop`."""
 
     horizontal_flip: Probability = 0.0
     """Probability of a mirror image."""
 
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Degrees; the angle is uniform in [-rotation, rotation], sampled bilinearly."""
+    """Largest angle in degrees: angles are uniform in [-rotation, rotation], pixels bilinear."""
 
     brightness: NonNegative = 0.0
-    """Colour jitter: factor uniform in [max(0, 1 - x), 1 + x]."""
+    """Jitter x of the brightness: a factor uniform in [max(0, 1 - x), 1 + x]."""
 
     contrast: NonNegative = 0.0
-    """Colour jitter: factor uniform in [max(0, 1 - x), 1 + x]."""
+    """Jitter x of the contrast: a factor uniform in [max(0, 1 - x), 1 + x]."""
 
     saturation: NonNegative = 0.0
-    """Colour jitter: factor uniform in [max(0, 1 - x), 1 + x]."""
+    """Jitter x of the saturation: a factor uniform in [max(0, 1 - x), 1 + x]."""
 
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Colour jitter: shift uniform in [-x, x], as a share of the hue circle."""
+    """Jitter x of the hue: a shift uniform in [-x, x], as a share of the hue circle."""
 
     random_erasing: Probability = 0.0
     """Probability of blanking a random rectangle (2% to 33% of the area), after normalising."""
@@ -241,114 +240,115 @@ class AugmentConfig:
 
 @_dataclass
 class OptimizerConfig:
-    """PyTorch's definitions (`optim.py`)."""
+    """Optimizer and loss, with PyTorch's definitions (`optim.py`)."""
 
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
-    """Which optimizer."""
+    """Name of the optimizer."""
 
     lr: Positive = 0.04
-    """Learning rate at its highest."""
+    """Highest learning rate of the schedule."""
 
     momentum: Fraction = 0.9
-    """sgd and rmsprop."""
+    """Momentum of sgd and rmsprop."""
 
     nesterov: bool = True
-    """sgd only."""
+    """Nesterov momentum of sgd."""
 
     beta1: Fraction = 0.9
-    """adam and adamw."""
+    """Decay of the mean gradient in adam and adamw."""
 
     beta2: Fraction = 0.999
-    """adam and adamw."""
+    """Decay of the mean squared gradient in adam and adamw."""
 
     alpha: Fraction = 0.99
-    """rmsprop: decay of the squared gradient."""
+    """Decay of the mean squared gradient in rmsprop."""
 
     centered: bool = False
-    """rmsprop: subtract the mean gradient."""
+    """Subtract the mean gradient in rmsprop."""
 
     eps: Positive = 1e-8
-    """adam, adamw and rmsprop; outside the square root."""
+    """Term added to the square root in the denominator of adam, adamw and rmsprop."""
 
     weight_decay: NonNegative = 5e-4
-    """Coupled (L2, added to the gradient) except for adamw and decoupled_weight_decay."""
+    """Weight decay, coupled (L2, added to the gradient) except in adamw and with
+    `decoupled_weight_decay`."""
 
     decoupled_weight_decay: bool = False
-    """Shrink the weights by lr * weight_decay instead, whatever the optimizer."""
+    """Shrink the weights by lr * weight_decay in every optimizer."""
 
     decay_norm_and_bias: bool = True
     """Decay BatchNorm parameters and biases too, as torch.optim does by default."""
 
     l1: NonNegative = 0.0
-    """Factor of the sum of absolute weights added to the loss."""
+    """Factor of the sum of absolute weights that is added to the loss."""
 
     label_smoothing: Fraction = 0.1
     """Share of the target spread evenly over all classes."""
 
     clip_norm: NonNegative = 0.0
-    """Largest global gradient norm; 0 is off."""
+    """Largest global norm of the gradients; 0 is off."""
 
     accumulate_steps: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Batches whose gradients are averaged into one update."""
+    """Number of batches whose gradients are averaged into one update."""
 
     ema_decay: Fraction = 0.0
-    """Exponential moving average of the weights, used for evaluation; 0 is off."""
+    """Decay of the exponential moving average of the weights, which evaluation uses; 0 is off."""
 
 
 @_dataclass
 class ScheduleConfig:
-    """PyTorch's definitions (`optim.py`); lengths in epochs."""
+    """Learning rate over the epochs, with PyTorch's definitions (`optim.py`)."""
 
     schedule: Literal["constant", "step", "multistep", "cosine", "onecycle", "plateau"] = "onecycle"
-    """Course of the learning rate."""
+    """Name of the learning rate's schedule."""
 
     warmup_epochs: Annotated[float, Field(ge=0, le=100_000)] = 0.0
-    """Linear warm-up before the schedule starts."""
+    """Epochs of linear warm-up before the schedule starts."""
 
     warmup_factor: Factor = 0.01
-    """Share of the schedule's first learning rate at which the warm-up starts; with onecycle that
-    rate is lr / div_factor."""
+    """First learning rate of the warm-up, as a share of the schedule's first one (with onecycle,
+    `lr` / `div_factor`)."""
 
     step_epochs: Epochs = 30
-    """step: epochs between two cuts."""
+    """Epochs between two cuts of the step schedule."""
 
     milestones: tuple[Epochs, ...] = (100, 150)
-    """multistep: epochs at which to cut."""
+    """Epochs at which the multistep schedule cuts."""
 
     gamma: Factor = 0.1
-    """step, multistep and plateau: factor of a cut."""
+    """Factor of a cut in the step, multistep and plateau schedules."""
 
     min_lr: NonNegative = 0.0
-    """cosine and plateau: where the learning rate ends."""
+    """Lowest learning rate of the cosine and plateau schedules."""
 
     pct_start: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """onecycle: share of the steps spent rising."""
+    """Share of the steps in which onecycle's learning rate rises."""
 
     div_factor: Annotated[float, Field(ge=0.001, le=LARGEST)] = 25.0
-    """onecycle: lr / initial learning rate."""
+    """Ratio of onecycle's highest learning rate to its initial one."""
 
     final_div_factor: Annotated[float, Field(ge=0.001, le=LARGEST)] = 1e4
-    """onecycle: initial / final learning rate."""
+    """Ratio of onecycle's initial learning rate to its final one."""
 
     cycle_momentum: bool = False
-    """onecycle: move the momentum from 0.95 to 0.85 and back, against the learning rate."""
+    """Let onecycle move the momentum from 0.95 to 0.85 and back, against the learning rate."""
 
     plateau_patience: Count = 10
-    """plateau: epochs without improvement before a cut."""
+    """Epochs without improvement before the plateau schedule cuts."""
 
     plateau_threshold: NonNegative = 1e-4
-    """plateau: relative change that counts as an improvement."""
+    """Relative change that the plateau schedule counts as an improvement."""
 
     plateau_cooldown: Count = 0
-    """plateau: epochs to wait after a cut."""
+    """Epochs that the plateau schedule waits after a cut."""
 
     def __post_init__(self):
         if not self.milestones:
-            raise ValueError("milestones: at least one")
+            raise ValueError("`milestones`: at least one is needed")
         if any(a >= b for a, b in itertools.pairwise(self.milestones)):
             given = " ".join(map(str, self.milestones))
             raise ValueError(
-                f"milestones: each has to be later than the one before it, got {given}"
+                f"`milestones`: each must be later than the one before it, got {given}"
             )
 
 
@@ -360,10 +360,10 @@ class EarlyStoppingConfig:
     monitor: Literal["validation_loss", "validation_accuracy", "validation_f1_macro"] = (
         "validation_loss"
     )
-    """What is watched: for the best checkpoint, early stopping and the plateau schedule."""
+    """Metric that drives the best checkpoint, early stopping and the plateau schedule."""
 
     min_delta: NonNegative = 0.0
-    """Absolute change that counts as an improvement."""
+    """Absolute change of the metric that counts as an improvement."""
 
     restore_best: bool = True
     """Report on and export the best weights instead of the last."""
@@ -377,23 +377,22 @@ class EarlyStoppingConfig:
 @_dataclass
 class ParallelConfig:
     parallel: Literal["auto", "jit", "pmap"] = "auto"
-    """One step over all devices: jit over a mesh, or pmap. "auto" is jit."""
+    """Transformation that runs a step on all devices: jit over a mesh, or pmap. "auto" is jit."""
 
     devices: PositiveCount | None = None
-    """How many. Left out: all."""
+    """Number of devices. Default: all."""
 
     shard_parameters: bool = False
-    """Keep parameters and the optimizer's state in parts, one a device, instead of whole on each
-    (FSDP): less memory, the same numbers. Not under pmap."""
+    """Shard parameters and optimizer state over the devices instead of replicating them (FSDP):
+    less memory, the same numbers. Not under pmap."""
 
     steps_per_dispatch: PositiveCount | None = None
-    """Training steps sent to the device at once. Left out: 20 where the images lie on a GPU, else
-    1."""
+    """Training steps in a dispatch. Default: 20 if the images are on a GPU or TPU, else 1."""
 
 
 @_dataclass
 class TrainConfig:
-    """All settings of a run; every field has a default, and the whole is checked when it is made.
+    """All settings of a run. Every field has a default, and the config is checked when it is made.
 
     Raises:
       pydantic.ValidationError: a value out of range or settings that exclude each other.
@@ -408,46 +407,45 @@ class TrainConfig:
     """Passes over the training split."""
 
     batch_size: BatchSize = 128
-    """Images a step, over all devices."""
+    """Images in a training step, over all devices."""
 
     eval_batch_size: BatchSize = 256
-    """Images a step of an evaluation."""
+    """Images in an evaluation step, over all devices."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Of weights, order, augmentation and dropout."""
+    """Random seed for initialization, data order, augmentation and dropout."""
 
     init_from: Name | None = None
-    """Fine-tune: a run directory or weights file to start from; the head is new where the number
-    of classes differs. Only weights are taken: network and normalisation are those of the flags."""
+    """Run directory or weights file to fine-tune. The head is new where the number of classes
+    differs. Only weights are taken: network and normalisation are those of the flags."""
 
     weights_key: Name | None = None
-    """Fine-tune: which of the networks in the file of init_from, by the key or prefix that it lies
-    under, as "state_dict" or "encoder_k". Left out: the only one, or the one that is no average."""
+    """Key or prefix of the network in the file of `init_from`, such as "state_dict" or "encoder_k".
+    Default: the only network, or the only one that is not an average."""
 
     ema: bool = False
-    """Fine-tune: take the averaged weights in the file of init_from, where raw ones lie beside
-    them."""
+    """Fine-tune the averaged weights of the file of `init_from`, where it holds raw ones too."""
 
     new_head: bool = False
-    """Fine-tune: start from a new head even where the old one would fit."""
+    """Fine-tune with a new head even where the old one would fit."""
 
     freeze_backbone: bool = False
-    """Train the last linear layer only; BatchNorm keeps its statistics."""
+    """Fine-tune the last linear layer only; BatchNorm keeps its statistics."""
 
     log_steps: PositiveCount = 20
-    """Steps between two looks at the loss."""
+    """Steps between two checks and logs of the loss."""
 
     checkpoint_epochs: PositiveCount = 1
     """Epochs between two checkpoints; every improvement is kept as well."""
 
     skip_nonfinite: Count = 0
-    """How many updates in a row with a non-finite gradient are skipped before the run stops."""
+    """Consecutive updates with non-finite gradients that are skipped before the run stops."""
 
     compilation_cache: bool = True
     """Keep compiled programs in ~/.cache/flax_resnet for the next start."""
 
     deterministic: bool = False
-    """Bit-for-bit repeatable on a GPU too, at some cost. Not under pmap."""
+    """Use only operations that give the same bits on a GPU too, at some cost. Not under pmap."""
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -461,19 +459,20 @@ class TrainConfig:
         data, optimizer = self.data, self.optimizer
         for name in ("weights_key", "ema", "new_head", "freeze_backbone"):
             if getattr(self, name) and not self.init_from:
-                raise ValueError(f"{name} is of a fine-tuning: it needs init_from")
+                raise ValueError(f"`{name}` is for fine-tuning: it needs `init_from`")
         if self.augment.random_resized_crop and data.cache == "device":
-            raise ValueError("random_resized_crop decodes every file anew: cache device has no use")
+            raise ValueError("`random_resized_crop` decodes files anew: `cache` device has no use")
         if self.schedule.cycle_momentum and self.schedule.schedule != "onecycle":
-            raise ValueError(f"cycle_momentum is of onecycle, not of {self.schedule.schedule}")
+            given = self.schedule.schedule
+            raise ValueError(f"`cycle_momentum` needs `schedule` onecycle, got {given}")
         if self.deterministic and self.model.kernels == "library":
             raise ValueError(
-                "deterministic needs kernels auto: on a GPU the library's max-pool has no"
+                "`deterministic` needs `kernels` auto: on a GPU the library's max-pool has no"
                 " deterministic gradient"
             )
         still = optimizer.optimizer in ("sgd", "rmsprop") and not optimizer.momentum
         if self.schedule.cycle_momentum and still:
-            raise ValueError(f"cycle_momentum: {optimizer.optimizer} has momentum 0, none to move")
+            raise ValueError(f"`cycle_momentum`: {optimizer.optimizer} has `momentum` 0")
 
 
 USED_WITH = {
@@ -503,18 +502,19 @@ USED_WITH = {
     "exif_transpose": ("dataset", "folder", "tfds"),
     "grayscale": ("dataset", "folder", "cifar10", "tfds"),
 }
-"""{field: another one, and which of its values make use of the first; by default all but 0}."""
+"""{field: (another field, the values of it with which the first has an effect; none: all but 0)}"""
 
 
 def idle(config: TrainConfig) -> dict[str, str]:
-    """{field: what is wrong} of those that differ from their default and have no effect."""
+    """{field: message} of the settings that differ from their default and have no effect."""
     values, defaults = (_by_name(each) for each in (config, TrainConfig()))
     faults = {}
     for name, (other, *users) in USED_WITH.items():
         used = str(values[other]).partition(":")[0] in users if users else values[other]
         if values[name] != defaults[name] and not used:
-            wanted = f"{other} {' or '.join(users) if users else 'above 0'}"
-            faults[name] = f"{name} has no effect with {other} {values[other]}: it needs {wanted}"
+            wanted = f"`{other}` {' or '.join(users) if users else 'above 0'}"
+            given = f"`{other}` {values[other]}"
+            faults[name] = f"`{name}` has no effect with {given}: it needs {wanted}"
     return faults
 
 
@@ -528,7 +528,7 @@ def to_dict(config: TrainConfig) -> dict:
 
 
 def flat(config: TrainConfig) -> dict:
-    """{"seed": 0, "model.arch": "resnet18", ...}"""
+    """The config as one flat dict: {"seed": 0, "model.arch": "resnet18", ...}."""
     facts = {}
     for name, value in to_dict(config).items():
         group = {f"{name}.{key}": v for key, v in value.items()} if type(value) is dict else {}
@@ -537,7 +537,7 @@ def flat(config: TrainConfig) -> dict:
 
 
 def finite(value):
-    """A JSON value with None for every number that is not finite, which JSON does not have."""
+    """The JSON value with None for every number that is not finite, which JSON cannot hold."""
     return json.loads(json.dumps(value), parse_constant=lambda constant: None)
 
 
@@ -560,7 +560,7 @@ _LONGEST_CONFIG = 2**24  # characters: a device has no end
 
 
 def config_from_file(path: Path | str) -> TrainConfig:
-    """A config from a JSON file, strictly: every key known, every value of its type."""
+    """Read a config from a JSON file, strictly: known keys, each given once, with valid values."""
     path = Path(path)
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -588,4 +588,5 @@ def _each_once(pairs: list[tuple]) -> dict:
 
 def _describe(fault: dict) -> str:
     name = ".".join(str(part) for part in fault["loc"])
-    return f"{name}: {fault['msg']}, got {fault['input']!r:.80}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}, got {fault['input']!r:.80}"

@@ -1,4 +1,4 @@
-"""The one place that turns an exception into a line and an exit status."""
+"""Turns exceptions into one line and an exit status, in this one place."""
 
 import errno
 import os
@@ -10,14 +10,14 @@ from flax_resnet.text import printable
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 LOG = "error.log"
-"""In a run's directory: the traceback of an error that nobody has foreseen."""
+"""File in the run directory with the traceback of an unforeseen error."""
 
-_LONGEST = 2000  # characters of a line
+_LONGEST = 2000  # characters of a message
 _FAULTS_OF_PLACE = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS,
     errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO,
 )  # fmt: skip
-"""What the place that the user named is to blame for, rather than the program."""
+"""Errors of the place that the user named, not of the program."""
 
 _OUT_OF_MEMORY = (
     "out of memory; take a smaller --batch-size, or --accumulate-steps N with the same total, a"
@@ -27,8 +27,8 @@ _SIGNS_OF_NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate me
 
 
 class InputError(ValueError):
-    """Bad input from the user: a file, a setting, a data set. The commands print its one line and
-    leave with status 2.
+    """Raised for bad input from the user: a file, a setting, a data set. The commands print its one
+    line and exit with status 2.
 
     Example:
       >>> try:
@@ -42,10 +42,11 @@ class InputError(ValueError):
 
 
 def verdict(error: BaseException) -> tuple[int, str]:
-    """Exit status, and the line that says what went wrong.
+    """The exit status of an error and the line that is printed for it.
 
-    What nobody has foreseen is written to a log file, which the line names: in `error.run_dir`,
-    where it says that the error ended a run. `error.saved` says that the run's work is saved.
+    The traceback of an unforeseen error is written to a file that the line names: in
+    `error.run_dir` if the error has this attribute, else in the temporary folder. The attribute
+    `error.saved` tells that the run's work is saved.
     """
     status, text = _verdict(error)
     if getattr(error, "saved", False):
@@ -54,7 +55,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
 
 
 def _verdict(error) -> tuple[int, str]:
-    status = getattr(error, "exit_status", None)  # of an exception that is ours
+    status = getattr(error, "exit_status", None)  # exceptions of this project have one
     if status is not None:
         return status, {FAILED: "failed: ", BAD_INPUT: "error: "}.get(status, "") + str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -62,7 +63,7 @@ def _verdict(error) -> tuple[int, str]:
     if _is_out_of_memory(error):
         return FAILED, f"failed: {_OUT_OF_MEMORY}"
     if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
-        return BAD_INPUT, f"error: {error}"  # JAX_PLATFORMS names what this machine has not
+        return BAD_INPUT, f"error: {error}"  # JAX_PLATFORMS names a device that is not here
     if isinstance(error, UnicodeDecodeError):
         return BAD_INPUT, f"error: a file that should be text is not in UTF-8: {error}"
     if isinstance(error, OSError) and error.errno:
@@ -70,7 +71,7 @@ def _verdict(error) -> tuple[int, str]:
         if error.errno in _FAULTS_OF_PLACE:
             return BAD_INPUT, f"error: {where}"
         return FAILED, f"failed: {where}"
-    what = f"{type(error).__name__}: {error}"  # without the notes that JAX adds
+    what = f"{type(error).__name__}: {error}"  # leaves out the notes that JAX adds
     return FAILED, f"failed: this is a bug: {what}; {_logged(error)}"
 
 

@@ -1,10 +1,10 @@
-"""Everything that a confusion matrix says; the definitions are scikit-learn's."""
+"""Metrics of a confusion matrix, with scikit-learn's definitions."""
 
 import numpy as np
 
 
 def summarize(confusion) -> dict[str, float]:
-    """Scalars from counts.
+    """Accuracy and averaged metrics of a confusion matrix.
 
     Args:
       confusion: `[K, K]` counts, row = true class, column = predicted class.
@@ -29,7 +29,7 @@ def summarize(confusion) -> dict[str, float]:
 
 
 def per_class(confusion) -> dict[str, np.ndarray]:
-    """precision, recall, f1 and support, each `[K]`."""
+    """Precision, recall, F1 and support of each class, `[K]` each, by name."""
     confusion = np.asarray(confusion, np.int64)
     correct, true, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     return {
@@ -41,5 +41,5 @@ def per_class(confusion) -> dict[str, np.ndarray]:
 
 
 def _ratio(numerator, denominator):
-    """numerator / denominator, and 0 where both are."""
+    """The quotient of counts, and 0 where both are 0."""
     return np.asarray(numerator) / np.maximum(np.asarray(denominator), 1)

@@ -1,15 +1,14 @@
-"""Named configs, each of them one published result: `python scripts/train.py --recipe NAME`.
+"""Recipes: named configs, each for one published figure.
 
-The data set of a recipe is the public one; `--dataset folder:DIR` takes another copy of it. A
-name with a suffix is a second way to the same figure, where the source's own settings fall short
-or take a GPU. `python scripts/reproduce.py NAME` runs them over seeds and makes the table.
+`python scripts/train.py --recipe NAME` runs one, `python scripts/reproduce.py NAME` runs one over
+seeds and makes the table of results. The data set of a recipe is the public one; `--dataset
+folder:DIR` takes another copy of it. A name with a suffix is another way to the same figure, where
+the source's own settings fall short or take a GPU.
 """
 
 import dataclasses
 
-from flax_resnet.config import (
-    TrainConfig,
-)
+from flax_resnet.config import TrainConfig
 
 CIFAR10 = "tfds:cifar10"
 IMAGENETTE = "tfds:imagenette/320px-v2"
@@ -20,24 +19,24 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One row of the table of results."""
+    """A config and the published figures that it belongs to: one row of the table of results."""
 
     config: TrainConfig
 
     method: str
-    """What is done, in a line."""
+    """The method in one line."""
 
     published: dict[str, float] = dataclasses.field(default_factory=dict)
-    """The source's figures, "split_metric" -> value; empty: the source has no such row."""
+    """The source's figures, "split_metric" -> value; empty where the source has none."""
 
     source: str = ""
-    """Whose figures they are."""
+    """The publication of the figures."""
 
     starts_from: str | None = None
-    """The recipe whose weights are fine-tuned."""
+    """Name of the recipe whose weights are fine-tuned."""
 
     gpu: bool = False
-    """Hours on a CPU, minutes on a GPU."""
+    """Whether the recipe takes hours on a CPU, minutes on a GPU."""
 
 
 FLIP = dict(horizontal_flip=0.5, random_crop=0)
@@ -47,7 +46,7 @@ BEST_ACCURACY = dict(monitor="validation_accuracy")
 
 
 def _resnet18_32(**optimizer) -> dict:
-    """ResNet-18 with the large stem on images of 32 pixels."""
+    """Settings of ResNet-18 with the 7x7 stem on images of 32 pixels."""
     return dict(
         epochs=46,
         model=dict(arch="resnet18", stem="imagenet"),
@@ -59,7 +58,7 @@ def _resnet18_32(**optimizer) -> dict:
 
 
 def _enlarged(epochs, lr, pixels=64, validation_fraction=0.1, **groups) -> TrainConfig:
-    """The same network on CIFAR-10 enlarged, from scratch or fine-tuned."""
+    """The config of ResNet-18 with the 7x7 stem on enlarged images of CIFAR-10."""
     return TrainConfig(
         epochs=epochs,
         model=dict(arch="resnet18", stem="imagenet"),
@@ -71,7 +70,8 @@ def _enlarged(epochs, lr, pixels=64, validation_fraction=0.1, **groups) -> Train
 
 
 def _regularized(dropout=0.0, weight_decay=0.0, patience=0) -> TrainConfig:
-    """Without early stopping the last weights count: going back to the best would be half of it."""
+    """The config of ResNet-18 with dropout, weight decay or early stopping. Restoring the best
+    weights belongs to early stopping; without it the last weights are reported."""
     return TrainConfig(
         epochs=40,
         model=dict(arch="resnet18", stem="cifar", dropout=dropout),
@@ -84,7 +84,7 @@ def _regularized(dropout=0.0, weight_decay=0.0, patience=0) -> TrainConfig:
 
 
 def _at_224(arch, **changes) -> TrainConfig:
-    """Images enlarged to 224 pixels, as for ImageNet."""
+    """The config of a network on images of CIFAR-10 enlarged to 224 pixels."""
     groups = dict(
         model=dict(arch=arch, stem="imagenet"),
         data=dict(
@@ -108,7 +108,8 @@ def _bottleneck_224(arch, epochs) -> TrainConfig:
 
 
 def _he(arch) -> TrainConfig:
-    """He et al. 2015, section 4.2: 64,000 steps of 128 images, cut after 32,000 and 48,000."""
+    """The config of He et al. 2015, section 4.2: 64,000 steps of 128 images, with cuts of the
+    learning rate after 32,000 and 48,000."""
     warm_up = dict(warmup_epochs=1, warmup_factor=0.1) if arch == "resnet110" else {}
     return TrainConfig(
         epochs=182,
@@ -397,4 +398,4 @@ COMPARISONS = {
     "More pixels through the same stem": ("cifar10-resnet18", "cifar10-resnet18-64px"),
     "ResNet-50 and ResNet-101": ("cifar10-resnet50-224", "cifar10-resnet101-224"),
 }  # fmt: skip
-"""title -> recipes to look at side by side, the plainer one first."""
+"""{title: recipes to compare, the plainer one first}"""

@@ -1,4 +1,4 @@
-"""Words from outside (names of tensors, files and classes) on their way to a terminal."""
+"""Prints names of tensors, files and classes, which come from outside, safely and in brief."""
 
 import sys
 from collections.abc import Iterable
@@ -7,22 +7,22 @@ _verbose = False
 
 
 def be_verbose(on: bool):
-    """Whether names and lists are shown in full, however long: of the whole process."""
+    """Set for the whole process whether names and lists are shown in full, however long."""
     global _verbose
     _verbose = on
 
 
 def most(limit: int) -> int:
-    """As many of a list as are shown: all where everything is."""
+    """The limit on what is shown, or no limit if the process is verbose."""
     return sys.maxsize if _verbose else limit
 
 
 def printable(text: object, limit: int = 200) -> str:
-    r"""A text without the characters that steer a terminal or turn the direction of what follows:
-    they are escaped, as `\x1b` and `\u202e`.
+    r"""The text with control characters and marks of writing direction escaped, as `\x1b` and
+    `\u202e`.
 
     Args:
-      limit: characters of the result, of which the last three are dots where more was left out.
+      limit: characters of the result; a longer one is cut and ends with "...".
     """
     limit = most(limit)
     start = str(text)[: limit + 1]
@@ -31,8 +31,7 @@ def printable(text: object, limit: int = 200) -> str:
 
 
 def listed(names: Iterable[object], limit: int = 5) -> str:
-    """Printable names between commas, the first of them where they are many, with the number of
-    the others: `a, b, c, d, e and 3,700 more`."""
+    """The first `limit` names, printable, and the number of the others: `a, b and 3,700 more`."""
     names, limit = list(names), most(limit)
     shown = ", ".join(printable(name) for name in names[:limit])
     more = len(names) - limit
@@ -40,6 +39,6 @@ def listed(names: Iterable[object], limit: int = 5) -> str:
 
 
 def _escaped(character: str) -> str:
-    if character.isprintable():  # False of control, format, surrogate and odd space characters
+    if character.isprintable():  # false for control, format, surrogate and odd space characters
         return character
     return character.encode("unicode_escape").decode("ascii")

@@ -174,7 +174,7 @@ def test_the_switch_reaches_the_compiler():
 
 
 def test_a_deterministic_run_needs_the_max_pool_of_this_project():
-    with pytest.raises(ValueError, match="deterministic needs kernels auto"):
+    with pytest.raises(ValueError, match="`deterministic` needs `kernels` auto"):
         TrainConfig(deterministic=True, model=ModelConfig(kernels="library"))
 
 

@@ -79,7 +79,7 @@ WRONG_WORDS = [
     (["--epohcs", "3"], ["--epohcs", "--epochs"]),
     (["--optimizer", "sdg"], ["sdg", "'sgd'"]),
     (["--dataset", "digts"], ["error: unknown data set 'digts'", "'digits'"]),
-    (["--image-size", "9", "--resize-size", "8"], ["error: resize_size is smaller"]),
+    (["--image-size", "9", "--resize-size", "8"], ["error: --resize-size is smaller"]),
     (["--dataset", "floder:x"], ["floder", "'folder:'"]),
     (["--epochs", "ten"], ["--epochs", "ten"]),
     (["--epochs", "0"], ["--epochs", "0"]),
@@ -88,26 +88,26 @@ WRONG_WORDS = [
     (["--lr", "nan"], ["--lr", "nan"]),
     (["--dropout", "1"], ["--dropout"]),
     (["--num-classes", "1000000000"], ["--num-classes"]),
-    (["--num-classes", "7"], ["num_classes 7", "10 classes"]),
+    (["--num-classes", "7"], ["--num-classes 7", "10 classes"]),
     (["--stem", "cifar", "--arch", "resnet20"], ["own stem"]),
     (["--batch-size", "5000"], ["5000", "training split"]),
-    (["--mean", "0.5"], ["mean and std"]),
+    (["--mean", "0.5"], ["--mean and --std"]),
     (["--mean", "nan", "--std", "1"], ["--mean", "nan"]),
     (["--mean", "inf", "--std", "1"], ["--mean", "inf"]),
     (["--mean", "1", "1", "--std", "1", "1"], ["2 values", "1 channels"]),
     (["--mean", "1", "--std", "1", "1"], ["std has 2 values", "1 channels"]),
     (["--image-size", "7"], ["basic_cnn", "8x8", "7x7", "image_size 7"]),
     (["--arch", "resnet18", "--batch-size", "1"], ["BatchNorm", "batch_size 1"]),
-    (["--test-fraction", "0"], ["digits", "no test split", "test_fraction"]),
-    (["--new-head"], ["new_head", "init_from"]),
-    (["--freeze-backbone"], ["freeze_backbone", "init_from"]),
-    (["--zero-init-residual"], ["zero_init_residual", "basic_cnn"]),
-    (["--dataset", "tfds:mnist", "--on-bad-image", "skip"], ["on_bad_image", "tfds:mnist"]),
-    (["--cycle-momentum", "--schedule", "cosine"], ["cycle_momentum", "onecycle", "cosine"]),
-    (["--cycle-momentum", "--momentum", "0"], ["cycle_momentum", "sgd", "momentum 0"]),
+    (["--test-fraction", "0"], ["digits", "no test split", "--test-fraction"]),
+    (["--new-head"], ["--new-head", "--init-from"]),
+    (["--freeze-backbone"], ["--freeze-backbone", "--init-from"]),
+    (["--zero-init-residual"], ["--zero-init-residual", "basic_cnn"]),
+    (["--dataset", "tfds:mnist", "--on-bad-image", "skip"], ["--on-bad-image", "tfds:mnist"]),
+    (["--cycle-momentum", "--schedule", "cosine"], ["--cycle-momentum", "onecycle", "cosine"]),
+    (["--cycle-momentum", "--momentum", "0"], ["--cycle-momentum", "sgd", "--momentum 0"]),
     (["--deterministic", "--parallel", "pmap"], ["--deterministic", "--parallel jit"]),
     (["--shard-parameters", "--parallel", "pmap"], ["--shard-parameters", "--parallel jit"]),
-    (["--cache", "device", "--random-resized-crop"], ["random_resized_crop", "cache"]),
+    (["--cache", "device", "--random-resized-crop"], ["--random-resized-crop", "--cache device"]),
     (["--resume", "--overwrite"], ["--resume", "--overwrite", "exclude"]),
     (["--patience", "2", "--validation-fraction", "0"], ["validation"]),
     (["--monitor", "validation_accuracy", "--validation-fraction", "0"], ["monitor", "split"]),
@@ -124,9 +124,9 @@ WRONG_WORDS = [
     (["--init-from", "no-such-run"], ["no-such-run"]),
     (["--resume", "--overwrite", "extra"], ["extra"]),
     (["--schedule", "cosine", "--milestones", "3"], ["milestones", "cosine", "multistep"]),
-    (["--beta1", "0.5"], ["beta1", "sgd", "adam or adamw"]),
-    (["--warmup-factor", "0.5"], ["warmup_factor", "warmup_epochs above 0"]),
-    (["--schedule", "multistep", "--milestones", "9", "3"], ["milestones", "later", "9 3"]),
+    (["--beta1", "0.5"], ["--beta1", "sgd", "--optimizer adam or adamw"]),
+    (["--warmup-factor", "0.5"], ["--warmup-factor", "--warmup-epochs above 0"]),
+    (["--schedule", "multistep", "--milestones", "9", "3"], ["--milestones", "later", "9 3"]),
     (["--schedule", "step", "--step-epochs", "9999999999"], ["--step-epochs", "100000"]),
     (["--schedule", "multistep", "--milestones", "1000000000000000000"], ["--milestones"]),
     (["--eval-batch-size", "1000000000000"], ["--eval-batch-size", "1000000"]),
@@ -357,7 +357,7 @@ def test_resume_alone_names_the_runs_that_could_be_meant(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.json").write_text("{}")
-    refused(run_script("train.py", "--resume"), "there are runs/one, runs/two")
+    refused(run_script("train.py", "--resume"), "runs/ holds runs/one, runs/two")
 
 
 def test_resume_refuses_another_recipe_and_config(insects, tmp_path):
@@ -587,7 +587,7 @@ def test_predict_replaces_nothing_that_it_reads(insects, some_bad, tmp_path):
     refused(run_script("evaluate.py", insects, "--json", insects / "a.json"), "is one of the files")
     same = [tmp_path / "out", "--csv", tmp_path / "elsewhere" / ".." / "out"]
     (tmp_path / "elsewhere").mkdir()
-    refused(run_script("predict.py", insects, some_bad, "--json", *same), "both to")
+    refused(run_script("predict.py", insects, some_bad, "--json", *same), "both name")
 
 
 def test_predict_fails_where_no_image_can_be_read(insects, tmp_path):
@@ -781,6 +781,21 @@ def test_help_explains_every_flag():
     for word in ("--label-smoothing", "(default: 0.04)", "--no-nesterov", "Share of the target"):
         assert word in outcome.out
     assert "--lr FLOAT" in outcome.out and " TEXT" not in outcome.out
+
+
+def test_every_help_text_stands_alone_and_names_flags():
+    parser = cli.Parser()
+    cli.add_config_flags(parser)
+    for action in parser._actions:
+        first = action.help.split()[0]
+        assert first not in ("Of", "What", "Where", "Which", "How", "Left"), action.help
+        assert "`" not in action.help and "init_from" not in action.help
+
+
+def test_a_command_that_infers_settings_shows_no_defaults_of_the_training():
+    parser = cli.Parser()
+    cli.add_config_flags(parser, ("arch",))
+    assert "basic_cnn" in parser.format_help() and "(default:" not in parser.format_help()
 
 
 @pytest.mark.parametrize("script,words", [("train", "[flags]"), ("convert", "IN OUT [flags]")])

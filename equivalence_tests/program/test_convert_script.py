@@ -243,7 +243,7 @@ WRONG_WORDS = [
 def test_the_help_names_no_output_that_is_none():
     outcome = run_script("convert.py", "--help")
     assert outcome.status == 0 and "or none" not in outcome.out
-    assert "a name without such an end becomes a run directory" in " ".join(outcome.out.split())
+    assert "a name without a suffix is a run directory" in " ".join(outcome.out.split())
 
 
 @pytest.mark.parametrize("arguments,words", WRONG_WORDS, ids=lambda x: " ".join(map(str, x))[:30])

@@ -153,8 +153,8 @@ def test_other_names_among_the_checkpoints_are_no_steps(two_steps, tmp_path, nam
 
 @pytest.mark.parametrize("name, words", [
     ("5", "step 5 passed over: it was written as that of step 1"),
-    ("01", "01 passed over: a checkpoint has the number of its step as name"),
-    ("1 (copy)", "1 (copy) passed over: a checkpoint has the number of its step as name"),
+    ("01", "01 passed over: a checkpoint is named by its step"),
+    ("1 (copy)", "1 (copy) passed over: a checkpoint is named by its step"),
 ])  # fmt: skip
 def test_a_copied_or_renamed_checkpoint_is_none_and_is_named(two_steps, tmp_path, name, words):
     shutil.copytree(two_steps, tmp_path / "run")
@@ -190,7 +190,7 @@ def test_a_foreign_folder_is_no_checkpoint_and_stays(tmp_path):
     mine.parent.mkdir()
     mine.write_text("mine")
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(InputError, match="7 is where a checkpoint has to be"):
+    with pytest.raises(InputError, match="7 has the name of a checkpoint"):
         checkpoints.save(7, state(7.0), {}, improvement=False)
     checkpoints.close()
     assert mine.exists()
@@ -351,11 +351,11 @@ def test_a_config_of_any_depth_is_one_line(tmp_path, text):
 
 @pytest.mark.parametrize("text, words", [
     ('{"epochs": 3, "epochs": 4}', "epochs is given twice"),
-    ('{"schedule": {"milestones": []}}', "milestones: at least one"),
+    ('{"schedule": {"milestones": []}}', "`milestones`: at least one"),
     ('{"optimizer": {"lr": 1, "lr": 1}}', "lr is given twice"),
     (r'{"data": {"dataset": "folder:\udce9"}}', r"folder:\udce9' is not in UTF-8"),
     (r'{"init_from": "\ud800"}', r"\ud800' is not in UTF-8"),
-    (r'{"init_from": "a\u0000b"}', "init_from: Value error, a name that is not in UTF-8, or holds"),
+    (r'{"init_from": "a\u0000b"}', "init_from: the name is not in UTF-8 or holds a NUL"),
 ])  # fmt: skip
 def test_a_config_says_each_thing_once_and_in_text(tmp_path, text, words):
     (tmp_path / "config.json").write_text(text)

@@ -73,7 +73,7 @@ def test_folder_hidden_ignored_and_nested(tree):
     (tree / "train/ant/more").mkdir()
     picture().save(tree / "train/ant/more/UPPER.JPEG")
     opened = open_dataset(DataConfig(dataset=f"folder:{tree}"))
-    assert len(opened.train) == 31 and opened.ignored_files == 1
+    assert len(opened.train) == 31 and opened.passed_over[".txt"] == 1
 
 
 def test_bad_folders_are_refused_by_name(tree, tmp_path):
@@ -198,7 +198,6 @@ def test_thumbnails_of_systems_are_passed_over_and_counted(tree):
         "passed over: 1 file(s) not named as images: 1 .txt",
         "passed over: 4 hidden or system folder(s)",
     ]
-    assert opened.ignored_files == 1
 
 
 def test_turned_images_are_counted_where_they_stay_turned(tree):

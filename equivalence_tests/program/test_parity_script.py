@@ -192,7 +192,7 @@ def test_without_torch_the_extra_is_named(monkeypatch):
         (["--checkpoint", "nowhere.pth", "--stem", "cifar"], ["--stem", "--arch"]),
         (["--arch", "resnet20", "--mean", "1"], ["--mean", "--dataset"]),
         (["--arch", "resnet20", "--dataset", "digts"], ["digts", "'digits'"]),
-        (["--arch", "resnet20", "--dataset", "digits", "--mean", "1"], ["mean and std"]),
+        (["--arch", "resnet20", "--dataset", "digits", "--mean", "1"], ["--mean and --std"]),
         (["--arch", "resnet18", "--stem", "cfar"], ["did you mean 'cifar'"]),
         (["--arch", "resnet20", "--image-size", "32"], ["--image-size", "H and W are equal"]),
         (

@@ -180,7 +180,7 @@ def test_statistics_are_those_of_the_pixels(channels):
 def test_a_constant_channel_has_no_standard_deviation():
     images = picture(40, 30)[None]
     images[..., 1] = 255
-    with pytest.raises(InputError, match="constant; give mean and std"):
+    with pytest.raises(InputError, match="constant; give `mean` and `std`"):
         pipeline.channel_statistics(pipeline.count_levels(images))
 
 
@@ -286,5 +286,5 @@ def test_more_images_than_memory_are_refused_before_they_are_read():
 def test_more_steps_than_a_run_can_count_are_refused():
     config = cli.merge(TrainConfig(), {"epochs": "100000", "batch_size": "1"})
     prepare._check_steps(config, 21_474)
-    with pytest.raises(InputError, match=r"epochs 100,000 .* 2,147,500,000 steps"):
+    with pytest.raises(InputError, match=r"`epochs` 100,000 .* 2,147,500,000 steps"):
         prepare._check_steps(config, 21_475)

@@ -120,7 +120,7 @@ def test_what_is_no_run_is_refused_and_stays(tmp_path, files, how):
 def test_a_foreign_entry_is_named_and_nothing_is_deleted(begun, name):
     write(begun / name)
     before = tree(begun)
-    with pytest.raises(InputError, match="what no run has written: .*nothing was deleted"):
+    with pytest.raises(InputError, match="files that no run has written: .*nothing was deleted"):
         RunDirectory(begun, overwrite=True)
     assert tree(begun) == before
     RunDirectory(begun, resume=True).close()
@@ -239,7 +239,7 @@ def test_a_folder_where_a_file_has_to_be_is_refused(begun, name):
     (begun / name).unlink(missing_ok=True)
     (begun / name).mkdir()
     before = tree(begun)
-    with pytest.raises(InputError, match=f"{name} is a directory, not the run's file"):
+    with pytest.raises(InputError, match=f"{name} is a directory, not a file"):
         RunDirectory(begun, resume=True)
     assert tree(begun) == before
 

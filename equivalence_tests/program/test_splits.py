@@ -86,8 +86,8 @@ def test_held_out_splits_may_be_empty(monkeypatch):
     ("labels", "fields", "words"),
     [
         ([0] * 20 + [1], {}, "the smallest of 1"),
-        ([0, 1, 2] * 9, {"test_fraction": 0.01}, "test_fraction 0.01"),
-        ([0, 1, 2] * 9, {"validation_fraction": 0.99}, "validation_fraction 0.99"),
+        ([0, 1, 2] * 9, {"test_fraction": 0.01}, "`test_fraction` 0.01"),
+        ([0, 1, 2] * 9, {"validation_fraction": 0.99}, "`validation_fraction` 0.99"),
         ([0] * 400 + [1] * 2, {"test_fraction": 0.98}, "stratified"),
     ],
 )
@@ -108,8 +108,9 @@ def test_a_seed_that_scikit_learn_does_not_take_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("mean, std, word", [
-    ((123.675, 116.28, 103.53), (0.2, 0.2, 0.2), "mean 123.675"), ((-0.1,), (0.2,), "mean -0.1"),
-    ((0.485,), (58.4,), "std 58.4"),
+    ((123.675, 116.28, 103.53), (0.2, 0.2, 0.2), "`mean` 123.675"),
+    ((-0.1,), (0.2,), "`mean` -0.1"),
+    ((0.485,), (58.4,), "`std` 58.4"),
 ])  # fmt: skip
 def test_statistics_of_pixels_from_0_to_255_are_refused(mean, std, word):
     with pytest.raises(ValueError, match=f"{word}.*divided by 255"):

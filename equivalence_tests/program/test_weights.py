@@ -407,7 +407,7 @@ def test_a_backbone_becomes_a_run_with_a_new_head(tensors, arrays, tmp_path):
     got = convert.state_dict(run.network.to_model(run.variables))
     assert got["fc.weight"].shape == (3, 64) and run.config.model.num_classes == 3
     assert same(headless(got), headless(arrays))
-    refused(run_script("convert.py", path, tmp_path / "out.pth"), "no head (fc) in it")
+    refused(run_script("convert.py", path, tmp_path / "out.pth"), "has no head (fc)")
 
 
 def fine_tuned(source: Path, num_classes=3, class_names=(), **options) -> tuple[dict, list]:
@@ -487,7 +487,7 @@ def test_what_is_no_number_is_not_written(runs, tmp_path):
 
 def test_flags_of_weights_need_weights():
     for flag in ({"ema": True}, {"weights_key": "net"}):
-        with pytest.raises(ValueError, match="needs init_from"):
+        with pytest.raises(ValueError, match="needs `init_from`"):
             TrainConfig(**flag)
 
 
@@ -539,7 +539,7 @@ NO_ARRAYS = {
     ),
     "bfloat16": (
         lambda arrays: arrays | {"fc.bias": torch.zeros(7).bfloat16()},
-        "fc.bias is a Tensor that NumPy does not take; of a tensor give tensor.detach()",
+        "fc.bias is a Tensor that NumPy does not take; for a tensor give tensor.detach()",
     ),
     "a parameter": (
         lambda arrays: arrays | {"fc.bias": nn.Parameter(torch.zeros(7))},

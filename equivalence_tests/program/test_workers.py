@@ -63,7 +63,7 @@ def test_a_process_that_was_killed_is_named_and_the_others_end():
     everything = InTurn(jobs.counts, 2)
     next(everything)
     os.kill(pids(everything)[1], signal.SIGKILL)
-    with pytest.raises(WorkerDied, match=r"killed \(signal 9\), out of memory perhaps"):
+    with pytest.raises(WorkerDied, match=r"killed \(signal 9\), perhaps for lack of memory"):
         for _ in range(10**7):
             next(everything)
     assert not any(map(is_there, pids(everything)))

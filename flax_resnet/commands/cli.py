@@ -1,4 +1,4 @@
-"""Flags from the config's fields, one-line errors, exit statuses."""
+"""Functions that the commands share: flags of the config, one-line errors, exit statuses."""
 
 import argparse
 import codecs
@@ -24,17 +24,17 @@ from flax_resnet.errors import DONE, FAILED, InputError
 from flax_resnet.recipes import RECIPES
 from flax_resnet.runs.display import drop_output
 
-BAD_IMAGE = "skip: images that cannot be read are listed and left out, and end nothing"
-FOLD_BATCHNORM = "compute BatchNorm as part of the convolutions: faster, equal up to rounding"
-WEIGHTS_KEY = "which of the networks in a file: the key or prefix that it lies under"
-EMA = "the averaged weights of a file, where raw ones lie beside them"
+BAD_IMAGE = "error: unreadable images end the command; skip: they are listed and left out"
+FOLD_BATCHNORM = "fold BatchNorm into the convolutions: faster, equal up to rounding"
+WEIGHTS_KEY = "key or prefix of the network in a file that holds several"
+EMA = "take the averaged weights of a file that holds raw ones too"
 
 
 SMOKE = {"epochs": "1", "batch_size": "16", "data": {"train_images": "32", "eval_images": "32"}}
 
 
 class CheckFailed(Exception):
-    """A check came out negative."""
+    """A check of the command failed; the exit status is 1."""
 
     exit_status = FAILED
 
@@ -48,7 +48,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that answers a mistake with one line and the nearest valid name."""
+    """An argparse parser that raises InputError, with the nearest valid name, for a mistake."""
 
     def __init__(self, **kwargs):
         super().__init__(
@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--verbose", action="store_true", help="show every list in full")
 
     def format_help(self):
-        """What the command does and examples, then how it is called, then its flags."""
+        """The help text: what the command does, examples, usage, flags."""
         words = [action.metavar or action.dest for action in self._get_positional_actions()]
         self.usage = " ".join([self.prog, *words, "[flags]"])
         about, self.description = self.description or "", None
@@ -79,19 +79,23 @@ class Parser(argparse.ArgumentParser):
 
 def add_starting_points(parser: argparse.ArgumentParser):
     """The flags that `build_config` starts from."""
-    parser.add_argument("--config", metavar="PATH", help="start from this config.json")
-    parser.add_argument("--recipe", metavar="NAME", help="start from this recipe")
-    parser.add_argument("--smoke", action="store_true", help="every stage on 32 images, in seconds")
+    parser.add_argument("--config", metavar="PATH", help="start from the settings of a config.json")
+    parser.add_argument("--recipe", metavar="NAME", help="start from the settings of a recipe")
+    parser.add_argument("--smoke", action="store_true", help="run all stages on 32 images")
 
 
 def add_config_flags(parser: argparse.ArgumentParser, only: tuple[str, ...] | None = None):
-    """One flag for every field of `TrainConfig` and its groups, or for those in `only`; none has
-    a default here."""
+    """Add a flag for every field of `TrainConfig` and its groups, with None for flags not given.
+
+    Args:
+      only: names of the fields to add; their help names no defaults, which the command infers.
+    """
     for group, fields in _fields().items():
         fields = [field for field in fields if only is None or field.name in only]
         section = parser.add_argument_group(group or "run") if fields else None
         for field in fields:
-            section.add_argument(_flag(field.name), default=None, **_argument(field))
+            shape = _argument(field, with_default=only is None)
+            section.add_argument(_flag(field.name), default=None, **shape)
 
 
 def requested_values(args: argparse.Namespace) -> dict:
@@ -110,7 +114,8 @@ def merge(base: TrainConfig, values: dict) -> TrainConfig:
     """A config with some fields replaced; strings are converted to the fields' types.
 
     Raises:
-      InputError: names the flag, what it may be and, for a name, the nearest valid one.
+      InputError: a value is invalid; the message names its flag, and for a name the nearest valid
+        one.
     """
     merged = to_dict(base)
     for key, value in values.items():
@@ -122,8 +127,8 @@ def merge(base: TrainConfig, values: dict) -> TrainConfig:
 
 
 def with_flags(base: TrainConfig, args: argparse.Namespace) -> TrainConfig:
-    """What a file or recipe says, and the flags. What the flags leave without effect of it takes
-    its default."""
+    """The config of a file or recipe, changed by the flags. Its settings that lose their effect by
+    the flags take their defaults."""
     config = merge(base, requested_values(args))
     left = idle(config).keys() - idle(base).keys()
     left = {name for name in left if getattr(args, name, None) is None}
@@ -157,8 +162,8 @@ def check_choice(flag: str, value: str, valid):
 
 
 def check_writable(flag: str, path: Path | None, inputs: Iterable[Path] = ()):
-    """Raises InputError unless a file can be written at `path` by its folder, which is none of the
-    inputs and in none of them; None is no file."""
+    """Raises InputError unless a file can be written at `path`: its folder exists, and it is
+    neither one of the inputs nor inside one. None passes."""
     if path and not path.absolute().parent.is_dir():
         raise InputError(f"{flag}: the folder {path.absolute().parent} does not exist")
     if path and path.is_dir():
@@ -172,7 +177,7 @@ def check_writable(flag: str, path: Path | None, inputs: Iterable[Path] = ()):
 
 @contextlib.contextmanager
 def output(path: Path) -> Iterator[typing.TextIO]:
-    """A text file in UTF-8 that gets its name when it is whole; "-" is standard output."""
+    """Yields a UTF-8 text file that gets its name when it is complete; "-" is standard output."""
     if str(path) == "-":
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
         yield sys.stdout
@@ -193,13 +198,13 @@ def output(path: Path) -> Iterator[typing.TextIO]:
 
 
 def check_folder(flag: str, path: Path | None):
-    """Raises InputError for what is there and no folder; None is none."""
+    """Raises InputError if `path` exists and is no folder. None passes."""
     if path and path.exists() and not path.is_dir():
         raise InputError(f"{flag}: {path} is no directory")
 
 
 def check_positive(flag: str, value: int | None):
-    """Raises InputError below 1 or above 32 bits; None is left out."""
+    """Raises InputError below 1 or above 2^31 - 1. None passes."""
     if value is not None and value < 1:
         raise InputError(f"{flag}: at least 1, got {value}")
     if value is not None and value > INT32:
@@ -207,7 +212,7 @@ def check_positive(flag: str, value: int | None):
 
 
 def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
-    """Call a script's main and leave with the status that its outcome stands for."""
+    """Call a command's main and end the process with the exit status of its outcome."""
     _open_closed_streams()
     sys.stdout.reconfigure(errors=_BYTES_OR_ESCAPED)  # names of files are bytes, UTF-8 or not
     with _ended_by_signals():
@@ -219,16 +224,16 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
         if not isinstance(error, BrokenPipeError):
             status, line = errors.verdict(error)
     if line:
-        with contextlib.suppress(OSError):  # nobody reads it
+        with contextlib.suppress(OSError):  # stderr has no reader
             print(line, file=sys.stderr)
     sys.exit(status)
 
 
 @contextlib.contextmanager
 def _ended_by_signals():
-    """SIGTERM and SIGHUP raise an exception as Ctrl-C does, so that processes that were started are
-    ended, and it is said; a second one kills at once. A training that is under way saves instead.
-    """
+    """Inside the context SIGTERM and SIGHUP raise `Stopped`, as Ctrl-C raises KeyboardInterrupt, so
+    that child processes are ended and one line is printed. A second signal kills at once. A running
+    training has handlers of its own, which save."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -256,28 +261,28 @@ def _outcome(main) -> tuple[int, str]:
         return main() or DONE, ""
     except SystemExit as left:  # argparse has printed its help
         return left.code or DONE, ""
-    except BrokenPipeError:  # whoever reads has seen enough
+    except BrokenPipeError:  # the reader of stdout has closed it
         return DONE, ""
-    except pydantic.ValidationError as error:  # a field of a config, replaced by a flag
-        return errors.verdict(InputError(_faults(error)))
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, pydantic.ValidationError):  # a field of a config, replaced by a flag
+            error = InputError(_faults(error))
         status, line = errors.verdict(error)
         return status, as_flags(line)
 
 
 def as_flags(line: str) -> str:
-    """A message of the library, which names settings as `batch_size`, with the flags instead."""
+    """A message of the library with its settings, such as `batch_size`, written as flags."""
     return re.sub(r"`([a-z][a-z0-9_]*)`", lambda name: _flag(name[1]), line)
 
 
 def leave(status: int, line: str) -> typing.NoReturn:
-    """End the process with a line on stderr."""
+    """End the process with a line on stderr and an exit status."""
     print(line, file=sys.stderr)
     sys.exit(status)
 
 
 def _bytes_or_escaped(error: UnicodeEncodeError):
-    """A byte of a file's name as that byte, other characters that the terminal lacks as escapes."""
+    """Encode an undecodable byte of a file name as itself, any other character as an escape."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeEncodeError:
@@ -289,8 +294,8 @@ codecs.register_error(_BYTES_OR_ESCAPED, _bytes_or_escaped)
 
 
 def _open_closed_streams():
-    """Standard streams that the caller has closed drop what is written; the next file to be opened
-    would get their number."""
+    """Open standard streams that the caller has closed on /dev/null; otherwise the next opened file
+    would get their descriptor."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(number)
@@ -299,12 +304,12 @@ def _open_closed_streams():
 
 
 def extra_needed(what: str, error: ModuleNotFoundError, extra: str) -> str:
-    """What to do about a package that is not installed by default."""
+    """The message about a missing package: which extra brings it."""
     return f"{what} needs {error.name}: uv run --extra {extra} {command_line()}"
 
 
 def command_line() -> str:
-    """How this process was called, without the place where the project lies."""
+    """The command line of this process, without the path of the project."""
     spec = sys.modules["__main__"].__spec__
     if spec is not None:
         name = spec.name.removesuffix(".__main__")
@@ -315,7 +320,7 @@ def command_line() -> str:
 
 
 def _fields() -> dict[str, list[dataclasses.Field]]:
-    """{group: its fields}; "" holds those of the run itself."""
+    """{group: its fields}; the group "" holds the fields of `TrainConfig` itself."""
     groups = {"": []}
     for field in dataclasses.fields(TrainConfig):
         if dataclasses.is_dataclass(field.type):
@@ -332,22 +337,21 @@ def _flag(name: str) -> str:
 _METAVARS = {int: "INT", float: "FLOAT", "dataset": "NAME[:PATH]", "init_from": "PATH"}
 
 
-def _argument(field: dataclasses.Field) -> dict:
-    """Help text and shape of a flag; pydantic checks the value later."""
+def _argument(field: dataclasses.Field, *, with_default: bool) -> dict:
+    """The arguments of `add_argument` for a field; pydantic checks the value later."""
     kind = _unwrap(field.type)
     default = field.default if field.default is not dataclasses.MISSING else None
     default = getattr(default, "default", default)
-    about = _help_texts()[field.name].replace("%", "%%").replace("\n", " ")
-    about += "" if default is None else f" (default: {_plain(default)})"
+    names = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    about = as_flags(_help_texts()[field.name]).replace("%", "%%").replace("\n", " ")
+    about = about.removesuffix(".") + (f": {', '.join(names)}" if len(names) > 6 else "")
+    about += f" (default: {_plain(default)})" if with_default and default is not None else ""
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction, "help": about}
     if typing.get_origin(kind) is tuple:
         (item, *_) = typing.get_args(kind)
         return {"nargs": "+", "metavar": _METAVARS[_unwrap(item)], "help": about}
-    if typing.get_origin(kind) is typing.Literal:
-        names = typing.get_args(kind)
-        if len(names) > 6:
-            return {"metavar": "NAME", "help": f"{about}: {', '.join(names)}"}
+    if 0 < len(names) <= 6:
         return {"metavar": "|".join(map(str, names)), "help": about}
     return {"metavar": _METAVARS.get(kind) or _METAVARS.get(field.name, "NAME"), "help": about}
 
@@ -365,7 +369,7 @@ def _help_texts() -> dict[str, str]:
 
 
 def _unwrap(kind):
-    """Annotated[X | None, ...] -> X."""
+    """The type X in Annotated[X | None, ...]."""
     if typing.get_origin(kind) is typing.Annotated:
         return _unwrap(typing.get_args(kind)[0])
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
@@ -385,7 +389,7 @@ def _describe(fault: dict) -> str:
     names = [part for part in fault["loc"] if isinstance(part, str)]
     message = fault["msg"].removeprefix("Value error, ")
     if not names or (len(names) == 1 and names[0] in _fields()):
-        return message  # of a whole group: it names the fields
+        return message  # it concerns a whole group and names the fields
     flag = _flag(names[-1])
     if fault["type"] == "literal_error":
         valid = re.findall(r"'([^']*)'", fault["ctx"]["expected"])

@@ -1,5 +1,4 @@
-"""Convert weights between PyTorch's files, safetensors and run directories, and write programs for
-serving.
+"""Convert weights between PyTorch's files, safetensors and run directories; export programs.
 
 python scripts/convert.py resnet50.pth resnet50.safetensors
 python scripts/convert.py runs/resnet20-birds birds.pth                 # the best weights
@@ -44,8 +43,8 @@ def parse():
         "output",
         type=Path,
         metavar="OUT",
-        help=f"a file named *{', *'.join(SUFFIXES)}; a name without such an end becomes a run"
-        " directory",
+        help=f"a file with one of the suffixes {', '.join(SUFFIXES)}; a name without a suffix is a"
+        " run directory",
     )
     parser.add_argument("--weights-key", metavar="KEY", help=cli.WEIGHTS_KEY)
     parser.add_argument("--ema", action="store_true", help=cli.EMA)
@@ -54,14 +53,16 @@ def parse():
     parser.add_argument(
         "--training",
         action="store_true",
-        help="a training in its middle: run directory <-> .pt with optimizer, average and step;"
-        " best epoch and early stopping begin anew",
+        help="convert an unfinished training (run directory <-> .pt) with optimizer, average and"
+        " step; best epoch and early stopping begin anew",
     )
-    parser.add_argument("--config", metavar="FILE", help="run directory: start from this config")
+    parser.add_argument(
+        "--config", metavar="FILE", help="settings of the new run directory, as a config.json"
+    )
     parser.add_argument(
         "--class-names",
         metavar="FILE|A,B,...",
-        help="run directory: the classes, one a line, where --dataset is not at hand",
+        help="classes of the new run directory, one a line, where --dataset is not at hand",
     )
     cli.add_config_flags(parser, MODEL_FLAGS + DATA_FLAGS)
     args = parser.parse_args()
@@ -71,24 +72,24 @@ def parse():
     check_output(args.output, args.suffix, args.overwrite)
     check_flags(args)
     if args.training and (args.weights_key or args.ema):
-        raise InputError("--weights-key and --ema choose weights; --training takes all of a file")
+        raise InputError("--weights-key and --ema choose weights; --training takes the whole file")
     if args.fold_batchnorm and args.suffix not in PROGRAM_SUFFIXES:
-        raise InputError(f"--fold-batchnorm: only into {' and '.join(PROGRAM_SUFFIXES)}")
+        raise InputError(f"--fold-batchnorm: only for {' and '.join(PROGRAM_SUFFIXES)}")
     return args
 
 
 def suffix_of(path: Path) -> str:
-    """The one of ours that a name ends with, in any case, or what it ends with instead."""
+    """The suffix of a path: the longest of `SUFFIXES` that it has in any case, else its own."""
     name = path.name.lower()
     return max((s for s in SUFFIXES if name.endswith(s)), key=len, default=path.suffix)
 
 
 def check_output(path: Path, suffix: str, overwrite: bool):
-    """Before any work is done."""
+    """Raises InputError, before any work is done, unless the output can be written."""
     if suffix and suffix not in SUFFIXES:
         raise InputError(
-            f"{path}: unknown suffix {suffix!r}; supported: {', '.join(SUFFIXES)}, and a name"
-            " without one for a run directory"
+            f"{path}: unknown suffix {suffix!r}; supported: {', '.join(SUFFIXES)}, or no suffix"
+            " for a run directory"
         )
     if suffix and not path.absolute().parent.is_dir():
         raise InputError(f"{path}: the folder {path.absolute().parent} does not exist")
@@ -103,17 +104,17 @@ def check_output(path: Path, suffix: str, overwrite: bool):
 
 
 def check_flags(args):
-    """Files of weights have no place for what these flags say."""
+    """Raises InputError for flags whose values a file of weights cannot hold."""
     if not args.suffix or args.suffix in PROGRAM_SUFFIXES:
         return
     for name in ("config", "class_names", *DATA_FLAGS, *(MODEL_FLAGS if args.training else ())):
         if getattr(args, name) is not None:
             flag = name.replace("_", "-")
-            raise InputError(f"--{flag}: not into {args.suffix}, which does not hold it")
+            raise InputError(f"--{flag}: a {args.suffix} file does not hold it")
 
 
 def requested_config(args) -> TrainConfig:
-    """What --config or else the run says, and the flags."""
+    """The config of --config, else of the run, changed by the flags."""
     if args.config:
         config = config_from_file(args.config)
     else:
@@ -122,7 +123,7 @@ def requested_config(args) -> TrainConfig:
 
 
 def make_run(args, arrays, architecture: convert.Architecture) -> LoadedRun:
-    """A run of these weights, with as much of data as the flags ask for."""
+    """A run of these weights; classes and statistics come from the run, the flags or the data."""
     config, channels = requested_config(args), architecture.in_channels
     config, names = weights_to_run.with_model_of(config, architecture, arrays), ()
     described = args.dataset or args.class_names or args.config
@@ -140,7 +141,7 @@ def make_run(args, arrays, architecture: convert.Architecture) -> LoadedRun:
 
 
 def with_data(args, config: TrainConfig, channels: int):
-    """`adopt.with_data`, which names the command for data of other classes than the weights."""
+    """`weights_to_run.with_data`; its error about other classes names the command to fine-tune."""
     try:
         return weights_to_run.with_data(config, channels)
     except weights_to_run.OtherClasses as error:
@@ -154,7 +155,7 @@ def with_data(args, config: TrainConfig, channels: int):
 
 
 def write_run(path: Path, run: LoadedRun, source: str):
-    """A finished run."""
+    """Write the directory of a finished run with weights that come from the file `source`."""
     arrays = convert.state_dict(run.network.to_model(run.variables))
     report = {
         "splits": {},
@@ -175,7 +176,7 @@ def write_run(path: Path, run: LoadedRun, source: str):
 
 
 def digest(arrays: dict[str, np.ndarray]) -> str:
-    """Of names and numbers, in torch's order."""
+    """SHA-256 of the arrays' names and bytes, in their order."""
     sha = hashlib.sha256()
     for name, array in arrays.items():
         sha.update(name.encode() + array.tobytes())
@@ -191,8 +192,8 @@ def convert_weights(args):
     if not convert.has_head(arrays) and convert.has_body(arrays, shapes):
         if suffix:
             raise InputError(
-                f"{args.input}: no head (fc) in it; a run directory gets a new one, with"
-                " --dataset or --class-names"
+                f"{args.input} has no head (fc); a run directory gets a new one, with --dataset or"
+                " --class-names"
             )
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith("fc.")}
     arrays = convert.conform(arrays, shapes)
@@ -218,13 +219,13 @@ def write_program(args, run: LoadedRun):
 
 
 def training_to_run(args) -> int:
-    """A training of PyTorch -> a run that goes on with train.py --resume.
+    """Convert a training of PyTorch into a run to resume; returns the number of steps done.
 
-    Which epoch was the best, and how long early stopping has waited, is not in PyTorch's file: the
-    run looks for the best among the epochs that are left.
+    PyTorch's file does not hold the best epoch or the state of early stopping: the run looks for
+    the best among the epochs that are left.
     """
     if not args.config or args.class_names:
-        raise InputError("--training needs --config FILE of the run that is to go on, and its data")
+        raise InputError("--training needs the --config FILE and the data of the run to continue")
     config, dataset = weights_to_run.with_data(requested_config(args), None)
     environment.configure_jax(config)
     arrays = convert_torch.read_training(args.input, config, dataset.channels)
@@ -256,7 +257,7 @@ def convert_a_training(args):
     elif not args.input.is_dir() and not args.suffix:
         step = training_to_run(args)
     else:
-        raise InputError("--training goes from a run directory to .pt, or from .pt to one")
+        raise InputError("--training goes from a run directory to .pt, or from .pt to a directory")
     print(f"training after {step} steps: {args.output}")
 
 

@@ -1,4 +1,4 @@
-"""The PyTorch half of convert.py, which is an extra: weights, trainings and ONNX."""
+"""The part of convert.py that needs PyTorch, which is an extra: weights, trainings and ONNX."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from flax_resnet.weights import convert
 
 
 def torch_ref():
-    """The PyTorch side."""
+    """The package `torch_ref`; InputError if PyTorch is not installed."""
     try:
         import torch_ref.optim
         import torch_ref.training_state
@@ -25,7 +25,7 @@ def torch_ref():
 
 
 def onnx_file():
-    """Its ONNX files."""
+    """The module `torch_ref.onnx_file`; InputError if the extra `export` is not installed."""
     try:
         from torch_ref import onnx_file
     except ModuleNotFoundError as error:
@@ -34,7 +34,7 @@ def onnx_file():
 
 
 def reading(path: Path, read, *arguments):
-    """The outcome of one of torch_ref's readers; that there is no file becomes one line."""
+    """The result of `read(path, *arguments)`; its OSError becomes an InputError."""
     try:
         return read(path, *arguments)
     except OSError as error:
@@ -47,7 +47,7 @@ def write_weights(path: Path, arrays: dict[str, np.ndarray]):
 
 
 def write_onnx(path: Path, run: LoadedRun, *, fold_batchnorm: bool):
-    """The twin with the weights of the run; what it needs to know of images is kept in the file."""
+    """Write the PyTorch twin with the run's weights as ONNX, with the preprocessing as metadata."""
     if run.config.model.dtype == "float64":
         raise InputError(f"{path}: ONNX Runtime has no float64 convolutions; write .stablehlo")
     onnx, data = onnx_file(), run.config.data
@@ -69,12 +69,12 @@ def write_onnx(path: Path, run: LoadedRun, *, fold_batchnorm: bool):
 
 
 def normalized(images: np.ndarray, run: LoadedRun) -> np.ndarray:
-    """What the file takes, still channels last."""
+    """The input of the ONNX program for uint8 images, still channels last."""
     return np.asarray(run.preprocess.normalize(run.preprocess.to_unit(images)))
 
 
 def make_training(config: TrainConfig, channels: int):
-    """Model, optimizer and moving average, as a run's config has them."""
+    """The model, the optimizer and the moving average (or None) of a run's config, in PyTorch."""
     if config.schedule.schedule == "plateau":
         raise InputError("--training: the cuts of the plateau schedule do not convert")
     net, rules = torch_ref().create_from_config(config.model, channels), torch_ref().optim
@@ -87,7 +87,7 @@ def make_training(config: TrainConfig, channels: int):
 
 
 def write_training(path: Path, run_dir: Path) -> int:
-    """The latest state of a run -> a file of `torch_ref.training_state`. Returns the steps done."""
+    """Write the latest state of a run as a `torch_ref.training_state` file; returns its steps."""
     document, config, _, state = restore.restore(run_dir, Checkpoints.latest)
     arrays = training_state.training_arrays(state, config.optimizer)
     parts = make_training(config, document["channels"])
@@ -109,6 +109,7 @@ def write_training(path: Path, run_dir: Path) -> int:
 
 
 def read_training(path: Path, config: TrainConfig, channels: int) -> dict:
-    """What such a file holds, as `convert_training.load_training_arrays` takes it."""
+    """The content of a `torch_ref.training_state` file, for
+    `interop.training_state.load_training_arrays`."""
     files, parts = torch_ref().training_state, make_training(config, channels)
     return files.training_arrays(*parts, reading(path, files.load, *parts))

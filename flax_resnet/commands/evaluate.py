@@ -1,4 +1,4 @@
-"""Evaluate a run on a split, of its own data set or of another one with the same classes.
+"""Evaluate a run on a split of its own data set or of another one with the same classes.
 
 python scripts/evaluate.py runs/resnet18-digits
 python scripts/evaluate.py runs/resnet18-birds --dataset folder:/data/new-birds --split all
@@ -27,27 +27,27 @@ from flax_resnet.training.evaluation import evaluate
 
 def parse():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--split", default="test", metavar="|".join((*SPLITS, "all")))
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of the run")
+    splits = (*SPLITS, "all")
     parser.add_argument(
-        "--dataset", metavar="NAME[:PATH]", help="another data set (default: the run's)"
+        "--split", default="test", metavar="|".join(splits), help="split to use (default: test)"
     )
+    parser.add_argument("--dataset", metavar="NAME[:PATH]", help="data set (default: the run's)")
     parser.add_argument("--fold-batchnorm", action="store_true", help=cli.FOLD_BATCHNORM)
     parser.add_argument("--on-bad-image", default="error", metavar="error|skip", help=cli.BAD_IMAGE)
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the figures there too; - is stdout"
+        "--json", type=Path, metavar="FILE", help="also write the figures to FILE; - is stdout"
     )
     args = parser.parse_args()
-    cli.check_choice("--split", args.split, (*SPLITS, "all"))
+    cli.check_choice("--split", args.split, splits)
     cli.check_choice("--on-bad-image", args.on_bad_image, ("error", "skip"))
     cli.check_writable("--json", args.json, [args.run_dir])
     return args
 
 
 def open_data(run: LoadedRun, name: str | None, split: str):
-    """The data set, opened as the run did; its classes must be the run's, in whatever order, and of
-    the run's own set everything: one that has changed is split anew, with training images in the
-    test."""
+    """The data set, opened with the run's settings; InputError if its classes or channels differ,
+    or the run's own data have changed, whose new split could have training images in the test."""
     data = run.config.data
     if name:
         data = replace(data, dataset=name, train_images=None, eval_images=None)
@@ -67,7 +67,8 @@ def open_data(run: LoadedRun, name: str | None, split: str):
 
 
 def measure(run: LoadedRun, dataset, split: str, left_out: list | None) -> tuple[dict, int]:
-    """Figures and number of the images; `left_out` takes those that cannot be read."""
+    """The figures of a split and its number of images; `left_out` takes errors of unreadable
+    ones."""
     sources = [getattr(dataset, name) for name in (SPLITS if split == "all" else (split,))]
     num_images = sum(map(len, sources))
     if not num_images:

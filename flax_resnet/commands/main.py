@@ -17,7 +17,7 @@ COMMANDS = {
     "benchmark": ("equivalence_tests.benchmark.command", "time JAX and PyTorch side by side"),
     "reproduce": ("equivalence_tests.studies.reproduce", "run recipes and make their table"),
 }
-"""{subcommand: (its module, what it does)}; only the module that is called is imported."""
+"""{subcommand: (its module, its purpose)}; only the module of the called subcommand is imported."""
 
 
 def run(name: str):
@@ -40,4 +40,4 @@ def _no_subcommand(name: str):
     print("flax-resnet SUBCOMMAND [flags]\n")
     for command, (_, purpose) in COMMANDS.items():
         print(f"  {command:12s}{purpose}")
-    print("\nflax-resnet SUBCOMMAND --help tells the flags")
+    print("\nflax-resnet SUBCOMMAND --help lists the flags of a subcommand")

@@ -1,4 +1,4 @@
-"""Classify images with a run: files, or folders of them.
+"""Classify image files, and those in folders, with a run.
 
 python scripts/predict.py runs/resnet18-birds sparrow.jpg --top-k 3
 python scripts/predict.py runs/resnet18-birds photos/ --json predictions.json
@@ -28,13 +28,18 @@ from flax_resnet.text import printable
 
 def parse():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("inputs", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
-    parser.add_argument("--top-k", type=int, default=5, metavar="INT", help="classes an image")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of the run")
+    parser.add_argument(
+        "inputs", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help="image files and folders"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=5, metavar="INT", help="classes for each image (default: 5)"
+    )
     parser.add_argument("--on-bad-image", default="error", metavar="error|skip", help=cli.BAD_IMAGE)
     parser.add_argument("--fold-batchnorm", action="store_true", help=cli.FOLD_BATCHNORM)
-    for flag, what in (("--json", "write them there"), ("--csv", "write a row a class there")):
-        parser.add_argument(flag, type=Path, metavar="FILE", help=f"{what}; - is stdout")
+    for flag, kind in (("--json", "JSON"), ("--csv", "CSV, a row for each class")):
+        about = f"write the predictions to FILE as {kind}; - is stdout"
+        parser.add_argument(flag, type=Path, metavar="FILE", help=about)
     args = parser.parse_args()
     if args.top_k < 1:
         raise InputError("--top-k: at least 1")
@@ -46,13 +51,13 @@ def parse():
     for flag, path in outputs:
         cli.check_writable(flag, path, args.inputs)
     if args.json and args.csv and os.path.realpath(args.json) == os.path.realpath(args.csv):
-        raise InputError(f"--json and --csv: both to {args.json}")
+        raise InputError(f"--json and --csv both name {args.json}")
     return args
 
 
 def image_files(inputs: list[Path]) -> tuple[list[Path], Counter[str]]:
-    """The files as given and the images below the folders, sorted; and how many folders, and files
-    of which suffixes, were passed over there."""
+    """The given files and the sorted images below the given folders, and the counts of what was
+    passed over there, as in `folders.list_splits`."""
     files, passed_over = [], Counter()
     for path in inputs:
         if path.is_dir():
@@ -70,11 +75,11 @@ def image_files(inputs: list[Path]) -> tuple[list[Path], Counter[str]]:
 
 
 def as_row(path: Path, outcome: np.ndarray | BadImage, class_names, top_k: int) -> dict:
-    """The likeliest classes of an image, likeliest first, or its fault."""
+    """The `top_k` most probable classes of an image, best first, or why it is unreadable."""
     if isinstance(outcome, BadImage):
         return {"image": str(path), "error": reason(outcome)}
     if not np.isfinite(outcome).all():
-        raise cli.CheckFailed(f"{printable(path)}: what the network says of it is not finite")
+        raise cli.CheckFailed(f"{printable(path)}: its probabilities are not finite")
     order = np.argsort(-outcome, kind="stable")[:top_k]
     likely = [{"class": class_names[i], "probability": float(outcome[i])} for i in order]
     return {"image": str(path), "predictions": likely}
@@ -89,7 +94,7 @@ def print_row(row: dict):
 
 @contextlib.contextmanager
 def json_rows(path: Path) -> Iterator[Callable[[dict], None]]:
-    """A function that writes a row; together they are one array."""
+    """Yields a function that writes a row; the file is one JSON array of the rows."""
     with cli.output(path) as file:
         before = "["
 
@@ -106,7 +111,7 @@ def json_rows(path: Path) -> Iterator[Callable[[dict], None]]:
 
 @contextlib.contextmanager
 def csv_rows(path: Path) -> Iterator[Callable[[dict], None]]:
-    """A function that writes a row of the CSV for each class, or one with the fault."""
+    """Yields a function that writes a line for each class of a row, or one with its error."""
     with cli.output(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image", "rank", "class", "probability", "error"])
@@ -121,7 +126,7 @@ def csv_rows(path: Path) -> Iterator[Callable[[dict], None]]:
 
 
 def write_all(rows: Iterable[dict], json_path: Path | None, csv_path: Path | None) -> int:
-    """Each row to where it shall go, when it comes; the number of rows with a fault."""
+    """Write each row to the given files, or print it, as it comes; returns the number of errors."""
     with contextlib.ExitStack() as files:
         outputs = ((json_rows, json_path), (csv_rows, csv_path))
         write = [files.enter_context(rows_of(path)) for rows_of, path in outputs if path]

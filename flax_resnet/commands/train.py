@@ -1,6 +1,6 @@
 """Train a network and write a run directory.
 
-python scripts/train.py --arch resnet18                        # digits, no download: a minute
+python scripts/train.py --arch resnet18                        # on scikit-learn's digits: a minute
 python scripts/train.py --arch resnet20 --dataset folder:DIR --epochs 20 --horizontal-flip 0.5
 python scripts/train.py --resume --run-dir runs/resnet18-digits
 """
@@ -27,21 +27,23 @@ from flax_resnet.training import fit
 def parse():
     parser = cli.Parser(description=__doc__)
     cli.add_starting_points(parser)
-    parser.add_argument("--list-recipes", action="store_true", help="print the recipes and leave")
-    parser.add_argument("--run-dir", metavar="PATH", help="default: runs/ARCH-DATASET[-N]")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
+    parser.add_argument("--list-recipes", action="store_true", help="print the recipes and exit")
+    about = "directory of the run (default: runs/ARCH-DATASET[-N])"
+    parser.add_argument("--run-dir", metavar="PATH", help=about)
+    parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir")
     several = parser.add_argument_group("several processes, each started with the same flags")
     several.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="of process 0; auto: as the cluster says, which srun and mpirun need not be told",
+        help="address of process 0, or auto: ask the cluster (not needed under srun and mpirun)",
     )
-    several.add_argument("--num-processes", metavar="INT", type=int, help="how many take part")
-    several.add_argument("--process-id", metavar="INT", type=int, help="which this is, from 0 on")
+    several.add_argument("--num-processes", metavar="INT", type=int, help="number of processes")
     several.add_argument(
-        "--connect-timeout", metavar="INT", type=int, default=300, help="seconds (default: 300)"
+        "--process-id", metavar="INT", type=int, help="number of this process, from 0 on"
     )
+    about = "seconds to wait for the other processes at the start (default: 300)"
+    several.add_argument("--connect-timeout", metavar="INT", type=int, default=300, help=about)
     cli.add_config_flags(parser)
     args = parser.parse_args()
     cli.check_positive("--connect-timeout", args.connect_timeout)
@@ -49,7 +51,7 @@ def parse():
 
 
 def resumed_config(args) -> TrainConfig:
-    """A run is resumed as it was begun; only where it runs, and its data lie, may change."""
+    """The run's config; flags may only change devices, workers and the path of the data."""
     own = read_config(args.run_dir, say=lambda line: None)
     asked = fit.as_begun(own, cli.build_config(args, own))
     left_open = {name for name, value in flat(asked).items() if value is None}
@@ -57,20 +59,20 @@ def resumed_config(args) -> TrainConfig:
         raise InputError(
             f"{args.run_dir} was begun with other flags: {listed(other)}; --resume takes only"
             " those of devices, --num-workers and --dataset where the same data have moved; to"
-            f" train otherwise or longer, begin a new run with --init-from {args.run_dir}"
+            f" train longer or with other settings, begin a new run with --init-from {args.run_dir}"
         )
     return cli.merge(own, cli.requested_values(args))
 
 
 def runs_here() -> str:
-    """Those that could be meant by a --resume alone."""
+    """The end of a message that lists the runs in runs/."""
     found = sorted(path.parent for path in Path("runs").glob("*/config.json"))
-    return f"; in runs/ there are {listed(found)}" if found else ""
+    return f"; runs/ holds {listed(found)}" if found else ""
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether there is nothing left to do: what of a finished run is not as it was written is
-    said, and where its training is done it can be written anew."""
+    """Whether the run is finished; then its damaged files are printed. A run counts as unfinished
+    if only files that can be written anew are damaged."""
     if not (run_dir / "report.json").exists():
         return False
     views, steps = faults(run_dir), damaged_steps(run_dir)
@@ -82,7 +84,7 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def described(name: str) -> str:
-    """A recipe in a line."""
+    """One line about a recipe: name, method, published figures."""
     recipe = RECIPES[name]
     figures = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in recipe.published.items()]
     published = f" (published: {', '.join(figures)})" if figures else ""

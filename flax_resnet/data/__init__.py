@@ -1,4 +1,4 @@
 """Image sources, splits, decoding, batch order and augmentation.
 
-Nothing here knows of networks' weights.
+Nothing here reads or writes weights.
 """

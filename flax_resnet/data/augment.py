@@ -1,14 +1,13 @@
 """Training-time augmentation with torchvision's definitions, inside the jitted step.
 
 Every transform is two pure functions. `draw_*` turns one key per example (`keys` [B], from
-`jax.random.key`) into parameters; the other applies given parameters to images [B, H, W, C],
-float, so that torchvision's own draws can be replayed. Draws are float32 whatever the images
-are, and depend on the example's key alone: never on the batch around it.
-`equivalence_tests/numerics/test_augment.py` holds each against torchvision.
+`jax.random.key`) into parameters. The other function applies given parameters to float images
+[B, H, W, C], so that torchvision's own draws can be replayed. Draws are float32 whatever the type
+of the images, and depend on the example's key alone, never on the rest of the batch.
+`equivalence_tests/numerics/test_augment.py` compares each transform with torchvision.
 """
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jax import lax
 
 from flax_resnet.config import AugmentConfig
 
-# One stream per transform: folded into the example's key, so that no two draws are related.
+# The number of a transform is folded into the example's key, so that draws are independent.
 _CROP, _FLIP, _ROTATION, _JITTER, _ERASING = range(5)
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's indices in ColorJitter
@@ -27,7 +26,7 @@ _ERASING_TRIES = 10
 
 
 def augment(keys: jax.Array, images: jax.Array, config: AugmentConfig) -> jax.Array:
-    """What comes before normalising: crop, flip, rotation, colour jitter, in this order.
+    """Apply the transforms that precede normalisation: crop, flip, rotation, colour jitter.
 
     Args:
       keys: [B], one per example.
@@ -48,12 +47,12 @@ def augment(keys: jax.Array, images: jax.Array, config: AugmentConfig) -> jax.Ar
 
 
 def draw_crop(keys: jax.Array, padding: int) -> jax.Array:
-    """Offsets [B, 2] int32 (top, left), uniform in 0..2 * padding."""
+    """Draw offsets [B, 2] int32 (top, left), uniform in 0..2 * padding."""
     return (_draw(keys, _CROP, 2) * (2 * padding + 1)).astype(jnp.int32)
 
 
 def crop(images: jax.Array, offsets: jax.Array, padding: int) -> jax.Array:
-    """torchvision's RandomCrop(size, padding=padding): zeros around, cut back at `offsets`."""
+    """torchvision's RandomCrop(size, padding=padding): pad with zeros, cut back at `offsets`."""
     edge = (padding, padding)
     padded = jnp.pad(images, ((0, 0), edge, edge, (0, 0)))
 
@@ -64,44 +63,36 @@ def crop(images: jax.Array, offsets: jax.Array, padding: int) -> jax.Array:
 
 
 def draw_flip(keys: jax.Array, probability: float) -> jax.Array:
-    """Whether to mirror, [B] bool."""
+    """Draw whether to mirror each image, [B] bool."""
     return _draw(keys, _FLIP, 1)[:, 0] < probability
 
 
 def flip(images: jax.Array, mirrored: jax.Array) -> jax.Array:
-    """Left and right swapped where `mirrored` [B]."""
+    """Mirror the images where `mirrored` [B] is true."""
     return jnp.where(_per_image(mirrored), images[:, :, ::-1], images)
 
 
 def draw_rotation(keys: jax.Array, degrees: float) -> jax.Array:
-    """Angles [B] in degrees, uniform in [-degrees, degrees]."""
+    """Draw angles [B] in degrees, uniform in [-degrees, degrees]."""
     return degrees * (2 * _draw(keys, _ROTATION, 1)[:, 0] - 1)
 
 
-def rotate(images: jax.Array, angles: jax.Array, *, nearest: bool = False) -> jax.Array:
-    """torchvision's RandomRotation: counter-clockwise, black outside, same size.
-
-    Args:
-      angles: [B], degrees.
-      nearest: sample the nearest pixel instead of bilinearly.
-    """
-    radians = jnp.deg2rad(angles.astype(images.dtype))
-    return jax.vmap(partial(_rotate_one, nearest=nearest))(images, radians)
+def rotate(images: jax.Array, angles: jax.Array) -> jax.Array:
+    """torchvision's bilinear RandomRotation by `angles` [B] in degrees, counter-clockwise, with
+    black outside and the size kept."""
+    return jax.vmap(_rotate_one)(images, jnp.deg2rad(angles.astype(images.dtype)))
 
 
-def _rotate_one(image: jax.Array, angle: jax.Array, nearest: bool) -> jax.Array:
+def _rotate_one(image: jax.Array, angle: jax.Array) -> jax.Array:
     height, width, _ = image.shape
-    # Distances from the centre of the image, which lies between pixels where the size is even.
+    # Distances from the centre of the image, which is between two pixels if the size is even.
     y = (jnp.arange(height, dtype=image.dtype) - (height - 1) / 2)[:, None]
     x = (jnp.arange(width, dtype=image.dtype) - (width - 1) / 2)[None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     source_y = sin * x + cos * y + (height - 1) / 2
     source_x = cos * x - sin * y + (width - 1) / 2
-    if nearest:
-        return _pixels(image, jnp.round(source_y), jnp.round(source_x))
 
-    # Where the image ends, torchvision weighs down what already fades into black: fill=0 is
-    # blended in by the share of a pixel that lies inside.
+    # torchvision blends fill=0 a second time at the border, by the share of a pixel that is inside.
     image = jnp.concatenate([image, jnp.ones_like(image[..., :1])], -1)
     top, left = jnp.floor(source_y), jnp.floor(source_x)
     down, right = (source_y - top)[..., None], (source_x - left)[..., None]
@@ -112,7 +103,7 @@ def _rotate_one(image: jax.Array, angle: jax.Array, nearest: bool) -> jax.Array:
 
 
 def _pixels(image: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
-    """The pixels at whole-numbered coordinates [H, W], zero outside."""
+    """The pixels at integer coordinates [H, W], zero outside the image."""
     height, width, _ = image.shape
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     y, x = jnp.clip(y, 0, height - 1).astype(int), jnp.clip(x, 0, width - 1).astype(int)
@@ -122,10 +113,10 @@ def _pixels(image: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
 def draw_color_jitter(
     keys: jax.Array, strengths: tuple[float, float, float, float]
 ) -> tuple[jax.Array, jax.Array]:
-    """Order and factors of the adjustments whose strength is not 0.
+    """Draw the order and the factors of the adjustments whose strength is not 0.
 
     Args:
-      strengths: static; of brightness, contrast, saturation, hue (`AugmentConfig`).
+      strengths: x of brightness, contrast, saturation and hue (`AugmentConfig`); static.
 
     Returns:
       order [B, n] int32, each row a permutation of the n adjustments that are on, by index;
@@ -151,13 +142,12 @@ def color_jitter(
     *,
     active: tuple[int, ...] = (BRIGHTNESS, CONTRAST, SATURATION, HUE),
 ) -> jax.Array:
-    """torchvision's ColorJitter on floats in [0, 1], of three channels or one (which has no
-    saturation and no hue to change).
+    """torchvision's ColorJitter on floats in [0, 1]; images of one channel keep saturation and hue.
 
     Args:
       order: [B, n], indices of the adjustments in the order in which they are applied.
       factors: [B, 4], by index.
-      active: static; all indices in `order`. The others leave nothing in the program.
+      active: the indices in `order`; static, so that other adjustments are not compiled.
     """
     factors = factors.astype(images.dtype)
     for step in range(order.shape[1]):
@@ -168,8 +158,8 @@ def color_jitter(
 def _adjust(
     images: jax.Array, indices: jax.Array, factors: jax.Array, active: tuple[int, ...]
 ) -> jax.Array:
-    """Adjustment `indices` [B] of each image. The images of a batch take theirs in
-    different orders: the three blends are one with a partner each, and all compute the hue."""
+    """Apply adjustment `indices` [B], which may differ between images: brightness, contrast and
+    saturation are one blend with different partners, and every image computes the hue."""
     factor = _per_image(jnp.take_along_axis(factors, indices[:, None], axis=1))
     index = _per_image(indices)
     gray = _gray(images)
@@ -187,7 +177,7 @@ def _adjust(
 
 
 def _turn_hue(images: jax.Array, shifts: jax.Array) -> jax.Array:
-    """RGB -> HSV, hue + shift, -> RGB; shifts [B, 1, 1, 1], as a share of the circle."""
+    """Shift the hue in HSV by `shifts` [B, 1, 1, 1], shares of the hue circle."""
     red, green, blue = images[..., 0:1], images[..., 1:2], images[..., 2:3]
     value = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
@@ -196,8 +186,8 @@ def _turn_hue(images: jax.Array, shifts: jax.Array) -> jax.Array:
     sextant = jnp.where(value == red, (green - blue) / safe, blue_or_green) + 6 * shifts
 
     def channel(offset):
-        # A channel falls by the chroma as the hue moves away from its own. The remainder is
-        # spelled out because XLA's loops over `%` are slow on the CPU.
+        # A channel falls by the chroma as the hue moves away from the channel's own. The remainder
+        # is written out because `%` is slow in XLA's CPU backend.
         distance = sextant + offset
         distance = distance - 6 * jnp.floor(distance / 6)
         return value - chroma * jnp.clip(jnp.minimum(distance, 4 - distance), 0, 1)
@@ -206,7 +196,7 @@ def _turn_hue(images: jax.Array, shifts: jax.Array) -> jax.Array:
 
 
 def _gray(images: jax.Array) -> jax.Array:
-    """[B, H, W, 1]."""
+    """The luminance of the images, [B, H, W, 1]."""
     if images.shape[-1] == 1:
         return images
     red, green, blue = images[..., 0:1], images[..., 1:2], images[..., 2:3]
@@ -214,9 +204,9 @@ def _gray(images: jax.Array) -> jax.Array:
 
 
 def draw_erasing(keys: jax.Array, probability: float, height: int, width: int) -> jax.Array:
-    """Rectangles [B, 4] int32 (top, left, height, width) in pixels; of height 0 for none.
+    """Draw rectangles [B, 4] int32 (top, left, height, width) in pixels; height 0 erases nothing.
 
-    Ten tries at area (2% to 33%) and ratio (0.3 to 3.3, log-uniform), the first that fits.
+    The first of ten draws of area (2% to 33%) and ratio (0.3 to 3.3, log-uniform) that fits counts.
     """
     draws = _draw(keys, _ERASING, 3 + 2 * _ERASING_TRIES)
     area, log_ratio = jnp.split(draws[:, 3:], 2, axis=1)  # [B, tries]
@@ -233,7 +223,7 @@ def draw_erasing(keys: jax.Array, probability: float, height: int, width: int) -
 
 
 def erase(images: jax.Array, rectangles: jax.Array) -> jax.Array:
-    """torchvision's RandomErasing with value 0, which comes after normalising.
+    """torchvision's RandomErasing with value 0, which follows normalisation.
 
     Args:
       rectangles: [B, 4] (top, left, height, width), in pixels.
@@ -246,20 +236,20 @@ def erase(images: jax.Array, rectangles: jax.Array) -> jax.Array:
 
 
 def draw_mixup(key: jax.Array, alpha: float) -> jax.Array:
-    """Lambda, the weight of the batch itself, scalar float32, from Beta(alpha, alpha).
+    """Draw lambda, the weight of the batch itself, from Beta(alpha, alpha); scalar float32.
 
     Args:
-      key: one for the whole batch, unlike every other draw here.
+      key: a single key for the whole batch, unlike the keys of the other draws.
     """
     return jax.random.beta(key, alpha, alpha, (), jnp.float32)
 
 
 def mixup(batch: jax.Array, lam: jax.Array, *, axis_name: str | None = None) -> jax.Array:
-    """torchvision's MixUp: lam * x + (1 - lam) * (x moved one example on).
+    """torchvision's MixUp: lam * x + (1 - lam) * (x rolled by one example).
 
     Args:
-      batch: [B, ...], images or targets (one-hot or smoothed); give both the same `lam`.
-      axis_name: of a pmap over which the batch is split; devices then pass one example on.
+      batch: [B, ...], images or targets (one-hot or smoothed); both need the same `lam`.
+      axis_name: pmap axis that splits the batch; each device then passes one example on.
     """
     lam = lam.astype(batch.dtype)
     partners = jnp.roll(batch, 1, axis=0)
@@ -271,7 +261,7 @@ def mixup(batch: jax.Array, lam: jax.Array, *, axis_name: str | None = None) -> 
 
 
 def _draw(keys: jax.Array, stream: int, count: int) -> jax.Array:
-    """Numbers [B, count], float32, uniform in [0, 1)."""
+    """Draw numbers [B, count], float32, uniform in [0, 1)."""
 
     def draw(key):
         return jax.random.uniform(jax.random.fold_in(key, stream), (count,), jnp.float32)
@@ -280,11 +270,11 @@ def _draw(keys: jax.Array, stream: int, count: int) -> jax.Array:
 
 
 def _between(low, high, draws: jax.Array) -> jax.Array:
-    """From [0, 1) to [low, high); bounds are numbers, or one for each column."""
+    """Map draws from [0, 1) to [low, high); the bounds are numbers, or one for each column."""
     low, high = (jnp.array(bound, jnp.float32).reshape(1, -1) for bound in (low, high))
     return low + (high - low) * draws
 
 
 def _per_image(values: jax.Array) -> jax.Array:
-    """[B] -> [B, 1, 1, 1]."""
+    """Reshape [B] to [B, 1, 1, 1]."""
     return values.reshape(-1, 1, 1, 1)

@@ -1,7 +1,7 @@
 """Reader of CIFAR-10's two official archives (https://www.cs.toronto.edu/~kriz/cifar.html).
 
-Nothing is unpacked and nothing in a file can run: members are read in memory by their expected
-names and sizes, and pickles go through an unpickler that knows NumPy arrays only.
+Nothing is unpacked and no code in a file runs: members are read in memory by their expected names
+and sizes, by an unpickler that only knows NumPy arrays.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ ARCHIVE_MD5 = {
     "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
 }
 FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
-MAX_FILE_BYTES = 40 * 2**20  # the largest real one has 31,035,704
+MAX_FILE_BYTES = 40 * 2**20  # the largest real file has 31,035,704
 
 CLASS_NAMES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -34,7 +34,7 @@ _EXPECTED = frozenset(
 
 _PIXELS = 3 * 32 * 32
 
-# What a pickled array asks for. Python 2 wrote numpy.core, NumPy 2 says numpy._core, and pickles
+# The globals of a pickled array. Python 2 wrote numpy.core, NumPy 2 writes numpy._core, and pickles
 # that Python 3 writes for Python 2 rebuild bytes with _codecs.encode.
 _reconstruct = np.zeros(0).__reduce__()[0]
 _ALLOWED = {
@@ -50,15 +50,15 @@ Split = tuple[np.ndarray, np.ndarray]  # images uint8 [N, 32, 32, 3], labels int
 
 
 def read(path: str | Path) -> tuple[Split, Split, tuple[str, ...]]:
-    """The training split, the test split and the class names.
+    """Read the training split, the test split and the class names.
 
     Args:
       path: an official archive, python or binary; a folder that holds one; a folder with its
         files unpacked; or a folder above that.
 
     Raises:
-      InputError: nothing of the kind there, another MD5 than the official one, a file that is
-        missing, too large or no CIFAR-10 batch, a pickle that asks for anything but arrays.
+      InputError: there is no CIFAR-10, the MD5 is not the official one, a file is missing, too
+        large or no CIFAR-10 batch, or a pickle asks for anything but arrays.
     """
     files = _read_files(Path(os.path.expanduser(path)))
     suffix = ".bin" if "data_batch_1.bin" in files else ""
@@ -157,7 +157,7 @@ def _parse_binary(name: str, content: bytes) -> Split:
 
 
 def _to_images(rows: np.ndarray) -> np.ndarray:
-    """[N, 3072], channel by channel -> [N, 32, 32, 3]."""
+    """Reshape rows [N, 3072], stored channel by channel, to images [N, 32, 32, 3]."""
     return np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 

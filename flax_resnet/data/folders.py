@@ -1,4 +1,4 @@
-"""A tree of image files -> which file is of which split and class."""
+"""Finds the split and the class of every image file in a tree of folders."""
 
 import os
 import re
@@ -16,7 +16,7 @@ _SPLITS = {
     "val": "validation", "valid": "validation", "validation": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-"""Names in lower case, the training split first."""
+"""{folder name in lower case: its split}, the training split first."""
 
 _LIKE_A_SPLIT = re.compile(
     r"(?:.*[\W\d_])?(train|val|test)(?:ing|id|idation)?(?:sets?|data|images?|imgs?|[a-d])?"
@@ -30,22 +30,23 @@ _OF_THE_SYSTEM = {"@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", 
 HIDDEN_FOLDER = "hidden or system folder"
 
 Listing = dict[str, list[str]]
-"""Class -> image paths, both sorted by name."""
+"""{class: its image paths}, both sorted by name."""
 
 PassedOver = dict[str, str]
-"""Path -> its suffix, or that it is a folder."""
+"""{path: its suffix, or `HIDDEN_FOLDER`} of files and folders that hold no image of the data."""
 
 
 def is_passed_over(name: str) -> bool:
-    """Whether a file or folder of this name is hidden or put there by a system."""
+    """Whether a file or folder of this name is hidden or made by an operating system."""
     return name.startswith(".") or name.lower() in _OF_THE_SYSTEM
 
 
 def list_splits(root: Path) -> tuple[dict[str, Listing], Counter[str]]:
-    """The data set in a folder (`sources.open_dataset` says which layouts there are), and how many
-    folders, and files of which suffixes, were passed over.
+    """List the splits of a data set in one of the layouts of `sources.open_dataset`.
 
-    Names of classes are in Unicode's NFC. A class may have no image, but for the training split.
+    Returns:
+      {split: its listing}, with class names in Unicode's NFC, where only classes of the training
+      split need images; and the number of passed-over folders and of files of each other suffix.
 
     Raises:
       InputError: another layout, fewer than two classes, splits of different classes, a class
@@ -61,8 +62,8 @@ def list_splits(root: Path) -> tuple[dict[str, Listing], Counter[str]]:
 
 
 def images_below(folder: Path) -> tuple[list[str], Counter[str]]:
-    """The images in a folder and in those below it, sorted, as a class in training has them but
-    that links may lead anywhere; and what was passed over, as `list_splits` counts it.
+    """List the images in a folder and in those below it, sorted, and count what was passed over, as
+    `list_splits` does for a class. Here symbolic links may lead anywhere.
 
     Raises:
       InputError: a symbolic link to a folder that contains it.
@@ -74,7 +75,7 @@ def images_below(folder: Path) -> tuple[list[str], Counter[str]]:
 
 
 def _split_folders(root: Path, passed_over: PassedOver) -> dict[str, Path]:
-    """Split -> folder, the training split first."""
+    """{split: its folder}, the training split first."""
     top = _without_wrapper(root)
     found = _folders_in(top, root, passed_over)
     meant = {}
@@ -123,7 +124,7 @@ def _check_no_splits(folder: Path, root: Path, folders: list[Path]):
 
 
 def _shared_folders(root: Path, folders: list[Path]) -> list[str]:
-    """Names that several of the folders have inside, where none of them has images."""
+    """Names of subfolders that several of the folders have; none if any folder has images."""
     inside = Counter()
     for folder in folders:
         entries = _entries(folder, root)
@@ -153,7 +154,7 @@ def _list_classes(folder: Path, root: Path, passed_over: PassedOver) -> Listing:
 def _class_name(class_folder: Path) -> str:
     try:
         class_folder.name.encode()
-    except UnicodeEncodeError:  # no file could be written that names the class
+    except UnicodeEncodeError:  # config and report could not name the class
         raise InputError(
             f"{str(class_folder)!r}: the name of the class is not UTF-8; rename it"
         ) from None
@@ -169,7 +170,7 @@ def _check_classes(folder: Path, classes: list[str], expected: list[str]):
         raise InputError(
             f"{folder}: not the classes of the training split: missing {listed(missing) or '-'}"
             f", extra {listed(extra) or '-'}; each split needs a folder of each class, which may be"
-            " empty but for the training"
+            " empty except in the training split"
         )
 
 
@@ -186,7 +187,7 @@ def _suffix(path: str) -> str:
 
 
 def _folders_in(folder: Path, root: Path, passed_over: PassedOver | None = None) -> list[Path]:
-    """The folders in a folder that are not passed over, by name."""
+    """The folders in a folder that are not passed over, sorted by name."""
     entries = _entries(folder, root, passed_over)
     return [Path(entry.path) for entry in entries if entry.is_dir()]
 

@@ -1,7 +1,8 @@
-"""Grain pipelines: order, decode and resize, batch, and a position that can be saved.
+"""Grain pipelines: the order of the images, decoding, resizing and batches.
 
 Images that fit are decoded once and stay on the device as uint8; an epoch then only sends
-indices. Others are decoded again every epoch, in threads or worker processes, ahead of the step.
+indices. Other images are decoded in every epoch, in threads or worker processes, ahead of the step.
+A pipeline can start at any step of a run.
 """
 
 import collections
@@ -20,13 +21,13 @@ from flax_resnet.data import workers
 from flax_resnet.data.image_files import MEMORY, BadImage, refusal
 from flax_resnet.errors import InputError
 
-_THREADS = 16  # for decoding; Pillow lets go of the GIL
-_AT_ONCE = 256  # images in a list
+_THREADS = 16  # decoding threads; Pillow releases the GIL
+_AT_ONCE = 256  # images that are decoded into one list
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """From an image of any size to what the network sees, with torchvision's definitions."""
+    """Resizes and crops an image of any size to the network's input, as torchvision does."""
 
     size: int
     """Pixels a side of the result."""
@@ -35,10 +36,10 @@ class Decoder:
     """Pixels of the shorter side before the centre crop."""
 
     random_resized_crop: bool = False
-    """A random area and aspect ratio instead (training)."""
+    """Whether training takes a crop of random area and aspect ratio instead."""
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """uint8 `[H, W, C]` -> uint8 `[size, size, C]`."""
+        """Convert uint8 `[H, W, C]` to uint8 `[size, size, C]`; a random crop needs `rng`."""
         if self.random_resized_crop and rng is not None:
             return _resize(_random_area(image, rng), (self.size, self.size))
         height, width = image.shape[:2]
@@ -59,13 +60,13 @@ def _resize(image, shape):
 
 
 def _centre_crop(image, size):
-    # round() is banker's, as in torchvision
+    # round() rounds halves to even, as torchvision does.
     top, left = (round((s - size) / 2.0) for s in image.shape[:2])
     return image[top : top + size, left : left + size]
 
 
 def _random_area(image, rng):
-    """torchvision's RandomResizedCrop: ten tries, then the largest centre crop that fits."""
+    """torchvision's RandomResizedCrop before its resize: ten draws, then the largest crop."""
     height, width = image.shape[:2]
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1.0)
@@ -82,7 +83,7 @@ def _random_area(image, rng):
 def decoded(
     source, decoder: Decoder, index: int, rng: np.random.Generator | None = None
 ) -> np.ndarray | BadImage:
-    """An image of a source as the network sees it, or why there is none."""
+    """An image of a source, decoded, or the error if it is unreadable."""
     try:
         with MEMORY.hold():
             return decoder(source[index], rng)
@@ -91,8 +92,8 @@ def decoded(
 
 
 def ahead(decode: Callable, parts: Iterable[Iterable]) -> Iterator[list]:
-    """Yields `[decode(item) for item in part]` of each part, done in threads while the part before
-    is in use."""
+    """Yields `[decode(item) for item in part]` for each part, computed in threads while the caller
+    uses the previous part."""
     pool, waiting = ThreadPoolExecutor(_THREADS), collections.deque()
     try:
         for part in parts:
@@ -106,10 +107,10 @@ def ahead(decode: Callable, parts: Iterable[Iterable]) -> Iterator[list]:
 
 
 def whole(parts: Iterable[list], source) -> Iterator[list[np.ndarray]]:
-    """The parts of a source as they are, as long as every image is one.
+    """Yields the parts unchanged up to the first one with a bad image.
 
     Raises:
-      InputError: not at the first bad image but when all are known, and named.
+      InputError: at the end, with all bad images of the source named.
     """
     bad = []
     for part in parts:
@@ -122,9 +123,9 @@ def whole(parts: Iterable[list], source) -> Iterator[list[np.ndarray]]:
 
 
 def decode_all(source, decoder: Decoder, indices: Sequence[int] | None = None) -> np.ndarray:
-    """The images of a source at `indices`, by default all -> uint8 `[N, size, size, C]`."""
+    """Decode the images of a source at `indices`, by default all, to uint8 `[N, size, size, C]`."""
     indices = range(len(source)) if indices is None else indices
-    starts = range(0, len(indices), _AT_ONCE)  # a list of all would be as large again
+    starts = range(0, len(indices), _AT_ONCE)  # a list of all images would double the memory
     parts = ahead(
         functools.partial(decoded, source, decoder), (indices[s : s + _AT_ONCE] for s in starts)
     )
@@ -137,64 +138,59 @@ def decode_all(source, decoder: Decoder, indices: Sequence[int] | None = None) -
 
 
 def count_levels(images: np.ndarray) -> np.ndarray:
-    """uint8 `[N, H, W, C]` -> how often each channel has each of its levels, `[C, 256]`."""
+    """Count each value in each channel of uint8 `[N, H, W, C]`; the counts are `[C, 256]`."""
     channels = np.moveaxis(images, -1, 0)
     return np.stack([np.bincount(channel.ravel(), minlength=256) for channel in channels])
 
 
 def channel_statistics(counts: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """`[C, 256]` -> mean and standard deviation per channel, of values in [0, 1].
+    """Mean and standard deviation of each channel, scaled to [0, 1], from counts `[C, 256]`.
 
     Raises:
-      InputError: a channel is constant: divided by nothing, its padding would be enormous.
+      InputError: a channel is constant, so that normalisation would divide by 0.
     """
     levels = np.arange(256) / 255
     means = [float(n @ levels / n.sum()) for n in counts]
     variances = [n @ (levels - m) ** 2 / n.sum() for n, m in zip(counts, means, strict=True)]
     stds = [math.sqrt(v) for v in variances]
     if min(stds) <= 1e-6:
-        raise InputError("a channel of the training images is constant; give mean and std")
+        raise InputError("a channel of the training images is constant; give `mean` and `std`")
     return tuple(means), tuple(stds)
 
 
-def evenly_spaced(length: int, count: int) -> np.ndarray:
-    """At most `count` indices of a source too large to look at whole."""
-    return np.linspace(0, length - 1, min(length, count)).astype(int)
-
-
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Whole batches in an epoch; the remainder of each epoch's permutation is dropped."""
+    """Number of full batches in an epoch; the remainder of its permutation is dropped."""
     return num_images // batch_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchOrder:
-    """Random access to the indices of every step of a run.
+    """Random access to the image indices of every step of a run.
 
-    Each epoch is a new permutation without its remainder, drawn at once: Grain's own shuffle
-    takes tens of microseconds an image, which shows beside a fast step.
+    Each epoch is a new permutation without its remainder, drawn at once: Grain's own shuffle takes
+    tens of microseconds per image, which slows fast steps.
     """
 
     num_images: int
-    """In the training split."""
+    """Images in the training split."""
 
     batch_size: int
-    """Over all devices."""
+    """Images in a batch, over all devices."""
 
     seed: int
-    """The order depends on this and the epoch alone."""
+    """Random seed; the order of an epoch depends on it and the epoch alone."""
 
     epochs: int
-    """In the run."""
+    """Epochs in the run."""
 
     rows: slice = dataclasses.field(default_factory=lambda: slice(None))
-    """Of each batch, those that this process reads; all have the same permutation."""
+    """Rows of each batch that this process reads; all processes draw the same permutation."""
 
     def __len__(self) -> int:
         return self.epochs * steps_per_epoch(self.num_images, self.batch_size)
 
     def __getitem__(self, step) -> np.ndarray:
-        """Step number -> int32 `[batch_size]`, or this process's part."""
+        """The indices of a step, int32 `[batch_size]`, or this process's rows of them."""
         epoch, step = divmod(int(step), steps_per_epoch(self.num_images, self.batch_size))
         start = step * self.batch_size
         whole = _permutation(self.num_images, self.seed, epoch)[start : start + self.batch_size]
@@ -207,16 +203,16 @@ def _permutation(length, seed, epoch):
 
 
 def index_iterator(order: BatchOrder, *, start: int = 0):
-    """The batches from step `start` on; no threads: there is nothing to wait for."""
+    """An iterator over the index batches from step `start` on; it needs no threads."""
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return iter(grain.MapDataset.source(order)[start:].to_iter_dataset(options))
 
 
 def image_iterator(source, decoder: Decoder, order: BatchOrder, *, num_workers: int, start=0):
-    """{"image", "label", "index"} from step `start` on, decoded ahead of their user.
+    """An iterator over batches {"image", "label", "index"} from step `start` on, decoded ahead.
 
-    A step's images depend on its number alone: not on where the run was cut off, nor on how many
-    workers or processes there are.
+    The images of a step depend on its number alone, not on where a run was cut off or on the number
+    of workers and processes.
     """
     batches = _DecodedBatches(source, decoder, order)
     if num_workers:
@@ -236,7 +232,7 @@ def _decoded_ahead(batches, which: slice):
 
 @dataclasses.dataclass(frozen=True)
 class _DecodedBatches:
-    """Random access to the batches of a run; draws belong to the step and the image."""
+    """Random access to the batches of a run; random draws depend on step and image alone."""
 
     source: Any
     decoder: Decoder
@@ -265,12 +261,12 @@ def evaluation_batches(
     rows: slice = slice(None),  # noqa: B008
     left_out: list[BadImage] | None = None,
 ):
-    """Every image once, in order; the last batch is filled up with zeros and masked.
+    """Yield every image once, in order; the last batch is padded with zeros and masked.
 
     Args:
-      images: the decoded source, uint8 `[N, H, W, C]`, where it is at hand.
-      rows: of each batch, those that this process reads.
-      left_out: takes the images that cannot be read, which are masked then.
+      images: the decoded source, uint8 `[N, H, W, C]`, if there is one.
+      rows: the rows of each batch that this process reads.
+      left_out: list that takes the errors of unreadable images, which are then masked.
 
     Yields:
       {"image", "label", "mask"} with leading axis `batch_size`, or this process's part of it.
@@ -280,7 +276,7 @@ def evaluation_batches(
     """
 
     def shares():
-        """Of each batch the indices that this process reads, and those that there are."""
+        """Yields this process's indices of each batch, and those of them that are in the source."""
         for start in range(0, len(source), batch_size):
             indices = range(start, start + batch_size)[rows]
             yield indices, indices[: max(len(source) - indices.start, 0)]
@@ -296,9 +292,8 @@ def evaluation_batches(
             left_out += [image for image in part if isinstance(image, BadImage)]
             if not mask.any():
                 continue
-            blank = np.zeros_like(part[int(mask.argmax())])
-            part = [image if good else blank for image, good in zip(part, mask, strict=True)]
-        if not len(part):  # this process has none of the last batch
+            part = _with_blanks(part, mask)
+        if not len(part):  # this process has no image of the last batch
             part = decode_all(source, decoder, own)
         fill = len(indices) - len(own)
         yield {
@@ -306,3 +301,9 @@ def evaluation_batches(
             "label": np.pad(source.labels[own.start : own.stop].astype(np.int32), (0, fill)),
             "mask": np.pad(mask, (0, fill)),
         }
+
+
+def _with_blanks(part: list, mask: np.ndarray) -> list[np.ndarray]:
+    """The images of a list with zeros in place of those outside the mask."""
+    blank = np.zeros_like(part[int(mask.argmax())])
+    return [image if good else blank for image, good in zip(part, mask, strict=True)]

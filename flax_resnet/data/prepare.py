@@ -1,4 +1,4 @@
-"""A config and its data set brought together: what was left open is chosen here."""
+"""Opens the data set of a config and chooses the settings that the config leaves open."""
 
 import dataclasses
 import functools
@@ -12,42 +12,42 @@ import numpy as np
 from flax_resnet.config import INT32, DataConfig, TrainConfig
 from flax_resnet.data import pipeline
 from flax_resnet.data.pipeline import Decoder
-from flax_resnet.data.sources import DataSet, open_dataset
+from flax_resnet.data.sources import DataSet, evenly_spaced, open_dataset
 from flax_resnet.devices import distributed
 from flax_resnet.errors import InputError
 from flax_resnet.models import has_stem_choice
 
 SPLITS = ("train", "validation", "test")
-SMALL = 64  # pixels a side up to which images keep their size, and below which the stem is small
-TINY = 16  # pixels a side to which smaller images are enlarged for the large stem
-_MEASURED = 50_000  # images at most that mean and standard deviation are taken from
-_AT_ONCE = 1_000  # of them in memory
-_FINGERPRINTED = 64  # images of a split that processes compare
+SMALL = 64  # images up to so many pixels a side keep their size; smaller ones get the small stem
+TINY = 16  # smaller images are enlarged to so many pixels a side for the large stem
+_MEASURED = 50_000  # most images from which mean and standard deviation are computed
+_AT_ONCE = 1_000  # of these images, so many are in memory at once
+_FINGERPRINTED = 64  # images of a split whose pixels processes compare
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Data ready for a run."""
+    """The complete config of a run and its data."""
 
     config: TrainConfig
-    """With image size, stem, number of classes, mean and std filled in."""
+    """Config with image size, stem, number of classes, mean and std filled in."""
 
     dataset: DataSet
     """Sources and class names."""
 
     images: dict[str, np.ndarray]
-    """{split: decoded, uint8 [N, S, S, C]}; a split that is not there is decoded every time."""
+    """{split: decoded images, uint8 [N, S, S, C]}; other splits are decoded in every epoch."""
 
     @property
     def training_decoder(self) -> Decoder:
-        """What training sees."""
+        """The decoder of training images."""
         data = self.config.data
         crop = self.config.augment.random_resized_crop
         return Decoder(size=data.image_size, resize=data.resize_size, random_resized_crop=crop)
 
     @property
     def decoder(self) -> Decoder:
-        """What evaluation sees."""
+        """The decoder of an evaluation."""
         return evaluation_decoder(self.config.data)
 
     @property
@@ -58,26 +58,27 @@ class Prepared:
 
 
 def evaluation_decoder(data: DataConfig) -> Decoder:
-    """The decoder of a config whose sizes are filled in."""
+    """The decoder of an evaluation, for a config whose sizes are filled in."""
     return Decoder(size=data.image_size, resize=data.resize_size)
 
 
 def prepare(config: TrainConfig) -> Prepared:
-    """Open the data set, choose what the config left open, decode what fits.
+    """Open the data set, choose the settings that the config leaves open, decode the splits that
+    fit.
 
     Raises:
-      InputError: the data is missing or broken, or disagrees with the config.
+      InputError: the data are missing or broken, or disagree with the config.
     """
     dataset = open_dataset(config.data)
     if not len(dataset.test):
         raise InputError(
-            f"{config.data.dataset}: test_fraction 0 leaves nothing for the test, and the set has"
+            f"{config.data.dataset}: `test_fraction` 0 leaves nothing for the test, and the set has"
             " no test split of its own"
         )
     config = _resolve_model(_resolve_sizes(config, dataset), dataset)
     if config.batch_size > len(dataset.train):
         raise InputError(
-            f"batch_size {config.batch_size} is larger than the training split"
+            f"`batch_size` {config.batch_size} is larger than the training split"
             f" ({len(dataset.train)} images)"
         )
     _check_steps(config, len(dataset.train))
@@ -92,7 +93,7 @@ def prepare(config: TrainConfig) -> Prepared:
     for name in ("mean", "std"):
         count = len(getattr(config.data, name))
         if count != dataset.channels:
-            raise InputError(f"{name} has {count} values, the images {dataset.channels} channels")
+            raise InputError(f"`{name}` has {count} values, the images {dataset.channels} channels")
     return Prepared(config, dataset, images)
 
 
@@ -100,29 +101,29 @@ def _check_steps(config, num_images):
     steps = config.epochs * pipeline.steps_per_epoch(num_images, config.batch_size)
     if steps > INT32:
         raise InputError(
-            f"epochs {config.epochs:,} of batch_size {config.batch_size:,} are {steps:,} steps;"
-            f" a run counts to {INT32:,}"
+            f"`epochs` {config.epochs:,} of `batch_size` {config.batch_size:,} are {steps:,} steps;"
+            f" a run has at most {INT32:,}"
         )
 
 
 def _statistics(source, decoder, images: np.ndarray | None):
-    """Mean and standard deviation of the training split; `images` are all of it, decoded."""
-    indices = pipeline.evenly_spaced(len(source), _MEASURED)
+    """Mean and standard deviation of the training split, with its decoded images or None."""
+    indices = evenly_spaced(len(source), _MEASURED)
     parts = np.array_split(indices, -(-len(indices) // _AT_ONCE))
     take = functools.partial(_decode, source, decoder) if images is None else images.__getitem__
     return pipeline.channel_statistics(sum(pipeline.count_levels(take(part)) for part in parts))
 
 
 def _decode(source, decoder, indices) -> np.ndarray:
-    """Of several processes each decodes its share, and all get all."""
+    """Decode images; each process decodes a share, and the results are all-gathered."""
     own = indices[distributed.share(len(indices))]
     part = distributed.together(lambda: pipeline.decode_all(source, decoder, own))
     return distributed.gather_rows(part, len(indices))
 
 
 def contents(dataset: DataSet) -> dict:
-    """{what: value} of a data set, for a run that goes on to compare: classes, and of every split
-    the number of images and a digest of labels and file names, wherever the folder lies."""
+    """Facts about a data set that a resumed run compares: its classes, and for each split the
+    number of images and a digest of labels and file names (without the folder's path)."""
     facts = {"classes": ", ".join(dataset.class_names)}
     for split in SPLITS:
         source = getattr(dataset, split)
@@ -134,22 +135,22 @@ def contents(dataset: DataSet) -> dict:
 
 
 def check_contents(now: dict, before: dict):
-    """Raises InputError where the contents of a run's data are no longer what they were."""
+    """Raises InputError if the contents of a run's data have changed."""
     for what, value in now.items():
-        # Checkpoints of earlier versions have none of them, or names as the disk has them.
+        # Checkpoints of earlier versions lack some facts, or have names in the disk's form.
         if normalize("NFC", before.get(what, value)) != normalize("NFC", value):
             raise InputError(
-                f"the data is not what the run began with: {what}: {before[what]}, now {value}"
+                f"the data have changed since the run began: {what}: {before[what]}, now {value}"
             )
 
 
 def fingerprint(prepared: Prepared) -> dict:
-    """Contents, and digests of some of the images, for processes to compare."""
+    """The contents of the data and digests of some images, for processes to compare."""
     facts = contents(prepared.dataset)
     for split in SPLITS:
         source = getattr(prepared.dataset, split)
         if len(source):
-            indices = pipeline.evenly_spaced(len(source), _FINGERPRINTED)
+            indices = evenly_spaced(len(source), _FINGERPRINTED)
             images = pipeline.decode_all(source, prepared.decoder, indices)
             facts[f"{split} pixels"] = hashlib.sha256(images.tobytes()).hexdigest()[:16]
     return facts
@@ -161,7 +162,7 @@ def _resolve_sizes(config, dataset):
     if data.image_size is None and _is_tiny(size, config.model):
         size = TINY
     if data.resize_size and data.resize_size < size:
-        raise InputError(f"resize_size {data.resize_size} is smaller than the image size {size}")
+        raise InputError(f"`resize_size` {data.resize_size} is smaller than the image size {size}")
     data = replace(data, image_size=size, resize_size=data.resize_size or size)
     augment = config.augment
     if augment.random_crop is None:
@@ -178,15 +179,15 @@ def _natural_size(dataset) -> int:
 
 
 def _is_tiny(size, model) -> bool:
-    """Whether images are enlarged for the large stem: on 8-pixel digits that is four times
-    cheaper than the small stem on the pixels as they are, and more accurate in the same time."""
+    """Whether images are enlarged for the large stem. On the digits of 8 pixels this is four times
+    cheaper than the small stem without enlargement, and more accurate in the same time."""
     return size < TINY and model.stem is None and has_stem_choice(model.arch)
 
 
 def _resolve_model(config, dataset):
     model, classes = config.model, len(dataset.class_names)
     if model.num_classes not in (None, classes):
-        raise InputError(f"num_classes {model.num_classes}, but the data has {classes} classes")
+        raise InputError(f"`num_classes` {model.num_classes}, but the data have {classes} classes")
     stem = model.stem
     if stem is None and has_stem_choice(model.arch):
         stem = "cifar" if TINY < config.data.image_size < SMALL else "imagenet"
@@ -194,12 +195,12 @@ def _resolve_model(config, dataset):
 
 
 def _that_fit(config, dataset) -> dict:
-    """{split: source} of those to keep decoded, the training images first."""
+    """{split: source} of the splits to keep decoded, the training split first."""
     data, sources, kept = config.data, {}, 0
     left = {"device": np.inf, "none": 0, "auto": data.cache_gib * 2**30}[data.cache]
     for split in SPLITS:
         if split == "train" and config.augment.random_resized_crop:
-            continue  # every epoch cuts other areas out of the files
+            continue  # every epoch crops other areas
         source = getattr(dataset, split)
         size = len(source) * data.image_size**2 * dataset.channels
         if 0 < size <= left:
@@ -208,7 +209,7 @@ def _that_fit(config, dataset) -> dict:
             kept += size
     if kept > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
         raise InputError(
-            f"the images to keep decoded take {kept / 2**30:,.1f} GiB, this machine has"
-            f" {memory / 2**30:,.1f}: `cache` none"
+            f"the decoded images take {kept / 2**30:,.1f} GiB, this machine has"
+            f" {memory / 2**30:,.1f}: give `cache` none"
         )
     return sources

@@ -1,4 +1,4 @@
-"""Arrays and names that worker processes map into their memory instead of having a copy each."""
+"""Arrays and names that worker processes map into memory instead of copying them."""
 
 import os
 import tempfile
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_SMALL = 1 << 16  # bytes that are no burden to a pickle
+_SMALL = 1 << 16  # bytes of an array that is pickled as it is
 
 
 class SharedArrays:
-    """A dataclass whose large arrays a pickle only says the place of: they lie in files without a
-    name, which are gone with this process. For processes of one machine."""
+    """Base of a dataclass whose pickle refers to its large arrays, for processes of one machine.
+
+    The arrays are in files without a name, which vanish with this process.
+    """
 
     def __getstate__(self) -> dict:
         files = self.__dict__.setdefault("_files", {})
@@ -27,7 +29,7 @@ class SharedArrays:
 
 @dataclass(frozen=True)
 class _Place:
-    """What stands for an array in a pickle."""
+    """The reference to an array in a pickle."""
 
     descriptor: int
     dtype: str
@@ -39,7 +41,7 @@ class _Place:
 
 
 def _has_places() -> bool:
-    """Whether other processes find a file that has no name."""
+    """Whether other processes can open a file that has no name."""
     return os.path.isdir("/proc/self/fd")
 
 
@@ -52,17 +54,17 @@ def _written(array: np.ndarray):
 
 @dataclass(frozen=True, eq=False)
 class Names(SharedArrays, Sequence):
-    """Names of files, in two arrays however many they are."""
+    """A sequence of file names, stored in two arrays."""
 
     text: np.ndarray
-    """uint8: all of them, one after another."""
+    """The bytes of all names, one after another, uint8."""
 
     ends: np.ndarray
-    """int64 [N]: where each ends."""
+    """The end of each name in `text`, int64 [N]."""
 
     @staticmethod
     def of(names: Iterable[str]) -> "Names":
-        """Made of strings."""
+        """Make the sequence from strings."""
         encoded = [os.fsencode(name) for name in names]
         ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
         return Names(np.frombuffer(b"".join(encoded), np.uint8), ends)

@@ -1,4 +1,4 @@
-"""Random-access sources of images and labels: a data set before order, size and batches."""
+"""Data sets as random-access sources of images and labels, at their own sizes."""
 
 import io
 import math
@@ -25,31 +25,33 @@ from flax_resnet.errors import InputError
 from flax_resnet.text import listed, most, printable
 
 _LOOKED_AT = 300
-"""Images at most whose EXIF orientation is looked at when a data set is opened."""
+"""Most images whose EXIF orientation is read when a data set is opened."""
 
 TURN = "--exif-transpose applies it"
 AS_TRAINED = "the run was trained without --exif-transpose"
 
 _NAMED = 20
-"""Lines about images that were left out."""
+"""Most lines about images that were left out."""
 
 
 class Source(Protocol):
+    """A sequence of images with labels."""
+
     labels: np.ndarray
-    """int32 [N]."""
+    """Class of each image, int32 [N]."""
 
     names: Sequence[str] | None
-    """File names for messages, where there are any."""
+    """File names for messages, or None."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """uint8 [H, W, C], C = 1 or 3, at its own size."""
+        """An image, uint8 [H, W, C] with C = 1 or 3, at its own size."""
 
 
 @dataclass(frozen=True, eq=False)
 class ArraySource(SharedArrays):
-    """Images in memory: uint8 [N, H, W, C]."""
+    """A source of images in memory, uint8 [N, H, W, C]."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -64,7 +66,7 @@ class ArraySource(SharedArrays):
 
 @dataclass(frozen=True, eq=False)
 class FolderSource(SharedArrays):
-    """Image files, each decoded when it is asked for."""
+    """A source of image files, each decoded when it is read."""
 
     names: Names
     labels: np.ndarray
@@ -79,13 +81,13 @@ class FolderSource(SharedArrays):
         return read_image(path, self.channels, exif_transpose=self.exif_transpose)
 
     def file(self, index: int) -> str:
-        """Where the image comes from."""
+        """The path of an image."""
         return self.names[index]
 
 
 @dataclass(frozen=True, eq=False)
 class TfdsSource(SharedArrays):
-    """A prepared TFDS split, whose `records[i]["image"]` is an encoded image."""
+    """A source of the encoded images `records[i]["image"]` of a prepared TFDS split."""
 
     records: Sequence[dict]
     labels: np.ndarray
@@ -104,20 +106,20 @@ class TfdsSource(SharedArrays):
         )
 
     def file(self, index: int) -> BinaryIO:
-        """Where the image comes from."""
+        """The encoded image as an open file."""
         return io.BytesIO(self.records[int(index)]["image"])
 
 
 @dataclass(frozen=True, eq=False)
 class Subset(SharedArrays):
-    """The examples of a source at `indices` [M], in that order."""
+    """A source of the images at `indices` [M] of another source, in that order."""
 
     source: Source
     indices: np.ndarray
 
     labels: np.ndarray = field(init=False)
 
-    def __post_init__(self):  # once: a batch would wait for those of all images
+    def __post_init__(self):  # here and not in every batch, which would index all labels
         object.__setattr__(self, "labels", self.source.labels[self.indices])
 
     @property
@@ -134,34 +136,31 @@ class Subset(SharedArrays):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
+    """The three splits of a data set, and what is known about its images."""
+
     train: Source
     validation: Source
-    """Empty where validation_fraction is 0 and the set has no such split of its own."""
+    """Empty if validation_fraction is 0 and the data set has no validation split."""
 
     test: Source
-    """Empty where test_fraction is 0 and the set has no such split of its own."""
+    """Empty if test_fraction is 0 and the data set has no test split."""
 
     class_names: tuple[str, ...]
     channels: int
     bad_images: tuple[tuple[str, str], ...] = ()
-    """(path, reason) of the files that were left out because they cannot be read."""
+    """(path, reason) of the unreadable files that were left out."""
 
     passed_over: Counter[str] = field(default_factory=Counter)
-    """How many hidden folders, and files of which other suffixes, lie among the images."""
+    """Number of hidden folders, and of files of each other suffix, among the images."""
 
     turned: tuple[int, int] = (0, 0)
-    """Training images with an EXIF rotation that is not applied, and how many were looked at."""
+    """Numbers of training images with an unapplied EXIF rotation and of those examined."""
 
     own_splits: tuple[str, ...] = ()
-    """Of validation and test those that the set brings with it: they are not cut off."""
-
-    @property
-    def ignored_files(self) -> int:
-        """Number of files in class folders that are not named as images."""
-        return sum(count for kind, count in self.passed_over.items() if kind != HIDDEN_FOLDER)
+    """Splits besides training that the data set brings with it."""
 
     def remarks(self, why_turned: str = TURN) -> Iterator[str]:
-        """A line for each thing about the images that a person should know."""
+        """Yields a line for each fact about the images that the user should know."""
         shown = most(_NAMED)
         for path, reason in self.bad_images[:shown]:
             yield f"left out: {printable(path)} ({reason})"
@@ -173,7 +172,7 @@ class DataSet:
 
 
 def passed_over_remarks(passed_over: Counter[str]) -> Iterator[str]:
-    """What to say of hidden folders and of files of other suffixes among the images."""
+    """Yields the lines about hidden folders and files of other suffixes among the images."""
     files = passed_over - Counter({HIDDEN_FOLDER: passed_over[HIDDEN_FOLDER]})
     if files:
         kinds = listed(f"{count:,} {suffix}" for suffix, count in files.most_common())
@@ -183,22 +182,23 @@ def passed_over_remarks(passed_over: Counter[str]) -> Iterator[str]:
 
 
 def turned_remark(turned: int, looked_at: int, why: str) -> str:
-    """What to say of images with an EXIF rotation."""
+    """The line about images with an EXIF rotation."""
     return f"{turned:,} of {looked_at:,} images carry an EXIF rotation that is not applied; {why}"
 
 
 def open_dataset(config: DataConfig) -> DataSet:
-    """The splits of `config.dataset`. Where a set has a validation split but no test split, the
-    former is the test. What is then still missing is cut from the training images, stratified,
-    the test first. Of what is left, at most `train_images` and `eval_images` are used.
+    """Open the data set `config.dataset` and make its splits.
 
-    folder:DIR has either class folders directly in DIR, which is one split, or `DIR/train` and
-    `DIR/test`, `DIR/val`, or one of these alone, which is then the test; training, valid,
-    validation and testing, in any case, mean the same, and DIR may hold one folder with all this.
+    A single split besides training is the test. Missing splits are cut from the training images,
+    stratified, the test first. Then at most `train_images` and `eval_images` are used.
+
+    A folder holds class folders, which are one split, or the folders `train` and `test`, `val` or
+    both of them. The usual other names of splits are understood in any case, and all this may be in
+    a single folder inside the given one.
 
     Raises:
-      InputError: data that is missing, unsafe, or too little to split. With
-        on_bad_image="error" a broken file is not noticed here but when it is read.
+      InputError: the data are missing, unsafe or too few to split. With on_bad_image="error" a
+        broken file raises later, when it is read.
     """
     scheme, _, place = config.dataset.partition(":")
     openers = {"digits": _digits, "folder": _folder, "cifar10": _cifar10, "tfds": _tfds}
@@ -221,7 +221,7 @@ def open_dataset(config: DataConfig) -> DataSet:
 
 
 def _limit(source: Source, count: int | None, seed: int) -> Source:
-    """At most `count` images, stratified where that is enough for every class."""
+    """At most `count` images of a source, stratified if that is enough for every class."""
     if count is None or count >= len(source):
         return source
     everything = np.arange(len(source))
@@ -235,13 +235,13 @@ def _limit(source: Source, count: int | None, seed: int) -> Source:
 
 
 def _can_stratify(labels: np.ndarray, off: int) -> bool:
-    """Whether scikit-learn can cut off so many and leave the classes' shares as they are."""
+    """Whether scikit-learn can cut `off` images and keep the classes' shares."""
     counts = np.unique(labels, return_counts=True)[1]
     return min(off, len(labels) - off) >= len(counts) and counts.min() >= 2
 
 
 def _cut(train: Source, config: DataConfig, field: str) -> tuple[Subset, Subset]:
-    """What stays for training and what is cut off by a field of the config, both stratified."""
+    """Cut the share `config.field` off the training images, stratified; InputError if too few."""
     value, total = getattr(config, field), len(train)
     classes, counts = np.unique(train.labels, return_counts=True)
     stay = off = np.arange(0)
@@ -251,9 +251,9 @@ def _cut(train: Source, config: DataConfig, field: str) -> tuple[Subset, Subset]
         )
     if len(np.unique(train.labels[stay])) < len(classes):
         raise InputError(
-            f"{config.dataset}: {field} {value} cannot be stratified over {total} images of "
-            f"{len(classes)} classes, the smallest of {counts.min()}: both sides need as many "
-            "images as there are classes, and every class needs two and one that stays"
+            f"{config.dataset}: `{field}` {value} cannot be stratified over {total} images of "
+            f"{len(classes)} classes, the smallest of {counts.min()}: both parts need as many "
+            "images as there are classes, and every class needs two images, one of them left over"
         )
     return Subset(train, np.sort(stay)), Subset(train, np.sort(off))
 
@@ -274,7 +274,7 @@ def _cifar10(place: str, config: DataConfig) -> tuple[dict, dict]:
 
 
 def _gray(images: np.ndarray) -> np.ndarray:
-    """[N, H, W, 3] -> [N, H, W, 1], as one tall image."""
+    """Convert [N, H, W, 3] to gray [N, H, W, 1], as one tall image."""
     tall = Image.fromarray(images.reshape(-1, *images.shape[2:]))
     return np.asarray(tall.convert("L")).reshape(*images.shape[:3], 1)
 
@@ -296,7 +296,7 @@ def _folder(place: str, config: DataConfig) -> tuple[dict, dict]:
 
 
 def _check_images(root: Path, split: str, listing: Listing, bad: dict[str, str]):
-    """Raises InputError for a class or split without the images that it needs."""
+    """Raises InputError if a split, or a class of the training split, has no readable image."""
     for name, files in listing.items():
         if files and all(file in bad for file in files):
             raise InputError(
@@ -320,11 +320,16 @@ def _folder_source(
     return FolderSource(Names.of(chain.from_iterable(good)), labels, channels, exif_transpose)
 
 
+def evenly_spaced(length: int, count: int) -> np.ndarray:
+    """At most `count` evenly spaced indices of a source that is too large to read whole."""
+    return np.linspace(0, length - 1, min(length, count)).astype(int)
+
+
 def _turned(source: FolderSource | TfdsSource) -> tuple[int, int]:
-    """Of some images all over a source: those that are turned and not set upright, and all."""
+    """The numbers of images with an EXIF rotation that is not applied and of those examined."""
     if source.exif_transpose or not len(source):
         return 0, 0
-    indices = np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT)).astype(int)
+    indices = evenly_spaced(len(source), _LOOKED_AT)
     return sum(is_turned(source.file(index)) for index in indices), len(indices)
 
 
@@ -342,14 +347,14 @@ def _tfds(name: str, config: DataConfig) -> tuple[dict, dict]:
         features.get("label"), tfds.features.ClassLabel
     ):
         raise InputError(
-            f"tfds:{name}: no image classification set: it has the features "
+            f"tfds:{name} is no image classification set: it has the features "
             f"{', '.join(sorted(features))}, and needs image (Image) and label (ClassLabel)"
         )
     channels = 1 if config.grayscale or features["image"].shape[-1] == 1 else 3
     splits = {}
     for split in sorted({"train", "validation", "test"} & set(builder.info.splits)):
         source = _tfds_source(tfds, builder, split, channels, config.exif_transpose)
-        if len(source) and source.labels.min() >= 0:  # unlabelled test splits say -1
+        if len(source) and source.labels.min() >= 0:  # unlabelled test splits have label -1
             splits[split] = source
     if "train" not in splits:
         raise InputError(f"tfds:{name}: no train split among {', '.join(builder.info.splits)}")
@@ -360,14 +365,14 @@ def _tfds(name: str, config: DataConfig) -> tuple[dict, dict]:
 
 
 def _prepared(tfds, name: str):
-    """The builder of a set that lies ready for random access; prepares it where TFDS can."""
+    """The builder of a data set with random access, which is prepared if TFDS can."""
     builder = None
     try:
         builder = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
         builder.download_and_prepare(file_format="array_record")
         builder.as_data_source(next(iter(builder.info.splits)))
         return builder
-    except Exception as error:  # whatever a builder's own code raises
+    except Exception as error:  # a builder's own code may raise anything
         reason = shorten(str(error) or repr(error), 200, placeholder=" ...")
     command = f"uv run --extra tfds --with tensorflow tfds build {name} --file_format=array_record"
     if builder and builder.is_prepared():  # in a format that has no random access

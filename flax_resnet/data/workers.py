@@ -1,7 +1,7 @@
-"""Processes that make batches ahead of the step, and that end with the process they work for.
+"""Worker processes that make batches ahead of the step and end with their parent process.
 
-Batches come through a pipe: whoever is killed, the kernel takes it back, which it would not do with
-named shared memory.
+Batches come through a pipe, which the kernel removes whichever process is killed; named shared
+memory would stay.
 """
 
 import contextlib
@@ -17,37 +17,37 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 
-_PIPE_BYTES = 2**20  # the most that Linux gives a pipe of a user
+_PIPE_BYTES = 2**20  # largest pipe that Linux allows a user
 _FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+_PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 
 class WorkerDied(Exception):
-    """A process ended before its work did."""
+    """Raised when a worker process ends before its work is done."""
 
     exit_status = 1
 
 
 class _InWorker(Exception):
-    """The traceback of an error as the process that raised it saw it."""
+    """The traceback of an error in a worker process, as text."""
 
 
 class InTurn(Iterator):
-    """What `count` processes make, one item of each in turn.
+    """An iterator over the items of `count` worker processes, one item of each in turn.
 
     Args:
       make: a function that can be pickled, (number of the process) -> its items.
-      count: how many processes.
+      count: number of processes.
 
     Raises:
-      WorkerDied: one was killed.
-      Exception: whatever `make` raised.
+      WorkerDied: a process was killed.
+      Exception: the error that `make` raised.
     """
 
     def __init__(self, make: Callable[[int], Iterable], count: int):
         job = pickle.dumps(make)
-        # Signals that are blocked here stay so in a child: Ctrl-C in a terminal goes to all
-        # processes, and it is for this one to end the others.
+        # A child inherits blocked signals: Ctrl-C in a terminal goes to all processes, and this one
+        # has to end the others.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)
         try:
             self._processes = [_start(number) for number in range(count)]
@@ -63,7 +63,7 @@ class InTurn(Iterator):
         self._next = (self._next + 1) % len(self._processes)
         try:
             item, error, seen = pickle.load(process.stdout)
-        except (EOFError, pickle.UnpicklingError):  # nothing, or a part of an item
+        except (EOFError, pickle.UnpicklingError):  # the pipe ends before or within an item
             status = process.wait()
             self.close()
             if status == 0:
@@ -75,14 +75,14 @@ class InTurn(Iterator):
 
 
 def _start(number):
-    """This file as a program, which imports what its job needs when it reads it."""
+    """Start this file as a program, which imports its job's modules when it reads the job."""
     process = subprocess.Popen(
         [sys.executable, "-P", __file__, str(number), str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    with contextlib.suppress(OSError, AttributeError):  # of many pipes, and of other systems
+    with contextlib.suppress(OSError, AttributeError):  # too many pipes, or another system
         fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     return process
 
@@ -103,7 +103,7 @@ def _end(processes):
 def _death(status):
     if status == -signal.SIGKILL:
         return (
-            "a decoding process was killed (signal 9), out of memory perhaps: take fewer"
+            "a decoding process was killed (signal 9), perhaps for lack of memory: take fewer"
             " `num_workers`"
         )
     how = f"was killed (signal {-status})" if status < 0 else f"ended with status {status}"
@@ -111,20 +111,20 @@ def _death(status):
 
 
 def serve():
-    """One of the processes: a job from standard input, its items to standard output."""
+    """Run a worker: read a job from standard input and write its items to standard output."""
     number, parent = map(int, sys.argv[1:])
     _end_with(parent)
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no item
-    with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+    os.dup2(2, 1)  # what a library prints goes to stderr, not among the items
+    with contextlib.suppress(BrokenPipeError):  # the parent has closed the pipe
         try:
             for item in pickle.load(sys.stdin.buffer)(number):
                 _write(out, (item, None, None))
         except BrokenPipeError:
             raise
         except Exception as error:
-            _write(out, (None, _that_travels(error), traceback.format_exc()))
-    os._exit(0)  # without waiting for threads that read ahead
+            _write(out, (None, _picklable(error), traceback.format_exc()))
+    os._exit(0)  # does not wait for threads that read ahead
 
 
 def _write(out, item):
@@ -132,8 +132,8 @@ def _write(out, item):
     out.flush()
 
 
-def _that_travels(error):
-    """Not every exception can be made again from its arguments."""
+def _picklable(error):
+    """The error, or a RuntimeError with its text if it cannot be pickled and loaded."""
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:
@@ -141,10 +141,10 @@ def _that_travels(error):
 
 
 def _end_with(parent):
-    """Be killed when the parent is, in the middle of a batch too, where the system can do that."""
+    """Let the kernel kill this process when its parent dies, where the system can do that."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before
+    if os.getppid() != parent:  # the parent died before the call above
         os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Devices and processes: where arrays live and how processes agree.
+"""Devices and processes: placement of arrays, agreement of processes.
 
-Nothing here knows of networks or data.
+Nothing here knows networks or data.
 """

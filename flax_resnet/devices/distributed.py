@@ -1,7 +1,8 @@
-"""Several processes, one run: they find each other, agree, and end together.
+"""Several processes of one run: how they connect, agree and end together.
 
-`jax.distributed` connects them; NCCL (GPUs) or Gloo (CPUs) carries what they exchange. Every
-process calls the functions here in the same order. With one process they do nothing.
+`jax.distributed` connects the processes; NCCL (GPUs) or Gloo (CPUs) carries their collectives.
+Every process calls the functions of this module in the same order. With one process they do
+nothing.
 """
 
 import contextlib
@@ -25,16 +26,16 @@ from flax_resnet.errors import InputError
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 60
-"""Without a sign of life for so long, a process counts as dead."""
+"""Time without a heartbeat after which a process counts as dead."""
 
 SHUTDOWN_SECONDS = 30
-"""A process that is done waits so long for the others."""
+"""Time that a finished process waits for the others."""
 
 _CLUSTERS = {
     "SLURM_STEP_NUM_TASKS": ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
     "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
 }
-"""{how many tasks srun or mpirun started: the other numbers of theirs that JAX reads}"""
+"""{variable with the number of tasks of srun or mpirun: their other variables that JAX reads}"""
 
 _HOSTS = "SLURM_STEP_NODELIST"
 
@@ -42,7 +43,7 @@ _PORTS_OF_JOBS = (
     ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK", 2**12),
     ("SLURM_JOB_ID", "SLURM_PROCID", 1),
 )
-"""(number of the job, of the process, what the former is a multiple of), in JAX's order"""
+"""(variable of the job's number, of the process's, divisor of the job's), in JAX's order"""
 
 _MOST_PROCESSES = 1_000_000
 
@@ -53,34 +54,34 @@ _DEAD = (
 
 
 class Everywhere(Exception):
-    """Raised in all processes at the same point, so that they can end in the ordinary way."""
+    """Raised on all processes at once; a normal shutdown is safe."""
 
 
 class RunLost(Exception):
-    """The run directory is no longer the one that the run began in."""
+    """Raised when the run directory is no longer the one that the run began in."""
 
     exit_status = errors.FAILED
 
 
 class Refusal(InputError, Everywhere):
-    """Bad input of whichever process, known to all."""
+    """Raised on all processes for bad input of any of them."""
 
 
 @contextlib.contextmanager
 def joined(coordinator: str | None, num_processes, process_id, *, timeout: int):
-    """Connect the processes of a run, and let an error of one of them end all.
+    """Connect the processes of a run for the duration of the context; an error of one ends all.
 
-    Has to come before anything that touches a device.
+    The context has to be entered before any use of a device.
 
     Args:
-      coordinator: HOST:PORT of process 0, the same for all; "auto": jax.distributed asks the
-        cluster (SLURM, Open MPI, Kubernetes). None: one process, or those of an srun or mpirun.
-      num_processes: in the run, where coordinator is an address.
-      process_id: from 0 on, where coordinator is an address.
-      timeout: seconds to wait for the others at the start.
+      coordinator: HOST:PORT of process 0, the same in all processes; "auto": jax.distributed asks
+        the cluster (SLURM, Open MPI, Kubernetes); None: one process, or those of srun or mpirun.
+      num_processes: number of processes; only if coordinator is an address.
+      process_id: number of this process, from 0 on; only if coordinator is an address.
+      timeout: seconds to wait for the other processes.
 
     Raises:
-      InputError: the arguments make no sense, or the others are not there in time.
+      InputError: the arguments contradict each other, or the processes do not connect in time.
     """
     _connect(coordinator, num_processes, process_id, timeout)
     try:
@@ -108,9 +109,9 @@ def _connect(coordinator, num_processes, process_id, timeout):
             _wait_for(coordinator, timeout)
         else:
             _check_free(int(coordinator.rpartition(":")[2]), "`coordinator`")
-    # Its handler would swallow a SIGTERM; the training loop has its own.
+    # The service's handler would swallow SIGTERM, which the training loop handles.
     jax.config.update("jax_enable_preemption_service", False)
-    _on_abort(f"error: not all processes came to {address} within {timeout} s", 2)
+    _on_abort(f"error: not all processes connected to {address} within {timeout} s", 2)
     try:
         jax.distributed.initialize(
             *given,
@@ -118,13 +119,13 @@ def _connect(coordinator, num_processes, process_id, timeout):
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
-    except Exception as error:  # of JAX's reading of a cluster's variables: whatever it stumbles on
+    except Exception as error:  # JAX's reading of a cluster's variables may raise anything
         raise InputError(f"no connection at {address}: {error}") from None
     _on_abort(_DEAD, 1)
 
 
 def _started_by_a_cluster() -> bool:
-    """Whether srun or mpirun started several of us."""
+    """Whether srun or mpirun started several processes."""
     for tasks, others in _CLUSTERS.items():
         if os.environ.get(tasks) and _number(tasks, tasks) > 1:
             for name in others:
@@ -162,12 +163,12 @@ def _check_arguments(coordinator, num_processes, process_id):
 def _is_host(name) -> bool:
     try:
         return bool(name.encode("idna"))
-    except UnicodeError:  # of "a..b" too
+    except UnicodeError:  # for "a..b", too
         return False
 
 
 def _check_cluster_port():
-    """`_check_free` in process 0 of the port that JAX makes of a job's number."""
+    """Check, in process 0, that the port that JAX derives from the job's number is free."""
     for job, rank, unit in _PORTS_OF_JOBS:
         number = os.environ.get(job, "").partition(".")[0]
         if number.isdecimal():
@@ -181,10 +182,10 @@ def _check_cluster_port():
 
 
 def _check_free(port, where):
-    """jax.distributed would die of a segmentation fault where another program listens."""
+    """Raises InputError if another program has the port; jax.distributed would crash."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     with socket.socket(family) as probe:
-        # What lingers of a run that has just ended is in nobody's way.
+        # Connections of a run that has just ended do not occupy the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
@@ -193,7 +194,7 @@ def _check_free(port, where):
 
 
 def _wait_for(coordinator, timeout):
-    """jax.distributed would end the process by a stack trace where nobody listens."""
+    """Wait until the coordinator listens (jax.distributed would abort); InputError on a timeout."""
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + timeout
     while True:
@@ -209,12 +210,12 @@ def _wait_for(coordinator, timeout):
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Whether this is process 0, which writes and prints."""
     return jax.process_index() == 0
 
 
 def exchange(value) -> list:
-    """A JSON value of every process, in their order."""
+    """All-gather a JSON value; the list has the value of each process, in their order."""
     if jax.process_count() == 1:
         return [value]
     own = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -224,10 +225,10 @@ def exchange(value) -> list:
 
 
 def together(function: Callable[[], T]) -> T:
-    """What the function returns here, once it has succeeded in every process.
+    """Call the function in every process; returns its result in this one.
 
     Raises:
-      Refusal: in all of them, where it raised InputError in any.
+      Refusal: in all processes, if the function raised InputError in any of them.
     """
     if jax.process_count() == 1:
         return function()
@@ -245,7 +246,7 @@ def together(function: Callable[[], T]) -> T:
 
 
 def check_agreement(facts: dict):
-    """Raises Refusal, naming the first that differs, unless all processes have the same facts.
+    """Raises Refusal, naming the first difference, unless all processes have the same facts.
 
     Args:
       facts: {name: JSON value}.
@@ -262,14 +263,14 @@ def check_agreement(facts: dict):
 
 
 def share(total: int) -> slice:
-    """This process's part of so many rows."""
+    """The rows of `total` that belong to this process."""
     size = -(-total // jax.process_count())
     start = min(size * jax.process_index(), total)
     return slice(start, min(start + size, total))
 
 
 def gather_rows(rows: np.ndarray, total: int) -> np.ndarray:
-    """The rows `share(total)` of every process -> `[total, ...]` in each."""
+    """All-gather the rows `share(total)` of each process to `[total, ...]`."""
     if jax.process_count() == 1:
         return rows
     size = -(-total // jax.process_count())
@@ -278,24 +279,24 @@ def gather_rows(rows: np.ndarray, total: int) -> np.ndarray:
     return everything.reshape(-1, *rows.shape[1:])[:total]
 
 
-def meet(where: str):
-    """Wait until every process has come to this point, whose name is the same in all."""
+def barrier(name: str):
+    """Wait until every process has reached the barrier of this name."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+        multihost_utils.sync_global_devices(name)
 
 
 def agreed_signal(signum: int | None) -> int | None:
-    """The signal that any of the processes has got: all of them see the same."""
+    """The highest signal that any process has received, or None; the same in all processes."""
     return max((number or 0 for number in exchange(signum)), default=0) or None
 
 
 def _last_words(error: Exception) -> tuple[int, str]:
-    """Exit status, and what to say of an error of this process alone."""
+    """Exit status and message for an error that this process alone has raised."""
     return (1, _DEAD) if "Gloo" in str(error) else errors.verdict(error)
 
 
 def _leave(status, text):
-    """Without the end of `jax.distributed`, which would wait for those who cannot come."""
+    """Exit without jax.distributed's shutdown barrier, which waits for dead peers."""
     sys.stdout.flush()
     os.write(2, f"{text}\n".encode(errors="surrogateescape"))
     os._exit(status)
@@ -305,7 +306,8 @@ _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 def _on_abort(text, status):
-    """jaxlib calls abort() where the others are lost: no Python handler runs then, but this."""
+    """Set the message and exit status of an abort(), which jaxlib calls if its peers are lost. A
+    handler in C is needed, because no Python handler runs then."""
     global _handler
     _handler = _Handler(lambda signum: _leave(status, text))
     libc = ctypes.CDLL(None)
@@ -313,4 +315,4 @@ def _on_abort(text, status):
     libc.signal(signal.SIGABRT, _handler)
 
 
-_handler = None  # C keeps no reference
+_handler = None  # keeps the handler alive, because C has no reference to it

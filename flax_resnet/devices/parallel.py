@@ -1,12 +1,13 @@
-"""One step function under one device, a mesh, or pmap; where state and batch live.
+"""Runs a step on one device, on a mesh or under pmap, and places state and batches.
 
-Under jit the state is replicated over a mesh and the batch split along its "data" axis: the
-compiler turns every mean into one of the global batch, BatchNorm's included. Under pmap the
-step itself says so (`axis_name`). A mesh may span processes; each then holds its rows of the batch.
+Under jit the state is replicated over a mesh and the batch is sharded along its "data" axis: the
+compiler turns every mean into the mean of the global batch, BatchNorm's included. Under pmap the
+step reduces over the axis `axis_name`. A mesh may span processes; each then holds its rows of the
+batch.
 
-With shard_parameters every large array of the state (parameters, the optimizer's, the average)
-lies in equal parts on the devices between steps. A step puts the parameters together for the
-forward and backward pass, and each device updates its part.
+With shard_parameters every large array of the state (parameters, optimizer state, moving average)
+is sharded over the devices between steps. A step all-gathers the parameters for the forward and
+backward pass, and each device updates its shard.
 """
 
 import jax
@@ -19,11 +20,11 @@ from flax_resnet.errors import InputError
 from flax_resnet.kernels.cpu_convolution import compiler_options
 
 AXIS = "data"
-SMALLEST_SHARDED = 4096  # elements; BatchNorm's vectors are smaller and stay whole
+SMALLEST_SHARDED = 4096  # elements; smaller arrays, such as BatchNorm's, are replicated
 
 
 class Engine:
-    """Places arrays on the devices and compiles steps for them."""
+    """Places arrays on devices and compiles steps for them."""
 
     def __init__(
         self, config: ParallelConfig, *, deterministic: bool = False, kernels: str = "auto"
@@ -48,13 +49,13 @@ class Engine:
             self._options = {"xla_gpu_deterministic_ops": True}
 
     def steps_per_dispatch(self, *, resident: bool) -> int:
-        """How many steps are sent at once: many only where that sends no images."""
+        """Number of steps in a dispatch: more than one only if the images are on the device."""
         on_cpu = self.devices[0].platform == "cpu"
         return self._steps_per_dispatch or (20 if resident and not on_cpu else 1)
 
     @property
     def axis_name(self) -> str | None:
-        """What the step and BatchNorm have to be told."""
+        """Name of pmap's axis, which step and BatchNorm reduce over; None under jit."""
         return AXIS if self.pmap else None
 
     def check_batch_size(self, batch_size: int):
@@ -71,24 +72,24 @@ class Engine:
         return slice(min(start for start, *_ in rows), max(stop for _, stop, _ in rows))
 
     def replicate(self, tree):
-        """The same arrays on every device; under pmap with a leading axis of devices."""
+        """Replicate arrays on every device; under pmap they get a leading axis of devices."""
         if self.pmap:
             return jax.device_put(jax.tree.map(self._repeated, tree), self._by_row)
         return self._place(tree, jax.tree.map(lambda _: self._whole, tree))
 
     def _repeated(self, x):
-        """`[...]` -> `[D, ...]` on the host, without a copy: on a device it would be D of them."""
+        """Broadcast `[...]` to `[D, ...]` as a view on the host, where it takes no memory."""
         return np.broadcast_to(np.asarray(x), (len(self.devices), *np.shape(x)))
 
     def place_state(self, state):
-        """`TrainState` -> the same where the compiled step takes and leaves it."""
+        """Place a `TrainState` as the compiled step takes and returns it."""
         if self.pmap:
             return self.replicate(state)
         places = jax.tree.map(lambda x: self._sharding(x.shape), state)
         return self._place(state, places)
 
     def _place(self, tree, places):
-        """What every process has alike -> on the devices of all of them."""
+        """Place arrays that every process has on the devices of all processes."""
         if not self.several:
             return jax.device_put(tree, places)
         host = jax.tree.map(np.asarray, tree)
@@ -99,13 +100,13 @@ class Engine:
         )
 
     def _place_rows(self, tree, place):
-        """Rows of a batch, of several processes the `local_rows` of each -> on all devices."""
+        """Place the rows of a batch on all devices; each process gives its `local_rows`."""
         if not self.several:
             return jax.device_put(tree, place)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
 
     def state_like(self, state):
-        """Shapes, types and places of a `TrainState`, for a checkpoint to restore into."""
+        """Shapes, types and shardings of a `TrainState`, for a checkpoint to restore into."""
 
         def like(x):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding(x.shape))
@@ -113,17 +114,17 @@ class Engine:
         return jax.tree.map(like, state)
 
     def gather(self, tree):
-        """Inside a step: whole arrays of those that are in parts. Its gradient is in parts."""
+        """All-gather sharded arrays inside a step; the gradient of this is sharded."""
         if not self.shard_parameters:
             return tree
-        return lax.with_sharding_constraint(self._in_parts(tree), self._whole)
+        return lax.with_sharding_constraint(self._sharded(tree), self._whole)
 
-    def _in_parts(self, tree):
+    def _sharded(self, tree):
         places = jax.tree.map(lambda x: self._sharding(x.shape), tree)
         return lax.with_sharding_constraint(tree, places)
 
     def _sharding(self, shape) -> NamedSharding:
-        """Where an array of the state lives: in parts along its largest axis that divides."""
+        """The sharding of a state's array: along its largest axis that can be split, or none."""
         axes = [a for a, size in enumerate(shape) if size % len(self.devices) == 0]
         if not (self.shard_parameters and axes and np.prod(shape) >= SMALLEST_SHARDED):
             return self._whole
@@ -131,14 +132,14 @@ class Engine:
         return NamedSharding(self.mesh, PartitionSpec(*[None] * largest, AXIS))
 
     def single(self, tree):
-        """One copy of what `replicate` made: same values, no axis of devices."""
+        """The first copy of what `replicate` made, without the axis of devices."""
         return jax.tree.map(lambda x: x[0], tree) if self.pmap else tree
 
     def shard(self, batches: list[dict]):
-        """Batches of `[B, ...]` -> what the compiled step takes: `[(K,) (D,) B / D, ...]`.
+        """Stack and place batches of `[B, ...]` for the compiled step: `[(K,) (D,) B / D, ...]`.
 
-        K, the number of steps of one dispatch, is there if there are several; D, the number of
-        devices, under pmap. Of several processes each gives its `local_rows` of the batches.
+        The axis of K steps exists if a dispatch has several steps, the axis of D devices under
+        pmap. Each process gives its `local_rows` of the batches.
         """
         several = len(batches) > 1
         stacked = jax.tree.map(lambda *x: np.stack(x) if several else x[0], *batches)
@@ -153,19 +154,19 @@ class Engine:
         return np.swapaxes(x, 0, 1) if several else x
 
     def compile_train(self, train_step, num_steps: int):
-        """(state, resident data, batches) -> (state, metrics), the state donated.
+        """Compile (state, resident data, batches) -> (state, metrics); the state is donated.
+
+        Resident data are {"image", "label"} of the whole training split, with which batches need
+        only indices, or {}.
 
         Args:
-          train_step: `steps.make_train_step`'s, made with `gather` and `axis_name` of this engine.
-          num_steps: steps of one dispatch; with more than 1 the metrics are `[K]` each.
-
-        Batches are without images where resident data ({"image", "label"} of the whole split)
-        holds them.
+          train_step: made by `steps.make_train_step` with `gather` and `axis_name` of this engine.
+          num_steps: steps of one dispatch; with more than 1 each metric is `[K]`.
         """
 
         def step(state, resident, batch):
             new, metrics = train_step(state, look_up(resident, batch))
-            return (new if self.pmap else self._in_parts(new)), metrics
+            return (new if self.pmap else self._sharded(new)), metrics
 
         def run(state, resident, batches):
             if num_steps == 1:
@@ -177,28 +178,28 @@ class Engine:
         return jax.jit(run, donate_argnums=0, compiler_options=self._options)
 
     def compile_eval(self, eval_step):
-        """(variables, batch) -> sums over the batch; never under pmap."""
+        """Compile (variables, batch) -> sums over the batch; evaluation never uses pmap."""
         return jax.jit(eval_step, compiler_options=self._options)
 
     def shard_eval(self, batch: dict):
-        """A batch of an evaluation, split along the mesh; of several processes as in `shard`."""
+        """Place a batch of an evaluation, sharded over the mesh; processes give their rows."""
         return self._place_rows(batch, self._by_row)
 
     def whole(self, tree):
-        """Whole arrays of those that are in parts, for many steps of an evaluation."""
+        """Replicate sharded arrays once, for all steps of an evaluation."""
         if not self.shard_parameters:
             return tree
         return jax.jit(lambda x: x, out_shardings=self._whole)(tree)
 
     def fetch_metrics(self, metrics) -> dict[str, np.ndarray]:
-        """Metrics of one dispatch as `[K]` arrays on the host."""
+        """Fetch the metrics of one dispatch as `[K]` arrays on the host."""
         return {k: np.atleast_1d(v) for k, v in jax.device_get(self.single(metrics)).items()}
 
 
 def _choose_devices(count: int | None) -> list:
-    """The first so many devices, of several processes equally many of each, in their order."""
-    several = range(jax.process_count())
-    own = [[d for d in jax.devices() if d.process_index == process] for process in several]
+    """The first `count` devices (None: all), equally many of each process, in their order."""
+    processes = range(jax.process_count())
+    own = [[d for d in jax.devices() if d.process_index == process] for process in processes]
     sizes = [len(devices) for devices in own]
     count = count or sum(sizes)
     if count > sum(sizes):
@@ -211,7 +212,7 @@ def _choose_devices(count: int | None) -> list:
 
 
 def look_up(resident: dict, batch: dict) -> dict:
-    """A batch of numbers -> with the images and labels that they stand for."""
+    """The batch with the resident images and labels of its indices, if there are resident data."""
     if not resident:
         return batch
     index = batch["index"]

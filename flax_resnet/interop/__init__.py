@@ -1,1 +1,1 @@
-"""Runs taken elsewhere: served, made from weights, exported, exchanged with PyTorch's trainings."""
+"""Runs loaded for use, made from weights, exported, and exchanged with PyTorch trainings."""

@@ -1,5 +1,4 @@
-"""Weights and networks -> files and run directories: each is read again and compared before it has
-its name."""
+"""Writes weights, programs and run directories, each read back and compared before it is named."""
 
 import contextlib
 import os
@@ -26,36 +25,38 @@ from flax_resnet.weights import convert
 
 Arrays = dict[str, np.ndarray]
 Program = Callable[[np.ndarray], np.ndarray]
-"""uint8 images `[B, H, W, C]` -> logits `[B, K]`."""
+"""Function from uint8 images `[B, H, W, C]` to logits `[B, K]`."""
 
 PLATFORMS = ("cpu", "cuda")
 UNFOLDED = {"xla_disable_hlo_passes": "constant_folding"}
-"""For programs that are called a few times: to compute with their weights beforehand, which are
-constants here, takes the compiler minutes, and it says so in ten lines an instruction."""
+"""Compiler options for programs that are called a few times. Their weights are constants, and
+folding those takes the compiler minutes and many lines of warnings."""
 
 BATCH_SIZES = (1, 3)
-"""With which an exported program is called before it has its name."""
+"""Batch sizes with which an exported program is checked."""
 
 ERROR_FACTOR = 8
 ERROR_ULPS = 4
-"""Logits of an export may be this many times as far from float64 as those of the run's own program,
-and a few units of the last place: both are right but for rounding, which differs by 2 or 3."""
+"""Bound on the error of an exported program, relative to float64: so many times the error of the
+run's own program plus so many units in the last place. Both programs only round; their errors
+differ by a factor of 2 or 3."""
 
 ERROR_FLOAT64 = 1e-11
-"""Where the run itself is float64."""
+"""Bound on the relative error of a program exported from a float64 run."""
 
 
 class DamagedExport(Exception):
-    """What was written is not what is read back."""
+    """Raised if a written file does not hold what it should."""
 
 
 def write_safetensors(path: Path, arrays: Arrays):
-    """A .safetensors file; the same arrays give the same bytes, whatever the path and the time.
+    """Write a .safetensors file; the same arrays give the same bytes, whatever the path and the
+    time.
 
     Raises:
-      DamagedExport: the file does not hold what it should; it is gone then.
+      DamagedExport: the file does not hold the arrays; it is deleted then.
     """
-    # safetensors 0.8.0 writes the memory of an array, whatever its strides.
+    # safetensors 0.8.0 writes the memory of an array and ignores its strides.
     arrays = {name: np.array(array, order="C") for name, array in arrays.items()}
     metadata = {"format": "pt"}  # which torch's readers ask for
     write_verified(path, arrays, lambda p, a: save_file(a, p, metadata), load_file)
@@ -67,21 +68,22 @@ def write_verified(
     save: Callable[[Path, Arrays], None],
     load: Callable[[Path], Arrays],
 ):
-    """Save beside `path`, load, compare bit for bit, and only then take the name."""
+    """Save to a temporary file, load it, compare bit for bit, and rename it to `path`."""
     with _replacing(path) as temporary:
         save(temporary, arrays)
         _compare(load(temporary), arrays, path)
 
 
 def write_stablehlo(path: Path, served: LoadedRun, run: LoadedRun):
-    """A serialised `jax.export.Exported`, for the CPU and CUDA: uint8 images `[B, H, W, C]` of any
-    B -> logits `[B, K]`, normalisation and weights included.
+    """Write a serialised `jax.export.Exported` for CPU and CUDA, with normalisation and weights
+    inside: uint8 images `[B, H, W, C]` of any B -> logits `[B, K]`.
 
     Args:
-      served: what is written: `run`, or `run.without_batchnorm()`.
+      served: the run to export: `run` or `run.without_batchnorm()`.
+      run: the run to compare with.
 
     Raises:
-      DamagedExport: as `write_program`.
+      DamagedExport: as in `write_program`.
     """
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *served.image_shape), jnp.uint8)
@@ -97,11 +99,11 @@ def _load_stablehlo(path: Path) -> Program:
 def write_program(
     path: Path, run: LoadedRun, save: Callable[[Path], object], load: Callable[[Path], Program]
 ):
-    """Save beside `path`, load, compare with the run at several batch sizes, and only then take the
-    name.
+    """Save to a temporary file, load it, compare its logits with the run's at several batch sizes,
+    and rename it to `path`.
 
     Raises:
-      DamagedExport: the logits are not those of the run; the file is gone then.
+      DamagedExport: the logits are not those of the run; the file is deleted then.
     """
     with _replacing(path) as temporary:
         save(temporary)
@@ -120,13 +122,13 @@ def _compare_logits(got, run: LoadedRun, images, path: Path):
     distance = _distance(got, exact) if got.shape == exact.shape else np.inf
     if not distance <= bound:
         raise DamagedExport(
-            f"{path}: read back, its logits for {len(images)} images are {distance:.1e} from those"
-            f" of the run, {bound:.1e} would be rounding"
+            f"{path}: read back, its logits for {len(images)} images have a relative error of"
+            f" {distance:.1e}; rounding explains {bound:.1e}"
         )
 
 
 def _exact_logits(run: LoadedRun, images) -> np.ndarray:
-    """Of the same run in float64."""
+    """The logits of the run in float64."""
     arrays = convert.state_dict(run.network.to_model(run.variables))
     wide = replace(run.config, model=replace(run.config.model, dtype="float64"))
     with jax.enable_x64(True):
@@ -152,12 +154,13 @@ def write_run(
     progress: dict,
     report: dict | None = None,
 ):
-    """A run directory with one checkpoint, which replaces a run in its place.
+    """Write a run directory with one checkpoint; a run that is there is replaced.
 
     Args:
-      config: complete, as `data.prepare` leaves it.
-      progress: fields of `progress.Progress`, as far as they are not at their start.
-      report: what report.json says; with it the run counts as finished, without it is resumed.
+      config: the complete config, as `data.prepare` returns it.
+      progress: fields of `progress.Progress` that differ from their start.
+      report: content of report.json, which makes the run a finished one; None: the run can be
+        resumed.
     """
     temporary, step = _beside(Path(os.path.realpath(run_dir))), int(state.step)
     document = {
@@ -183,12 +186,12 @@ def write_run(
 
 
 def _put_in_place(temporary: Path, run_dir: Path):
-    """Give a run its name. One that is there is replaced inside its directory, which may be a link
-    or where somebody works."""
+    """Rename a run. A run that is there is replaced inside its directory, which may be a link or
+    somebody's working directory."""
     if not run_dir.exists():
         temporary.rename(run_dir)
         return
-    directory = RunDirectory(run_dir, overwrite=True)  # refuses a run that is going on
+    directory = RunDirectory(run_dir, overwrite=True)  # refuses a run that is in use
     for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name == "report.json"):
         if entry.name != LOCK:
             entry.rename(run_dir / entry.name)
@@ -222,13 +225,13 @@ def _compare(got: Arrays, expected: Arrays, path: Path):
 
 @contextlib.contextmanager
 def _replacing(path: Path):
-    """Yields the name of a file beside `path`, which takes its place unless the body fails."""
+    """Yields a temporary file's path; the file replaces `path` unless the body fails."""
     temporary = _beside(path)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
+        temporary.chmod(mode)  # safetensors creates files that only their owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A finished run, taken up again: its network, weights, preprocessing and class names."""
+"""Loads a run for use: its network, weights, preprocessing and class names."""
 
 import dataclasses
 import functools
@@ -31,29 +31,29 @@ from flax_resnet.training.restore import chosen_step, restore
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """What evaluate, predict and convert work on."""
+    """A trained network with everything that is needed to use it."""
 
     config: TrainConfig
-    """As it was resolved for the run."""
+    """Complete config of the run."""
 
     class_names: tuple[str, ...]
-    """In the order of the logits."""
+    """Names of the classes in the order of the logits."""
 
     channels: int
-    """Of the images: 1 or 3."""
+    """Channels of the images: 1 or 3."""
 
     network: Network
-    """The model's graph."""
+    """Graph of the model."""
 
     variables: Variables
-    """The best weights, or the last where there is no best or the run was not to restore it."""
+    """The best weights, or the last if none are best or `restore_best` is off."""
 
     contents: dict = dataclasses.field(default_factory=dict)
-    """Of the data that it was trained on (`data.prepare.contents`); empty: not known."""
+    """Facts about the training data (`data.prepare.contents`), or {} if they are unknown."""
 
     @property
     def preprocess(self) -> Preprocess:
-        """Channel statistics of the training split."""
+        """Normalisation with the channel statistics of the training split."""
         return Preprocess(self.config.data.mean, self.config.data.std)
 
     @property
@@ -76,7 +76,7 @@ class LoadedRun:
 
         Raises:
           InputError: images of another type or shape, or files that are no readable images.
-          NonFiniteLoss: the run's numbers overflow.
+          NonFiniteLoss: the probabilities are not finite.
 
         Example:
           >>> run = flax_resnet.load_run("runs/digits")
@@ -91,7 +91,10 @@ class LoadedRun:
         return self._in_batches(self._probabilities, images)
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """What goes into the last layer, `[B, D]`; `images` as `predict` takes arrays.
+        """The input of the last layer, `[B, D]`.
+
+        Args:
+          images: uint8 `[B, H, W, C]` of the run's size and channels.
 
         Raises:
           InputError: images of another type or shape.
@@ -104,7 +107,7 @@ class LoadedRun:
         return self._in_batches(self._features, images)
 
     def _in_batches(self, function, images) -> np.ndarray:
-        """Call a function on batches of one size, which it is compiled for once."""
+        """Call a function on batches of one size, so that it is compiled once."""
         self._check(images)
         size = min(self.config.eval_batch_size, max(len(images), 1))
         missing = -len(images) % size if len(images) else 1
@@ -125,10 +128,10 @@ class LoadedRun:
         return functools.partial(forward, network.initial)
 
     def logits(self, images) -> jax.Array:
-        """uint8 `[B, H, W, C]`, of the run's size and channels -> `[B, K]`, float32 or wider.
+        """The logits `[B, K]`, float32 or wider, of uint8 images `[B, H, W, C]` of the run's size.
 
         Raises:
-          InputError: images of another type or shape: the network would take them for others.
+          InputError: images of another type or shape, which would give wrong logits.
         """
         self._check(images)
         return predict_logits(self.network, self.preprocess, self.variables, images)
@@ -149,7 +152,7 @@ class LoadedRun:
 
 
 def load_run(run_dir: Path | str) -> LoadedRun:
-    """Read a run directory; everything comes from it alone.
+    """Load the run in a directory; nothing outside the directory is read.
 
     Raises:
       InputError: there is no run, or none of its checkpoints is sound.
@@ -160,7 +163,7 @@ def load_run(run_dir: Path | str) -> LoadedRun:
     """
     document, config, network, state = restore(run_dir, chosen_step)
     variables = jax.tree.map(jnp.asarray, steps.evaluation_variables(state))
-    # Earlier versions wrote names as the disk has them.
+    # Earlier versions wrote names in the disk's Unicode form.
     class_names = tuple(normalize("NFC", name) for name in document["class_names"])
     channels = document["channels"]
     contents = document.get("contents", {})
@@ -170,15 +173,16 @@ def load_run(run_dir: Path | str) -> LoadedRun:
 def predict_files(
     run: LoadedRun, paths: Iterable[Path | str], *, skip_bad: bool = False
 ) -> Iterator[tuple[Path | str, np.ndarray | BadImage]]:
-    """Image files -> (path, probabilities `[K]`), in order and as they come: decoded in threads
-    ahead of the network, a few batches of them in memory.
+    """Yield (path, probabilities `[K]`) for image files, in their order.
+
+    Threads decode a few batches ahead of the network.
 
     Args:
-      skip_bad: a file that is no readable image comes as (path, error) and ends nothing.
+      skip_bad: whether an unreadable image gives (path, error) instead of raising.
 
     Raises:
-      InputError: `paths` is a single one, or files are no readable images; they are named.
-      NonFiniteLoss: the run's numbers overflow, or are none.
+      InputError: `paths` is a single path, or images are unreadable; they are named.
+      NonFiniteLoss: probabilities are not finite.
     """
     if isinstance(paths, str | os.PathLike):
         raise InputError(f"predict_files takes a list of paths, got the path {printable(paths)}")

@@ -1,13 +1,13 @@
-"""A run in the middle of its training <-> torch's: weights, optimizer, average, batches seen.
+"""Converts the state of an unfinished training to and from PyTorch, as a dict of arrays:
 
     {"model": {name: array},                     as `convert.state_dict`
      "optimizer": {"NAME momentum_buffer": array, ..., "step": array},
-     "ema": {name: array},                       parameters; {} where there is no average
+     "ema": {name: array},                       averaged parameters; {} without an average
      "step": int}                                batches seen
 
-All under torch's names and in its layouts; `torch_ref.training_state` has the other half. Learning
-rates are not in it: both sides have them from the schedule and the step, and cuts of the plateau
-schedule stay behind.
+Names and layouts are torch's; `torch_ref.training_state` converts the same dict on the other side.
+Learning rates are left out: both sides compute them from the schedule and the step. Cuts of the
+plateau schedule are lost.
 """
 
 import jax
@@ -20,7 +20,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.training.steps import TrainState
 from flax_resnet.weights import convert
 
-# Fields of Optax's states -> names of torch's.
+# {field of Optax's state: name in torch's state}
 _ADAM = {"mu": "exp_avg", "nu": "exp_avg_sq", "count": "step"}
 _KINDS = {
     "sgd": {"trace": "momentum_buffer"},
@@ -31,10 +31,10 @@ _KINDS = {
 
 
 def training_arrays(state: TrainState, config: OptimizerConfig) -> dict:
-    """Copies of everything that torch needs to go on with this training.
+    """Copies of the arrays that PyTorch needs to continue this training.
 
     Raises:
-      InputError: gradients are being accumulated: torch keeps their sum elsewhere.
+      InputError: gradient accumulation is pending; torch keeps its sum elsewhere.
     """
     _check_boundary(int(state.step), config, pending=getattr(state.opt_state, "mini_step", 0))
     model = named_arrays(state.params) | named_arrays(state.frozen)
@@ -47,19 +47,20 @@ def training_arrays(state: TrainState, config: OptimizerConfig) -> dict:
 
 
 def load_training_arrays(state: TrainState, arrays: dict, config: OptimizerConfig) -> TrainState:
-    """A state that goes on where these arrays stop.
+    """The state of training that these arrays hold.
 
     Args:
-      state: of `steps.make_state`, for names, shapes and types.
-      arrays: as from `training_arrays`, by whichever framework.
+      state: a state of `steps.make_state`, for names, shapes and types.
+      arrays: the dict of `training_arrays`, from either framework.
 
     Raises:
-      InputError: all missing, unexpected, misshaped and non-finite entries, in one message.
+      InputError: entries are missing, unexpected, misshaped or non-finite (the message names all of
+        them), or gradient accumulation is pending.
     """
     step = int(arrays["step"])
     _check_boundary(step, config)
     given = {part: arrays[part] for part in ("model", "optimizer", "ema")}
-    if not given["optimizer"]:  # torch has no state before the first update
+    if not given["optimizer"]:  # torch's optimizer has no state before the first update
         given["optimizer"] = _zeros(state, config)
     own = training_arrays(state._replace(step=0), config)
     found = [
@@ -80,14 +81,14 @@ def load_training_arrays(state: TrainState, arrays: dict, config: OptimizerConfi
 
 
 def flat(arrays: dict) -> dict[str, np.ndarray]:
-    """All of `training_arrays` in one dict, under `PART NAME`."""
+    """The arrays of `training_arrays` in one flat dict, under `PART NAME`."""
     parts = {part: arrays[part] for part in ("model", "optimizer", "ema")}
     named = {f"{part} {name}": array for part in parts for name, array in parts[part].items()}
     return named | {"step": np.array(arrays["step"])}
 
 
 def named_arrays(tree: dict) -> dict[str, np.ndarray]:
-    """Copies of nested NNX leaves under torch's names, in its layouts."""
+    """Copies of nested NNX leaves under torch's names, in torch's layouts."""
     arrays = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         keys = tuple(part.key for part in path)
@@ -96,7 +97,7 @@ def named_arrays(tree: dict) -> dict[str, np.ndarray]:
 
 
 def filled(tree: dict, arrays: dict[str, np.ndarray], kind: str = "") -> dict:
-    """The inverse of `named_arrays`: the tree with other numbers, those called `NAME + kind`."""
+    """The tree with the arrays `NAME + kind` as leaves; the inverse of `named_arrays`."""
 
     def leaf(path, old):
         keys = tuple(part.key for part in path)
@@ -107,7 +108,7 @@ def filled(tree: dict, arrays: dict[str, np.ndarray], kind: str = "") -> dict:
 
 
 def optimizer_arrays(opt_state, optimizer: str) -> dict[str, np.ndarray]:
-    """Optax's state as `"layer1.0.conv1.weight momentum_buffer"` and so on; Adam's `step` once."""
+    """Optax's state as {"NAME momentum_buffer": array, ...}, with Adam's step once."""
     arrays = {}
 
     def read(kind, value):
@@ -135,10 +136,10 @@ def _filled_optimizer(opt_state, arrays, step, config):
 
 
 def _visit(node, kinds: dict, function):
-    """The same state with `function(torch's name, value)` for every field that torch has too."""
+    """Replace each field of Optax's state that torch has by `function(torch's name, value)`."""
     if not isinstance(node, tuple):
         return node
-    if not hasattr(node, "_fields"):  # of a chain
+    if not hasattr(node, "_fields"):  # a chain of states
         return tuple(_visit(part, kinds, function) for part in node)
     fields = {
         field: function(kinds[field], value) if field in kinds else _visit(value, kinds, function)
@@ -153,9 +154,9 @@ def _zeros(state, config) -> dict:
 
 
 def _check_boundary(step: int, config: OptimizerConfig, pending=0):
-    """Of the batches and, where some were skipped, of the gradients that the optimizer holds."""
+    """Raises InputError if gradient accumulation is pending, by the step or by Optax's count."""
     if step % config.accumulate_steps or pending:
         raise InputError(
-            f"step {step} lies between two updates (accumulate_steps {config.accumulate_steps});"
-            " training converts where an update is complete"
+            f"step {step} is between two updates (`accumulate_steps` {config.accumulate_steps});"
+            " a training converts only after a complete update"
         )

@@ -1,4 +1,4 @@
-"""Weights from elsewhere -> a run: what has to be known beside them, from flags or from data."""
+"""Makes runs from weights; class names, sizes and statistics come from flags or from data."""
 
 import os
 from collections import Counter
@@ -17,17 +17,17 @@ from flax_resnet.text import listed
 from flax_resnet.training.network import Network
 from flax_resnet.weights import convert
 
-NO_DATA = "folder:left-out"  # of a run made from sizes and statistics alone
+NO_DATA = "folder:left-out"  # data set of a run that was made without data
 
 
 class OtherClasses(InputError):
-    """The weights have another number of classes than the data."""
+    """Raised if weights and data differ in the number of classes."""
 
 
 def with_model_of(
     config: TrainConfig, architecture: convert.Architecture, arrays: dict[str, np.ndarray]
 ) -> TrainConfig:
-    """The config with what the weights say of the model; without a head they say no classes."""
+    """The config with the model of the weights; without a head num_classes stays open."""
     model = replace(
         config.model,
         arch=architecture.arch,
@@ -43,18 +43,18 @@ def with_data(config: TrainConfig, channels: int | None) -> tuple[TrainConfig, o
     """The config with the sizes and statistics of its data set, and the data set.
 
     Args:
-      channels: of the weights; None takes any data.
+      channels: number of channels of the weights; None takes any data.
 
     Raises:
-      InputError: the data is missing, or of other channels or classes.
+      InputError: the data are missing, or have other channels or classes.
     """
-    # Nothing is trained: no batch has to fit, no image has to be kept.
+    # Nothing is trained, so that batches need not fit and no image is kept.
     loose = replace(config, batch_size=1, data=replace(config.data, cache="none"))
     prepared = prepare(replace(loose, model=replace(config.model, num_classes=None)))
     dataset, classes = prepared.dataset, config.model.num_classes
     if classes not in (None, len(dataset.class_names)):
         raise OtherClasses(
-            f"the weights are of {classes} classes, {config.data.dataset} has"
+            f"the weights have {classes} classes, {config.data.dataset} has"
             f" {len(dataset.class_names)}"
         )
     if channels not in (None, dataset.channels):
@@ -66,10 +66,10 @@ def with_data(config: TrainConfig, channels: int | None) -> tuple[TrainConfig, o
 
 
 def without_data(config: TrainConfig, dataset: str | None, channels: int) -> TrainConfig:
-    """The config with its sizes filled in where no data is at hand.
+    """The config with its sizes filled in without reading data.
 
     Args:
-      dataset: its name, kept for later; None where there is none.
+      dataset: name of the data set to store in the config, or None.
 
     Raises:
       InputError: image size or statistics are missing, or do not fit the channels.
@@ -78,20 +78,21 @@ def without_data(config: TrainConfig, dataset: str | None, channels: int) -> Tra
     if None in (data.image_size, data.mean, data.std):
         raise InputError("without `dataset`, `image_size`, `mean` and `std` are needed")
     if len(data.mean) != channels or len(data.std) != channels:
-        raise InputError(f"`mean` and `std` need {channels} values, one a channel of the weights")
+        raise InputError(f"`mean` and `std` need {channels} values, one for each channel")
     resize = data.resize_size or data.image_size
     return replace(config, data=replace(data, dataset=dataset or NO_DATA, resize_size=resize))
 
 
 def class_names(text: str, num_classes: int | None) -> tuple[str, ...]:
-    """A file's lines, or the words between commas; as many as there are where that is left open.
+    """The class names in a file, one a line, or in a list with commas; `num_classes` of them or
+    any.
 
     Raises:
-      InputError: no readable text, not as many names as classes, or a name twice.
+      InputError: the file is unreadable, the number of names is wrong, or a name is given twice.
     """
-    is_file = os.path.isfile(text)  # False, too, of a list that is too long to name a file
+    is_file = os.path.isfile(text)  # also False for a list that is too long for a path
     try:
-        # A byte order mark, which Windows puts first, is no part of a name.
+        # utf-8-sig skips the byte order mark that Windows puts first.
         lines = Path(text).read_text("utf-8-sig").split("\n") if is_file else text.split(",")
     except (OSError, UnicodeDecodeError):
         raise InputError(f"`class_names`: {text} is no readable text") from None
@@ -109,8 +110,7 @@ def class_names(text: str, num_classes: int | None) -> tuple[str, ...]:
 def as_run(
     arrays: dict[str, np.ndarray], config: TrainConfig, names: tuple[str, ...], channels: int
 ) -> LoadedRun:
-    """A run of these weights, with a new head where they have none; its config is complete, as
-    `with_data` leaves it."""
+    """A run of these weights, or with a new head, and a complete config as of `with_data`."""
     if not convert.has_head(arrays):
         config = replace(config, model=replace(config.model, num_classes=len(names)))
     model = create_from_config(config.model, in_channels=channels)

@@ -1,4 +1,4 @@
-"""Run directories: checkpoints, tables, plots and what a person sees.
+"""Run directories: checkpoints, tables, plots and console output.
 
 Nothing here computes a step.
 """

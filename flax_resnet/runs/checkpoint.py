@@ -1,14 +1,15 @@
-"""Checkpoints: Orbax, with what it does not do by itself.
+"""Checkpoints, written by Orbax and guarded against damage.
 
-One step directory holds the whole state and a JSON document (data position, early stopping,
-config, class names, digests of the tables), committed atomically. Around it:
+A step directory holds the whole state and a JSON document (data position, early stopping, config,
+class names, digests of the tables), committed atomically. This module adds:
 
-- a SHA-256 of every file, checked before anything is read (a flipped byte restores silently);
-- written in the background from a copy on the host, so that a step never waits for the disk; an
+- a SHA-256 of every file, checked before anything is read, because Orbax restores a flipped byte
+  silently;
+- writing in the background from a copy on the host, so that a step never waits for the disk; an
   error of the writing is raised at the next step;
-- the latest and the best are both kept, and only an improvement can be the best;
-- a damaged step is passed over for the newest sound one, and the reader is told;
-- names, shapes and types are compared before anything is loaded.
+- retention of the two latest checkpoints and the best one, which only an improvement can be;
+- a fallback from a damaged step to the newest sound one, with a message;
+- a comparison of names, shapes and types before anything is loaded.
 """
 
 import errno
@@ -36,7 +37,7 @@ from flax_resnet.text import listed, printable
 
 _MANIFEST = "manifest.json"
 _DOCUMENT = "document/metadata"
-_UNKNOWN = -1  # step
+_UNKNOWN = -1  # instead of a step
 _NAME = re.compile("0|[1-9][0-9]*")
 
 
@@ -47,9 +48,9 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         _quieten()
         self._say, self._said = say, set()
-        self._damage = functools.cache(damage)  # until the next save: a check reads every file
-        # Which steps to keep is decided here: Orbax forgets which is the best when a run goes on,
-        # or has it in a file of its own, and opens no run where that is damaged.
+        self._damage = functools.cache(damage)  # a check reads every file; a save clears the cache
+        # This class decides which steps to keep. Orbax forgets the best one when a run is resumed,
+        # or keeps it in a file without which it opens no run.
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
@@ -65,36 +66,36 @@ class Checkpoints:
     def save(self, step: int, state, document: dict, *, improvement: bool):
         """Begin to write one step; `improvement` marks it as the best so far.
 
-        The state is copied first: the caller may donate it at once.
+        The state is copied first, so that the caller may donate it at once.
 
         Raises:
-          OSError: the save before this one failed.
-          InputError: something that no run has written has the name of the step.
+          OSError: the previous save failed.
+          InputError: a file or folder that no run has written has the name of the step.
         """
         self.wait()
         self._damage.cache_clear()
         if step in steps_in(self.directory):
             if not improvement:
-                return  # the state of a step is what it is
-            self._delete(step)  # saved before anybody knew that it is the best
+                return  # the same state is saved already
+            self._delete(step)  # it was saved before its evaluation showed that it is the best
         elif os.path.lexists(place := self.directory / str(step)):
-            raise InputError(f"{place} is where a checkpoint has to be, and no run has written it")
+            raise InputError(f"{place} has the name of a checkpoint, and no run has written it")
         if improvement:
             self._best = step
         elif self._best == _UNKNOWN:
             self._best = self._newest_sound(_improved)
-        if not _is_all_here(state):  # every process writes its part, and they have to meet
+        if not _is_addressable(state):  # every process writes its part and waits at a barrier
             return self._write(step, state, document)
         state = jax.tree.map(lambda x: np.array(x, copy=True), state)
         self._writing = self._writer.submit(self._write, step, state, document)
 
     def check(self):
-        """Raises the error of a save that has failed since it began; does not wait."""
+        """Raise the error of a background save that has failed; does not wait for one."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self):
-        """Wait for the save that is being written; raises its error."""
+        """Wait for the background save, if any, and raise its error."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -105,7 +106,7 @@ class Checkpoints:
             document=ocp.args.JsonSave(finite(document | {"step": step})),
         )
         try:
-            # Without `force` Orbax saves nothing below the highest number among the folders.
+            # Without `force` Orbax skips steps below the highest number among the folders.
             self._manager.save(step, args=args, force=True)
             self._manager.wait_until_finished()
         except ValueError as error:
@@ -114,24 +115,24 @@ class Checkpoints:
             raise
         if distributed.is_first():
             _write_manifest(self.directory / str(step))
-        distributed.meet(f"checkpoint {step}")
+        distributed.barrier(f"checkpoint {step}")
         for old in steps_in(self.directory)[:-2]:
             if old != self._best and not self._foreign(old):
                 self._delete(old)
 
     def delete_after(self, step: int | None):
-        """Delete the steps later than the one that a run goes on from (None: all of them): they
-        are damaged, and the run will come to them again.
+        """Delete the steps after the one that a run resumes from (None: all), which are damaged and
+        will be written again.
 
         Raises:
-          InputError: there is something in them that no run has written.
+          InputError: one of them holds files that no run has written.
         """
         self.wait()
         for later in steps_in(self.directory):
             if step is None or later > step:
                 if strangers := self._foreign(later):
                     raise InputError(
-                        f"{self.directory / str(later)} is to be written anew and holds what no"
+                        f"{self.directory / str(later)} has to be replaced but holds files that no"
                         f" run has written: {listed(strangers)}"
                     )
                 self._delete(later)
@@ -143,16 +144,16 @@ class Checkpoints:
         path = self.directory / str(step)
         if step in self._manager.all_steps() and not path.is_symlink():
             self._manager.delete(step)
-        elif distributed.is_first():  # Orbax does not know what is left of it, or follows the link
+        elif distributed.is_first():  # Orbax does not see a partial step, and would follow a link
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
             self._manager.reload()
 
     def latest(self) -> int | None:
-        """The newest step whose files are as they were written."""
+        """The newest undamaged step."""
         return self._newest_sound(lambda document: True)
 
     def best(self) -> int | None:
-        """The step of the best weights, or the latest where none was marked."""
+        """The step of the best weights, or the latest step if none was marked as best."""
         best = self._newest_sound(_improved)
         return self.latest() if best is None else best
 
@@ -164,8 +165,8 @@ class Checkpoints:
     def restore(self, step: int, like):
         """The state of a step, in the structure, shapes and types of `like`.
 
-        It comes to where `like` says (`jax.ShapeDtypeStruct.sharding`), by default to this
-        process's first device: how many wrote it does not matter.
+        The arrays are placed by the shardings of `like`, by default on the first device of this
+        process, whatever the number of devices that wrote them.
 
         Raises:
           InputError: names, shapes or types differ; nothing is loaded then.
@@ -179,7 +180,7 @@ class Checkpoints:
         return jax.tree.unflatten(structure, [arrays[_name(path)] for path, _ in leaves])
 
     def close(self):
-        """Finish writing and let go of Orbax's threads; an error nobody asked for is dropped."""
+        """Finish writing and end Orbax's threads; pending write errors are ignored."""
         self._writer.shutdown()
         self._manager.close()
 
@@ -209,8 +210,8 @@ class Checkpoints:
 
 @functools.cache
 def _quieten():
-    """What is raised or told in a line here is not printed with a traceback as well: Orbax logs it,
-    and after the first of several failed writes the others find their event loop closed."""
+    """Silence tracebacks of errors that this module raises or reports in a line: Orbax logs them,
+    and after a failed write its other writes complain about a closed event loop."""
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     print_traceback = sys.unraisablehook
 
@@ -222,8 +223,8 @@ def _quieten():
 
 
 def steps_in(directory: Path) -> list[int]:
-    """The steps that lie in a directory of checkpoints, sound or not; a folder that is called like
-    a step and has nothing of a checkpoint in it is none."""
+    """The steps in a directory of checkpoints, sound or damaged. A folder that has the name of a
+    step but no file of a checkpoint is ignored."""
     named = [path for path in directory.glob("*") if _NAME.fullmatch(path.name)]
     return sorted(int(path.name) for path in named if _is_step(path))
 
@@ -233,14 +234,14 @@ def _is_step(directory: Path) -> bool:
         names = {path.name for path in directory.iterdir()}
     except NotADirectoryError:
         return False
-    except OSError:  # what it holds cannot be read, which `damage` says
+    except OSError:  # it cannot be read, which `damage` reports
         return True
     return not names.isdisjoint((_MANIFEST, "state", "document", "_CHECKPOINT_METADATA"))
 
 
 def newest_document(directory: Path, say: Callable[[str], None]) -> dict | None:
-    """The JSON document of the newest sound step, without opening the checkpoints for writing;
-    None where there is none. Damaged steps are said."""
+    """The JSON document of the newest sound step, or None; nothing is opened for writing. Damaged
+    steps are reported to `say`."""
     step = _newest_sound(directory, lambda document: True, say, damage)
     return None if step is None else _document(directory / str(step))
 
@@ -248,7 +249,7 @@ def newest_document(directory: Path, say: Callable[[str], None]) -> dict | None:
 def _newest_sound(directory: Path, wanted, say, damage_of) -> int | None:
     for path in sorted(directory.glob("*")):
         if (path / _MANIFEST).is_file() and not _NAME.fullmatch(path.name):
-            say(f"{printable(path)} passed over: a checkpoint has the number of its step as name")
+            say(f"{printable(path)} passed over: a checkpoint is named by its step")
     for step in reversed(steps_in(directory)):
         if fault := damage_of(directory / str(step)):
             say(f"checkpoint of step {step} passed over: {fault}")
@@ -262,15 +263,13 @@ def _document(directory: Path) -> dict:
 
 
 def _fault_of_the_disk(text: str) -> int | None:
-    """The errno that TensorStore has made a text of: a full disk, a quota, a limit of file size."""
+    """The errno in a message of TensorStore, such as a full disk, a quota or a file size limit."""
     return next((code for code in errno.errorcode if os.strerror(code) in text), None)
 
 
 def check_space(directory: Path, state):
-    """Raises InputError unless there is room for two checkpoints of `state` (arrays or shapes).
-
-    Two, because the next one is complete before the last one goes.
-    """
+    """Raises InputError unless there is room for two checkpoints of `state` (arrays or shapes): the
+    next one is complete before the last one is deleted."""
     needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
@@ -291,13 +290,13 @@ def _described(leaf) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
-def _is_all_here(state) -> bool:
+def _is_addressable(state) -> bool:
     """Whether this process can read every array."""
     return all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(state))
 
 
 def _flatten(tree) -> dict:
-    # Orbax turns tuples and integer keys into strings on the way back; names survive.
+    # Orbax restores tuples and integer keys as strings; names are restored as they were.
     return {_name(path): leaf for path, leaf in jax.tree.flatten_with_path(tree)[0]}
 
 
@@ -306,8 +305,8 @@ def _name(path) -> str:
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    """{name: file} below a step directory, but for its manifest and hidden ones (desktops and NFS
-    leave such behind, a checkpoint has none)."""
+    """{name: file} below a step directory, without its manifest and without hidden files, which
+    desktops and NFS create but no checkpoint has."""
     files = (path for path in directory.rglob("*") if path.is_file())
     names = {path.relative_to(directory).as_posix(): path for path in sorted(files)}
     return {n: p for n, p in names.items() if n != _MANIFEST and not p.name.startswith(".")}
@@ -321,7 +320,7 @@ def _write_manifest(directory: Path):
 
 
 def damage(directory: Path) -> str | None:
-    """What is wrong with a step directory, or None."""
+    """The fault of a step directory in a few words, or None if it is sound."""
     try:
         if not (directory / _MANIFEST).is_file():
             return "its manifest is missing (the save was cut off)"
@@ -347,7 +346,8 @@ def _difference(digests: dict, files: dict[str, Path]) -> str | None:
 
 
 def _of_another_step(directory: Path) -> str | None:
-    """A checkpoint was copied or renamed; those of earlier versions do not know their step."""
+    """The fault of a checkpoint that was copied or renamed, or None; checkpoints of earlier
+    versions do not hold their step."""
     step = _document(directory).get("step", directory.name)
     return None if str(step) == directory.name else f"it was written as that of step {step}"
 

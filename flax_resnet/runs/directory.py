@@ -1,4 +1,4 @@
-"""The files of a run: lock, config.json, metrics.csv, timings.csv, TensorBoard, report.json."""
+"""Writes the files of a run: lock, config.json, tables, TensorBoard events, report.json."""
 
 import errno
 import fcntl
@@ -27,32 +27,34 @@ TABLES = ("metrics.csv", "timings.csv")
 
 
 class RunDirectory:
-    """Owns a directory while it lives: a second process is refused, a dead one leaves no lock."""
+    """The directory of a run, locked until it is closed or the process ends; InputError if it is in
+    use or `check_usable` refuses it."""
 
     def __init__(self, path: Path | str, *, resume=False, overwrite=False, say: Say = warn):
         self.path = Path(path)
         check_usable(self.path, resume=resume, overwrite=overwrite)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path, say)
-        check_usable(self.path, resume=resume, overwrite=overwrite)  # another run may have ended
+        # Another run may have ended here in the meantime.
+        check_usable(self.path, resume=resume, overwrite=overwrite)
         if overwrite and not resume:
             clear(self.path)
         if os.path.lexists(self.checkpoints) and not self.checkpoints.is_dir():
             raise InputError(f"{self.checkpoints} is not a directory")
         for name in (*TABLES, *RESULTS, "config.json", "report.json", DIGESTS):
             if (self.path / name).is_dir():
-                raise InputError(f"{self.path / name} is a directory, not the run's file; move it")
+                raise InputError(f"{self.path / name} is a directory, not a file; move it")
         self._say, self._writer = say, None
         names = {name: (self.path / name, self.checkpoints / name) for name in TABLES}
         self._tables = {name: Table(*copies) for name, copies in names.items()}
 
     @property
     def checkpoints(self) -> Path:
-        """Where the checkpoints are."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     def check(self):
-        """Raises RunLost where the directory is no longer the one that this run locked."""
+        """Raises RunLost if the directory is no longer the one that this run locked."""
         try:
             there = os.stat(self.path / LOCK)
         except (FileNotFoundError, NotADirectoryError):
@@ -63,16 +65,18 @@ class RunDirectory:
             )
 
     def write_config(self, config: TrainConfig):
-        """config.json, which --config reads."""
+        """Write config.json."""
         content = as_json(to_dict(config))
-        self._write_digests({"config.json": content})  # first: without a config there is no run
+        self._write_digests({"config.json": content})  # before the config, which makes it a run
         tables.write(self.path / "config.json", content)
 
     def start_logs(self, document: dict | None, after_step: int):
-        """Tables and events as they were at the checkpoint that the run goes on from.
+        """Restore the tables and TensorBoard events to their state at the checkpoint to resume
+        from.
 
         Args:
-          document: of the checkpoint; None where the run begins.
+          document: the checkpoint's document; None at the start of a run.
+          after_step: the checkpoint's step.
         """
         self.check()
         self.checkpoints.mkdir(exist_ok=True)
@@ -89,17 +93,17 @@ class RunDirectory:
         return content or b""
 
     def marks(self) -> dict:
-        """What a checkpoint remembers of the tables."""
+        """The marks of the tables, which a checkpoint stores."""
         return {name: table.mark() for name, table in self._tables.items()}
 
     def log_step(self, step: int, values: dict):
-        """Scalars of one step, for TensorBoard alone."""
+        """Write scalars of one step to TensorBoard."""
         self.check()
         for name, value in values.items():
             self._writer.add_scalar(f"step/{name}", value, step)
 
     def log_epoch(self, step: int, row: dict, timing: dict):
-        """One row of metrics.csv (numbers that a resumed run repeats) and one of timings.csv."""
+        """Append to metrics.csv (numbers that a resumed run repeats) and to timings.csv."""
         self.check()
         for table, new in zip(self._tables.values(), (row, timing), strict=True):
             table.append(new)
@@ -108,16 +112,16 @@ class RunDirectory:
         self._writer.flush()
 
     def rows(self) -> list[dict]:
-        """metrics.csv so far."""
+        """The rows of metrics.csv so far."""
         return self._tables["metrics.csv"].rows()
 
     def timings(self) -> list[dict]:
-        """timings.csv so far."""
+        """The rows of timings.csv so far."""
         return self._tables["timings.csv"].rows()
 
     def write_results(self, report: dict, confusion: np.ndarray, class_names):
-        """per_class.csv, the pictures and, last, report.json."""
-        from flax_resnet.runs import plots  # Matplotlib's start would delay the first step
+        """Write per_class.csv, the pictures and, last, report.json."""
+        from flax_resnet.runs import plots  # here, because importing Matplotlib delays the start
 
         self.check()
         write_per_class(self.path / "per_class.csv", confusion, class_names)
@@ -126,14 +130,14 @@ class RunDirectory:
         self.write_report(report)
 
     def write_report(self, report: dict):
-        """report.json, which makes the run a finished one."""
+        """Write report.json, which marks the run as finished."""
         content = as_json(report)
         files = {name: tables.read(self.path / name) for name in ("config.json", *RESULTS)}
         self._write_digests(files | {"report.json": content})
         tables.write(self.path / "report.json", content)
 
     def _write_digests(self, contents: dict[str, bytes | None]):
-        """As `sha256sum` writes and checks them."""
+        """Write the digests of files in the format of `sha256sum`."""
         self.check()
         lines = [
             f"{hashlib.sha256(content).hexdigest()}  {name}\n"
@@ -143,14 +147,14 @@ class RunDirectory:
         tables.write(self.path / DIGESTS, "".join(lines).encode())
 
     def close(self):
-        """Give up the lock."""
+        """Release the lock."""
         if self._writer is not None:
             self._writer.close()
         self._lock.close()
 
 
 class SharedDirectory(RunDirectory):
-    """The run directory as the other processes of a run have it: the first writes for all."""
+    """The run directory of the other processes of a run, for which the first process writes."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -165,7 +169,7 @@ class SharedDirectory(RunDirectory):
 
 
 def reserve(config: TrainConfig) -> Path:
-    """Make runs/ARCH-DATASET, with a number where that is taken: no two runs get the same."""
+    """Make a new directory runs/ARCH-DATASET, or runs/ARCH-DATASET-N if that exists."""
     scheme, _, place = config.data.dataset.partition(":")
     own = {"folder": Path(os.path.expanduser(place)).resolve().name, "tfds": place}
     name = re.sub(r"\W+", "-", f"{config.model.arch}-{own.get(scheme, scheme)}")
@@ -180,7 +184,7 @@ def reserve(config: TrainConfig) -> Path:
 
 
 def check_usable(run_dir: Path, *, resume: bool, overwrite: bool):
-    """Raises InputError where a run may not begin, go on or replace what is there."""
+    """Raises InputError if no run may begin at `run_dir`, or go on or be replaced as asked."""
     if os.path.lexists(run_dir) and not run_dir.is_dir():
         raise InputError(f"{run_dir} is not a directory")
     if not run_dir.exists() or _names(run_dir) <= {LOCK}:
@@ -193,7 +197,8 @@ def check_usable(run_dir: Path, *, resume: bool, overwrite: bool):
 
 
 def _check_is_run(run_dir: Path):
-    """Raises InputError unless a run has checkpoints or a config there, or died before."""
+    """Raises InputError unless the directory has a run's checkpoints or config, or only the files
+    of a run that was killed at its start."""
     config, checkpoints, fault = run_dir / "config.json", run_dir / "checkpoints", ""
     if any((checkpoints / str(step) / "manifest.json").is_file() for step in steps_in(checkpoints)):
         return
@@ -213,7 +218,7 @@ def _names(directory: Path) -> set[str]:
 
 
 def _summary_writer(path: Path, purge_step: int):
-    """tensorboardX imports torch where it finds it, for seconds, and needs none of it here."""
+    """A TensorBoard writer. It hides torch from tensorboardX, which would import it for seconds."""
     hide = "torch" not in sys.modules
     if hide:
         sys.modules["torch"] = None
@@ -225,11 +230,11 @@ def _summary_writer(path: Path, purge_step: int):
     return SummaryWriter(str(path), purge_step=purge_step)
 
 
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems without
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # errors of file systems without locks
 
 
 def _lock(directory: Path, say: Say):
-    """The kernel drops the lock with the process, so a stale one cannot be left behind."""
+    """Lock the directory until the process ends; InputError if another process holds the lock."""
     file = _open_lock(directory / LOCK)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -239,7 +244,7 @@ def _lock(directory: Path, say: Say):
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        say(f"{directory}: no lock ({error.strerror}); see to it that one run at a time is there")
+        say(f"{directory}: no lock ({error.strerror}); make sure that only one run uses it")
     file.truncate(0)
     file.write(str(os.getpid()).encode())
     return file
@@ -260,12 +265,12 @@ def _open_lock(path: Path):
 
 
 def as_json(value) -> bytes:
-    """A JSON file, with null for what is no finite number."""
+    """The content of a JSON file, with null for numbers that are not finite."""
     return (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode()
 
 
 def write_per_class(path: Path, confusion: np.ndarray, class_names):
-    """precision, recall, F1 and support of every class."""
+    """Write precision, recall, F1 and support of every class as CSV."""
     scores = metrics.per_class(confusion)
     rows = [
         {"class": name, **{key: values[i].item() for key, values in scores.items()}}
@@ -275,7 +280,7 @@ def write_per_class(path: Path, confusion: np.ndarray, class_names):
 
 
 def _rows_of_an_earlier_version(path: Path, document: dict, say: Say) -> bytes:
-    """Whose checkpoints know nothing of the tables: what the file has up to their epoch."""
+    """The rows up to the checkpoint's epoch, for checkpoints of earlier versions without marks."""
     try:
         rows = [row for row in read_rows(path) if row["epoch"] <= document["progress"]["epoch"]]
     except (InputError, KeyError, OSError) as error:

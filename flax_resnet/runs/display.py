@@ -1,4 +1,4 @@
-"""What a person sees of a run: one progress bar on a terminal, plain lines elsewhere."""
+"""The console output of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 import os
 import time
@@ -20,11 +20,11 @@ _COLUMNS = {
     "recall_macro": "recall",
     "f1_macro": "F1",
 }
-_SECONDS_BETWEEN_LINES = 60  # within an epoch, where there is no bar
+_SECONDS_BETWEEN_LINES = 60  # within an epoch, if there is no bar
 
 
 class _Harmless:
-    """A renderable whose words have passed through `printable`; bytes of file names stay."""
+    """A renderable whose text is made `printable`, except undecodable bytes of file names."""
 
     def __init__(self, renderable):
         self._renderable = renderable
@@ -44,12 +44,11 @@ def _harmless(character):
 
 class _Console(Console):
     def on_broken_pipe(self):
-        raise  # by default it ends the process
+        raise  # the default handler ends the process
 
 
 class Display:
-    """Prints; where the console is no terminal, in plain lines. What nobody can or wants to read
-    does not stop a training: it goes on without its output."""
+    """Prints the progress of a run. A training goes on without output if printing fails."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False, stderr=False):
         plain = {"soft_wrap": True, "highlight": False, "emoji": False, "markup": False}
@@ -57,16 +56,16 @@ class Display:
         self._bar, self._training = None, False
 
     def say(self, text: str):
-        """One line, without the characters that steer a terminal."""
+        """Print one line with control characters escaped."""
         self.show(Text(text))
 
     def warn(self, warnings: Iterable[str]):
-        """A line for each warning."""
+        """Print a line for each warning."""
         for warning in warnings:
             self.say(f"warning: {warning}")
 
     def show(self, renderable):
-        """A table, the same way."""
+        """Print a Rich renderable, such as a table, with control characters escaped."""
         try:
             self.console.print(_Harmless(renderable))
         except OSError as error:
@@ -76,7 +75,7 @@ class Display:
             drop_output(self.console.file)
 
     def start(self, *, total_steps: int, done_steps: int, batch_size: int):
-        """Begin the bar of a run."""
+        """Start the bar of a run."""
         self._training = True
         self._batch_size, self._total, self._from = batch_size, total_steps, done_steps
         self._since = self._last_line = time.monotonic()
@@ -95,7 +94,7 @@ class Display:
         self._bar.start()
 
     def step(self, *, step: int, epoch: int, epochs: int, loss: float, accuracy: float):
-        """Move the bar."""
+        """Update the bar, or print a line once a minute."""
         now = time.monotonic()
         rate = (step - self._from) * self._batch_size / (now - self._since)
         numbers = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {rate:,.0f} images/s"
@@ -111,7 +110,7 @@ class Display:
         )
 
     def epoch(self, row: dict, timing: dict, epochs: int):
-        """One line an epoch, above the bar if there is one."""
+        """Print the line of an epoch, above the bar if there is one."""
         parts = [f"epoch {row['epoch']:3d}/{epochs}"]
         for split in ("train", "validation"):
             if f"{split}_loss" in row:
@@ -123,25 +122,25 @@ class Display:
         self.say(" | ".join(parts))
 
     def stop(self):
-        """End the bar."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def results(self, splits: dict[str, dict], num_classes: int | None = None):
-        """The final table: a row a split."""
+        """Print the final table."""
         self.show(results_table(splits, num_classes))
 
 
 def drop_output(file: TextIO):
-    """What is still to be printed goes nowhere; Python would try again at its end."""
+    """Send the rest of a stream's output to /dev/null; Python would try to write it at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, file.fileno())
     os.close(null)
 
 
 def results_table(splits: dict[str, dict], num_classes: int | None = None) -> Table:
-    """{"test": {"loss", "accuracy", ...}} -> a row a split, no wider than 80 characters."""
+    """A table of {"test": {"loss", "accuracy", ...}}, a row a split, at most 80 columns wide."""
     table = Table(caption="precision, recall and F1: means over classes", caption_justify="left")
     table.add_column("split", no_wrap=True)
     for header in _COLUMNS.values():

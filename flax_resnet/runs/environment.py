@@ -1,4 +1,4 @@
-"""Where a result was measured, and JAX's settings for a run."""
+"""The software and hardware of a run, and JAX's settings for it."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def describe(num_devices: int) -> dict:
-    """Versions (None of what is not installed), hardware and revision, for a report."""
+    """Versions (None if a package is not installed), hardware and revision, for a report."""
     device = jax.devices()[0]
     versions = {name.replace("-", "_"): _version(name) for name in _PACKAGES}
     return {
@@ -42,7 +42,7 @@ def code() -> dict:
 
 
 def revision() -> str:
-    """The commit of the code, with "+" where it was changed since; "unknown" outside git."""
+    """The commit of the code, with "+" if files have changed since; "unknown" outside git."""
     here = Path(__file__).parent
 
     def git(*arguments):
@@ -57,8 +57,7 @@ def revision() -> str:
 
 
 def configure_jax(config: TrainConfig):
-    """Float64 if the run asks for it, and the persistent compilation cache where there is a place
-    for it."""
+    """Enable float64 and, if its folder is writable, the compilation cache, as the config asks."""
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
     if not config.compilation_cache or jax.config.jax_compilation_cache_dir:
         return
@@ -69,7 +68,7 @@ def configure_jax(config: TrainConfig):
 
 
 def _cache() -> Path | None:
-    """None without a home that files can be written to."""
+    """The folder of the compilation cache, or None if it is not writable."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     place = Path(root, "flax_resnet", "jax")
     existing = next((p for p in (place, *place.parents) if os.path.exists(p)), place)

@@ -1,4 +1,4 @@
-"""Which names in a run directory a run has written, and so may replace or delete."""
+"""The names in a run directory that a run writes, and so may replace or delete."""
 
 import os
 import re
@@ -29,26 +29,27 @@ _OWN = re.compile(
     """,
     re.VERBOSE,
 )
-"""Everything that a run writes, by its path inside the run directory."""
+"""Matches the path, inside the run directory, of every file and folder that a run writes."""
 
 
 def foreign(directory: Path, prefix: str = "") -> list[str]:
-    """What no run has written: paths below `directory`, which lies at `prefix` in the run
-    directory. Links are not followed, nor is what lies in a foreign folder listed."""
+    """The paths below `directory`, which is `prefix` in the run directory, that no run writes.
+    Links are not followed, and the content of a foreign folder is not listed."""
     return [name for name, _ in _entries(directory, prefix) if not _OWN.fullmatch(name)]
 
 
 def clear(run_dir: Path):
-    """Delete a run, but for its lock. Symbolic links are deleted and what they point at is not.
+    """Delete the files of a run except its lock. Symbolic links are deleted, not their targets.
 
     Raises:
-      InputError: something there is not of a run; nothing has been deleted then.
+      InputError: the directory holds files that no run writes; nothing is deleted then.
     """
     if strangers := foreign(run_dir):
         raise InputError(
-            f"{run_dir} holds what no run has written: {listed(strangers)}; nothing was deleted"
+            f"{run_dir} holds files that no run has written: {listed(strangers)}; nothing was"
+            " deleted"
         )
-    # Deepest first, and config.json last: what is left is a run as long as it is there.
+    # Deepest first and config.json last, so that an interrupted deletion leaves a run to delete.
     for name, entry in sorted(_entries(run_dir), key=lambda e: (e[0] == "config.json", -len(e[0]))):
         if entry.is_dir(follow_symlinks=False):
             os.rmdir(entry.path)

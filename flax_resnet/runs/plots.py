@@ -1,4 +1,4 @@
-"""Pictures of runs, from plain arrays."""
+"""Plots of runs, made from plain arrays."""
 
 import contextlib
 from pathlib import Path
@@ -13,15 +13,15 @@ from matplotlib import font_manager
 from flax_resnet.text import printable
 
 _TRAIN, _VALIDATION = "#4c72b0", "#dd8452"
-_STEEP = 20  # times the median above which a loss would flatten all others
-_LARGEST_LABELLED = 30  # classes up to which a confusion matrix has names and numbers
+_STEEP = 20  # a loss of more than this many medians would flatten the others
+_LARGEST_LABELLED = 30  # most classes of a confusion matrix with names and numbers
 
 
 def curves(path: Path, rows: list[dict], best_epoch: int | None = None):
-    """Loss and accuracy over epochs, training and validation.
+    """Plot training and validation loss and accuracy over the epochs.
 
     Args:
-      rows: one an epoch: epoch, train_loss, train_accuracy and, where there is a validation
+      rows: a row for each epoch: epoch, train_loss, train_accuracy and, if there is a validation
         split, validation_loss, validation_accuracy.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -30,7 +30,7 @@ def curves(path: Path, rows: list[dict], best_epoch: int | None = None):
         for split, colour in (("train", _TRAIN), ("validation", _VALIDATION)):
             if rows and f"{split}_{name}" in rows[0]:
                 values = [row[f"{split}_{name}"] for row in rows]
-                axis.plot(epochs, values, colour_marker(len(rows)), color=colour, label=split)
+                axis.plot(epochs, values, _line_format(len(rows)), color=colour, label=split)
         if best_epoch:
             axis.axvline(best_epoch, color="0.6", ls=":", label=f"best epoch {best_epoch}")
         axis.set(xlabel="epoch", ylabel=name + (" (nats)" if name == "loss" else ""))
@@ -42,7 +42,7 @@ def curves(path: Path, rows: list[dict], best_epoch: int | None = None):
 
 
 def _fit_losses(axis, losses: list[float]):
-    """Losses from 0; on a logarithmic axis where a few are so large that the others are a line."""
+    """Let the axis begin at 0, or make it logarithmic if a few losses would flatten the others."""
     finite = [value for value in losses if np.isfinite(value) and value > 0]
     if finite and max(finite) > _STEEP * np.median(finite):
         axis.set_yscale("log")
@@ -50,16 +50,16 @@ def _fit_losses(axis, losses: list[float]):
         axis.set_ylim(bottom=0)
 
 
-def colour_marker(num_points: int) -> str:
-    """Dots where there are few points, a line alone where there are many."""
+def _line_format(num_points: int) -> str:
+    """The format of a line: with dots if there are few points."""
     return "o-" if num_points <= 20 else "-"
 
 
 def confusion_matrix(path: Path, confusion: np.ndarray, class_names):
-    """Rows are true classes; colour is the share of the row.
+    """Plot a confusion matrix; the colour of a cell is its share of the row.
 
     Args:
-      confusion: `[K, K]` counts.
+      confusion: `[K, K]` counts, row = true class, column = predicted class.
       class_names: K names.
     """
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
@@ -73,9 +73,9 @@ def confusion_matrix(path: Path, confusion: np.ndarray, class_names):
     if small:
         names, families = _writable(class_names)
         names = [name if len(name) <= 16 else name[:15] + "…" for name in names]
-        as_it_is = {"parse_math": False, "fontfamily": families}  # $ is no mathematics here
-        axis.set_xticks(range(num_classes), names, rotation=45, ha="right", **as_it_is)
-        axis.set_yticks(range(num_classes), names, **as_it_is)
+        style = {"parse_math": False, "fontfamily": families}  # $ in a name is no mathematics
+        axis.set_xticks(range(num_classes), names, rotation=45, ha="right", **style)
+        axis.set_yticks(range(num_classes), names, **style)
         for (row, column), count in np.ndenumerate(confusion):
             if count:
                 colour = "white" if share[row, column] > 0.5 else "black"
@@ -84,13 +84,13 @@ def confusion_matrix(path: Path, confusion: np.ndarray, class_names):
 
 
 def _writable(names) -> tuple[list[str], list[str]]:
-    """The names as a figure can show them, and the installed fonts that have their characters:
-    a name that no font has is its number, from 0."""
+    """The names as a figure can show them, and the installed fonts that have their characters. The
+    name of a class without a font becomes its number, from 0."""
     names = [printable(name) for name in names]
     families = list(plt.rcParams["font.sans-serif"][:1])
     missing = set("".join(names)) - _characters(font_manager.findfont(families[0]))
     for font in font_manager.fontManager.ttflist if missing else ():
-        if "Last Resort" in font.name or "Emoji" in font.name:  # boxes; pictures of one size
+        if "Last Resort" in font.name or "Emoji" in font.name:  # these have boxes or bitmaps
             continue
         if found := missing & _characters(font.fname):
             families.append(font.name)
@@ -100,17 +100,17 @@ def _writable(names) -> tuple[list[str], list[str]]:
 
 
 def _characters(font_file: str) -> set[str]:
-    """Those that a font has; none of a file that is no font."""
+    """The characters of a font; none if the file is no font."""
     with contextlib.suppress(Exception):
         return set(map(chr, font_manager.get_font(font_file).get_charmap()))
     return set()
 
 
 def comparison(path: Path, courses: dict[str, list[dict]], title: str):
-    """Loss and accuracy over epochs of several runs: validation drawn through, training dashed.
+    """Plot loss and accuracy over the epochs of several runs: validation solid, training dashed.
 
     Args:
-      courses: label -> rows as for `curves`.
+      courses: {label: rows, as in `curves`}.
     """
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
@@ -130,6 +130,6 @@ def comparison(path: Path, courses: dict[str, list[dict]], title: str):
 
 
 def save(figure, path: Path):
-    """Write a figure, whose bytes depend on nothing else, and close it."""
+    """Write a figure, without metadata that would change its bytes, and close it."""
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)

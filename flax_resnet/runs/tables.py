@@ -1,6 +1,8 @@
-"""The CSVs of a run: a row an epoch is appended to two copies, and a digest of them stands in every
-checkpoint, so that a copy that was damaged or deleted is noticed and written anew from the other.
-Neither costs more as the run gets longer."""
+"""The CSV tables of a run, with a row for each epoch.
+
+Rows are appended to two copies, and every checkpoint holds a digest, so that a damaged or deleted
+copy is noticed and restored from the other. The cost of a row does not grow with the table.
+"""
 
 import csv
 import hashlib
@@ -12,14 +14,14 @@ from flax_resnet.errors import InputError
 
 
 class Table:
-    """A CSV of numbers that grows by rows."""
+    """A CSV table of numbers, in one or more copies, that grows by rows."""
 
     def __init__(self, *copies: Path):
         self.copies = copies
         self._columns, self._size, self._sha = None, 0, hashlib.sha256()
 
     def start(self, content: bytes):
-        """Let the table be this: of the copies, those that are otherwise are written anew."""
+        """Set the content of the table; copies that differ are written."""
         for path in self.copies:
             if not content:
                 path.unlink(missing_ok=True)
@@ -29,7 +31,7 @@ class Table:
         self._size, self._sha = len(content), hashlib.sha256(content)
 
     def append(self, row: dict):
-        """Add a row; the first one names the columns."""
+        """Append a row; the first row names the columns."""
         lines = io.StringIO(newline="")
         columns = self._columns or list(row)
         writer = csv.DictWriter(lines, columns, lineterminator="\n", extrasaction="ignore")
@@ -44,11 +46,11 @@ class Table:
         self._sha.update(content)
 
     def mark(self) -> dict:
-        """What a checkpoint remembers of the table as it is now."""
+        """The size and digest of the table, with which a checkpoint finds its content again."""
         return {"bytes": self._size, "sha256": self._sha.hexdigest()}
 
     def rows(self) -> list[dict]:
-        """All rows, from the first copy that is as it was written; the others are written anew."""
+        """All rows, from the first undamaged copy; damaged copies are restored."""
         content = self.recover(self.mark())
         if content is None:
             return []
@@ -56,18 +58,18 @@ class Table:
         return parse(content, self.copies[0])
 
     def recover(self, mark: dict) -> bytes | None:
-        """The table as it was at a mark, from the first copy that still has it; None: lost."""
+        """The content of the table at a mark, from the first copy that has it, or None."""
         return next((c for c in (at(path, mark) for path in self.copies) if c is not None), None)
 
 
 def at(path: Path, mark: dict) -> bytes | None:
-    """The content of a copy up to a mark; None where that is not what was written."""
+    """The content of a copy up to a mark, or None if it is damaged."""
     content = (read(path) or b"")[: mark["bytes"]]
     return content if hashlib.sha256(content).hexdigest() == mark["sha256"] else None
 
 
 def read(path: Path) -> bytes | None:
-    """The content of a file; None of what is no file or cannot be read."""
+    """The content of a file, or None if it is no file or unreadable."""
     try:
         return path.read_bytes() if path.is_file() else None
     except OSError:
@@ -75,23 +77,19 @@ def read(path: Path) -> bytes | None:
 
 
 def write(path: Path, content: bytes):
-    """Replace a file in one step."""
+    """Replace a file atomically."""
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
 def read_rows(path: Path) -> list[dict]:
-    """A CSV of numbers -> rows; [] where there is no file.
-
-    Raises:
-      InputError: it holds something else; the file is named.
-    """
+    """The rows of a CSV of numbers, [] without a file; InputError if it holds something else."""
     return parse(path.read_bytes(), path) if path.exists() else []
 
 
 def parse(content: bytes, path: Path) -> list[dict]:
-    """The rows of a CSV of numbers; `path` is named where it is none."""
+    """The rows of a CSV of numbers; InputError, naming `path`, if the content is something else."""
     try:
         lines = csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True)
         return [{name: _number(value) for name, value in row.items()} for row in lines]
@@ -104,9 +102,10 @@ def _number(text: str) -> int | float:
 
 
 def as_csv(rows: list[dict]) -> bytes:
-    """A header and a line a row."""
+    """The rows as CSV, with a header."""
     lines = io.StringIO(newline="")
     writer = csv.DictWriter(lines, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return lines.getvalue().encode(errors="surrogateescape")  # names of folders are bytes
+    # Class names are names of folders, which may hold any bytes.
+    return lines.getvalue().encode(errors="surrogateescape")

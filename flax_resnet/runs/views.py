@@ -1,5 +1,8 @@
-"""A run as it is read. What counts is what its newest sound checkpoint says: the files beside the
-checkpoints are views of it, compared with it here and never believed instead."""
+"""Reads a run and checks its files.
+
+The newest sound checkpoint decides what a run is. The files beside the checkpoints are views of it:
+they are compared with it here, and never override it.
+"""
 
 import functools
 import hashlib
@@ -20,24 +23,24 @@ Say = Callable[[str], None]
 
 @functools.cache
 def warn(line: str):
-    """A line on stderr, where results do not go; the same one once."""
+    """Print a line on stderr, apart from the results; the same line only once."""
     print(line, file=sys.stderr)
 
 
 def is_begun(run_dir: Path) -> bool:
-    """Whether there is a run to go on with."""
+    """Whether there is a run to resume."""
     return (run_dir / "config.json").exists() or bool(steps_in(run_dir / "checkpoints"))
 
 
 def read_config(run_dir: Path | str, say: Say = warn) -> TrainConfig:
-    """The config of a run, as it was resolved: its newest sound checkpoint has it, and as long as
-    there is none, config.json.
+    """The complete config of a run, from its newest sound checkpoint, else from config.json.
 
     Args:
-      say: told where config.json is otherwise than the checkpoint, and of damaged checkpoints.
+      say: takes messages about damaged checkpoints and differences between config.json and the
+        checkpoint.
 
     Raises:
-      InputError: there is no run there, or its config does not decode or is not as it was written.
+      InputError: there is no run, or its config is unreadable or was changed.
     """
     run_dir = Path(run_dir)
     document = newest_document(run_dir / "checkpoints", say)
@@ -49,8 +52,7 @@ def read_config(run_dir: Path | str, say: Say = warn) -> TrainConfig:
 
 
 def class_names(run_dir: Path | str) -> tuple[str, ...]:
-    """The names of a run's classes in the order of its logits; () of what is no run, or has no
-    checkpoint."""
+    """The names of a run's classes in the order of its logits; () if there is no checkpoint."""
     document = newest_document(Path(run_dir) / "checkpoints", lambda line: None) or {}
     return tuple(normalize("NFC", name) for name in document.get("class_names", ()))
 
@@ -60,22 +62,21 @@ def _config_without_checkpoint(run_dir: Path) -> TrainConfig:
     config = own_config(path)
     if "config.json" in _changed(run_dir):
         raise InputError(
-            f"{path} is not as the run wrote it, and there is no checkpoint to go on from: begin"
+            f"{path} is not as the run wrote it, and there is no checkpoint to resume from: begin"
             " again with `overwrite`"
         )
     return config
 
 
 def own_config(path: Path) -> TrainConfig:
-    """As `config_from_file`, of a run, which writes files alone."""
+    """The config in a run's config.json, which must be a regular file."""
     if path.exists() and not path.is_file():  # a pipe would wait for ever
         raise InputError(f"{path} is no file")
     return config_from_file(path)
 
 
 def is_trained(run_dir: Path) -> bool:
-    """Whether the training of a run has come to its end, as its newest sound checkpoint says; that
-    of converted weights never began."""
+    """Whether the training of a run is complete; False for a run of converted weights."""
     document = newest_document(run_dir / "checkpoints", lambda line: None) or {}
     progress = document.get("progress", {})
     return bool(progress) and (
@@ -84,20 +85,19 @@ def is_trained(run_dir: Path) -> bool:
 
 
 def config_faults(run_dir: Path, document: dict) -> list[str]:
-    """In what config.json is otherwise than a checkpoint's document has it, in a line."""
+    """At most one line: how config.json differs from the config in a checkpoint's document."""
     path, own = run_dir / "config.json", from_dict(document["config"])
     try:
-        seen = own_config(path)
+        found = own_config(path)
     except InputError as error:
         return [f"{error}; the checkpoint's config counts"]
-    if different := differences(seen, own):
-        said = listed(different.values())
-        return [f"{path} says {said}: the run's own config counts"]
+    if different := differences(found, own):
+        return [f"{path} says {listed(different.values())}: the run's own config counts"]
     return []
 
 
 def differences(other: TrainConfig, own: TrainConfig) -> dict[str, str]:
-    """The fields in which a config is otherwise than that of a run, and how."""
+    """{field: message} of the fields in which a config differs from that of a run."""
     before = flat(own)
     return {
         name: f"{name} {value!r} (the run has {before[name]!r})"
@@ -107,17 +107,17 @@ def differences(other: TrainConfig, own: TrainConfig) -> dict[str, str]:
 
 
 def faults(run_dir: Path | str) -> list[str]:
-    """Which files beside the checkpoints are not as the newest sound checkpoint has them, or as the
-    run wrote them: a line each. Nothing is written.
+    """A line for each file beside the checkpoints that differs from the newest sound checkpoint or
+    from what the run wrote. Nothing is written.
 
     Raises:
-      InputError: the run is finished, and its weights are lost.
+      InputError: the run is finished and has no sound checkpoint.
     """
-    run_dir, said = Path(run_dir), []
-    document = newest_document(run_dir / "checkpoints", said.append)
+    run_dir, damaged = Path(run_dir), []
+    document = newest_document(run_dir / "checkpoints", damaged.append)
     finished = (run_dir / "report.json").exists()
     if document is None and finished:
-        why = listed(said) or f"{run_dir / 'checkpoints'} has none"
+        why = listed(damaged) or f"{run_dir / 'checkpoints'} has none"
         raise InputError(
             f"{run_dir} is finished and has no sound checkpoint: {why}; begin again with"
             " `overwrite`"
@@ -137,14 +137,15 @@ def faults(run_dir: Path | str) -> list[str]:
 
 
 def damaged_steps(run_dir: Path) -> list[str]:
-    """The checkpoints of a run that are damaged, a line each."""
+    """A line for each damaged checkpoint of a run."""
     checkpoints = run_dir / "checkpoints"
     found = {step: damage(checkpoints / str(step)) for step in steps_in(checkpoints)}
     return [f"checkpoint of step {step}: {fault}" for step, fault in found.items() if fault]
 
 
 def _table_faults(path: Path, mark: dict, *, whole: bool) -> list[str]:
-    """Of a finished run a table is what the checkpoint knows; before that it may be longer."""
+    """A line if a copy of a table is damaged or missing. Only the table of a run that is not
+    finished may be longer than the checkpoint's mark."""
     content = tables.read(path) or b""
     if tables.at(path, mark) is None or (whole and len(content) > mark["bytes"]):
         return [f"{path} is {'not as the run wrote it' if path.exists() else 'missing'}"]
@@ -152,7 +153,7 @@ def _table_faults(path: Path, mark: dict, *, whole: bool) -> list[str]:
 
 
 def _changed(run_dir: Path) -> set[str]:
-    """The files that are not as SHA256SUMS has them; runs of earlier versions have none."""
+    """The files that differ from SHA256SUMS, which runs of earlier versions do not have."""
     sums = tables.read(run_dir / DIGESTS)
     if sums is None:
         return set()

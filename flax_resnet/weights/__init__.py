@@ -1,4 +1,4 @@
-"""PyTorch's weights: files, names and layouts <-> the models' variables.
+"""Conversion of PyTorch's weights: files, names, layouts, the models' variables.
 
 Nothing here trains or needs PyTorch.
 """

@@ -1,7 +1,7 @@
-"""PyTorch's weights <-> NNX leaves: one table, used both ways, a strict bijection.
+"""Converts between PyTorch's weights and NNX leaves with one table, a strict bijection.
 
-Images of a name: torch `layer1.0.conv1.weight` [O, I, kh, kw] <-> NNX `layer1.0.conv1.kernel`
-[kh, kw, I, O]. Every crossing copies, so that neither side can write into the other.
+Example: torch's `layer1.0.conv1.weight` [O, I, kh, kw] is NNX's `layer1.0.conv1.kernel`
+[kh, kw, I, O]. Every conversion copies, so that neither side can write into the other.
 """
 
 import functools
@@ -20,7 +20,7 @@ from flax_resnet.models.resnet import CONSTRUCTORS
 from flax_resnet.text import listed, most, printable
 from flax_resnet.weights import names
 
-# NNX leaf and rank -> torch leaf, axes that bring a torch array to NNX (and their inverse back).
+# {(NNX leaf, rank): (torch leaf, axes that transpose a torch array to NNX)}
 _LEAVES = {
     ("kernel", 4): ("weight", (2, 3, 1, 0)),  # OIHW -> HWIO; I is already I / groups in both
     ("kernel", 2): ("weight", (1, 0)),
@@ -36,33 +36,33 @@ TORCH_SUFFIXES = (".pth", ".pt", ".th", ".pth.tar", ".ckpt", ".bin")
 MOST_CLASSES, MOST_CHANNELS = 1_000_000, 1_000
 MOST_FAULTS = 5
 
-# The order of torch's definitions; nnx.merge brings attributes into that of the alphabet.
+# The order of attributes in torch; nnx.merge sorts them alphabetically.
 _ORDER = """conv1 bn1 conv2 bn2 conv3 bn3 downsample layers layer1 layer2 layer3 layer4 fc1 fc
 kernel scale bias mean var num_batches_tracked""".split()
 
 
 def torch_name(path: tuple, rank: int) -> str:
-    """An NNX path such as ("layer1", 0, "conv1", "kernel") -> "layer1.0.conv1.weight"."""
+    """The torch name of an NNX path: "layer1.0.bn1.weight" for ("layer1", 0, "bn1", "scale")."""
     leaf, _ = _LEAVES[path[-1], rank]
-    # A Projection keeps its two layers in a list that torch's Sequential does not name.
+    # The attribute `layers` of a Projection has no name in torch's Sequential.
     return ".".join(str(part) for part in (*path[:-1], leaf) if part != "layers")
 
 
 def torch_shape(path: tuple, shape: tuple) -> tuple[int, ...]:
-    """The shape of one NNX leaf in torch's layout."""
+    """The shape of an NNX leaf in torch's layout."""
     _, axes = _LEAVES[path[-1], len(shape)]
     return tuple(shape[axis] for axis in np.argsort(axes))
 
 
 def to_torch_layout(path: tuple, value) -> np.ndarray:
-    """A copy of one NNX leaf in torch's layout, contiguous."""
+    """A contiguous copy of an NNX leaf in torch's layout."""
     value = np.asarray(value)
     _, axes = _LEAVES[path[-1], value.ndim]
     return np.array(value.transpose(np.argsort(axes)), order="C")
 
 
 def to_nnx_layout(path: tuple, value) -> np.ndarray:
-    """A copy of one torch array in NNX's layout, contiguous; the inverse of `to_torch_layout`."""
+    """A contiguous copy of a torch array in NNX's layout; the inverse of `to_torch_layout`."""
     value = np.asarray(value)
     _, axes = _LEAVES[path[-1], value.ndim]
     return np.array(value.transpose(axes), order="C")
@@ -89,7 +89,7 @@ def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def state_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of `state_dict`, in its order; the model may be of `nnx.eval_shape`."""
+    """Names and shapes of `state_dict`, in its order; `nnx.eval_shape` may have made the model."""
     leaves = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
     return {
         torch_name(path, len(leaf.shape)): torch_shape(path, leaf.shape)
@@ -101,17 +101,17 @@ def load_state_dict(model: nnx.Module, arrays: dict[str, np.ndarray]) -> nnx.Mod
     """Fill a model with weights from PyTorch.
 
     Args:
-      model: any of ours; changed in place.
-      arrays: torchvision's names, or timm's, Hugging Face's, pytorch-cifar's, with or without the
-        prefixes of Lightning, DataParallel and torch.compile. Half precision is widened.
-        `num_batches_tracked` may be missing throughout, as in files older than torch 0.4.1.
+      model: a model of `create_model`, which is changed in place.
+      arrays: {name: array} with the names of torchvision, timm, Hugging Face or pytorch-cifar,
+        with or without the prefixes of Lightning, DataParallel and torch.compile. Half precision is
+        widened. All `num_batches_tracked` may be missing, as in files older than torch 0.4.1.
 
     Returns:
       The model.
 
     Raises:
-      InputError: all missing, unexpected, misshaped and non-finite entries, in one message with
-        the nearest architecture; nothing is loaded then.
+      InputError: entries are missing, unexpected, misshaped or non-finite; the message names all of
+        them and the nearest architecture, and nothing is loaded.
 
     Example:
       >>> arrays = flax_resnet.state_dict(flax_resnet.create_model("resnet20"))
@@ -129,13 +129,14 @@ def load_state_dict(model: nnx.Module, arrays: dict[str, np.ndarray]) -> nnx.Mod
 
 
 def conform(arrays: dict[str, np.ndarray], shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
-    """Weights in any dialect -> exactly the names and shapes of `state_shapes`, in its order.
+    """Weights in any naming scheme, converted to the names and shapes of `state_shapes`, in its
+    order.
 
     Returns:
       Contiguous copies; half precision as float32, counts as int64.
 
     Raises:
-      InputError: as `load_state_dict`.
+      InputError: as in `load_state_dict`.
     """
     arrays = translate_names(_as_arrays(arrays))
     if not any(map(_is_count, arrays)):
@@ -147,7 +148,7 @@ def conform(arrays: dict[str, np.ndarray], shapes: dict[str, tuple]) -> dict[str
 
 
 def _as_arrays(arrays) -> dict[str, np.ndarray]:
-    """Raises InputError for what is no mapping of names to arrays."""
+    """The values as NumPy arrays; InputError if `arrays` is no mapping of names to arrays."""
     if not isinstance(arrays, Mapping):
         raise InputError(f"weights are a dict of names and arrays, got {type(arrays).__name__}")
     converted = {}
@@ -156,16 +157,16 @@ def _as_arrays(arrays) -> dict[str, np.ndarray]:
             raise InputError(f"names of weights are text, got {printable(repr(name))}")
         try:
             converted[name] = np.asarray(array)
-        except Exception:  # torch raises many kinds, of bfloat16 and of what requires a gradient
+        except Exception:  # torch raises many kinds, e.g. for bfloat16 or with requires_grad
             raise InputError(
-                f"{printable(name)} is a {type(array).__name__} that NumPy does not take; of a"
+                f"{printable(name)} is a {type(array).__name__} that NumPy does not take; for a"
                 " tensor give tensor.detach().float().cpu().numpy()"
             ) from None
     return converted
 
 
 class Architecture(NamedTuple):
-    """What `create_model` has to be told of a network."""
+    """The arguments with which `create_model` makes a network."""
 
     arch: str
     num_classes: int
@@ -174,7 +175,7 @@ class Architecture(NamedTuple):
     shortcut: str | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """`state_shapes` of the network, which is not made for it."""
+        """`state_shapes` of the network, computed without making it."""
         return _architecture_shapes(self)
 
     def __str__(self):
@@ -185,24 +186,24 @@ class Architecture(NamedTuple):
 
 
 def has_head(arrays: dict[str, np.ndarray]) -> bool:
-    """Whether the last linear layer is among these (torchvision's names)."""
+    """Whether the arrays (torchvision's names) include the last linear layer."""
     return any(name.startswith("fc.") for name in arrays)
 
 
 def has_body(arrays: dict[str, np.ndarray], shapes: dict[str, tuple]) -> bool:
-    """Whether more than half of a network's entries are among these."""
+    """Whether the arrays include more than half of a network's entries."""
     return 2 * len(shapes.keys() & arrays.keys()) > len(shapes)
 
 
 def describe(
     arrays: dict[str, np.ndarray], arch: str, stem: str | None = None, shortcut: str | None = None
 ) -> Architecture:
-    """Classes, channels and, where they are left open, the stem and the shortcut that weights speak
-    of."""
+    """The architecture of weights: classes and channels from their shapes, and stem and shortcut,
+    too, if they are not given."""
     head, first = (np.shape(arrays.get(name)) for name in ("fc.weight", "conv1.weight"))
     if stem is None and has_stem_choice(arch):
         stem = "cifar" if first[2:] == (3, 3) else "imagenet"
-    # Whatever a strange file says: this much can be made, and what differs from it is told.
+    # Limited to what can be made; `conform` reports how a strange file differs from it.
     in_channels = min(max(1, first[1]), MOST_CHANNELS) if len(first) == 4 else 3
     num_classes = min(max(1, head[0]), MOST_CLASSES) if len(head) == 2 else 10
     projects = has_shortcut_choice(arch) and any(".downsample." in name for name in arrays)
@@ -211,28 +212,28 @@ def describe(
 
 
 def nearest_architecture(arrays: dict[str, np.ndarray]) -> Architecture:
-    """The one of our networks whose names and shapes differ least from these (torchvision's)."""
+    """The network whose names and shapes differ least from the arrays' (torchvision's names)."""
     depths = _depths(arrays)
     distances = {arch: _distance(depths, _DEPTHS[arch]) for arch in list_models()}
-    # Shapes take a tenth of a second to a second a network: only the nearest depths are compared.
+    # Computing shapes takes 0.1 to 1 s per network, so only the nearest depths are compared.
     close = [arch for arch, d in distances.items() if d == min(distances.values())]
     candidates = [describe(arrays, arch) for arch in close]
     return min(candidates, key=lambda c: len(differing(c.shapes(), arrays)))
 
 
 def differing(shapes: dict[str, tuple], arrays: dict[str, np.ndarray]) -> set[str]:
-    """Names that one side lacks or has in another shape; counts of batches aside."""
+    """Names that one side lacks or has in another shape, except counts of batches."""
     given = {name: np.shape(array) for name, array in arrays.items()}
     return {name for name, _ in shapes.items() ^ given.items() if not _is_count(name)}
 
 
 def translate_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same arrays under torchvision's names, whatever dialect and prefix they came in."""
+    """The arrays under torchvision's names, converted from any naming scheme and prefix."""
     return names.translated(names.without_prefix(arrays))
 
 
 def faults(shapes: dict[str, tuple], arrays: dict[str, np.ndarray]) -> list[str]:
-    """Everything in which arrays are not finite numbers of these names and shapes."""
+    """Messages about all differences of the arrays from finite ones of these names and shapes."""
     missing, extra = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
     found = [f"missing {listed(missing)}"] if missing else []
     found += [f"unexpected {listed(extra)}"] if extra else []
@@ -242,7 +243,7 @@ def faults(shapes: dict[str, tuple], arrays: dict[str, np.ndarray]) -> list[str]
 
 
 def _fault(name: str, array, shape: tuple) -> str | None:
-    """What is wrong with one entry."""
+    """The fault of one entry, or None."""
     array, name = np.asarray(array), printable(name)
     whole, floating = (jnp.issubdtype(array.dtype, kind) for kind in (jnp.integer, jnp.floating))
     if array.shape != shape:
@@ -286,7 +287,7 @@ def _fits(array: np.ndarray, dtype) -> bool:
 
 
 def _depths(arrays) -> tuple[int, ...]:
-    """Blocks a stage. Numbers of more digits than any network has are not blocks."""
+    """The number of blocks in each stage; numbers of three or more digits do not count blocks."""
     found = {}
     for name in arrays:
         if m := re.match(r"layer(\d)\.(\d{1,2})\.", name):
@@ -300,7 +301,7 @@ def _distance(depths, others) -> int:
 
 
 def _position(item) -> list[int]:
-    """Where torch has a (path, variable)."""
+    """Sort key of a (path, variable): its position in torch's state_dict."""
     return [part if isinstance(part, int) else _ORDER.index(part) for part in item[0]]
 
 
@@ -311,7 +312,7 @@ def _widen(value: np.ndarray, name: str) -> np.ndarray:
 
 
 def _variables(module, prefix=()):
-    """(path, variable) of all parameters and statistics."""
+    """Yields (path, variable) for all parameters and statistics."""
     children = enumerate(module) if isinstance(module, nnx.List) else vars(module).items()
     for name, child in children:
         if isinstance(child, nnx.Param | nnx.BatchStat):

@@ -1,4 +1,4 @@
-"""Files of weights -> arrays. What a file is its first bytes say, not its name."""
+"""Reads files of weights as arrays; the first bytes of a file tell its format, not its name."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from flax_resnet.errors import InputError
 from flax_resnet.weights import names, torch_file
 
-_NOTHING_WE_READ = {
+_UNSUPPORTED = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file: git lfs pull",
     b"\x89HDF": "an HDF5 file; weights of Keras are not read",
     b"\x80": "a pickle, but not of torch.save",
@@ -20,11 +20,14 @@ _NOTHING_WE_READ = {
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], bool]:
-    """All tensors of a file under their own names, those of nested mappings joined by "/"; and
-    whether the file has checksums, so that damage would have been noticed.
+    """Read all tensors of a file.
+
+    Returns:
+      {name: array}, with names of nested mappings joined by "/"; and whether the file has checksums
+      and they were verified.
 
     Raises:
-      InputError: there is no such file, or it is of no kind that is read, damaged or cut off.
+      InputError: the file is missing, damaged, cut off or in no known format.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -39,31 +42,33 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], bool]:
         raise InputError(f"{path} does not exist") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
-    what = next((text for magic, text in _NOTHING_WE_READ.items() if start.startswith(magic)), "")
+    what = next((text for magic, text in _UNSUPPORTED.items() if start.startswith(magic)), "")
     what = what or ("" if start else "it is empty")
     kinds = "neither a file of torch.save nor a .safetensors file"
     raise InputError(f"{path}: {kinds}{': ' * bool(what)}{what}")
 
 
 def load(path: Path, key: str | None = None, *, ema: bool = False) -> tuple[dict, str]:
-    """The weights in a file under torchvision's names, and what there is to say about them; "" is
-    nothing.
+    """Read the weights in a file.
+
+    Returns:
+      {name: array} under torchvision's names, and a line for the user, which may be "".
 
     Raises:
-      InputError: as `read` and `names.choose`.
+      InputError: as in `read` and `names.choose`.
     """
     arrays, has_checksums = read(path)
     if not arrays:
-        raise InputError(f"{path}: there is no tensor in it")
+        raise InputError(f"{path}: the file has no tensor")
     if list(arrays) == [""]:
         raise InputError(f"{path}: a single tensor without a name, not the weights of a network")
     try:
         choice = names.choose(arrays, key, ema=ema)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    said = [str(choice), "" if has_checksums else _checked_by_name(path)]
-    said = "; ".join(filter(None, said))
-    return choice.arrays, f"{path.name}: {said}" if said else ""
+    remarks = [str(choice), "" if has_checksums else _checked_by_name(path)]
+    remark = "; ".join(filter(None, remarks))
+    return choice.arrays, f"{path.name}: {remark}" if remark else ""
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -72,7 +77,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
             header = json.loads(file.read(length)) if length <= size - 8 else None
         if header is None:
-            raise InputError(f"{path}: truncated, its table of contents is not whole")
+            raise InputError(f"{path}: truncated, its table of contents is incomplete")
         entries = [value for name, value in header.items() if name != "__metadata__"]
         if len(entries) > torch_file.MOST_TENSORS:
             raise InputError(f"{path}: more than {torch_file.MOST_TENSORS:,} tensors")
@@ -81,14 +86,14 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except (InputError, OSError):
         raise
-    except Exception:  # safetensors raises its own, without a common base
+    except Exception:  # safetensors' own exceptions have no common base
         raise InputError(
-            f"{path}: a damaged .safetensors file, or one of types that are not read"
+            f"{path}: a damaged .safetensors file, or one with unsupported types"
         ) from None
 
 
 def _checked_by_name(path: Path) -> str:
-    """A word where a file of a kind without checksums has one in its name, as torch.hub's do."""
+    """A remark about the SHA-256 in a file's name, as torch.hub's files have it; "" without one."""
     hashes = re.findall(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.", path.name)
     if not hashes:
         return ""

@@ -1,6 +1,6 @@
-"""Names of tensors: which of a file's are the weights, and what torchvision calls them.
+"""Names of tensors: chooses the weights in a file and translates them to torchvision's names.
 
-A file's nested mappings are flat here: `state_dict/module.conv1.weight` lies in `state_dict`.
+Nested mappings are flat here: `state_dict/module.conv1.weight` is in the mapping `state_dict`.
 """
 
 import re
@@ -11,15 +11,15 @@ from flax_resnet.errors import InputError
 from flax_resnet.text import listed, printable
 
 MOST_ENTRIES = 10_000
-"""The largest network here has 932."""
+"""Most entries of a network; the largest network here has 932."""
 
-# The shortest prefix behind which a name begins as one of a network here does.
+# Matches the shortest prefix after which a name begins like that of a network here.
 _ROOT = re.compile(
     r"(?P<prefix>(?:[^\n]*?[./])??)(?P<part>conv[1-3]|bn1|layer\d{1,2}|fc1?|linear|classifier\.1|"
     r"(?:resnet\.)?embedder|(?:resnet\.)?encoder\.stages)\."
 )
 _LONGEST = 200
-"""Characters of a name that are looked at; no network here has names of more than 70."""
+"""Characters of a name that are examined; the names of networks here have at most 70."""
 
 _STAGES = re.compile(r"layer\d|.*encoder")
 _BASIC_CNN = {"conv1", "conv2", "conv3", "fc1"}
@@ -29,7 +29,7 @@ _AVERAGED = re.compile(
 )
 _CONTRASTIVE = re.compile(r"(^|[./])encoder_[qk]\.$")
 
-# Names of other projects -> torchvision's. timm's are torchvision's already.
+# (pattern of another project's name, its replacement); timm uses torchvision's names.
 _DIALECTS = [
     # pytorch-cifar and its descendants
     (r"\bshortcut\.(\d)\.", r"downsample.\1."),
@@ -48,25 +48,25 @@ _DIALECTS = [
 
 
 class Choice(NamedTuple):
-    """Which of a file's entries are the weights."""
+    """The weights chosen among a file's entries; `str` gives the remark for the user."""
 
     arrays: dict
-    """Under torchvision's names."""
+    """The weights under torchvision's names."""
 
     key: str
-    """Of the mapping that they lie in."""
+    """Key of the mapping that holds them."""
 
     prefix: str
-    """That all their names had."""
+    """Prefix that was removed from their names."""
 
     left_out: list[str]
-    """Everything else, other networks aside."""
+    """Other entries, except those of other networks."""
 
     averaged: list[str]
-    """Averages of the same network, not taken."""
+    """Averages of the same network that were not chosen."""
 
     headless: bool
-    """Whether a head was dropped that tells no classes apart."""
+    """Whether a projection head, which is no classifier, was left out."""
 
     def __str__(self):
         dropped = f"prefix {printable(self.prefix)!r} dropped" if self.prefix else ""
@@ -78,12 +78,12 @@ class Choice(NamedTuple):
 
 
 def choose(arrays: dict, key: str | None = None, *, ema: bool = False) -> Choice:
-    """The weights among a file's entries.
+    """Choose the weights among a file's entries.
 
     Args:
       arrays: any values under the names of a file.
-      key: where they lie, as `state_dict` or `encoder_k`; None where the names alone say it.
-      ema: those of the average, where raw ones lie beside them.
+      key: key or prefix of the network, such as `state_dict` or `encoder_k`; None if there is one.
+      ema: whether to take the averaged weights of a file that has raw ones too.
 
     Raises:
       InputError: there are several networks, or none under this key.
@@ -106,19 +106,18 @@ def choose(arrays: dict, key: str | None = None, *, ema: bool = False) -> Choice
 
 
 def without_prefix(arrays: dict) -> dict:
-    """The same entries without the prefix that most of a network's have; the others keep their
-    names."""
+    """The entries without the prefix of the network; other entries keep their names."""
     prefix = next(iter(_networks(arrays)), "")
     short = {name: name.removeprefix(prefix) for name in arrays}
-    # Of two that would have one name each keeps its own.
+    # Two entries that would get the same name keep theirs.
     return {name if short[name] in arrays else short[name]: a for name, a in arrays.items()}
 
 
 def translated(arrays: dict) -> dict:
-    """The same arrays under torchvision's names, whatever dialect they came in.
+    """The arrays under torchvision's names, converted from any naming scheme.
 
     Raises:
-      InputError: two of them have one name then.
+      InputError: two arrays get the same name.
     """
     names = {}
     for name in arrays:
@@ -129,7 +128,7 @@ def translated(arrays: dict) -> dict:
 
 
 def _networks(names) -> list[str]:
-    """The prefixes under which a network lies, most entries first."""
+    """The prefixes of the networks in a file, those with most entries first."""
     counts, parts = Counter(), {}
     for name in names:
         if m := _ROOT.match(name[:_LONGEST]):
@@ -142,6 +141,7 @@ def _networks(names) -> list[str]:
 
 
 def _one(prefixes: list[str], key: str | None, ema: bool) -> str:
+    """The prefix of the network to take; InputError if none fits or several do."""
     if key is not None:
         wanted = key.replace("/", ".").rstrip(".")
         found = [p for p in prefixes if f".{wanted}." in f".{_shown(p)}."]

@@ -1,8 +1,8 @@
-"""Files of `torch.save` -> arrays, without PyTorch.
+"""Reads files of `torch.save` as arrays, without PyTorch.
 
-A file names the functions that put its parts together; those in `_KNOWN` alone are called, and none
-of them does more than note where a tensor lies. Sums of the zip are checked before anything is
-taken; the format before torch 1.6 has none.
+A file names the functions that build its objects. Only those in `_KNOWN` are called, and they only
+record where a tensor is. The checksums of the zip are verified first; the format before torch 1.6
+has none.
 """
 
 import math
@@ -25,27 +25,26 @@ ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number
 
 LARGEST_GROWTH = 100
-"""A file whose tensors take more than this many times its own size is refused: a tensor of stride 0
-may promise terabytes."""
+"""Largest size of the tensors relative to the file; stride 0 could make them terabytes."""
 
 MOST_TENSORS = 100_000
-"""The largest network here has 932, and Adam's state twice as many."""
+"""Most tensors of a file; the largest network here has 932, and Adam's state twice as many."""
 
 DEEPEST = 100
-"""Mappings within mappings."""
+"""Most levels of nested mappings."""
 
 _ADVICE = (
-    "no code of a file is run; save the weights alone where it was made:"
+    "no code in a file is run; save the weights alone with the program that wrote it:"
     " torch.save(model.state_dict(), FILE)"
 )
 
 
 class _Foreign(Exception):
-    """What is neither a tensor nor plain."""
+    """Raised for an object that is neither a tensor nor a number, text or container."""
 
 
 class _Damaged(Exception):
-    """A file contradicts itself."""
+    """Raised for a file that contradicts itself."""
 
 
 class _Storage(NamedTuple):
@@ -62,10 +61,11 @@ class _Tensor(NamedTuple):
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a file; the names of nested mappings and lists are joined by "/".
+    """Read all tensors of a file; the names of nested mappings and lists are joined by "/".
 
     Raises:
-      InputError: the file is damaged or cut off, or holds what is no tensor, number or text.
+      InputError: the file is damaged or cut off, or holds an object that is no tensor, number or
+        text.
     """
     try:
         with open(path, "rb") as file:
@@ -90,20 +90,20 @@ def _read_zip(file) -> dict[str, np.ndarray]:
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile:
-        raise EOFError from None  # the table of contents comes last
+        raise EOFError from None  # the table of contents is at the end, which is missing
     entries = archive.infolist()
     names = [entry.filename for entry in entries]
     if any(re.fullmatch(r"[^/]*/constants\.pkl", name) for name in names):
         raise InputError(
-            "a TorchScript program, not weights; save those:"
+            "a TorchScript program, not weights; save its weights:"
             " torch.save(torch.jit.load(FILE).state_dict(), NEW)"
         )
-    # torch never compresses; a file made to unpack to gigabytes does.
+    # torch never compresses; a file that unpacks to gigabytes does.
     if packed := [e.filename for e in entries if e.compress_type or e.file_size > e.compress_size]:
         raise InputError(f"{listed(packed, 1)} compressed, which torch.save never does")
     roots = [m[1] for name in names if (m := re.fullmatch(r"([^/]*)/data\.pkl", name))]
     if len(roots) != 1 or len(set(names)) != len(names):
-        raise InputError("a zip, but none of torch.save")
+        raise InputError("a zip file, but not of torch.save")
     if wrong := archive.testzip():
         raise _Damaged(f"{wrong} does not have its checksum")
     root = roots[0]
@@ -115,7 +115,7 @@ def _read_zip(file) -> dict[str, np.ndarray]:
 
 
 def _read_legacy(file) -> dict[str, np.ndarray]:
-    """Pickles one after the other, then the storages in the order of their list."""
+    """Read the format before torch 1.6: pickles, then the storages in the order of their list."""
     file.seek(len(LEGACY_START))
     protocol, system = (_Unpickler(file).load() for _ in range(2))
     if protocol != 1001:
@@ -123,7 +123,7 @@ def _read_legacy(file) -> dict[str, np.ndarray]:
     unpickler = _Unpickler(file)
     content, keys = unpickler.load(), _Unpickler(file).load()
     if sorted(keys) != sorted(unpickler.storages):
-        raise _Damaged("its list of storages is not that of its tensors")
+        raise _Damaged("its list of storages differs from that of its tensors")
     data = {}
     for key in keys:
         storage = unpickler.storages[key]
@@ -131,7 +131,7 @@ def _read_legacy(file) -> dict[str, np.ndarray]:
             raise _Damaged(f"storage {key} has another size than its tensor")
         data[key] = _exactly(file, storage.size * storage.dtype.itemsize)
     if file.read(1):
-        raise _Damaged("it goes on behind its end")
+        raise _Damaged("there are bytes after its end")
     order = "little" if system["little_endian"] else "big"
     return _arrays(content, lambda storage: data[storage.key], order, _size(file))
 
@@ -147,11 +147,11 @@ def _size(file) -> int:
 
 
 def _arrays(content, read: Callable[[_Storage], bytes], byteorder: str, size: int) -> dict:
-    """Copies of the tensors in what was unpickled, each storage read once."""
+    """Copies of the tensors in the unpickled content; each storage is read once."""
     tensors = _tensors_in(content)
     needed = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in tensors.values())
     if needed > LARGEST_GROWTH * size:
-        raise InputError(f"{size} bytes that stand for {needed:.1e}")
+        raise InputError(f"a file of {size} bytes whose tensors take {needed:.1e}")
     flat = {}
     for storage in {t.storage for t in tensors.values()}:
         values = np.frombuffer(read(storage), storage.dtype.newbyteorder(byteorder))
@@ -168,13 +168,13 @@ def _strided(tensor: _Tensor, values: np.ndarray) -> np.ndarray:
     if 0 in shape:
         return np.zeros(shape, values.dtype)
     if offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) >= len(values):
-        raise _Damaged("a tensor that goes on behind its storage")
+        raise _Damaged("a tensor that exceeds its storage")
     in_bytes = [step * values.itemsize for step in strides]
     return np.lib.stride_tricks.as_strided(values[offset:], shape, in_bytes).copy()
 
 
 def _tensors_in(content) -> dict[str, _Tensor]:
-    """Every tensor under the path to it; what lies at two places, at the first."""
+    """{path: tensor} of all tensors in the content; a tensor in two places has its first path."""
     found, seen, waiting = {}, set(), [("", 0, content)]
     while waiting:
         name, depth, value = waiting.pop()
@@ -188,7 +188,7 @@ def _tensors_in(content) -> dict[str, _Tensor]:
                 raise InputError(f"nested more than {DEEPEST} deep")
             items = value.items() if isinstance(value, dict) else enumerate(value)
             below = [(f"{name}/{key}" if depth else str(key), depth + 1, v) for key, v in items]
-            waiting += reversed(below)  # so that they are taken in their order
+            waiting += reversed(below)  # the list is a stack: the first item is taken next
     return found
 
 
@@ -205,7 +205,7 @@ def _called(function, _, arguments, *__):
 
 
 def _nothing(*_):
-    """For what is harmless and not needed."""
+    """Stands for functions whose objects are harmless and not needed."""
 
 
 def _number(dtype, *_):
@@ -248,7 +248,7 @@ _KNOWN = {
 
 
 class _Whole:
-    """A file that gives what is asked for or ends."""
+    """A file whose reads are complete or raise EOFError."""
 
     def __init__(self, file):
         self._file = file
@@ -267,7 +267,7 @@ class _Whole:
 
 
 class _Unpickler(pickle._Unpickler):
-    """That of Python: the one in C makes room for whatever a file promises."""
+    """An unpickler in Python; the one in C allocates whatever size a file states."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
 
@@ -295,6 +295,6 @@ class _Unpickler(pickle._Unpickler):
         return storage
 
     def _load_build(self):
-        self.stack.pop()  # attributes of an object, as an OrderedDict's _metadata
+        self.stack.pop()  # drops attributes of an object, such as an OrderedDict's _metadata
 
     dispatch[pickle.BUILD[0]] = _load_build
