@@ -59,7 +59,7 @@ def not_stopped(values):
 
 def two_pass(norm: BatchNorm, x):
     mean = norm._mean(x)
-    return mean, norm._mean(jnp.square(x - layers._along(mean, x))), np.prod(x.shape[:-1])
+    return mean, norm._mean(jnp.square(x - layers._per_channel(mean, x))), np.prod(x.shape[:-1])
 
 
 def one_pass(norm: BatchNorm, x):
@@ -72,7 +72,7 @@ def shifted(norm: BatchNorm, x):
 
 def _from_sums(x, shift):
     """E[(x - shift)^2] - E[x - shift]^2: both sums of one pass."""
-    distance, count = x - layers._along(shift, x), np.prod(x.shape[:-1])
+    distance, count = x - layers._per_channel(shift, x), np.prod(x.shape[:-1])
     mean, square = layers._sums(distance, jnp.square(distance)) / count
     return mean + shift, square - jnp.square(mean), count
 

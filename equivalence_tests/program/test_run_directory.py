@@ -115,7 +115,7 @@ def test_what_is_no_run_is_refused_and_stays(tmp_path, files, how):
 @pytest.mark.parametrize("name", [
     "notes.txt", "thesis/chapter.txt", "metrics.csv.bak", "config.json~", "checkpoints/notes.txt",
     "checkpoints/7/photo.jpg", "checkpoints/5/photo.jpg", "checkpoints/5/state/d/photo.jpg",
-    "curves.png/inside", "checkpoints/²/x", "run.lock2", "per_class.csv\n",
+    "metrics.tmp/inside", "checkpoints/²/x", "run.lock2", "per_class.csv\n",
 ])  # fmt: skip
 def test_a_foreign_entry_is_named_and_nothing_is_deleted(begun, name):
     write(begun / name)

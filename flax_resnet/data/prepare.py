@@ -117,7 +117,7 @@ def _statistics(source, decoder, images: np.ndarray | None):
 def _decode(source, decoder, indices) -> np.ndarray:
     """Decode images; each process decodes a share, and the results are all-gathered."""
     own = indices[distributed.share(len(indices))]
-    part = distributed.together(lambda: pipeline.decode_all(source, decoder, own))
+    part = distributed.run_on_all(lambda: pipeline.decode_all(source, decoder, own))
     return distributed.gather_rows(part, len(indices))
 
 

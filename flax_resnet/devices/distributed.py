@@ -53,7 +53,7 @@ _DEAD = (
 )
 
 
-class Everywhere(Exception):
+class CollectiveError(Exception):
     """Raised on all processes at once; a normal shutdown is safe."""
 
 
@@ -63,7 +63,7 @@ class RunLost(Exception):
     exit_status = errors.FAILED
 
 
-class Refusal(InputError, Everywhere):
+class Refusal(InputError, CollectiveError):
     """Raised on all processes for bad input of any of them."""
 
 
@@ -86,7 +86,7 @@ def joined(coordinator: str | None, num_processes, process_id, *, timeout: int):
     _connect(coordinator, num_processes, process_id, timeout)
     try:
         yield
-    except Everywhere:
+    except CollectiveError:
         raise
     except Exception as error:
         if jax.process_count() == 1:
@@ -224,7 +224,7 @@ def exchange(value) -> list:
     return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
 
 
-def together(function: Callable[[], T]) -> T:
+def run_on_all(function: Callable[[], T]) -> T:
     """Call the function in every process; returns its result in this one.
 
     Raises:

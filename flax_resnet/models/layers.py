@@ -136,7 +136,7 @@ class BatchNorm(nnx.Module):
                 " at once, or larger ones, or call model.eval() first"
             )
         first = self._mean(x)
-        distance = x - _along(first, x)
+        distance = x - _per_channel(first, x)
         rest = self._mean(distance)
         var = self._mean(jnp.square(distance)) - jnp.square(rest)
         return first + rest, var, count
@@ -170,13 +170,13 @@ def _sums(*arrays, kernels="auto"):
     return jnp.dot(ones, images, precision="highest").reshape(len(arrays), -1)
 
 
-def _along(vector, x):
+def _per_channel(vector, x):
     """`[C]` -> `[1, ..., 1, C]`, with as many axes as x."""
     return jnp.expand_dims(vector, range(x.ndim - 1))
 
 
 def _normalize(x, mean, rstd, scale, bias):
-    return (x - _along(mean, x)) * _along(rstd * scale, x) + _along(bias, x)
+    return (x - _per_channel(mean, x)) * _per_channel(rstd * scale, x) + _per_channel(bias, x)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -195,15 +195,15 @@ def _standardize_forward(x, mean, rstd, scale, bias, axis_name):
 
 def _standardize_backward(axis_name, saved, gradient):
     x, mean, rstd, scale = saved
-    standard = (x - _along(mean, x)) * _along(rstd, x)
+    standard = (x - _per_channel(mean, x)) * _per_channel(rstd, x)
     sums = _sums(gradient, gradient * standard)
     means = sums / math.prod(x.shape[:-1])
     if axis_name is not None:
         means = lax.pmean(means, axis_name)
-    rest = gradient - _along(means[0], x) - standard * _along(means[1], x)
+    rest = gradient - _per_channel(means[0], x) - standard * _per_channel(means[1], x)
     # What the statistics pass on is in `rest`; they themselves are given as constants.
     return (
-        rest * _along(rstd * scale, x),
+        rest * _per_channel(rstd * scale, x),
         jnp.zeros_like(mean),
         jnp.zeros_like(rstd),
         sums[1],

@@ -101,7 +101,7 @@ def _begin_together(
     if several:
         asked = how | {"run_dir": str(run_dir)}
         distributed.check_agreement(asked | environment.code() | flat(config))
-    begun = distributed.together(lambda: _begin(config, run_dir, how["resume"], display))
+    begun = distributed.run_on_all(lambda: _begin(config, run_dir, how["resume"], display))
     if several:
         _, prepared, network = begun
         distributed.check_agreement(fingerprint(prepared) | _weights_digest(network))
@@ -223,9 +223,9 @@ def _open_directory(run_dir: Path | None, config: TrainConfig, **how) -> RunDire
     def owned():
         return distributed.is_first() and RunDirectory(run_dir or reserve(config), **how)
 
-    own = distributed.together(owned)
+    own = distributed.run_on_all(owned)
     path = distributed.exchange(str(own.path) if own else None)[0]
-    return distributed.together(lambda: own or SharedDirectory(path))
+    return distributed.run_on_all(lambda: own or SharedDirectory(path))
 
 
 def _check_nothing_is_watched(config: TrainConfig):

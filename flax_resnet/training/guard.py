@@ -7,7 +7,7 @@ from flax_resnet.devices import distributed
 _SMALLER_STEPS = "a new `run_dir` with a smaller `lr` or `clip_norm` 1"
 
 
-class NonFiniteLoss(distributed.Everywhere):
+class NonFiniteLoss(distributed.CollectiveError):
     """The loss, the gradient or an output of the network is NaN or infinite."""
 
     exit_status = 1

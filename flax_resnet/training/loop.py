@@ -200,7 +200,7 @@ def save(run: Run, *, improvement: bool):
 
 def rescue(run: Run, error: Exception) -> bool:
     """Save what a failure within the training would lose; whether it is saved."""
-    if run.saveable is None or isinstance(error, distributed.Everywhere) or run.engine.several:
+    if run.saveable is None or isinstance(error, distributed.CollectiveError) or run.engine.several:
         return getattr(error, "saved", False)
     try:
         if run.in_flight:

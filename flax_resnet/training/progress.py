@@ -10,7 +10,7 @@ from flax_resnet.training import optim
 from flax_resnet.training.selection import Selection
 
 
-class Interrupted(distributed.Everywhere):
+class Interrupted(distributed.CollectiveError):
     """A signal asked the run to stop; the work is saved."""
 
     saved = True
