@@ -110,8 +110,8 @@ class ModelConfig:
     """Type of the computation. Parameters are float64 with "float64", else float32."""
 
     kernels: Literal["auto", "library"] = "auto"
-    """How layers are computed. "auto": in this project's own way where that is faster on the
-    platform the program is compiled for. "library": by JAX's and Flax's operations alone."""
+    """Computation of the layers: "auto" uses this project's lowerings where they are faster on the
+    platform that the program is compiled for, "library" JAX's and Flax's operations alone."""
 
     def __post_init__(self):
         if self.zero_init_residual and self.arch == "basic_cnn":
