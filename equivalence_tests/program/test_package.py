@@ -81,7 +81,7 @@ def test_the_command_trains_and_evaluates(installed, tmp_path):
         (["--help"], 0, "SUBCOMMAND"),
         (["trian"], 2, "did you mean 'train'"),
         (["train", "--arch", "resnet19"], 2, "did you mean 'resnet18'"),
-        (["predict", "--help"], 0, "flax-resnet predict RUN_DIR"),
+        (["predict", "--help"], 0, "\nflax-resnet predict runs/"),
     ],
 )
 def test_the_command_answers(installed, tmp_path, words, status, text):

@@ -61,6 +61,8 @@ class Parser(argparse.ArgumentParser):
         words = [action.metavar or action.dest for action in self._get_positional_actions()]
         self.usage = " ".join([self.prog, *words, "[flags]"])
         about, self.description = self.description or "", None
+        if self.prog.startswith("flax-resnet "):  # not in a checkout
+            about = re.sub(r"python scripts/(\w+)\.py", r"flax-resnet \1", about)
         flags, self.description = super().format_help(), about
         return f"{about.strip()}\n\n{flags}"
 
