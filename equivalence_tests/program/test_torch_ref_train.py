@@ -189,7 +189,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
         {"schedule": {"cycle_momentum": True, "pct_start": 0.4, "div_factor": 5.0}},
         {"early_stopping": {"restore_best": False, "monitor": "validation_f1_macro"}},
         {"data": {"validation_fraction": 0.0, "split_seed": 1, "eval_images": 20}},
-        {"data": {"mean": [0.3], "std": [0.4], "grayscale": True, "exif_transpose": True}},
+        {"data": {"mean": [0.3], "std": [0.4]}},
         {"augment": {"random_crop": 1, "horizontal_flip": 0.5, "rotation": 10.0, "hue": 0.1,
                      "brightness": 0.2, "contrast": 0.1, "saturation": 0.1,
                      "random_erasing": 0.5}},
