@@ -117,7 +117,8 @@ class LoadedRun:
 
     @functools.cached_property
     def _probabilities(self):
-        return functools.partial(make_predict(self.network, self.preprocess), self.variables)
+        predict = make_predict(self.network, self.preprocess, self.config.model.kernels)
+        return functools.partial(predict, self.variables)
 
     @functools.cached_property
     def _features(self):
@@ -193,12 +194,11 @@ def predict_files(
     parts = [range(len(paths))[start : start + size] for start in range(0, len(paths), size)]
     decode = functools.partial(decoded, source, evaluation_decoder(data))
     images = ahead(decode, parts) if skip_bad else whole(ahead(decode, parts), source)
-    predict = make_predict(run.network, run.preprocess, run.config.model.kernels)
     for indices, part in zip(parts, images, strict=True):
         batch = np.zeros((size, *run.image_shape), np.uint8)
         for row, image in enumerate(part):
             batch[row] = 0 if isinstance(image, BadImage) else image
-        probabilities = np.asarray(predict(run.variables, batch))
+        probabilities = np.asarray(run._probabilities(batch))
         for index, image, row in zip(indices, part, probabilities, strict=False):
             if not np.isfinite(row).all():
                 raise NonFiniteLoss(f"the run gives no finite probabilities for {paths[index]}")
