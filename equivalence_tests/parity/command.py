@@ -22,7 +22,7 @@ from rich.table import Table
 from flax_resnet import list_models
 from flax_resnet.commands import cli
 from flax_resnet.config import DataConfig
-from flax_resnet.errors import InputError
+from flax_resnet.errors import BAD_INPUT, InputError
 from flax_resnet.models import SHORTCUTS, STEMS, check_shortcut, check_stem
 from flax_resnet.runs import environment
 from flax_resnet.runs.display import Display
@@ -39,7 +39,7 @@ try:
         random_state,
     )
 except ModuleNotFoundError as error:
-    cli.leave(cli.BAD_INPUT, f"error: {cli.extra_needed('a comparison', error, 'torch')}")
+    cli.leave(BAD_INPUT, f"error: {cli.extra_needed('a comparison', error, 'torch')}")
 
 VERDICTS = ("equal", "rounding", "semantic")
 COLUMNS = {
