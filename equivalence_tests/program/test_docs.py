@@ -67,8 +67,10 @@ def test_a_dead_link_stops_the_build(tmp_path):
     assert done.returncode == 1 and "nowhere.md" in done.stderr
 
 
+@pytest.mark.slow  # a few minutes
 def test_the_notebook_runs(monkeypatch):
     """It calls `flax-resnet`, which lies beside the interpreter."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     notebook = nbformat.read(ROOT / "docs/port_a_resnet.ipynb", as_version=4)
     NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
