@@ -1,4 +1,4 @@
-"""For MkDocs: `../results/FILE` in a page, which GitHub follows, is a file of the site too."""
+"""MkDocs hook that adds results/ to the site, so that links to `../results/FILE` work there."""
 
 from pathlib import Path
 

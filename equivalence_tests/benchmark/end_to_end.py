@@ -37,7 +37,7 @@ class Failed(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Course:
-    """What is trained on, and how long."""
+    """The data and the length of a training."""
 
     dataset: str = "digits"
     """digits or folder:DIR."""
@@ -48,7 +48,7 @@ class Course:
     """Validation accuracy at which time_to_accuracy stops."""
 
     workers: int = timing.num_cores()
-    """Of PyTorch's DataLoader."""
+    """Worker processes of PyTorch's DataLoader."""
 
     recipe: str | None = None
     """Where the settings come from that neither this nor the job says; None: the defaults."""

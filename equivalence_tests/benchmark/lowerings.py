@@ -1,4 +1,4 @@
-"""What a training step of JAX takes as it is, and with one part of it computed in another way.
+"""The time of a training step of JAX, and of variants with one part computed another way.
 
     python -m equivalence_tests.benchmark.lowerings --arch resnet18 --stem imagenet --image-size 32
     python -m equivalence_tests.benchmark.lowerings --list
