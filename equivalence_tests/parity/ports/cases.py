@@ -1,0 +1,172 @@
+"""Weights and images for a PyTorch network of any kind, at which a fault cannot hide.
+
+BatchNorm's parameters and statistics are all different, images have sides of different lengths,
+and every strided layer sees a side that its stride divides and one that it does not.
+"""
+
+import copy
+import itertools
+
+import numpy as np
+import torch
+from torch import nn
+
+from equivalence_tests.parity import inputs
+from equivalence_tests.parity.ports import exported
+from equivalence_tests.parity.ports.graph import Graph
+from flax_resnet.errors import InputError
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+SMALLEST = 40
+"""Smallest side that is tried. Five halvings of 40 pixels leave two."""
+
+FIXED = (224, 256, 32, 28, 64, 128, 384)
+"""Sides that are tried for a network that takes one size only."""
+
+
+def prepared(net: nn.Module) -> nn.Module:
+    """A copy in float64 whose dropout and stochastic depth do nothing."""
+    net = copy.deepcopy(net).double()
+    for module in net.modules():
+        for name in ("p", "drop_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return net
+
+
+def image_channels(net: nn.Module) -> int:
+    """Channels of the images that a network takes, from its first kernel."""
+    kernel = next((p for p in net.parameters() if p.ndim == 4), None)
+    return 3 if kernel is None else kernel.shape[1] * _groups(net, kernel)
+
+
+def _groups(net, kernel) -> int:
+    owners = (m for m in net.modules() if isinstance(m, nn.Conv2d) and m.weight is kernel)
+    return next(owners).groups
+
+
+def image_size(net: nn.Module, channels: int) -> tuple[int, int]:
+    """A size (H, W) at which no padding can hide; for a network of one size, that size.
+
+    Raises:
+      InputError: the network takes none of the sizes that are tried.
+    """
+    sides = range(SMALLEST, 2 * SMALLEST)
+    pairs = (p for p in sorted(itertools.product(sides, sides), key=sum) if p[0] < p[1])
+    for size in itertools.islice(pairs, 200):
+        if (found := strided(net, size, channels)) is None:
+            break
+        if not size_faults(found):
+            return size
+    for side in FIXED:
+        if strided(net, (side, side), channels) is not None:
+            return side, side
+    raise InputError("the PyTorch network takes no image size that was tried; give one")
+
+
+def strided(net, size, channels) -> dict | None:
+    """`sizes.strided_calls`; None if the network raises on images of this size."""
+    from equivalence_tests.parity import sizes
+
+    try:
+        return sizes.strided_calls(net, size, channels)
+    except Exception:  # whatever the user's own code raises
+        return None
+
+
+def size_faults(calls) -> list[str]:
+    from equivalence_tests.parity import sizes
+
+    return sizes.faults(calls)
+
+
+def fill(net: nn.Module, images: np.ndarray, rng: np.random.Generator):
+    """Random parameters and statistics; those of BatchNorm are near the statistics of the images.
+
+    Args:
+      images: `[B, H, W, C]`.
+    """
+    with torch.no_grad():
+        for module in net.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                parameter.copy_(torch.from_numpy(_random(module, name, parameter.shape, rng)))
+        _settle(net, images)
+        for module in net.modules():
+            if getattr(module, "running_var", None) is not None:
+                _spread(module, rng)
+
+
+def _random(module, name, shape, rng) -> np.ndarray:
+    if isinstance(module, NORMS) and name == "weight":
+        return rng.uniform(0.5, 1.5, shape)
+    if len(shape) < 2 or name == "bias":
+        return rng.standard_normal(shape) * 0.3
+    spread = np.prod(shape[1:]) ** -0.5 if len(shape) in (2, 4) else 0.3
+    return rng.standard_normal(shape) * spread * 1.4
+
+
+def _settle(net, images):
+    """Runs the images once, so that running statistics are the batch's."""
+    momenta = {m: m.momentum for m in net.modules() if getattr(m, "running_var", None) is not None}
+    training = net.training
+    for module in momenta:
+        module.momentum = 1.0
+    net.train()(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+    for module, momentum in momenta.items():
+        module.momentum = momentum
+    net.train(training)
+
+
+def _spread(module, rng):
+    """Statistics that are none of the batch's own."""
+    shape = tuple(module.running_var.shape)
+    shift = torch.from_numpy(rng.standard_normal(shape) * 0.3)
+    module.running_mean += shift * module.running_var.sqrt()
+    module.running_var *= torch.from_numpy(rng.uniform(0.7, 1.4, shape))
+    module.running_var += 1e-3
+    module.num_batches_tracked += int(rng.integers(1, 1000))
+
+
+def faults(state: dict, graph: Graph, values: dict) -> list[str]:
+    """Reasons why a fault could hide behind these weights and images; [] if there are none.
+
+    Args:
+      graph: PyTorch's, in evaluation mode.
+      values: all its values.
+    """
+    return [*_equal_vectors(state), *_one_sided(graph, values), *_large_batches(graph, values)]
+
+
+def _equal_vectors(state) -> list[str]:
+    found = []
+    for module in dict.fromkeys(n.rpartition(".")[0] for n in state if n.endswith("running_var")):
+        names = [f"{module}.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")]
+        vectors = {n: state[n] for n in names if n in state}
+        found += [f"{n} is constant" for n, a in vectors.items() if a.size > 1 and np.ptp(a) == 0]
+        found += [
+            f"{a} and {b} are equal"
+            for a, b in itertools.combinations(vectors, 2)
+            if np.array_equal(vectors[a], vectors[b])
+        ]
+    return found
+
+
+def _one_sided(graph, values) -> list[str]:
+    found = []
+    for operation in graph.operations:
+        if operation.name == "relu":
+            x = values[operation.inputs[0]]
+            if x.min() >= 0 or x.max() <= 0:
+                found.append(f"{operation.module or 'a ReLU'} sees one sign only")
+    return found
+
+
+def _large_batches(graph, values) -> list[str]:
+    found = []
+    for operation in graph.operations:
+        if operation.name == exported.BATCH_NORM:
+            x = values[operation.inputs[0]]
+            if x.numel() // x.shape[1] > inputs.MOST_VALUES:
+                found.append(f"{operation.module} sees too many values to show n / (n - 1)")
+    return found

@@ -1,0 +1,158 @@
+"""A PyTorch network as a graph, from `torch.export`: pure operations with their modules' names."""
+
+import copy
+import itertools
+import operator
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from equivalence_tests.parity.ports.graph import Graph, Operation
+from flax_resnet.errors import InputError
+
+BATCH_NORM = "batch_norm"
+"""Name of BatchNorm's operation: (x, weight, bias, mean, variance) -> (y, mean and variance after)."""
+
+
+def graph(net: nn.Module, image_shape: tuple[int, ...], *, train: bool) -> Graph:
+    """The graph of a float64 network for images `[B, C, H, W]`; the network stays as it is.
+
+    Raises:
+      InputError: the network raises, or `torch.export` cannot follow it.
+    """
+    net = copy.deepcopy(net).train(train)
+    images = torch.zeros(image_shape, dtype=torch.float64)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            net(images + torch.randn_like(images))
+            program = torch.export.export(net, (images,), strict=False).run_decompositions({})
+    except Exception as error:  # whatever the user's own code raises
+        size = "x".join(map(str, image_shape[1:]))
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"the PyTorch network raises on images of {size}: {reason}") from error
+    return _Builder(program).graph()
+
+
+class _Builder:
+    """Translates an exported program."""
+
+    def __init__(self, program):
+        self.program, self.operations, self.constants = program, [], {}
+        self._numbers = itertools.count()
+        self._values = {}
+
+    def graph(self) -> Graph:
+        signature = self.program.graph_signature
+        names = signature.inputs_to_parameters | signature.inputs_to_buffers
+        held = signature.inputs_to_lifted_tensor_constants
+        leaves, images = {}, None
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                value = self._values[node] = next(self._numbers)
+                if node.name in names:
+                    leaves[names[node.name]] = value
+                elif node.name in held:
+                    self.constants[value] = self.program.constants[held[node.name]]
+                else:
+                    images = value
+            elif node.op == "call_function":
+                self._call(node)
+        outputs = next(iter(reversed(self.program.graph.nodes))).args[0]
+        changed = {signature.buffers_to_mutate.get(node.name): node for node in outputs}
+        logits = [node for node in outputs if node.name in signature.user_outputs]
+        if len(logits) != 1:
+            raise InputError(f"the PyTorch network returns {len(logits)} tensors instead of logits")
+        after = {
+            name: self._values[changed[name]] if name in changed else value
+            for name, value in leaves.items()
+        }
+        logits = self._values[logits[0]]
+        return Graph(self.operations, leaves, images, logits, after, self.constants)
+
+    def _call(self, node: fx.Node):
+        name = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
+        if name in ("conv2d", "linear") and len(node.args) > 2 and node.args[2] is not None:
+            self._with_bias(node, name)
+        elif name.startswith("_native_batch_norm_legit"):
+            self._batch_norm(node)
+        elif node.target is operator.getitem and node.args[0] in self._values_of_norms:
+            parts = self._values_of_norms[node.args[0]]
+            self._values[node] = parts[node.args[1]]
+        else:
+            self._values[node] = self._add(name, _function(node), node.all_input_nodes, node)
+
+    def _with_bias(self, node, name):
+        """A kernel and its bias are two operations, as in JAX."""
+        without = fx.Graph()
+        del without
+        inputs = [node.args[0], node.args[1]]
+        rest, keywords = node.args[3:], node.kwargs
+
+        def kernel(x, weight):
+            return (node.target(x, weight, None, *rest, **keywords),)
+
+        channel = 1 if name == "conv2d" else -1
+        product = self._add(name, kernel, inputs, node, options={"arguments": rest})
+        shape = [1] * len(node.meta["val"].shape)
+        shape[channel] = -1
+
+        def add(x, bias):
+            return (x + bias.reshape(shape),)
+
+        self._values[node] = self._add("add_bias", add, [product, node.args[2]], node)
+
+    _values_of_norms: dict = {}
+
+    def _batch_norm(self, node):
+        x, weight, bias, mean, variance, *rest = node.args
+        training = "no_training" not in str(node.target) and rest.pop(0)
+        momentum, eps = rest
+        options = {"training": training, "momentum": momentum, "eps": eps}
+
+        def run(x, *leaves):
+            arrays = iter(leaves)
+            scale, shift, old_mean, old_variance = (
+                None if part is None else next(arrays) for part in (weight, bias, mean, variance)
+            )
+            return batch_norm(x, scale, shift, old_mean, old_variance, **options)
+
+        inputs = [part for part in (x, weight, bias, mean, variance) if part is not None]
+        outputs = self._add(BATCH_NORM, run, inputs, node, count=3, options=options)
+        y, new_mean, new_variance = outputs
+        self._values_of_norms = self._values_of_norms | {
+            node: {0: y, 3: new_mean, 4: new_variance}
+        }
+
+    def _add(self, name, run, inputs, node, *, count=1, options=None):
+        values = tuple(self._values[i] if isinstance(i, fx.Node) else i for i in inputs)
+        outputs = tuple(next(self._numbers) for _ in range(count))
+        options = options if options is not None else {"args": node.args, "kwargs": node.kwargs}
+        self.operations.append(Operation(name, run, values, outputs, _module(node), options))
+        return outputs[0] if count == 1 else outputs
+
+
+def _module(node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return next(reversed(stack.values()))[0] if stack else ""
+
+
+def _function(node):
+    """The node as a function of the arrays of its input nodes."""
+    sources = node.all_input_nodes
+
+    def run(*arrays):
+        table = dict(zip(sources, arrays, strict=True))
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: table[n])
+        return (node.target(*args, **kwargs),)
+
+    return run
+
+
+def batch_norm(x, weight, bias, mean, variance, *, training, momentum, eps) -> tuple:
+    """BatchNorm as a pure function: (y, running mean after, running variance after)."""
+    mean, variance = (None if a is None else a.clone() for a in (mean, variance))
+    y = F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
+    return y, mean, variance

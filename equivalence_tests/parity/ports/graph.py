@@ -1,0 +1,81 @@
+"""A network as a graph of operations, the same for JAX and PyTorch.
+
+A value is an integer. Every operation is a function of arrays of its framework, so a graph can be
+evaluated from any of its values on, with any of its operations replaced.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+Value = int
+
+
+class Operation(NamedTuple):
+    """One operation of a network."""
+
+    name: str
+    """The framework's name of it, for example "conv_general_dilated" or "conv2d"."""
+
+    run: Callable[..., tuple]
+    """(arrays of the inputs) -> arrays of the outputs."""
+
+    inputs: tuple[Value, ...]
+
+    outputs: tuple[Value, ...]
+
+    module: str = ""
+    """PyTorch's name of the module that runs it; "" in JAX."""
+
+    options: dict[str, Any] = {}
+    """Static arguments, under the framework's names."""
+
+
+class Graph(NamedTuple):
+    """A network in one mode, evaluation or training."""
+
+    operations: list[Operation]
+    """In an order in which they can be evaluated."""
+
+    leaves: dict[str, Value]
+    """Parameters and statistics by name (PyTorch) or path (JAX)."""
+
+    images: Value
+
+    logits: Value
+
+    after: dict[str, Value]
+    """The leaves after the forward pass."""
+
+    constants: dict[Value, Any]
+
+    def producers(self) -> dict[Value, int]:
+        """Index of the operation that computes each value."""
+        return {v: i for i, op in enumerate(self.operations) for v in op.outputs}
+
+    def needed(self, targets: Iterable[Value], known: Iterable[Value] = ()) -> list[int]:
+        """Indices of the operations that lead from known values to the targets, in order."""
+        known, stack = set(known), list(targets)
+        producers, found = self.producers(), set()
+        while stack:
+            value = stack.pop()
+            index = producers.get(value)
+            if value in known or index is None or index in found:
+                continue
+            found.add(index)
+            stack += self.operations[index].inputs
+        return sorted(found)
+
+    def evaluate(self, values: dict[Value, Any], indices: Iterable[int], replaced=None) -> dict:
+        """Adds the outputs of these operations to `values`, which is returned.
+
+        Args:
+          values: the arrays that the operations start from.
+          replaced: {index of an operation: a function in its place}.
+        """
+        for index in indices:
+            operation = self.operations[index]
+            run = (replaced or {}).get(index, operation.run)
+            arrays = [self.constants.get(v) if v in self.constants else values[v]
+                      for v in operation.inputs]  # fmt: skip
+            values.update(zip(operation.outputs, run(*arrays), strict=True))
+        return values

@@ -1,0 +1,202 @@
+"""A JAX network as a graph, computed in float64 whatever types its author wrote.
+
+One `jax.make_jaxpr` a mode gives the operations. Calls are inlined, loops of known length are
+unrolled.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from equivalence_tests.parity.ports.graph import Graph, Operation
+from flax_resnet.errors import InputError
+
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_lin": "call_jaxpr",
+}
+"""{primitive that calls a function: its parameter with that function}."""
+
+RANDOM = {"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"}
+OPAQUE = {"while", "cond"}
+NARROW = (jnp.float16, jnp.bfloat16, jnp.float32)
+TYPES = ("new_dtype", "preferred_element_type", "dtype", "out_dtype")
+
+
+def graph(network, image_shape: tuple[int, ...], *, train: bool) -> Graph:
+    """The graph of a network (`adapters.Network`) for images `[B, H, W, C]`.
+
+    Raises:
+      InputError: the network raises, calls the host, or holds a branch or an endless loop.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(network.variables)
+    paths = [jax.tree_util.keystr(path) for path, _ in leaves[0]]
+    arguments = jax.tree.map(_wide, network.variables)
+
+    def run(variables, images):
+        logits, after = network.apply(variables, images, train)
+        return logits, jax.tree.leaves(after)
+
+    with jax.enable_x64(True):
+        images = jax.ShapeDtypeStruct(image_shape, np.float64)
+        try:
+            closed = jax.make_jaxpr(run)(arguments, images)
+        except InputError:
+            raise
+        except Exception as error:  # whatever the user's own code raises
+            size = "x".join(map(str, image_shape[1:]))
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InputError(f"the JAX network raises on images of {size}: {reason}") from error
+    flat = _Flat()
+    inputs = [flat.new() for _ in closed.jaxpr.invars]
+    outputs = flat.walk(closed.jaxpr, closed.consts, inputs)
+    found = Graph(
+        operations=flat.operations,
+        leaves=dict(zip(paths, inputs, strict=False)),
+        images=inputs[-1],
+        logits=outputs[0],
+        after=dict(zip(paths, outputs[1:], strict=True)),
+        constants=flat.constants,
+    )
+    _check(found, train=train)
+    return found
+
+
+def _wide(leaf):
+    """The type that a leaf has in the graph: float64 in place of every float."""
+    dtype = jnp.result_type(leaf)
+    if jnp.issubdtype(dtype, jnp.floating):
+        dtype = np.dtype(np.float64)
+    return jax.ShapeDtypeStruct(np.shape(leaf), dtype)
+
+
+def _check(found: Graph, *, train: bool):
+    mode = "training" if train else "evaluation"
+    for index in found.needed([found.logits]):
+        name = found.operations[index].name
+        if "callback" in name:
+            raise InputError(f"the JAX network calls the host ({name}), which cannot be followed")
+        if name in RANDOM:
+            raise InputError(f"the JAX network draws random numbers in {mode} ({name})")
+        if name in OPAQUE:
+            raise InputError(f"the JAX network holds a lax.{name}, which cannot be followed")
+
+
+class _Flat:
+    """Inlines calls into one list of operations."""
+
+    def __init__(self):
+        self.operations, self.constants = [], {}
+        self._numbers = itertools.count()
+
+    def new(self) -> int:
+        return next(self._numbers)
+
+    def constant(self, array) -> int:
+        value = self.new()
+        self.constants[value] = lifted(array)
+        return value
+
+    def walk(self, jaxpr, consts, inputs) -> list[int]:
+        """Adds the operations of a jaxpr; returns its outputs."""
+        env = dict(zip(jaxpr.invars, inputs, strict=True))
+        env |= {v: self.constant(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+
+        def read(atom):
+            return self.constant(atom.val) if isinstance(atom, core.Literal) else env[atom]
+
+        for equation in jaxpr.eqns:
+            outputs = self._equation(equation, [read(atom) for atom in equation.invars])
+            env.update(zip(equation.outvars, outputs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _equation(self, equation, inputs) -> list[int]:
+        name = equation.primitive.name
+        if name in CALLS:
+            inner = equation.params[CALLS[name]]
+            jaxpr, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "jaxpr") else (inner, ())
+            return self.walk(jaxpr, consts, inputs)
+        if name == "scan":
+            return self._scan(equation.params, inputs)
+        if name == "cond" and (chosen := self._known(inputs[0])) is not None:
+            branches = equation.params["branches"]
+            branch = branches[min(max(int(chosen), 0), len(branches) - 1)]
+            return self.walk(branch.jaxpr, branch.consts, inputs[1:])
+        outputs = [self.new() for _ in equation.outvars]
+        run = _binding(equation.primitive, equation.params)
+        self.operations.append(
+            Operation(name, run, tuple(inputs), tuple(outputs), "", equation.params)
+        )
+        return outputs
+
+    def _known(self, value):
+        """The array of a value that depends on constants only; None for any other."""
+        if value in self.constants:
+            return self.constants[value]
+        operation = next((op for op in self.operations if value in op.outputs), None)
+        if operation is None:
+            return None
+        inputs = [self._known(v) for v in operation.inputs]
+        if any(array is None for array in inputs):
+            return None
+        return dict(zip(operation.outputs, operation.run(*inputs), strict=True))[value]
+
+    def _scan(self, params, inputs) -> list[int]:
+        """Unrolls a loop over the first axis of its inputs."""
+        body, length = params["jaxpr"], params["length"]
+        first, second = params["num_consts"], params["num_consts"] + params["num_carry"]
+        fixed, carry, stacked = inputs[:first], inputs[first:second], inputs[second:]
+        steps = reversed(range(length)) if params["reverse"] else range(length)
+        results = {}
+        for step in steps:
+            slices = [self._simple("index", lambda a, i=step: a[i], v) for v in stacked]
+            outputs = self.walk(body.jaxpr, body.consts, [*fixed, *carry, *slices])
+            carry, results[step] = outputs[: len(carry)], outputs[len(carry) :]
+        columns = zip(*(results[step] for step in range(length)), strict=True)
+        return [*carry, *(self._simple("stack", _stack, *column) for column in columns)]
+
+    def _simple(self, name, function, *inputs) -> int:
+        output = self.new()
+        run = lambda *arrays: (function(*arrays),)  # noqa: E731
+        self.operations.append(Operation(name, run, inputs, (output,)))
+        return output
+
+
+def _stack(*arrays):
+    return jnp.stack(arrays)
+
+
+def _binding(primitive, params):
+    """A primitive as a function of arrays, with every float type widened to float64."""
+    wide = {k: _wider(v) if k in TYPES else v for k, v in params.items()}
+
+    def run(*arrays):
+        if primitive.name == "reduce_precision":
+            return arrays
+        found = primitive.bind(*arrays, **wide)
+        return tuple(found) if primitive.multiple_results else (found,)
+
+    return run
+
+
+def _wider(dtype):
+    return np.dtype(np.float64) if dtype is not None and dtype in NARROW else dtype
+
+
+def lifted(array):
+    """A narrow float array as float64; a number as the decimal that its author wrote (0.9)."""
+    if jnp.result_type(array) not in NARROW:
+        return array
+    array = np.asarray(array, np.float32)
+    return np.float64(str(array)) if array.ndim == 0 else array.astype(np.float64)

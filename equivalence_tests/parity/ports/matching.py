@@ -1,0 +1,267 @@
+"""Which element of which JAX leaf is which element of which PyTorch tensor, found without names.
+
+Kernels are matched by their shapes and their places in the graph. Vectors are matched within the
+group that stands below the same kernels: every assignment is tried, and the one with which JAX
+computes most nearly what PyTorch computes is taken.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from equivalence_tests.parity.ports import layers
+from equivalence_tests.parity.ports.layers import Layer
+from equivalence_tests.parity.ports.walk import LARGEST, Walk, closest
+
+RADII = (1000, 8, 4, 2, 1, 0)
+CLEAR = 0.5
+"""An assignment is taken without a word if its error is below this share of the next one's."""
+
+MOST_TRIALS = 5000
+
+
+class Piece(NamedTuple):
+    """Elements of a PyTorch tensor that are elements of a JAX leaf."""
+
+    leaf: str
+
+    ours: np.ndarray
+    """Their numbers in the leaf, flat."""
+
+    theirs: np.ndarray
+    """Their numbers in the tensor, flat."""
+
+
+class Mapping(NamedTuple):
+    """Where every tensor of PyTorch is in JAX."""
+
+    pieces: dict[str, list[Piece]]
+
+    unplaced: dict[str, tuple[int, ...]]
+    """Tensors of PyTorch, with shapes, that have no place in JAX."""
+
+    extra: dict[str, tuple[int, ...]]
+    """Float leaves of JAX, with shapes, that no tensor of PyTorch fills."""
+
+    ambiguous: list[str]
+    """What could be matched otherwise, in sentences."""
+
+    def filled(self, leaves: dict, state: dict) -> dict[str, np.ndarray]:
+        """The leaves with PyTorch's numbers in their places."""
+        found = {path: np.array(leaf) for path, leaf in leaves.items()}
+        for name, pieces in self.pieces.items():
+            for piece in pieces:
+                put(found, piece, state[name])
+        return found
+
+    def read(self, name: str, leaves: dict, shape) -> np.ndarray | None:
+        """A tensor of PyTorch, read from leaves of JAX; None if a part of it is not there."""
+        found = np.full(int(np.prod(shape)), np.nan)
+        for piece in self.pieces.get(name, ()):
+            found[piece.theirs] = np.asarray(leaves[piece.leaf]).reshape(-1)[piece.ours]
+        return None if np.isnan(found).any() and name not in self.pieces else found.reshape(shape)
+
+
+def put(leaves: dict, piece: Piece, tensor):
+    """Writes the elements of one piece into its leaf."""
+    flat = leaves[piece.leaf].reshape(-1)
+    flat[piece.ours] = np.asarray(tensor).reshape(-1)[piece.theirs]
+    leaves[piece.leaf] = flat.reshape(leaves[piece.leaf].shape)
+
+
+class Stage(NamedTuple):
+    """Layers that stand at the same place on both sides: one kernel, or a group of vectors."""
+
+    standard: list[Layer]
+
+    subject: list[Layer]
+
+    kernel: bool
+
+
+def stages(standard: list[Layer], subject: list[Layer], pairs: dict[int, int]) -> list[Stage]:
+    """All stages in the order in which PyTorch computes them.
+
+    Args:
+      pairs: {index of a kernel of PyTorch: of a kernel of JAX}.
+    """
+    pairs = {layers.IMAGE: layers.IMAGE} | pairs
+    found = [
+        Stage([layer], [subject[pairs[i]]] if i in pairs else [], kernel=True)
+        for i, layer in enumerate(standard)
+        if layer.kernel
+    ]
+    theirs, ours = _vectors(standard), _vectors(subject)
+    for above, group in theirs.items():
+        place = frozenset(pairs.get(i) for i in above)
+        found.append(Stage(group, ours.get(place, []), kernel=False))
+    return sorted(found, key=lambda stage: stage.standard[-1].operation)
+
+
+def _vectors(found: list[Layer]) -> dict[frozenset, list[Layer]]:
+    groups = {}
+    for layer in found:
+        if not layer.kernel:
+            groups.setdefault(layer.above, []).append(layer)
+    return groups
+
+
+def match(walk: Walk, standard: list[Layer], subject: list[Layer], statistics: tuple) -> Mapping:
+    """Finds the mapping on one walk in evaluation mode, and fills the walk's leaves by it.
+
+    Args:
+      walk: at its beginning.
+      statistics: (names of PyTorch's statistics, paths of the JAX leaves that training changes).
+    """
+    pairs, ties = paired_kernels(standard, subject)
+    mapping = Mapping({}, {}, {}, [_tied(*tie, standard) for tie in ties if tie[0] == 0])
+    for stage in stages(standard, subject, pairs):
+        pieces = _kernel(stage, mapping) if stage.kernel else _group(walk, stage, mapping, statistics)
+        mapping.pieces.update(pieces)
+        for name, parts in pieces.items():
+            for piece in parts:
+                put(walk.leaves, piece, walk.state[name])
+        if stage.subject:
+            walk.anchor(stage.standard[-1].output, stage.subject[-1].output)
+    walk.anchor(walk.standard.logits, walk.subject.logits)
+    used = {piece.leaf for pieces in mapping.pieces.values() for piece in pieces}
+    mapping.extra.update({n: np.shape(a) for n, a in walk.leaves.items()
+                          if n not in used and np.asarray(a).dtype.kind == "f"})  # fmt: skip
+    mapping.unplaced.update({n: np.shape(a) for n, a in walk.state.items()
+                             if n not in mapping.pieces and np.ndim(a)})  # fmt: skip
+    return mapping
+
+
+def _tied(radius, left, right, standard) -> str:
+    names = ", ".join(n for i in left for n in standard[i].parameters)
+    return f"{names}: matched by shape and order only"
+
+
+def _kernel(stage: Stage, mapping: Mapping) -> dict[str, list[Piece]]:
+    if not stage.subject:
+        return {}
+    theirs, ours = stage.standard[0].parameters, stage.subject[0].parameters
+    return {n: p for n, p in pieces_of(theirs, ours).items() if n not in mapping.pieces}
+
+
+def _group(walk: Walk, stage: Stage, mapping: Mapping, statistics) -> dict[str, list[Piece]]:
+    """The assignment of the vectors of one group with which JAX is nearest to PyTorch."""
+    theirs = _parameters(stage.standard, mapping.pieces)
+    used = {piece.leaf for pieces in mapping.pieces.values() for piece in pieces}
+    ours = _parameters(stage.subject, used)
+    if not theirs or not ours:
+        return {}
+    expected = walk.in_torch(stage.standard[-1].output)
+    trials = []
+    for pieces in itertools.islice(assignments(theirs, ours, statistics), MOST_TRIALS):
+        leaves = dict(walk.leaves)
+        for name, parts in pieces.items():
+            for piece in parts:
+                leaves[piece.leaf] = np.array(leaves[piece.leaf])
+                put(leaves, piece, walk.state[name])
+        trials.append((closest(expected, walk.in_jax(stage.subject[-1].output, leaves))[0], pieces))
+    trials.sort(key=lambda trial: trial[0])
+    if not trials or trials[0][0] >= LARGEST:
+        return {}
+    if len(trials) > 1 and trials[0][0] > CLEAR * trials[1][0]:
+        mapping.ambiguous.append(
+            f"{', '.join(theirs)}: two assignments to {', '.join(ours)} fit alike"
+            f" ({trials[0][0]:.1e} and {trials[1][0]:.1e})"
+        )
+    return trials[0][1]
+
+
+def _parameters(group: list[Layer], placed) -> dict[str, np.ndarray]:
+    return {
+        name: order
+        for layer in group
+        for name, order in layer.parameters.items()
+        if name not in placed and order is not None
+    }
+
+
+def assignments(theirs: dict, ours: dict, statistics) -> Iterator[dict[str, list[Piece]]]:
+    """All ways to give the tensors of a group to its leaves, one leaf each, sizes permitting.
+
+    A statistic goes to a leaf that training changes, where there are enough of these.
+    """
+    names = list(theirs)
+    buffers, changed = (set(part) for part in statistics)
+    counts = sum(n in buffers for n in theirs), sum(n in changed for n in ours)
+    heeded = counts[0] == counts[1]
+    options = [
+        [
+            [Piece(leaf, ours[leaf].reshape(-1), left)]
+            for leaf in ours
+            if not heeded or (name in buffers) == (leaf in changed)
+            for left in _orders(theirs[name], ours[leaf])
+        ]
+        or [None]
+        for name in names
+    ]
+    for choice in itertools.product(*options):
+        taken = [pieces[0].leaf for pieces in choice if pieces]
+        if taken and len(set(taken)) == len(taken):
+            yield {n: pieces for n, pieces in zip(names, choice, strict=True) if pieces}
+
+
+def _orders(theirs: np.ndarray, ours: np.ndarray) -> list[np.ndarray]:
+    """Orders of a tensor's elements in which they may stand in a leaf."""
+    if theirs.size != ours.size:
+        return []
+    found = [
+        theirs.transpose(axes).reshape(-1)
+        for axes in itertools.permutations(range(theirs.ndim))
+        if theirs.transpose(axes).shape == ours.shape
+    ]
+    return found or [theirs.reshape(-1)]
+
+
+def paired_kernels(standard: list[Layer], subject: list[Layer]) -> tuple[dict[int, int], list]:
+    """{kernel of PyTorch: kernel of JAX}, and the sets of kernels that stand at equal places."""
+    pairs, ties = {}, []
+    for radius in RADII:
+        theirs = _by_colour(standard, radius, pairs)
+        ours = _by_colour(subject, radius, pairs.values())
+        for colour, left in theirs.items():
+            right = ours.get(colour, [])
+            if len(left) == len(right) or (radius == 0 and right):
+                pairs |= dict(zip(left, right, strict=False))
+                if len(left) > 1 or len(right) > 1:
+                    ties.append((radius, left, right))
+    return pairs, ties
+
+
+def _by_colour(found: list[Layer], radius: int, taken) -> dict[int, list[int]]:
+    groups, taken = {}, set(taken)
+    for index, colour in layers.colours(found, min(radius, len(found))).items():
+        if index not in taken:
+            groups.setdefault(colour, []).append(index)
+    return groups
+
+
+def pieces_of(theirs: dict, ours: dict) -> dict[str, list[Piece]]:
+    """Pieces of two layers whose positions are the same."""
+    found = {}
+    for name, left in theirs.items():
+        for leaf, right in ours.items():
+            both = (left >= 0) & (right >= 0)
+            if both.any():
+                found.setdefault(name, []).append(Piece(leaf, right[both], left[both]))
+    return found
+
+
+def mapped(standard: list[Layer], subject: list[Layer], mapping: Mapping) -> dict[int, int]:
+    """{kernel of PyTorch: kernel of JAX} in other graphs of the same networks, by the mapping."""
+    ours = {}
+    for index, layer in enumerate(subject):
+        for leaf in layer.parameters if layer.kernel else ():
+            ours.setdefault(leaf, []).append(index)
+    pairs = {}
+    for index, layer in enumerate(standard):
+        pieces = [p for n in layer.parameters if layer.kernel for p in mapping.pieces.get(n, ())]
+        left = [i for p in pieces for i in ours.get(p.leaf, ()) if i not in pairs.values()]
+        pairs |= {index: left[0]} if left else {}
+    return pairs

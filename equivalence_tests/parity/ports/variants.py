@@ -1,0 +1,326 @@
+"""Faults that ports are known to have, as other ways to run one operation of PyTorch.
+
+A variant that gives what JAX has, where PyTorch's operation does not, is the cause of a difference.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from equivalence_tests.parity.causes import SAME
+from equivalence_tests.parity.ports import exported
+from equivalence_tests.parity.ports.graph import Operation
+from equivalence_tests.parity.ports.walk import Step, Walk, _error
+
+EPSILONS = (1e-3, 1e-6, 1.001e-5, 1e-5, 1e-12, 0.0, 1e-4, 1e-2, 2e-5, 1e-8)
+
+
+class Variant(NamedTuple):
+    """Another way to run an operation."""
+
+    reason: str
+    """What is different in JAX, as part of a sentence."""
+
+    run: Callable[..., tuple]
+
+
+class Cause(NamedTuple):
+    """Variants that together give what JAX has."""
+
+    reasons: dict[int, str]
+    """{index of PyTorch's operation: reason}."""
+
+    runs: dict[int, Callable]
+
+
+def variants(operation: Operation) -> Iterator[Variant]:
+    """All known faults of one operation."""
+    for find in VARIANTS.get(operation.name, ()):
+        yield from find(operation)
+
+
+def explain(walk: Walk, step: Step, got) -> list[Cause]:
+    """The variants of one or two operations above an anchor which give what JAX has there.
+
+    Args:
+      walk: any time after the step.
+      got: JAX's activation.
+    """
+    known = {v: a for v, a in walk.of_torch.items() if v != step.standard}
+    choices = {i: list(variants(walk.standard.operations[i])) for i in step.operations}
+    for number in (1, 2):
+        found = []
+        for indices in itertools.combinations([i for i in choices if choices[i]], number):
+            for chosen in itertools.product(*(choices[i] for i in indices)):
+                runs = {i: v.run for i, v in zip(indices, chosen, strict=True)}
+                if _gives(walk, known, step, got, runs):
+                    reasons = {i: v.reason for i, v in zip(indices, chosen, strict=True)}
+                    found.append(Cause(reasons, runs))
+        if found:
+            return found
+    return []
+
+
+def _gives(walk: Walk, known, step: Step, got, runs) -> bool:
+    try:
+        with torch.no_grad():
+            values = walk.standard.evaluate(dict(known), step.operations, runs)
+    except (RuntimeError, ValueError):  # this fault does not apply to such arrays
+        return False
+    found = values[step.standard]
+    error, _ = _nearest(found, got, step)
+    return error < SAME
+
+
+def _nearest(found, got, step: Step):
+    """The error in the layout of the step, or in the usual one if the shapes differ."""
+    from equivalence_tests.parity.ports.walk import closest
+
+    if tuple(found.shape) == step.shapes[0]:
+        return _error(found.numpy(), np.asarray(got), step.layout), step.layout
+    return closest(found, got)
+
+
+def _arguments(operation: Operation, names: str) -> dict[str, Any]:
+    """The static arguments of an operation by name, from those that stand after its arrays."""
+    given = [a for a in operation.options.get("args", ()) if not hasattr(a, "op")]
+    given = operation.options.get("arguments", given)
+    return dict(zip(names.split(), given, strict=False)) | operation.options.get("kwargs", {})
+
+
+def _pair(value) -> tuple[int, int]:
+    return tuple(value) * (2 // len(value)) if isinstance(value, list | tuple) else (value, value)
+
+
+def convolutions(operation: Operation) -> Iterator[Variant]:
+    given = _arguments(operation, "stride padding dilation groups")
+    stride, padding = _pair(given.get("stride", 1)), given.get("padding", 0)
+    dilation, groups = _pair(given.get("dilation", 1)), given.get("groups", 1)
+    padding = padding if isinstance(padding, str) else _pair(padding)
+
+    def conv(x, w, stride=stride, padding=padding, groups=groups):
+        return F.conv2d(x, w, None, stride, padding, dilation, groups)
+
+    def same(x, w):
+        return conv(_padded(x, w.shape[2:], stride, dilation, 0.0), w, padding=(0, 0))
+
+    yield Variant('the padding is "SAME"', lambda x, w: (same(x, w),))
+    yield Variant("there is no padding", lambda x, w: (conv(x, w, padding=(0, 0)),))
+    yield Variant("the kernel is rotated by 180 degrees", lambda x, w: (conv(x, w.flip(2, 3)),))
+    yield Variant("the kernel's height and width are swapped",
+                  lambda x, w: (conv(x, w.transpose(2, 3)),))  # fmt: skip
+    for other in ((1, 1), (2, 2)):
+        if other != stride:
+            yield Variant(f"the stride is {other[0]} instead of {stride[0]}",
+                          lambda x, w, s=other: (conv(x, w, stride=s),))  # fmt: skip
+    if groups > 1:
+        yield Variant("groups are interleaved", lambda x, w: (_interleaved(conv(x, w), groups),))
+    if max(dilation) > 1:
+        yield Variant("there is no dilation",
+                      lambda x, w: (F.conv2d(x, w, None, stride, padding, 1, groups),))  # fmt: skip
+
+
+def _interleaved(out, groups):
+    batch, _, *size = out.shape
+    return out.reshape(batch, groups, -1, *size).transpose(1, 2).reshape(out.shape)
+
+
+def _padded(x, window, stride, dilation, value):
+    """Padding as TensorFlow's "SAME": the odd pixel at the end."""
+    pads = []
+    for size, k, s, d in list(zip(x.shape[2:], window, stride, dilation, strict=True))[::-1]:
+        total = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads, value=value)
+
+
+def max_pools(operation: Operation) -> Iterator[Variant]:
+    given = _arguments(operation, "window stride padding")
+    window = _pair(given["window"])
+    stride = _pair(given.get("stride") or window)
+
+    def same(x, value=-np.inf):
+        return F.max_pool2d(_padded(x, window, stride, (1, 1), value), window, stride)
+
+    padding = _pair(given.get("padding", 0))
+    pads = [padding[1], padding[1], padding[0], padding[0]]
+    yield Variant('the max-pool pads as "SAME"', lambda x: (same(x),))
+    yield Variant('the max-pool pads as "SAME", with zeros', lambda x: (same(x, 0.0),))
+    yield Variant("the max-pool has no padding", lambda x: (F.max_pool2d(x, window, stride),))
+    yield Variant("the max-pool pads with zeros",
+                  lambda x: (F.max_pool2d(F.pad(x, pads), window, stride),))  # fmt: skip
+    yield Variant("it is an average pool",
+                  lambda x: (F.avg_pool2d(x, window, stride, padding),))  # fmt: skip
+    yield Variant("there is no max-pool", lambda x: (x,))
+
+
+def average_pools(operation: Operation) -> Iterator[Variant]:
+    given = _arguments(operation, "window stride padding ceil_mode count_include_pad")
+    window = _pair(given["window"])
+    stride, padding = _pair(given.get("stride") or window), _pair(given.get("padding", 0))
+    counted = given.get("count_include_pad", True)
+    what = "does not count" if counted else "counts"
+    yield Variant(f"the average pool {what} its padding",
+                  lambda x: (F.avg_pool2d(x, window, stride, padding, count_include_pad=not counted),))  # fmt: skip
+    yield Variant("the average pool has no padding",
+                  lambda x: (F.avg_pool2d(x, window, stride),))  # fmt: skip
+    for count in (False, True):
+        yield Variant('the average pool pads as "SAME"' + (", counting it" if count else ""),
+                      functools.partial(_same_average, window, stride, count))  # fmt: skip
+    yield Variant("it is a max-pool", lambda x: (F.max_pool2d(x, window, stride, padding),))
+
+
+def _same_average(window, stride, count, x):
+    def pool(a):
+        return F.avg_pool2d(_padded(a, window, stride, (1, 1), 0.0), window, stride)
+
+    return (pool(x) if count else pool(x) / pool(torch.ones_like(x)),)
+
+
+def global_pools(operation: Operation) -> Iterator[Variant]:
+    yield Variant("it is a global max-pool", lambda x: (x.amax((2, 3), keepdim=True),))
+    yield Variant("it is a sum over pixels", lambda x: (x.sum((2, 3), keepdim=True),))
+
+
+def epsilons(operation: Operation) -> Iterator[Variant]:
+    usual = operation.options["eps"] if "eps" in operation.options else _given_eps(operation)
+    for eps in EPSILONS:
+        if eps != usual:
+            run = functools.partial(_with_eps, operation, eps)
+            yield Variant(f"eps is {eps:g} instead of {usual:g}", run)
+
+
+def _given_eps(operation: Operation) -> float:
+    numbers = [a for a in operation.options["args"] if isinstance(a, float)]
+    return (numbers or [operation.options["kwargs"].get("eps", 1e-5)])[0]
+
+
+def _with_eps(operation: Operation, eps: float, *arrays):
+    if operation.name == exported.BATCH_NORM:
+        return exported.batch_norm(*arrays, **operation.options | {"eps": eps})
+    if operation.name == "layer_norm":
+        return (F.layer_norm(arrays[0], operation.options["args"][1], *arrays[1:], eps=eps),)
+    return (F.group_norm(arrays[0], operation.options["args"][1], *arrays[1:], eps=eps),)
+
+
+def modes(operation: Operation) -> Iterator[Variant]:
+    """BatchNorm that takes the statistics of the other mode."""
+    training = operation.options["training"]
+    options = operation.options | {"training": not training}
+    what = "the running" if training else "the batch's"
+    yield Variant(f"BatchNorm normalises by {what} statistics",
+                  lambda *a: exported.batch_norm(*a, **options))  # fmt: skip
+
+
+def unbiased(operation: Operation) -> Iterator[Variant]:
+    if not operation.options["training"]:
+        return
+
+    def run(x, *leaves):
+        y, *after = exported.batch_norm(x, None, None, *leaves[2:], **operation.options)
+        n = x.numel() / x.shape[1]
+        variance = x.var((0, 2, 3), unbiased=False) if x.ndim == 4 else x.var(0, unbiased=False)
+        eps = operation.options["eps"]
+        factor = ((variance + eps) / (variance * n / (n - 1) + eps)).sqrt()
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        y = y * (factor * leaves[0]).reshape(shape) + leaves[1].reshape(shape)
+        return y, *after
+
+    yield Variant("BatchNorm normalises by the unbiased variance of the batch", run)
+
+
+def activations(operation: Operation) -> Iterator[Variant]:
+    others = {
+        "gelu": ("GELU is exact", lambda x: F.gelu(x)),
+        "tanh": ("GELU is the tanh approximation", lambda x: F.gelu(x, approximate="tanh")),
+        "sigmoid": ("GELU is x sigmoid(1.702 x)", lambda x: x * torch.sigmoid(1.702 * x)),
+        "relu": ("the activation is a ReLU", F.relu),
+        "none": (f"there is no {operation.name} here", lambda x: x),
+        "silu": ("the activation is SiLU", F.silu),
+        "leaky": ("the ReLU is leaky, with slope 0.01", lambda x: F.leaky_relu(x, 0.01)),
+        "relu6": ("the activation is ReLU6", F.relu6),
+        "elu": ("the activation is ELU", F.elu),
+    }
+    approximate = operation.options.get("kwargs", {}).get("approximate", "none")
+    own = {"gelu": {"none": "gelu", "tanh": "tanh"}[approximate]}.get(
+        operation.name, operation.name
+    )
+    for name, (reason, function) in others.items():
+        if name != own:
+            yield Variant(reason, lambda x, f=function: (f(x),))
+
+
+def additions(operation: Operation) -> Iterator[Variant]:
+    if len(operation.inputs) != 2:
+        return
+    yield Variant("the first branch is not added", lambda a, b: (b + 0 * a,))
+    yield Variant("the second branch is not added", lambda a, b: (a + 0 * b,))
+    yield Variant("a ReLU stands before the addition", lambda a, b: (F.relu(a) + b,))
+    yield Variant("a ReLU stands before the addition, on the other branch",
+                  lambda a, b: (a + F.relu(b),))  # fmt: skip
+
+
+def biases(operation: Operation) -> Iterator[Variant]:
+    yield Variant("there is no bias", lambda x, b: (x + 0 * operation.run(torch.zeros_like(x), b)[0],))
+
+
+def scales(operation: Operation) -> Iterator[Variant]:
+    """A constant factor that is missing, or its inverse."""
+    numbers = [a for a in operation.options.get("args", ()) if isinstance(a, int | float)]
+    if len(operation.inputs) == 1 and numbers:
+        yield Variant(f"the factor {numbers[0]:.6g} is missing", lambda x: (x,))
+        yield Variant(f"the factor {numbers[0]:.6g} is applied twice",
+                      lambda x: operation.run(*operation.run(x)))  # fmt: skip
+
+
+def softmaxes(operation: Operation) -> Iterator[Variant]:
+    own = operation.options["args"][1]
+
+    def run(x, axis):
+        return (torch.softmax(x, axis),)
+
+    probe = range(4)
+    for axis in probe:
+        yield Variant(f"softmax runs along axis {axis} instead of {own}",
+                      functools.partial(run, axis=axis))  # fmt: skip
+
+
+def interpolations(operation: Operation) -> Iterator[Variant]:
+    for mode in ("bilinear", "bicubic"):
+        for align in (False, True):
+            yield Variant(
+                f"the resize is {mode} with align_corners={align}",
+                lambda x, m=mode, a=align: (
+                    F.interpolate(x, tuple(operation.run(x)[0].shape[2:]), mode=m, align_corners=a),
+                ),
+            )
+    yield Variant("the resize takes the nearest pixel",
+                  lambda x: (F.interpolate(x, tuple(operation.run(x)[0].shape[2:])),))  # fmt: skip
+
+
+VARIANTS: dict[str, tuple[Callable[[Operation], Iterator[Variant]], ...]] = {
+    "conv2d": (convolutions,),
+    "max_pool2d": (max_pools,),
+    "avg_pool2d": (average_pools,),
+    "adaptive_avg_pool2d": (global_pools,),
+    exported.BATCH_NORM: (epsilons, modes, unbiased),
+    "layer_norm": (epsilons,),
+    "group_norm": (epsilons,),
+    "relu": (activations,),
+    "gelu": (activations,),
+    "silu": (activations,),
+    "hardswish": (activations,),
+    "add": (additions,),
+    "add_bias": (biases,),
+    "mul": (scales,),
+    "div": (scales,),
+    "softmax": (softmaxes,),
+    "upsample_bilinear2d": (interpolations,),
+    "upsample_bicubic2d": (interpolations,),
+    "upsample_nearest2d": (interpolations,),
+}

@@ -1,0 +1,137 @@
+"""Runs both networks side by side, each layer of PyTorch on what reaches the same layer in JAX.
+
+After every layer that both have, an anchor, PyTorch goes on from JAX's activation. So a layer that
+differs is seen by itself: differences above it do not reach it.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from equivalence_tests.parity.ports.graph import Graph, Value
+
+LARGEST = 1e3
+"""A relative error that stands for arrays of different shapes, or for values that are not finite."""
+
+
+class Layout(NamedTuple):
+    """How an activation of PyTorch lies in JAX."""
+
+    axes: tuple[int, ...]
+    """PyTorch's axes in JAX's order."""
+
+    permuted: tuple[int, ...]
+    """The shape after the permutation, before a reshape to JAX's shape."""
+
+    def to_torch(self, array) -> torch.Tensor:
+        """An activation of JAX in PyTorch's layout."""
+        array = np.asarray(array)
+        if array.size == np.prod(self.permuted):
+            array = array.reshape(self.permuted)
+        moved = np.transpose(array, np.argsort(self.axes))
+        return torch.from_numpy(np.array(moved, order="C"))
+
+
+class Step(NamedTuple):
+    """One anchor: the same activation on both sides, from the same inputs."""
+
+    standard: Value
+    """Its value in PyTorch's graph."""
+
+    subject: Value
+    """Its value in JAX's graph."""
+
+    layout: Layout
+
+    error: float
+    """Norm of the difference over the norm of PyTorch's activation."""
+
+    operations: tuple[int, ...]
+    """PyTorch's operations since the anchors above."""
+
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    """PyTorch's and JAX's."""
+
+
+class Walk:
+    """One pass through both networks, anchor by anchor."""
+
+    def __init__(self, standard: Graph, subject: Graph, state: dict, leaves: dict, images):
+        """Begins at the images.
+
+        Args:
+          state: PyTorch's parameters and statistics by name.
+          leaves: JAX's by path; may be changed before an operation that needs them is computed.
+          images: `[B, H, W, C]`.
+        """
+        self.standard, self.subject, self.leaves = standard, subject, leaves
+        self.state = state
+        self.of_torch = {v: torch.as_tensor(state[n]) for n, v in standard.leaves.items()}
+        self.of_torch[standard.images] = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        self.of_jax = {subject.images: jnp.asarray(images)}
+        self.steps: list[Step] = []
+
+    def in_jax(self, value: Value, leaves=None):
+        """A value of JAX; with other leaves than the walk's, nothing is kept."""
+        known = self.of_jax if leaves is None else dict(self.of_jax)
+        indices = self.subject.needed([value], known)
+        current = self.leaves if leaves is None else leaves
+        arrays = {v: current[n] for n, v in self.subject.leaves.items()}
+        found = self.subject.evaluate(arrays | known, indices)
+        self_values = {v for i in indices for v in self.subject.operations[i].outputs}
+        if leaves is None:
+            self.of_jax.update({v: found[v] for v in self_values})
+        return found[value]
+
+    def in_torch(self, value: Value, replaced=None) -> torch.Tensor:
+        """A value of PyTorch, computed from the anchors above it."""
+        with torch.no_grad():
+            indices = self.standard.needed([value], self.of_torch)
+            return self.standard.evaluate(dict(self.of_torch), indices, replaced)[value]
+
+    def anchor(self, standard: Value, subject: Value) -> Step:
+        """Compares an activation that both have; PyTorch goes on from JAX's."""
+        operations = tuple(self.standard.needed([standard], self.of_torch))
+        expected, got = self.in_torch(standard), self.in_jax(subject)
+        error, layout = closest(expected, got)
+        step = Step(standard, subject, layout, error, operations,
+                    (tuple(expected.shape), tuple(np.shape(got))))  # fmt: skip
+        self.of_torch[standard] = layout.to_torch(got)
+        self.steps.append(step)
+        return step
+
+
+def closest(expected: torch.Tensor, got) -> tuple[float, Layout]:
+    """The layout in which an array of JAX is most like PyTorch's, with its relative error."""
+    expected, got = expected.detach().numpy(), np.asarray(got)
+    found = [(_error(expected, got, layout), layout) for layout in layouts(expected.shape, got.shape)]
+    return min(found, key=lambda pair: pair[0])
+
+
+def layouts(standard: tuple[int, ...], subject: tuple[int, ...]) -> list[Layout]:
+    """Ways in which PyTorch's axes may lie in JAX's shape."""
+    found = []
+    for axes in itertools.permutations(range(len(standard))):
+        permuted = tuple(standard[a] for a in axes)
+        if _without_ones(permuted) == _without_ones(subject):
+            found.append(Layout(axes, permuted))
+    usual = tuple(range(len(standard))), (0, *range(2, len(standard)), 1)
+    if not found:  # joined axes, or another number of pixels
+        found = [Layout(a, tuple(standard[i] for i in a)) for a in usual if len(a) == len(standard)]
+    return found
+
+
+def _without_ones(shape):
+    return tuple(n for n in shape if n != 1)
+
+
+def _error(expected, got, layout: Layout) -> float:
+    if got.size != expected.size:
+        return LARGEST
+    moved = np.transpose(expected, layout.axes).reshape(got.shape)
+    difference = float(np.linalg.norm(got - moved))
+    error = difference / max(float(np.linalg.norm(moved)), 1e-300)
+    return error if np.isfinite(error) else LARGEST
