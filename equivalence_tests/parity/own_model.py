@@ -1,13 +1,10 @@
 """A user's own PyTorch network, run and recorded under torchvision's names."""
 
-import importlib
-import sys
-
 import numpy as np
 import torch
 from torch import nn
 
-from equivalence_tests.parity import engine
+from equivalence_tests.parity import engine, loading
 from equivalence_tests.parity.inputs import Case
 from flax_resnet.errors import InputError
 from flax_resnet.weights import convert
@@ -20,17 +17,14 @@ def load(place: str) -> nn.Module:
     Raises:
       InputError: the callable cannot be imported, raises, or returns no network.
     """
-    module_name, _, name = place.partition(":")
-    sys.path.insert(0, "")  # a module in the working directory, as python -m has it
-    try:
-        model = getattr(importlib.import_module(module_name), name)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"--torch-model {place}: {error} (package.module:callable)") from None
+    model = loading.load(place, "--torch-model")
     if not isinstance(model, nn.Module):
         raise InputError(f"--torch-model {place} returns {type(model).__name__}, no nn.Module")
     for part in model.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0  # its draws cannot be compared
+        if loading.drops(part):  # its draws cannot be compared
+            part.forward = lambda values, *_, **__: values
+        if isinstance(part, nn.MultiheadAttention):
+            part.dropout = 0.0
     return model.double()
 
 

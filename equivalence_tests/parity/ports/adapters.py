@@ -1,0 +1,151 @@
+"""Networks of every JAX framework as one function and its variables."""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from equivalence_tests.parity.ports.frameworks import FRAMEWORKS
+from flax_resnet.errors import InputError
+
+
+class Network(NamedTuple):
+    """A network as a pure function; it drops nothing at random."""
+
+    apply: Callable
+    """`apply(variables, images [B, H, W, C], train)` -> (logits [B, K], variables after)."""
+    variables: Any
+    """The pytree of arrays that `apply` takes."""
+
+
+def adapt(net, image_shape: tuple[int, int, int, int]) -> Network:
+    """Takes a network of any JAX framework; random weights come from the framework's own start.
+
+    Args:
+      net: an NNX, Linen, Equinox, Keras or transformers network, Haiku's transformed functions,
+        `(apply, variables)`, or a `Network`. Variables, or an Equinox state, may follow in a tuple.
+      image_shape: (B, H, W, C).
+
+    Raises:
+      InputError: `net` is something else, or its forward pass raises or returns no logits.
+    """
+    network = _adapted(net, jax.ShapeDtypeStruct(image_shape, jnp.float32))
+    images = jax.ShapeDtypeStruct(image_shape, _precision(network.variables))
+    while True:
+        checked = _checked(network.apply)
+        try:
+            for train in False, True:
+                jax.eval_shape(partial(checked, train=train), network.variables, images)
+            return Network(checked, network.variables)
+        except InputError as error:
+            axis = _unbound_axis(error.__cause__)
+            if axis is None:
+                raise
+            network = network._replace(apply=_with_axis(network.apply, axis))
+
+
+def _precision(variables):
+    """The widest floating type among the variables, at least float32."""
+    leaves = jax.tree.leaves(variables)
+    for leaf in leaves:
+        if not hasattr(leaf, "dtype"):
+            raise InputError(f"the variables hold a {type(leaf).__name__}, not only arrays")
+    floats = [leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.result_type(jnp.float32, *floats)
+
+
+def _adapted(net, images) -> Network:
+    head, *rest = net if type(net) is tuple and net else (net,)  # Haiku's are named tuples
+    for module, name, adapter in FRAMEWORKS:
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind and isinstance(head, kind):
+            return _called(adapter, images, head, rest)
+    if isinstance(net, Network):
+        return net
+    if callable(head) and len(rest) == 1:
+        return Network(head, rest[0])
+    found = ", ".join(type(part).__name__ for part in (head, *rest))
+    raise InputError(
+        f"a network is expected, not ({found}): an NNX, Linen, Equinox, Keras or transformers"
+        " module, a pair of Haiku, or (apply, variables)"
+    )
+
+
+def _called(adapter, images, head, rest) -> Network:
+    kind = type(head).__name__
+    try:
+        inspect.signature(adapter).bind(images, head, *rest)
+    except TypeError:
+        raise InputError(f"{len(rest)} values follow a {kind}, not its variables") from None
+    try:
+        return Network(*adapter(images, head, *rest))
+    except InputError:
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"the initialisation of {kind} raises {reason}") from error
+
+
+def _unbound_axis(error) -> str | None:
+    """The name of an axis over which a network reduces and which nothing binds."""
+    found = re.search(r"unbound axis name: ([^\s.]+)", str(error))
+    return found[1] if found and isinstance(error, NameError) else None
+
+
+def _with_axis(apply, name) -> Callable:
+    """Binds the name to an axis of size 1, which leaves no trace in the shapes of values."""
+
+    def bound(variables, images, train):
+        run = partial(apply, train=train)
+        return jax.vmap(run, None, None, axis_name=name, axis_size=1)(variables, images)
+
+    return bound
+
+
+def _checked(apply) -> Callable:
+    def checked(variables, images, train):
+        try:
+            out = apply(variables, images, train)
+        except InputError:
+            raise
+        except Exception as error:  # whatever the user's own code raises
+            size = "x".join(map(str, images.shape))
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"the forward pass of {size} raises {reason}") from error
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise InputError(f"apply returns {_shown(out)}, not (logits, variables after)")
+        if jax.tree.structure(out[1]) != jax.tree.structure(variables):
+            raise InputError("the variables after a forward pass have other parts than before it")
+        return _logits(out[0], len(images)), out[1]
+
+    return checked
+
+
+def _logits(out, batch: int):
+    inner = _unwrapped(out)
+    shape = getattr(inner, "shape", ())
+    if not (len(shape) == 2 and shape[0] == batch and jnp.issubdtype(inner.dtype, jnp.floating)):
+        raise InputError(f"the network returns {_shown(inner)}, not logits [{batch}, classes]")
+    return inner
+
+
+def _unwrapped(out):
+    """The logits in an output: its `logits`, or the first of several values."""
+    if hasattr(out, "logits"):
+        return out.logits
+    if isinstance(out, Mapping):
+        return _unwrapped(out["logits"]) if "logits" in out else out
+    if isinstance(out, tuple | list) and out:
+        return _unwrapped(out[0])
+    return out
+
+
+def _shown(out) -> str:
+    if hasattr(out, "shape"):
+        return f"{out.dtype}{list(out.shape)}"
+    return type(out).__name__

@@ -1,0 +1,211 @@
+"""Each JAX framework's networks as `apply(variables, images, train)` and its variables.
+
+A framework is recognised only if the user's code has imported it: nothing here imports it first.
+"""
+
+import dataclasses
+import inspect
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+
+from equivalence_tests.parity.loading import drops
+from flax_resnet.errors import InputError
+
+_IS_TRAINING = {
+    "train": True, "training": True, "is_training": True, "is_train": True,
+    "deterministic": False, "use_running_average": False, "inference": False, "eval": False,
+}  # fmt: skip
+"""Names of a flag, and its value in training."""
+
+_RATES = ("dropout_rate", "dropout_prob", "drop_rate", "drop_prob", "drop_path_rate")
+"""Attributes of a layer that drops values besides its own work, as attention does."""
+
+
+def _nnx(images, model):
+    graph, state = nnx.split(model)
+    parts = [part for _, part in nnx.iter_modules(model)]
+    takes = inspect.signature(model.__call__).parameters
+
+    def apply(state, images, train):
+        model = nnx.merge(graph, state)
+        _set_mode(model, train)
+        with _calls_replaced(parts):
+            out = model(images, **_flags(takes, train))
+        nnx.pop(model, nnx.Intermediate)  # what it sows is no state
+        return out, nnx.state(model)
+
+    return apply, state
+
+
+def _set_mode(model, train):
+    model.train() if train else model.eval()
+    others = {"training": train, "is_training": train, "inference": not train}
+    model.set_attributes(**others, raise_if_not_found=False)
+    for _, part in nnx.iter_modules(model):
+        _set_rates_to_zero(part)
+
+
+def _linen(images, module, variables=None):
+    key = jax.random.key(0)
+    takes = inspect.signature(module.__call__).parameters
+    fields = [field.name for field in dataclasses.fields(module) if field.name not in takes]
+
+    def run(method, train, *args, **settings):
+        bound = getattr(module.clone(**_flags(fields, train)), method)
+        with linen.intercept_methods(_dropping_nothing):
+            return bound(*args, **settings, **_flags(takes, train))
+
+    def apply(variables, images, train):
+        others = [name for name in variables if name != "params"]
+        out, after = run("apply", train, variables, images, rngs={"params": key}, mutable=others)
+        return out, {**variables, **after}
+
+    if variables is None:
+        variables = jax.jit(partial(run, "init", True))(key, _zeros(images))
+    return apply, variables
+
+
+def _transformers(images, model):
+    params = model.params
+    return _linen(images, model.module, params if "params" in params else {"params": params})
+
+
+def _haiku(images, transformed, params=None, state=None):
+    import haiku
+
+    has_state = isinstance(transformed, haiku.TransformedWithState)
+    if not has_state:
+        transformed = haiku.with_empty_state(transformed)
+    key = jax.random.key(0)
+    takes = inspect.signature(transformed.init).parameters
+
+    def run(function, train, *args):
+        with haiku.intercept_methods(_dropping_nothing), _no_haiku_dropout():
+            return function(*args, **_flags(takes, train))
+
+    def apply(variables, images, train):
+        out, state = run(transformed.apply, train, *variables, key, images)
+        return out, (variables[0], state)
+
+    if params is None:
+        params, state = jax.jit(partial(run, transformed.init, True))(key, _zeros(images))
+    return apply, (params, state or {})
+
+
+def _no_haiku_dropout():
+    """Haiku's dropout is a function, which Haiku keeps apart so that it can be replaced."""
+    return mock.patch("haiku._src.basic.dropout_impl", lambda rng, rate, x, **_: x)
+
+
+def _equinox(images, model, state=None):
+    import equinox
+
+    takes = inspect.signature(model.__call__).parameters
+    key = {"key": jax.random.PRNGKey(0)} if "key" in takes else {}
+    parts = _parts(model)
+    axis = next((part.axis_name for part in parts if hasattr(part, "axis_name")), "batch")
+    has_state = state is not None or any(isinstance(p, equinox.nn.StateIndex) for p in parts)
+    if has_state and state is None:
+        state = equinox.nn.State(model)
+    arrays, static = equinox.partition(equinox.nn.delete_init_state(model), equinox.is_array)
+
+    def apply(variables, images, train):
+        arrays, state = variables
+        net = equinox.nn.inference_mode(equinox.combine(arrays, static), not train)
+
+        def one(image, state):
+            args = (image, state) if has_state else (image,)
+            out = net(*args, **key, **_flags(takes, train))
+            return out if has_state else (out, state)
+
+        run = jax.vmap(one, in_axes=(0, None), out_axes=(0, None), axis_name=axis)
+        with _calls_replaced(parts):
+            out, state = run(jnp.moveaxis(images, -1, 1), state)
+        return out, (arrays, state)
+
+    return apply, (arrays, state)
+
+
+def _parts(tree) -> list:
+    """The Equinox modules inside a pytree, itself among them."""
+    import equinox
+
+    def inner(node):
+        return isinstance(node, equinox.Module) and node is not tree
+
+    found = [node for node in jax.tree.leaves(tree, is_leaf=inner) if inner(node)]
+    return [tree, *(part for node in found for part in _parts(node))]
+
+
+def _keras(images, model):
+    import keras
+
+    if keras.backend.backend() != "jax":
+        raise InputError("Keras computes with another library; set KERAS_BACKEND=jax")
+    if not model.built:
+        model.build(images.shape)
+    layers = model._flatten_layers()
+    parts = model.trainable_variables, model.non_trainable_variables
+
+    def apply(variables, images, train):
+        values = [[of[v.path] for v in part] for of, part in zip(variables, parts, strict=True)]
+        with _calls_replaced(layers):
+            out, after = model.stateless_call(*values, images, training=train)
+        names = [v.path for v in parts[1]]
+        return out, (variables[0], dict(zip(names, after, strict=True)))
+
+    return apply, tuple({v.path: v.value for v in part} for part in parts)
+
+
+FRAMEWORKS = (
+    ("flax.nnx", "Module", _nnx),
+    ("flax.linen", "Module", _linen),
+    ("transformers.modeling_flax_utils", "FlaxPreTrainedModel", _transformers),
+    ("haiku", "Transformed", _haiku),
+    ("haiku", "TransformedWithState", _haiku),
+    ("equinox", "Module", _equinox),
+    ("keras", "Layer", _keras),
+)
+"""A module, the name of its class of networks, and the adapter of these."""
+
+
+def _zeros(images):
+    return jnp.zeros(images.shape, images.dtype)
+
+
+def _flags(names, train: bool) -> dict[str, bool]:
+    return {name: train == value for name, value in _IS_TRAINING.items() if name in names}
+
+
+def _identity(part, *args, **settings):
+    return next(iter((*args, *settings.values())))
+
+
+@contextmanager
+def _calls_replaced(parts):
+    """Layers that drop values return their input."""
+    with ExitStack() as stack:
+        for kind in {type(part) for part in parts if drops(part)}:
+            stack.enter_context(mock.patch.object(kind, "__call__", _identity))
+        yield
+
+
+def _dropping_nothing(function, args, settings, context):
+    """An interceptor of methods for Linen and Haiku."""
+    part = context.module
+    if context.method_name == "__call__" and drops(part):
+        return _identity(part, *args, **settings)
+    _set_rates_to_zero(part)
+    return function(*args, **settings)
+
+
+def _set_rates_to_zero(part):
+    """Changes a module that is a copy, made for one call."""
+    for rate in _RATES:
+        if isinstance(getattr(part, rate, None), float):
+            object.__setattr__(part, rate, 0.0)
