@@ -128,13 +128,17 @@ def _spread(module, rng):
     module.num_batches_tracked += int(rng.integers(1, 1000))
 
 
-def faults(state: dict, graph: Graph, values: dict) -> list[str]:
+def faults(state: dict, graph: Graph, images: np.ndarray) -> list[str]:
     """Reasons why a fault could hide behind these weights and images; [] if there are none.
 
     Args:
       graph: PyTorch's, in evaluation mode.
-      values: all its values.
+      images: `[B, H, W, C]`.
     """
+    values = {v: torch.as_tensor(state[n]) for n, v in graph.leaves.items()}
+    values[graph.images] = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    with torch.no_grad():
+        graph.evaluate(values, range(len(graph.operations)))
     return [*_equal_vectors(state), *_one_sided(graph, values), *_large_batches(graph, values)]
 
 

@@ -1,6 +1,7 @@
 """A PyTorch network as a graph, from `torch.export`: pure operations with their modules' names."""
 
 import copy
+import functools
 import itertools
 import operator
 import warnings
@@ -13,7 +14,7 @@ from equivalence_tests.parity.ports.graph import Graph, Operation
 from flax_resnet.errors import InputError
 
 BATCH_NORM = "batch_norm"
-"""Name of BatchNorm's operation: (x, weight, bias, mean, variance) -> (y, mean and variance after)."""
+"""Name of BatchNorm's operation, `batch_norm` below."""
 
 
 def graph(net: nn.Module, image_shape: tuple[int, ...], *, train: bool) -> Graph:
@@ -42,7 +43,7 @@ class _Builder:
     def __init__(self, program):
         self.program, self.operations, self.constants = program, [], {}
         self._numbers = itertools.count()
-        self._values = {}
+        self._values, self._norms = {}, {}
 
     def graph(self) -> Graph:
         signature = self.program.graph_signature
@@ -78,16 +79,13 @@ class _Builder:
             self._with_bias(node, name)
         elif name.startswith("_native_batch_norm_legit"):
             self._batch_norm(node)
-        elif node.target is operator.getitem and node.args[0] in self._values_of_norms:
-            parts = self._values_of_norms[node.args[0]]
-            self._values[node] = parts[node.args[1]]
+        elif node.target is operator.getitem and node.args[0] in self._norms:
+            self._values[node] = self._norms[node.args[0]][node.args[1]]
         else:
             self._values[node] = self._add(name, _function(node), node.all_input_nodes, node)
 
     def _with_bias(self, node, name):
         """A kernel and its bias are two operations, as in JAX."""
-        without = fx.Graph()
-        del without
         inputs = [node.args[0], node.args[1]]
         rest, keywords = node.args[3:], node.kwargs
 
@@ -104,27 +102,18 @@ class _Builder:
 
         self._values[node] = self._add("add_bias", add, [product, node.args[2]], node)
 
-    _values_of_norms: dict = {}
-
     def _batch_norm(self, node):
         x, weight, bias, mean, variance, *rest = node.args
         training = "no_training" not in str(node.target) and rest.pop(0)
         momentum, eps = rest
-        options = {"training": training, "momentum": momentum, "eps": eps}
-
-        def run(x, *leaves):
-            arrays = iter(leaves)
-            scale, shift, old_mean, old_variance = (
-                None if part is None else next(arrays) for part in (weight, bias, mean, variance)
-            )
-            return batch_norm(x, scale, shift, old_mean, old_variance, **options)
+        given = tuple(part is not None for part in (weight, bias, mean, variance))
+        options = {"training": training, "momentum": momentum, "eps": eps, "given": given}
+        run = functools.partial(batch_norm, **options)
 
         inputs = [part for part in (x, weight, bias, mean, variance) if part is not None]
         outputs = self._add(BATCH_NORM, run, inputs, node, count=3, options=options)
         y, new_mean, new_variance = outputs
-        self._values_of_norms = self._values_of_norms | {
-            node: {0: y, 3: new_mean, 4: new_variance}
-        }
+        self._norms[node] = {0: y, 3: new_mean, 4: new_variance}
 
     def _add(self, name, run, inputs, node, *, count=1, options=None):
         values = tuple(self._values[i] if isinstance(i, fx.Node) else i for i in inputs)
@@ -151,8 +140,36 @@ def _function(node):
     return run
 
 
-def batch_norm(x, weight, bias, mean, variance, *, training, momentum, eps) -> tuple:
-    """BatchNorm as a pure function: (y, running mean after, running variance after)."""
+def batch_norm(x, *leaves, training, momentum, eps, given, biased=False, detached=False) -> tuple:
+    """BatchNorm as a pure function: (y, running mean after, running variance after).
+
+    Args:
+      leaves: weight, bias, running mean and variance, as far as they are given.
+      given: which of the four are.
+      biased: the running variance takes the biased variance of the batch.
+      detached: the statistics of the batch pass no gradient.
+    """
+    arrays = iter(leaves)
+    weight, bias, mean, variance = (next(arrays) if part else None for part in given)
+    old = None if variance is None else variance.clone()
     mean, variance = (None if a is None else a.clone() for a in (mean, variance))
     y = F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
+    if biased and training and variance is not None:
+        n = x.numel() / x.shape[1]
+        variance = (1 - momentum) * old + (variance - (1 - momentum) * old) * (n - 1) / n
+    if detached:
+        y = _detached_batch_norm(x, weight, bias, eps)
     return y, mean, variance
+
+
+def _detached_batch_norm(x, weight, bias, eps):
+    axes = [a for a in range(x.ndim) if a != 1]
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    mean, variance = x.mean(axes).detach(), x.var(axes, unbiased=False).detach()
+    scale = weight * (variance + eps).rsqrt()
+    return (x - mean.reshape(shape)) * scale.reshape(shape) + bias.reshape(shape)
+
+
+def batch_norm_of(operation: Operation, options: dict):
+    """BatchNorm's operation with other options."""
+    return functools.partial(batch_norm, **operation.options | options)

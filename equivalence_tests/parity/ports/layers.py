@@ -1,8 +1,8 @@
 """The layers of a graph: operations in which parameters meet data.
 
-A layer is found by what it does. A kernel is multiplied and summed (a convolution, a matrix product);
-every other parameter or statistic is a vector. On the way to its layer a parameter may be transposed,
-reshaped, cut or joined, so each layer says which element of which leaf stands where.
+A layer is found by what it does. A kernel is multiplied and summed (a convolution, a matrix
+product); every other parameter or statistic is a vector. On the way to its layer a parameter may be
+transposed, reshaped, cut or joined, so each layer says which element of which leaf stands where.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ MOVES = {
     "reshape", "transpose", "squeeze", "broadcast_in_dim", "expand_dims", "slice", "concatenate",
     "rev", "gather", "index", "stack", "copy", "split", "dynamic_slice",
     # PyTorch
-    "permute", "view", "t", "unsqueeze", "expand", "select", "slice", "chunk", "cat", "clone",
+    "permute", "view", "t", "unsqueeze", "expand", "select", "chunk", "cat", "clone",
     "flip", "contiguous", "_unsafe_view", "alias", "detach", "unflatten", "getitem",
 }  # fmt: skip
 """Operations that only move elements; run on numbers of elements they tell where each went."""
@@ -63,8 +63,7 @@ class _Analysis:
         self.above = {graph.images: frozenset([IMAGE])}
         self.arrays = {value: leaves[name] for name, value in graph.leaves.items()}
         self.numbers = {
-            value: {name: _numbers(np.shape(leaves[name]))}
-            for name, value in graph.leaves.items()
+            value: {name: _numbers(np.shape(leaves[name]))} for name, value in graph.leaves.items()
         }
         for index in graph.needed([graph.logits]):
             self._visit(index)

@@ -118,7 +118,9 @@ def match(walk: Walk, standard: list[Layer], subject: list[Layer], statistics: t
     pairs, ties = paired_kernels(standard, subject)
     mapping = Mapping({}, {}, {}, [_tied(*tie, standard) for tie in ties if tie[0] == 0])
     for stage in stages(standard, subject, pairs):
-        pieces = _kernel(stage, mapping) if stage.kernel else _group(walk, stage, mapping, statistics)
+        pieces = (
+            _kernel(stage, mapping) if stage.kernel else _group(walk, stage, mapping, statistics)
+        )
         mapping.pieces.update(pieces)
         for name, parts in pieces.items():
             for piece in parts:

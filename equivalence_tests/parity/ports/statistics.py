@@ -5,36 +5,40 @@ import numpy as np
 from equivalence_tests.parity.causes import constant
 
 
-def causes(mean: tuple, variance: tuple, momentum: float, batches: int = 0) -> list[str]:
-    """Another momentum, a biased variance, or both, one sentence each.
+def causes(mean: tuple, variance: tuple, momentum: float) -> tuple[list[str], dict]:
+    """Another momentum, a biased variance, or both: one sentence each, and options of `batch_norm`.
 
     Args:
       mean, variance: (before the step, what JAX has after it, what PyTorch has after it).
       momentum: PyTorch's.
-      batches: number of batches that the statistics have seen, with this one.
     """
     old, got, expected = (np.asarray(a, np.float64) for a in mean)
     share = constant((got - old) / (expected - old), noise=1e-9)
     if share is None:
-        return []
+        return [], {}
     if abs(share) < 1e-9:
-        return ["running statistics do not move"]
-    found = []
+        return ["running statistics do not move"], {"momentum": 0.0}
+    found, options = [], {}
     if abs(share - 1) > 1e-6:
+        options["momentum"] = momentum * share
         found.append(f"BatchNorm's momentum is {momentum * share:.4g} instead of {momentum:g}"
                      f" (a decay of {1 - momentum * share:.4g})")  # fmt: skip
-    return found + _biased(variance, momentum, share)
+    if _biased(variance, momentum, share):
+        options["biased"] = True
+        found.append(BIASED)
+    return found, options
 
 
-def _biased(variance, momentum, share) -> list[str]:
-    """The batch variances differ by (n - 1) / n for a whole number n."""
+BIASED = "the running variance takes the biased variance of the batch (n instead of n - 1)"
+
+
+def _biased(variance, momentum, share) -> bool:
+    """Whether the batch variances differ by (n - 1) / n for a whole number n."""
     old, got, expected = (np.asarray(a, np.float64) for a in variance)
     of_jax = old + (got - old) / (momentum * share)
     of_torch = old + (expected - old) / momentum
     ratio = constant(of_jax / of_torch)
     if ratio is None or not 0.4 < ratio < 1 - 1e-9:
-        return []
+        return False
     n = 1 / (1 - ratio)
-    if abs(n - round(n)) > 1e-3 * n:
-        return []
-    return ["the running variance takes the biased variance of the batch (n instead of n - 1)"]
+    return abs(n - round(n)) <= 1e-3 * n

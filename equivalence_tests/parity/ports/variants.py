@@ -26,16 +26,14 @@ class Variant(NamedTuple):
     reason: str
     """What is different in JAX, as part of a sentence."""
 
-    run: Callable[..., tuple]
+    run: Callable[..., tuple] | None
+
+    options: dict[str, Any] = {}
+    """Options of `exported.batch_norm` that differ, so that several variants can be joined."""
 
 
-class Cause(NamedTuple):
-    """Variants that together give what JAX has."""
-
-    reasons: dict[int, str]
-    """{index of PyTorch's operation: reason}."""
-
-    runs: dict[int, Callable]
+Cause = dict[int, Variant]
+"""{index of PyTorch's operation: variant}; together they give what JAX has."""
 
 
 def variants(operation: Operation) -> Iterator[Variant]:
@@ -57,10 +55,9 @@ def explain(walk: Walk, step: Step, got) -> list[Cause]:
         found = []
         for indices in itertools.combinations([i for i in choices if choices[i]], number):
             for chosen in itertools.product(*(choices[i] for i in indices)):
-                runs = {i: v.run for i, v in zip(indices, chosen, strict=True)}
-                if _gives(walk, known, step, got, runs):
-                    reasons = {i: v.reason for i, v in zip(indices, chosen, strict=True)}
-                    found.append(Cause(reasons, runs))
+                cause = dict(zip(indices, chosen, strict=True))
+                if _gives(walk, known, step, got, {i: v.run for i, v in cause.items()}):
+                    found.append(cause)
         if found:
             return found
     return []
@@ -191,8 +188,15 @@ def epsilons(operation: Operation) -> Iterator[Variant]:
     usual = operation.options["eps"] if "eps" in operation.options else _given_eps(operation)
     for eps in EPSILONS:
         if eps != usual:
-            run = functools.partial(_with_eps, operation, eps)
-            yield Variant(f"eps is {eps:g} instead of {usual:g}", run)
+            reason = f"eps is {eps:g} instead of {usual:g}"
+            if operation.name == exported.BATCH_NORM:
+                yield _batch_norm(operation, reason, eps=eps)
+            else:
+                yield Variant(reason, functools.partial(_with_eps, operation, eps))
+
+
+def _batch_norm(operation: Operation, reason: str, **options) -> Variant:
+    return Variant(reason, exported.batch_norm_of(operation, options), options)
 
 
 def _given_eps(operation: Operation) -> float:
@@ -201,8 +205,6 @@ def _given_eps(operation: Operation) -> float:
 
 
 def _with_eps(operation: Operation, eps: float, *arrays):
-    if operation.name == exported.BATCH_NORM:
-        return exported.batch_norm(*arrays, **operation.options | {"eps": eps})
     if operation.name == "layer_norm":
         return (F.layer_norm(arrays[0], operation.options["args"][1], *arrays[1:], eps=eps),)
     return (F.group_norm(arrays[0], operation.options["args"][1], *arrays[1:], eps=eps),)
@@ -211,10 +213,9 @@ def _with_eps(operation: Operation, eps: float, *arrays):
 def modes(operation: Operation) -> Iterator[Variant]:
     """BatchNorm that takes the statistics of the other mode."""
     training = operation.options["training"]
-    options = operation.options | {"training": not training}
     what = "the running" if training else "the batch's"
-    yield Variant(f"BatchNorm normalises by {what} statistics",
-                  lambda *a: exported.batch_norm(*a, **options))  # fmt: skip
+    reason = f"BatchNorm normalises by {what} statistics"
+    yield _batch_norm(operation, reason, training=not training)
 
 
 def unbiased(operation: Operation) -> Iterator[Variant]:
@@ -266,7 +267,9 @@ def additions(operation: Operation) -> Iterator[Variant]:
 
 
 def biases(operation: Operation) -> Iterator[Variant]:
-    yield Variant("there is no bias", lambda x, b: (x + 0 * operation.run(torch.zeros_like(x), b)[0],))
+    yield Variant(
+        "there is no bias", lambda x, b: (x + 0 * operation.run(torch.zeros_like(x), b)[0],)
+    )
 
 
 def scales(operation: Operation) -> Iterator[Variant]:

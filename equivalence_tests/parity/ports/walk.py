@@ -107,7 +107,9 @@ class Walk:
 def closest(expected: torch.Tensor, got) -> tuple[float, Layout]:
     """The layout in which an array of JAX is most like PyTorch's, with its relative error."""
     expected, got = expected.detach().numpy(), np.asarray(got)
-    found = [(_error(expected, got, layout), layout) for layout in layouts(expected.shape, got.shape)]
+    found = [
+        (_error(expected, got, layout), layout) for layout in layouts(expected.shape, got.shape)
+    ]
     return min(found, key=lambda pair: pair[0])
 
 

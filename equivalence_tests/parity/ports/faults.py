@@ -1,0 +1,130 @@
+"""Finds the layers that differ by themselves, and what explains each."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from equivalence_tests.parity import tolerances
+from equivalence_tests.parity.ports import exported, statistics, traces, variants
+from equivalence_tests.parity.ports.graph import Graph, Operation
+from equivalence_tests.parity.ports.matching import Mapping
+from equivalence_tests.parity.ports.walk import Walk
+
+OWN = 1e-9
+"""Largest relative difference of one layer by itself, from equal inputs. Rounding gives at most
+1e-13; the smallest fault that is known, an eps of 1.001e-5, gives 5e-9 and more."""
+
+
+class Fault(NamedTuple):
+    """A layer that differs by itself."""
+
+    module: str
+    """PyTorch's name of it."""
+
+    mode: str
+
+    phase: str
+    """"forward", "batch_norm" or "gradient"."""
+
+    error: float
+
+    causes: list[str]
+    """Known faults, each of which gives what JAX has; [] if none does."""
+
+
+Changes = dict[int, list[variants.Variant]]
+"""{index of an operation of PyTorch: the variants that make it JAX's}."""
+
+
+def forward(walk: Walk, mode: str) -> tuple[list[Fault], Changes]:
+    """Faults of all anchors."""
+    found, changes = [], {}
+    for step in walk.steps:
+        if step.error <= OWN:
+            continue
+        causes = variants.explain(walk, step, walk.of_jax[step.subject])
+        for index, variant in causes[0].items() if causes else ():
+            changes.setdefault(index, []).append(variant)
+        found += _named(walk.standard.operations, step, causes, mode)
+    return found, changes
+
+
+def _named(operations, step, causes, mode) -> list[Fault]:
+    """One fault for each layer that has a cause; without a cause, for the layer of the anchor."""
+    if not causes:
+        last = operations[step.operations[-1]]
+        return [Fault(last.module or last.name, mode, "forward", step.error, [])]
+    reasons = {}
+    for cause in causes:
+        for index, variant in cause.items():
+            listed = reasons.setdefault(operations[index].module or operations[index].name, [])
+            if variant.reason not in listed:
+                listed.append(variant.reason)
+    return [Fault(name, mode, "forward", step.error, why) for name, why in reasons.items()]
+
+
+def batch_norms(walk: Walk, mapping: Mapping, mode: str) -> tuple[list[Fault], Changes]:
+    """Running statistics of each BatchNorm after a step, from the inputs that JAX's has."""
+    after = traces.after_step(walk)
+    wanted = walk.standard.needed(walk.standard.after.values(), walk.of_torch)
+    values = walk.standard.evaluate(dict(walk.of_torch), wanted)
+    names = {v: n for n, v in walk.standard.leaves.items()}
+    found, changes = [], {}
+    for index, operation in enumerate(walk.standard.operations):
+        if operation.name != exported.BATCH_NORM or len(operation.inputs) < 3:
+            continue
+        pairs = []
+        for value, new in zip(operation.inputs[-2:], operation.outputs[1:], strict=True):
+            old = walk.state[names[value]]
+            pairs.append((old, mapping.read(names[value], after, old.shape), values[new].numpy()))
+        fault, variant = _statistics(operation, pairs, mode)
+        found += fault
+        changes |= {index: variant} if variant else {}
+    return found, changes
+
+
+def _statistics(operation: Operation, pairs, mode) -> tuple[list[Fault], list]:
+    if any(got is None for _, got, _ in pairs):
+        reason = "JAX keeps no running statistics here"
+        return [Fault(operation.module, mode, "batch_norm", 1.0, [reason])], []
+    error = max(tolerances.relative_error(got, expected) for _, got, expected in pairs)
+    if error <= OWN:
+        return [], []
+    causes, options = statistics.causes(*pairs, operation.options["momentum"])
+    variant = [variants.Variant("", None, options)] if causes else []
+    return [Fault(operation.module, mode, "batch_norm", error, causes)], variant
+
+
+def changed(graph: Graph, changes: Changes) -> Graph:
+    """PyTorch's graph with the faults of JAX put into it."""
+    operations = list(graph.operations)
+    for index, chosen in changes.items():
+        operation, options = operations[index], {}
+        for variant in chosen:
+            options |= variant.options
+        run: Callable = next((v.run for v in chosen if v.run), operation.run)
+        if options:
+            run = exported.batch_norm_of(operation, options)
+        operations[index] = operation._replace(run=run)
+    return graph._replace(operations=operations)
+
+
+def detached(graph: Graph) -> list[tuple[int, Graph]]:
+    """Graphs in which one operation passes no gradient to one of its inputs, last ones first."""
+    found = []
+    for index in reversed(graph.needed([graph.logits])):
+        operation = graph.operations[index]
+        for position in range(len(operation.inputs)):
+            found.append((index, _without_gradient(graph, index, position)))
+    return found
+
+
+def _without_gradient(graph: Graph, index: int, position: int) -> Graph:
+    operation = graph.operations[index]
+
+    def run(*arrays):
+        stopped = (a.detach() if i == position else a for i, a in enumerate(arrays))
+        return operation.run(*stopped)
+
+    operations = list(graph.operations)
+    operations[index] = operation._replace(run=run)
+    return graph._replace(operations=operations)

@@ -1,0 +1,136 @@
+"""Every tensor of one step of each side, under PyTorch's names and layouts."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from equivalence_tests.parity.engine import Trace
+from equivalence_tests.parity.ports.graph import Graph
+from equivalence_tests.parity.ports.matching import Mapping
+from equivalence_tests.parity.ports.walk import Walk
+
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiler options: a gradient is computed once, so compiling it is what takes time."""
+
+
+class Inputs(NamedTuple):
+    """What both sides run on."""
+
+    state: dict[str, np.ndarray]
+    """PyTorch's parameters and statistics."""
+
+    leaves: dict[str, np.ndarray]
+    """The same numbers in JAX."""
+
+    images: np.ndarray
+    """[B, H, W, C]."""
+
+    labels: np.ndarray
+    """[B]."""
+
+    parameters: list[str]
+    """PyTorch's names of what is trained, as far as JAX has it."""
+
+
+def of_torch(graph: Graph, given: Inputs, walk: Walk, names: list[str]) -> Trace:
+    """PyTorch's trace; activations are those of the walk's anchors."""
+    leaves = {n: torch.as_tensor(given.state[n]).clone() for n in graph.leaves}
+    for name in given.parameters:
+        leaves[name].requires_grad_()
+    images = torch.from_numpy(given.images).permute(0, 3, 1, 2).contiguous().requires_grad_()
+    start = {v: leaves[n] for n, v in graph.leaves.items()} | {graph.images: images}
+    values = graph.evaluate(start, range(len(graph.operations)))
+    loss = F.cross_entropy(values[graph.logits], torch.from_numpy(given.labels))
+    sources = [*(leaves[n] for n in given.parameters), images]
+    found = torch.autograd.grad(loss, sources, allow_unused=True)
+    found = [torch.zeros_like(s) if g is None else g for s, g in zip(sources, found, strict=True)]
+    gradients = dict(zip([*given.parameters, "images"], found, strict=True))
+    outputs = [*(step.standard for step in walk.steps[:-1]), graph.logits]
+    trace = {
+        "forward": dict(zip(names, (values[v] for v in outputs), strict=True)),
+        "loss": {"loss": loss},
+        "gradient": dict(reversed(gradients.items())),
+        "batch_norm": {n: values[v] for n, v in graph.after.items() if v != graph.leaves[n]},
+    }
+    return _plain(trace)
+
+
+def _plain(trace) -> Trace:
+    return {
+        phase: {name: tensor.detach().numpy() for name, tensor in part.items()}
+        for phase, part in trace.items()
+        if part
+    }
+
+
+def of_jax(
+    network, given: Inputs, walk: Walk, names: list[str], mapping: Mapping, *, train
+) -> Trace:
+    """JAX's trace; gradients are those of the user's function by JAX's own differentiation."""
+    graph = walk.subject
+    forward = [step.layout.to_torch(walk.of_jax[step.subject]).numpy() for step in walk.steps[:-1]]
+    forward.append(np.asarray(walk.of_jax[graph.logits]))
+    loss, found, images = _differentiated(network, given, list(graph.leaves), train=train)
+    gradients = {n: mapping.read(n, found, given.state[n].shape) for n in given.parameters}
+    after = after_step(walk)
+    moved = [n for n, v in walk.standard.after.items() if v != walk.standard.leaves[n]]
+    statistics = {n: mapping.read(n, after, np.shape(given.state[n])) for n in moved}
+    trace = {
+        "forward": dict(zip(names, forward, strict=True)),
+        "loss": {"loss": np.asarray(loss)},
+        "gradient": gradients | {"images": np.asarray(images).transpose(0, 3, 1, 2)},
+        "batch_norm": {n: a for n, a in statistics.items() if a is not None},
+    }
+    return {phase: part for phase, part in trace.items() if part}
+
+
+def _differentiated(network, given: Inputs, paths: list[str], *, train: bool):
+    """The loss, and its gradients by path and for the images."""
+    tree = jax.tree.structure(network.variables)
+    floats = {p: jnp.asarray(a) for p, a in given.leaves.items()
+              if jnp.issubdtype(jnp.result_type(a), jnp.floating)}  # fmt: skip
+
+    def loss_of(part, images):
+        table = given.leaves | part
+        logits, _ = network.apply(
+            jax.tree.unflatten(tree, [table[p] for p in paths]), images, train
+        )
+        chosen = jax.nn.log_softmax(logits.astype(jnp.float64))
+        return -chosen[np.arange(len(given.labels)), given.labels].mean()
+
+    run = jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1)), compiler_options=FAST)
+    loss, (found, images) = run(floats, jnp.asarray(given.images))
+    return loss, found, images
+
+
+def after_step(walk: Walk) -> dict:
+    """JAX's leaves after the forward pass, by path."""
+    graph = walk.subject
+    return {
+        path: walk.leaves[path] if value == graph.leaves[path] else walk.in_jax(value)
+        for path, value in graph.after.items()
+    }
+
+
+def restricted(trace: Trace, other: Trace) -> Trace:
+    """The arrays of a trace that the other has, too."""
+    return {
+        phase: {n: a for n, a in part.items() if n in other[phase]}
+        for phase, part in trace.items()
+        if phase in other
+    }
+
+
+def names_of(walk: Walk) -> list[str]:
+    """A name for each anchor, from PyTorch's modules; the last is "logits"."""
+    found = []
+    for step in walk.steps[:-1]:
+        operation = walk.standard.operations[step.operations[-1]] if step.operations else None
+        base = (operation.module or operation.name) if operation else "images"
+        count = sum(n.split(":")[0] == base for n in found)
+        found.append(f"{base}:{count + 1}" if count else base)
+    return [*found, "logits"]
