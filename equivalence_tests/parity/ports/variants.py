@@ -162,10 +162,10 @@ def average_pools(operation: Operation) -> Iterator[Variant]:
     stride, padding = _pair(given.get("stride") or window), _pair(given.get("padding", 0))
     counted = given.get("count_include_pad", True)
     what = "does not count" if counted else "counts"
-    yield Variant(f"the average pool {what} its padding",
-                  lambda x: (F.avg_pool2d(x, window, stride, padding, count_include_pad=not counted),))  # fmt: skip
-    yield Variant("the average pool has no padding",
-                  lambda x: (F.avg_pool2d(x, window, stride),))  # fmt: skip
+    pool = functools.partial(F.avg_pool2d, kernel_size=window, stride=stride)
+    other = functools.partial(pool, padding=padding, count_include_pad=not counted)
+    yield Variant(f"the average pool {what} its padding", lambda x: (other(x),))
+    yield Variant("the average pool has no padding", lambda x: (pool(x),))
     for count in (False, True):
         yield Variant('the average pool pads as "SAME"' + (", counting it" if count else ""),
                       functools.partial(_same_average, window, stride, count))  # fmt: skip

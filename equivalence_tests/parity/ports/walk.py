@@ -14,7 +14,7 @@ import torch
 from equivalence_tests.parity.ports.graph import Graph, Value
 
 LARGEST = 1e3
-"""A relative error that stands for arrays of different shapes, or for values that are not finite."""
+"""The relative error of arrays of different shapes, or of values that are not finite."""
 
 
 class Layout(NamedTuple):
