@@ -1,6 +1,7 @@
 """Finds the layers that differ by themselves, and what explains each."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from equivalence_tests.parity import tolerances
@@ -108,23 +109,70 @@ def changed(graph: Graph, changes: Changes) -> Graph:
     return graph._replace(operations=operations)
 
 
-def detached(graph: Graph) -> list[tuple[int, Graph]]:
-    """Graphs in which one operation passes no gradient to one of its inputs, last ones first."""
-    found = []
+def own_parameters(walk: Walk, mapping: Mapping) -> list[Fault]:
+    """Parameters that JAX's network computes with and PyTorch's has not."""
+    used = {v for i in walk.subject.needed([walk.subject.logits])
+            for v in walk.subject.operations[i].inputs}  # fmt: skip
+    return [
+        Fault(path, "evaluation", "forward", 0.0, ["JAX has a parameter that PyTorch has not"])
+        for path in mapping.extra
+        if walk.subject.leaves[path] in used
+    ]
+
+
+def gradient(graph: Graph, given, walk, names, got, wrong, mode: str) -> tuple[Fault, bool]:
+    """The fault of gradients that differ although every forward pass agrees.
+
+    Args:
+      graph: PyTorch's, with the causes of all other faults put into it.
+      got: JAX's trace.
+      wrong: rows that differ.
+
+    Returns:
+      The fault, and whether its cause explains every difference.
+    """
+    row = next((r for r in wrong if r.phase != "loss"), wrong[0])
+    bad = {r.name for r in wrong if r.phase == "gradient"}
+    if len(bad) == len(wrong):
+        for module, reason, other in _without_gradients(graph, bad):
+            expected = traces.of_torch(other, given, walk, names)["gradient"]
+            if all(variants.nearly(got["gradient"][n], expected[n]) for n in expected):
+                return Fault(module, mode, "gradient", row.norm_relative, [reason]), True
+    module = row.name.rpartition(".")[0] or row.name
+    return Fault(module, mode, row.phase, row.norm_relative, []), False
+
+
+MOST_GRADIENTS = 300
+
+
+def _without_gradients(graph: Graph, bad: set[str]) -> Iterator[tuple[str, str, Graph]]:
+    """Graphs in which an operation passes no gradient to one of its inputs, last ones first."""
+    tried = 0
     for index in reversed(graph.needed([graph.logits])):
         operation = graph.operations[index]
+        name = operation.module or operation.name
+        if operation.name == exported.BATCH_NORM and operation.options["training"]:
+            run = exported.batch_norm_of(operation, {"detached": True})
+            yield name, "the statistics of the batch pass no gradient", _with(graph, index, run)
         for position in range(len(operation.inputs)):
-            found.append((index, _without_gradient(graph, index, position)))
-    return found
+            if tried < MOST_GRADIENTS and bad & _leaves_above(graph, operation.inputs[position]):
+                tried += 1
+                run = functools.partial(_stopped, operation.run, position)
+                reason = f"no gradient passes back through {operation.name}"
+                yield name, reason, _with(graph, index, run)
 
 
-def _without_gradient(graph: Graph, index: int, position: int) -> Graph:
-    operation = graph.operations[index]
+def _stopped(run, position, *arrays):
+    return run(*(a.detach() if i == position else a for i, a in enumerate(arrays)))
 
-    def run(*arrays):
-        stopped = (a.detach() if i == position else a for i, a in enumerate(arrays))
-        return operation.run(*stopped)
 
+def _with(graph: Graph, index: int, run) -> Graph:
     operations = list(graph.operations)
-    operations[index] = operation._replace(run=run)
+    operations[index] = operations[index]._replace(run=run)
     return graph._replace(operations=operations)
+
+
+def _leaves_above(graph: Graph, value: int) -> set[str]:
+    inputs = {v for i in graph.needed([value]) for v in graph.operations[i].inputs} | {value}
+    names = {name for name, leaf in graph.leaves.items() if leaf in inputs}
+    return names | ({"images"} if graph.images in inputs else set())

@@ -3,7 +3,7 @@
 compare_models(jax_net, torch_module) -> Report
 """
 
-from typing import NamedTuple
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,41 +14,23 @@ from torch import nn
 from equivalence_tests.parity.engine import Row, compare
 from equivalence_tests.parity.ports import (
     adapters,
+    averages,
     cases,
+    converter,
     exported,
     faults,
     jaxpr,
     layers,
+    mapping_file,
     matching,
+    optimizers,
     traces,
 )
-from equivalence_tests.parity.ports.graph import Graph
 from equivalence_tests.parity.ports.matching import Mapping
+from equivalence_tests.parity.ports.verdict import Report
 from equivalence_tests.parity.ports.walk import Walk
 
 MODES = {"evaluation": False, "training": True}
-
-
-class Report(NamedTuple):
-    """What a comparison found."""
-
-    verdict: str
-    """"equal", "divergent", or "undecided": equal on inputs that would hide a fault."""
-
-    faults: list[faults.Fault]
-
-    hidden: list[str]
-    """Reasons why a fault could have been hidden."""
-
-    rows: dict[str, list[Row]]
-    """{mode: differences of all tensors}, each side running freely."""
-
-    mapping: Mapping
-
-    image_size: tuple[int, int]
-
-    explained: bool
-    """Whether PyTorch's network with these causes put into it computes what JAX's computes."""
 
 
 def compare_models(
@@ -58,18 +40,31 @@ def compare_models(
     image_size: tuple[int, int] | None = None,
     batch: int = 4,
     own_weights: bool = False,
+    converter=None,
+    mapping: str | Path | None = None,
+    optax_optimizer=None,
+    torch_optimizer=None,
     seed: int = 0,
 ) -> Report:
     """Compares a JAX network of any framework with a PyTorch network, in float64.
+
+    No name is needed: parameters are matched by the structure of the networks and by what they
+    compute with them. Both objects stay as they are.
 
     Args:
       jax_net: what `adapters.adapt` takes.
       torch_module: takes images `[B, C, H, W]` and returns logits `[B, K]`.
       image_size: (H, W); None: one at which no padding can hide.
+      batch: number of images.
       own_weights: compare with the PyTorch network's weights instead of random ones.
+      converter: your own conversion, (state_dict) -> variables; it is proven to move every number
+        to a place of its own, and its places are compared with those of the structure.
+      mapping: a JSON file that settles where tensors go; written if it is not there.
+      optax_optimizer: a `GradientTransformation`, compared with `torch_optimizer` over some steps.
+      torch_optimizer: (parameters) -> a PyTorch optimizer.
 
     Raises:
-      InputError: a network cannot be followed, or raises.
+      InputError: a network cannot be followed, or raises; a converter or a mapping is wrong.
     """
     rng = np.random.default_rng(seed)
     net = cases.prepared(torch_module)
@@ -81,34 +76,115 @@ def compare_models(
         cases.fill(net, images, rng)
     network = adapters.adapt(jax_net, shape)
     with jax.enable_x64(True):
-        return _judge(network, net, images, rng)
+        pair = _Pair(network, net, images)
+        found = pair.matched(converter, Path(mapping) if mapping else None)
+        pair.follow(found)
+        report = pair.judged(found, rng)
+        if optax_optimizer is not None:
+            report = pair.with_optimizers(report, optax_optimizer, torch_optimizer)
+    return report
 
 
-def _judge(network, net, images, rng) -> Report:
-    state = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
-    chw = (images.shape[0], images.shape[3], *images.shape[1:3])
-    standards = {mode: exported.graph(net, chw, train=t) for mode, t in MODES.items()}
-    subjects = {mode: jaxpr.graph(network, images.shape, train=t) for mode, t in MODES.items()}
-    walks = {"evaluation": Walk(standards["evaluation"], subjects["evaluation"], state,
-                                _arrays(network.variables), images)}  # fmt: skip
-    mapping = _matched(walks["evaluation"], subjects["training"], net)
-    leaves = walks["evaluation"].leaves
-    walks["training"] = Walk(standards["training"], subjects["training"], state, leaves, images)
-    _follow(walks["training"], mapping)
-    classes = np.shape(walks["training"].of_jax[subjects["training"].logits])[1]
-    labels = rng.integers(0, classes, len(images))
-    parameters = [name for name, _ in net.named_parameters() if name in mapping.pieces]
-    given = traces.Inputs(state, leaves, images, labels, parameters)
-    found, rows, explained = [], {}, True
-    for mode, walk in walks.items():
-        part, rows[mode], whole = _one_mode(network, walk, given, mapping, mode)
-        found, explained = found + part, explained and whole
-    hidden = cases.faults(state, standards["evaluation"], images)
-    verdict = "divergent" if found else "undecided" if hidden else "equal"
-    return Report(verdict, found, hidden, rows, mapping, images.shape[1:3], explained)
+class _Pair:
+    """Two networks on the same images, each as a graph in both modes."""
+
+    def __init__(self, network, net: nn.Module, images: np.ndarray):
+        self.network, self.net, self.images = network, net, images
+        self.state = {n: t.numpy().copy() for n, t in net.state_dict().items()}
+        self.leaves = _arrays(network.variables)
+        batch, height, width, channels = images.shape
+        sizes = {"standard": (batch, channels, height, width), "subject": images.shape}
+        self.standard = {
+            m: exported.graph(net, sizes["standard"], train=t) for m, t in MODES.items()
+        }
+        self.subject = {
+            m: jaxpr.graph(network, sizes["subject"], train=t) for m, t in MODES.items()
+        }
+        self.walks, self.notes = {}, []
+
+    def _walk(self, mode: str) -> Walk:
+        graphs = self.standard[mode], self.subject[mode]
+        return Walk(*graphs, self.state, dict(self.leaves), self.images)
+
+    def _layers(self, mode: str):
+        tensors = {name: torch.as_tensor(array) for name, array in self.state.items()}
+        standard = layers.layers_of(self.standard[mode], tensors)
+        return standard, layers.layers_of(self.subject[mode], self.leaves)
+
+    def matched(self, convert=None, file: Path | None = None) -> Mapping:
+        """The mapping; afterwards the leaves hold PyTorch's numbers."""
+        training = self.subject["training"]
+        changed = [p for p, v in training.leaves.items() if training.after[p] != v]
+        statistics = [name for name, _ in self.net.named_buffers()], changed
+        given = {}
+        if convert:
+            given = converter.pieces(convert, self.state, self.network.variables)
+        elif file and file.exists():
+            given = mapping_file.read(file, self.state, self.leaves)
+        parts = self._layers("evaluation")
+        walk = self._walk("evaluation")
+        found = matching.match(walk, *parts, statistics, given)
+        if convert:
+            free = matching.match(self._walk("evaluation"), *parts, statistics, {})
+            self.notes += converter.differences(given, free)
+        elif file and not file.exists():
+            mapping_file.write(file, found, self.state, self.leaves)
+        self.walks["evaluation"], self.leaves = walk, walk.leaves
+        averages.settle(training, found, self.leaves)
+        return found
+
+    def follow(self, mapping: Mapping):
+        """Walks in training mode along the mapping."""
+        walk = self.walks["training"] = self._walk("training")
+        standard, subject = self._layers("training")
+        pairs = matching.mapped(standard, subject, mapping)
+        for stage in matching.stages(standard, subject, pairs):
+            if stage.subject:
+                walk.anchor(stage.standard[-1].output, stage.subject[-1].output)
+        walk.anchor(walk.standard.logits, walk.subject.logits)
+
+    def _given(self, mapping: Mapping, rng) -> traces.Inputs:
+        logits = self.walks["training"].of_jax[self.subject["training"].logits]
+        labels = rng.integers(0, np.shape(logits)[1], len(self.images))
+        trained = [name for name, _ in self.net.named_parameters() if name in mapping.pieces]
+        return traces.Inputs(self.state, self.leaves, self.images, labels, trained)
+
+    def judged(self, mapping: Mapping, rng) -> Report:
+        self.given = self._given(mapping, rng)
+        found, rows, explained = [], {}, True
+        for mode, walk in self.walks.items():
+            part, rows[mode], whole = _one_mode(self.network, walk, self.given, mapping, mode)
+            found, explained = found + part, explained and whole
+        found += faults.own_parameters(self.walks["evaluation"], mapping)
+        hidden = cases.faults(self.state, self.standard["evaluation"], self.images)
+        hidden += [f"{name} has no place in JAX" for name in mapping.unplaced]
+        verdict = "divergent" if found or self.notes else "undecided" if hidden else "equal"
+        size = self.images.shape[1:3]
+        return Report(verdict, found, hidden, rows, mapping, size, explained, self.notes)
+
+    def with_optimizers(self, report: Report, optax_optimizer, torch_optimizer) -> Report:
+        rows = optimizers.rows(
+            self.net, self.given, report.mapping, self.network.variables,
+            optax_optimizer, torch_optimizer,
+        )  # fmt: skip
+        wrong = next((row for row in rows if row.norm_relative > faults.OWN), None)
+        report.rows["training"].extend(rows)
+        if wrong is None:
+            return report
+        why = f"the optimizers differ, first in {wrong.name} (relative {wrong.norm_relative:.1e})"
+        return report._replace(verdict="divergent", notes=[*report.notes, why])
 
 
-def _one_mode(network, walk: Walk, given, mapping, mode: str):
+def _arrays(variables) -> dict[str, np.ndarray]:
+    """Leaves by path, floats in float64."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
+        wide = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        found[jax.tree_util.keystr(path)] = np.asarray(leaf, np.float64) if wide else leaf
+    return found
+
+
+def _one_mode(network, walk: Walk, given: traces.Inputs, mapping: Mapping, mode: str):
     """Faults and rows of one mode, and whether the causes explain every difference."""
     found, changes = faults.forward(walk, mode)
     if MODES[mode]:
@@ -124,49 +200,11 @@ def _one_mode(network, walk: Walk, given, mapping, mode: str):
     graph = faults.changed(walk.standard, changes)
     left = _rows(got, traces.of_torch(graph, given, walk, names)) if changes else rows
     wrong = [row for row in left if row.norm_relative > faults.OWN]
-    return found + _unexplained(graph, wrong, mode), rows, not wrong
+    if not wrong:
+        return found, rows, True
+    fault, whole = faults.gradient(graph, given, walk, names, got, wrong, mode)
+    return [*found, fault], rows, whole
 
 
 def _rows(got, expected) -> list[Row]:
     return compare(traces.restricted(got, expected), traces.restricted(expected, got))
-
-
-def _unexplained(graph, wrong: list[Row], mode: str) -> list[faults.Fault]:
-    """What differs although every layer's forward pass is explained: gradients."""
-    if not wrong:
-        return []
-    row = next((r for r in wrong if r.phase != "loss"), wrong[0])
-    module = row.name.rpartition(".")[0] or row.name
-    return [faults.Fault(module, mode, row.phase, row.norm_relative, [])]
-
-
-def _arrays(variables) -> dict[str, np.ndarray]:
-    """Leaves by path, floats in float64."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
-        wide = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        found[jax.tree_util.keystr(path)] = np.asarray(leaf, np.float64) if wide else leaf
-    return found
-
-
-def _tensors(state):
-    return {name: torch.as_tensor(array) for name, array in state.items()}
-
-
-def _matched(walk: Walk, training: Graph, net) -> Mapping:
-    """The mapping, found on a walk in evaluation mode."""
-    changed = [path for path, value in training.leaves.items() if training.after[path] != value]
-    buffers = [name for name, _ in net.named_buffers()]
-    standard = layers.layers_of(walk.standard, _tensors(walk.state))
-    subject = layers.layers_of(walk.subject, walk.leaves)
-    return matching.match(walk, standard, subject, (buffers, changed))
-
-
-def _follow(walk: Walk, mapping: Mapping):
-    """Walks along the mapping that was found in the other mode."""
-    standard = layers.layers_of(walk.standard, _tensors(walk.state))
-    subject = layers.layers_of(walk.subject, walk.leaves)
-    for stage in matching.stages(standard, subject, matching.mapped(standard, subject, mapping)):
-        if stage.subject:
-            walk.anchor(stage.standard[-1].output, stage.subject[-1].output)
-    walk.anchor(walk.standard.logits, walk.subject.logits)

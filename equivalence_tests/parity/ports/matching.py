@@ -108,23 +108,29 @@ def _vectors(found: list[Layer]) -> dict[frozenset, list[Layer]]:
     return groups
 
 
-def match(walk: Walk, standard: list[Layer], subject: list[Layer], statistics: tuple) -> Mapping:
+def match(
+    walk: Walk,
+    standard: list[Layer],
+    subject: list[Layer],
+    statistics: tuple,
+    given: dict[str, list[Piece]],
+) -> Mapping:
     """Finds the mapping on one walk in evaluation mode, and fills the walk's leaves by it.
 
     Args:
       walk: at its beginning.
       statistics: (names of PyTorch's statistics, paths of the JAX leaves that training changes).
+      given: pieces that are settled already.
     """
     pairs, ties = paired_kernels(standard, subject)
-    mapping = Mapping({}, {}, {}, [_tied(*tie, standard) for tie in ties if tie[0] == 0])
+    _fill(walk, given)
+    mapping = Mapping(dict(given), {}, {}, [_tied(*tie, standard) for tie in ties if tie[0] == 0])
     for stage in stages(standard, subject, pairs):
         pieces = (
             _kernel(stage, mapping) if stage.kernel else _group(walk, stage, mapping, statistics)
         )
         mapping.pieces.update(pieces)
-        for name, parts in pieces.items():
-            for piece in parts:
-                put(walk.leaves, piece, walk.state[name])
+        _fill(walk, pieces)
         if stage.subject:
             walk.anchor(stage.standard[-1].output, stage.subject[-1].output)
     walk.anchor(walk.standard.logits, walk.subject.logits)
@@ -134,6 +140,13 @@ def match(walk: Walk, standard: list[Layer], subject: list[Layer], statistics: t
     mapping.unplaced.update({n: np.shape(a) for n, a in walk.state.items()
                              if n not in mapping.pieces and np.ndim(a)})  # fmt: skip
     return mapping
+
+
+def _fill(walk: Walk, pieces: dict[str, list[Piece]]):
+    for name, parts in pieces.items():
+        for piece in parts:
+            walk.leaves[piece.leaf] = np.array(walk.leaves[piece.leaf])
+            put(walk.leaves, piece, walk.state[name])
 
 
 def _tied(radius, left, right, standard) -> str:

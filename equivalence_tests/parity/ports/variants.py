@@ -74,6 +74,11 @@ def _gives(walk: Walk, known, step: Step, got, runs) -> bool:
     return error < SAME
 
 
+def nearly(a, b) -> bool:
+    """Whether two arrays are equal up to rounding."""
+    return np.linalg.norm(a - b) <= SAME * max(np.linalg.norm(b), 1e-12)
+
+
 def _nearest(found, got, step: Step):
     """The error in the layout of the step, or in the usual one if the shapes differ."""
     from equivalence_tests.parity.ports.walk import closest

@@ -1,0 +1,121 @@
+"""What a comparison of two networks found, as data and as text."""
+
+from typing import NamedTuple
+
+from equivalence_tests.parity.engine import Row
+from equivalence_tests.parity.ports.faults import OWN, Fault
+from equivalence_tests.parity.ports.matching import Mapping
+from flax_resnet.text import listed
+
+UNKNOWN = "no known cause"
+
+MOST_NAMES = 4
+"""Layers of a group that a line names; the report page names all."""
+
+
+class Report(NamedTuple):
+    """What a comparison found."""
+
+    verdict: str
+    """"equal", "divergent", or "undecided": equal on inputs that would hide a fault, or with
+    tensors that were compared with nothing."""
+
+    faults: list[Fault]
+    """Every layer that differs by itself."""
+
+    hidden: list[str]
+    """Why a fault could have been hidden, one sentence each."""
+
+    rows: dict[str, list[Row]]
+    """{"evaluation" or "training": differences of all tensors}, each side running freely."""
+
+    mapping: Mapping
+    """Where each tensor of PyTorch is in JAX."""
+
+    image_size: tuple[int, int]
+    """(H, W) of the images."""
+
+    explained: bool
+    """Whether PyTorch's network computes what JAX's computes once the causes are put into it."""
+
+    notes: list[str] = []
+    """Anything else that a reader should know, one sentence each."""
+
+    @property
+    def largest(self) -> float:
+        """The largest relative difference of a tensor."""
+        return max(row.norm_relative for part in self.rows.values() for row in part)
+
+    def groups(self) -> dict[str, list[str]]:
+        """{cause: layers that have it, by PyTorch's names}; alternatives are joined by "or"."""
+        found = {}
+        for fault in self.faults:
+            names = found.setdefault(" or ".join(fault.causes) or UNKNOWN, [])
+            if fault.module not in names:
+                names.append(fault.module)
+        return found
+
+    def sentence(self) -> str:
+        """The verdict in one line."""
+        if self.verdict == "equal":
+            return f"equal: every tensor agrees to rounding, {self.largest:.1e} at most"
+        if self.verdict == "undecided":
+            return f"undecided: no difference, but {listed(self.hidden)}"
+        layers = {fault.module for fault in self.faults}
+        causes = len(self.groups())
+        many = "s" if causes > 1 else ""
+        return f"divergent: {len(layers)} layer{'s differ' if len(layers) > 1 else ' differs'}" + (
+            f" by {causes} cause{many}; put into PyTorch's network, "
+            f"{'they explain' if causes > 1 else 'it explains'} every difference"
+            if self.explained
+            else f", first {self.faults[0].module} ({self.faults[0].mode} mode)"
+        )
+
+    def lines(self) -> list[str]:
+        """The causes with their layers, and what was left over, one line each."""
+        found = [f"{cause}: {_few(names)}" for cause, names in self.groups().items()]
+        mapping = self.mapping
+        found += [f"not in JAX: {n} {_shape(s)}" for n, s in mapping.unplaced.items()]
+        found += [f"in JAX only: {n} {_shape(s)}" for n, s in mapping.extra.items()]
+        return [*found, *mapping.ambiguous, *self.notes]
+
+    def __str__(self) -> str:
+        return "\n  ".join([self.sentence(), *self.lines()])
+
+    def document(self) -> dict:
+        """The report as data for JSON and for the page."""
+        rows = {
+            mode: [row._asdict() | {"verdict": _verdict(row)} for row in part]
+            for mode, part in self.rows.items()
+        }
+        return {
+            "verdict": self.verdict,
+            "explained": self.explained,
+            "causes": self.groups(),
+            "faults": [fault._asdict() for fault in self.faults],
+            "hidden": self.hidden,
+            "unplaced": self.mapping.unplaced,
+            "extra": self.mapping.extra,
+            "ambiguous": self.mapping.ambiguous,
+            "notes": self.notes,
+            "image_size": self.image_size,
+            "tensors_placed": len(self.mapping.pieces),
+            "largest": self.largest,
+            "rows": rows,
+        }
+
+
+def _verdict(row: Row) -> str:
+    if row.norm_relative == 0:
+        return "equal"
+    return "rounding" if row.norm_relative <= OWN else "semantic"
+
+
+def _few(names: list[str]) -> str:
+    if len(names) <= MOST_NAMES + 1:
+        return ", ".join(names)
+    return f"{', '.join(names[:MOST_NAMES])} and {len(names) - MOST_NAMES} more"
+
+
+def _shape(shape) -> str:
+    return "x".join(map(str, shape)) or "scalar"
