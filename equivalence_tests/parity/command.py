@@ -1,11 +1,12 @@
 """Compare a network in JAX with PyTorch, tensor by tensor, in float64 on the CPU.
 
+python scripts/parity.py --jax-model my.nets:make --torch-model my.torch_nets:make   # your port
 python scripts/parity.py --arch resnet18                           # random weights, our PyTorch net
 python scripts/parity.py --checkpoint mine.pth --report out/        # your weights
 python scripts/parity.py --torch-model my_package.nets:make_resnet  # your own PyTorch network
 python scripts/parity.py --checkpoint RUN_DIR --dataset folder:DIR  # and their predictions
 
-Exit status: 0 equal, 1 divergent, 2 bad input.
+Exit status: 0 equal, 1 divergent, 2 bad input, or inputs that would hide a fault.
 """
 
 import json
@@ -38,6 +39,7 @@ try:
         random_numbers,
         random_state,
     )
+    from equivalence_tests.parity.ports import command as ports
 except ModuleNotFoundError as error:
     cli.leave(BAD_INPUT, f"error: {cli.extra_needed('a comparison', error, 'torch')}")
 
@@ -52,6 +54,9 @@ COLUMNS = {
 NEEDED = (
     ("stem", "arch"), ("shortcut", "arch"), ("mean", "dataset"), ("std", "dataset"),
     ("weights_key", "checkpoint"), ("ema", "checkpoint"),
+    ("jax_model", "torch_model"), ("converter", "jax_model"), ("mapping", "jax_model"),
+    ("own_weights", "jax_model"), ("optax_optimizer", "torch_optimizer"),
+    ("torch_optimizer", "optax_optimizer"), ("optax_optimizer", "jax_model"),
 )  # fmt: skip
 MODES = {"evaluation": False, "training": True}
 
@@ -64,7 +69,14 @@ def parse():
     parser.add_argument("--checkpoint", metavar="FILE", help="weights file or run directory")
     parser.add_argument("--weights-key", metavar="KEY", help=cli.WEIGHTS_KEY)
     parser.add_argument("--ema", action="store_true", help=cli.EMA)
-    parser.add_argument("--torch-model", metavar="MODULE:CALLABLE", help="your own network")
+    parser.add_argument(
+        "--torch-model", metavar="MODULE:CALLABLE", help="your own network in PyTorch"
+    )
+    parser.add_argument(
+        "--jax-model", metavar="MODULE:CALLABLE", help="your own network in JAX: NNX, Linen,"
+        " Equinox, Haiku, Keras, transformers, or (apply, variables)",
+    )  # fmt: skip
+    ports.add_flags(parser)
     parser.add_argument("--image-size", type=int, nargs="+", metavar="INT", help="height [width]")
     parser.add_argument(
         "--dataset", metavar="NAME[:PATH]", help="compare predictions on its test split"
@@ -81,7 +93,10 @@ def parse():
         raise InputError("give --arch, --checkpoint or --torch-model")
     for flag, needed in NEEDED:
         if getattr(args, flag) and not getattr(args, needed):
-            raise InputError(f"--{flag.replace('_', '-')}: only with --{needed}")
+            flag, needed = (word.replace("_", "-") for word in (flag, needed))
+            raise InputError(f"--{flag}: only with --{needed}")
+    if args.jax_model and (other := args.arch and "arch" or args.dataset and "dataset"):
+        raise InputError(f"--jax-model and --{other} exclude each other")
     if args.image_size and (len(args.image_size) > 2 or min(args.image_size) < 1):
         raise InputError("--image-size: a height and a width of 1 or more, or one for both")
     cli.check_folder("--report", args.report)
@@ -196,6 +211,8 @@ def _largest(values) -> str:
 
 def main():
     args = parse()
+    if args.jax_model:
+        return finish(args, ports.compared(args))
     data = data_config(args) if args.dataset else None
     model = own_model.load(args.torch_model) if args.torch_model else None
     case = build_case(args, model)
@@ -213,16 +230,26 @@ def main():
     if data:
         document["predictions"] = predicted(args, case, data)
     document |= {"command": cli.command_line(), "environment": environment.describe(1)}
+    return finish(args, document)
+
+
+def finish(args, document: dict):
+    """Shows a comparison, writes its report and ends with its status."""
     show(document)
     if args.report:
         write(args.report, document)
     if document["verdict"] == "divergent":
         raise cli.CheckFailed(sentence(document))
+    if document["verdict"] == "undecided":
+        raise InputError(sentence(document))
 
 
 def show(document: dict):
     display = Display()
-    display.show(layer_table(document["rows"]))
+    for line in document.get("lines", ()):
+        display.say(line)
+    if "sentence" not in document:
+        display.show(layer_table(document["rows"]))
     if found := document.get("predictions"):
         display.say(
             f"{found['agree']:,} of {found['images']:,} predictions agree; accuracy"
@@ -233,6 +260,8 @@ def show(document: dict):
 
 
 def sentence(document: dict) -> str:
+    if "sentence" in document:
+        return document["sentence"]
     first = document["first_divergence"]
     if first is None:
         return f"equal: every tensor agrees to rounding, {document['largest']:.1e} at most"

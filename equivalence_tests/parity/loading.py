@@ -15,11 +15,24 @@ def load(place: str, flag: str):
     Raises:
       InputError: the callable cannot be imported, or raises; the error names `flag` and `place`.
     """
+    found = find(place, flag)
+    try:
+        return found()
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+        raise InputError(f"{flag} {place} raises {type(error).__name__}: {error}") from error
+
+
+def find(place: str, flag: str):
+    """Imports `place`, "package.module:name", and returns the object itself.
+
+    Raises:
+      InputError: there is no such object, or its module raises.
+    """
     module_name, _, name = place.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # a module in the working directory, as python -m has it
     try:
-        return getattr(importlib.import_module(module_name), name)()
+        return getattr(importlib.import_module(module_name), name)
     except (Exception, SystemExit) as error:  # whatever the user's own code raises
         reason = f"{type(error).__name__}: {error} (package.module:callable)"
         raise InputError(f"{flag} {place}: {reason}") from error

@@ -67,11 +67,12 @@ $agreement
 def page(document: dict) -> str:
     """The whole report as HTML; all names are escaped."""
     equal = document["verdict"] == "equal"
+    verdict = {"equal": "Equal", "undecided": "Undecided"}.get(document["verdict"], "Divergent")
     return _PAGE.substitute(
         title=html.escape(f"Parity: {document['subject']} and {document['standard']}"),
         subtitle=html.escape(document["what"]),
         colour=COLOURS["equal" if equal else "semantic"],
-        verdict="Equal" if equal else "Divergent",
+        verdict=verdict,
         explanation=_explanation(document),
         charts="".join(
             f"<h2>{_title(m)}</h2>{_chart(rows)}" for m, rows in document["rows"].items()
@@ -92,6 +93,8 @@ def _title(mode: str) -> str:
 
 
 def _explanation(document) -> str:
+    if "sentence" in document:
+        return _causes(document)
     finding = document["first_divergence"]
     if finding is None:
         return (
@@ -104,6 +107,16 @@ def _explanation(document) -> str:
         f"First divergence: <b>{html.escape(where)}</b> ({html.escape(finding['name'])}, relative"
         f" difference {finding['norm_relative']:.1e}).<br>Likely cause: {html.escape(causes)}."
     )
+
+
+def _causes(document) -> str:
+    """The verdict on two networks of the user's own: every cause with all its layers."""
+    items = [f"<b>{html.escape(cause)}</b>: {html.escape(', '.join(names))}"
+             for cause, names in document["causes"].items()]  # fmt: skip
+    others = [line for line in document["lines"] if line.split(": ")[0] not in document["causes"]]
+    items += map(html.escape, others)
+    listing = f"<ul><li>{'<li>'.join(items)}</ul>" if items else ""
+    return html.escape(document["sentence"]) + listing
 
 
 def picture(path: Path, rows: list[dict]):
@@ -145,14 +158,22 @@ def _legend():
     return [*dots, Line2D([], [], color="0.6", lw=0.8, ls="--", label="most that rounding makes")]
 
 
+MOST_TICKS = 14
+
+
 def _stage_ticks(axis, rows):
-    """Add a tick at the first tensor of each stage."""
+    """Add a tick at the first tensor of each stage, as `layer1` or `features.1`."""
+    names = [row["name"].split(" ")[0].split(":")[0].split(".") for row in rows]
+    layers = [n[0] for n in names if n[0].startswith("layer")]
+    depth = 1 if layers or len({n[0] for n in names}) > 3 else 2
     starts, last = {}, None
-    for index, row in enumerate(rows):
-        stage = row["name"].split(".")[0].split(" ")[0]
-        if stage.startswith("layer") and stage != last:
+    for index, name in enumerate(names):
+        stage = ".".join(name[:depth])
+        if stage != last and (not layers or stage.startswith("layer")):
             starts.setdefault(index, stage)
         last = stage
+    if len(starts) > MOST_TICKS:
+        starts = {}
     axis.set_xticks(list(starts), list(starts.values()), fontsize=8)
 
 

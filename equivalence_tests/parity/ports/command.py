@@ -1,0 +1,60 @@
+"""The part of the command `parity` that compares two networks of the user's own."""
+
+from pathlib import Path
+
+from equivalence_tests.parity import loading
+from flax_resnet.commands import cli
+from flax_resnet.runs import environment
+
+PLACE = "MODULE:CALLABLE"
+
+
+def add_flags(parser):
+    """Adds the flags that belong to --jax-model."""
+    parser.add_argument("--own-weights", action="store_true", help="not random ones")
+    parser.add_argument("--converter", metavar=PLACE, help="your own: state_dict -> variables")
+    parser.add_argument(
+        "--mapping", type=Path, metavar="FILE", help="JSON that says which tensor is which leaf;"
+        " written if it is not there",
+    )  # fmt: skip
+    parser.add_argument(
+        "--optax-optimizer", metavar=PLACE, help="() -> a GradientTransformation, compared with"
+        " --torch-optimizer",
+    )  # fmt: skip
+    parser.add_argument("--torch-optimizer", metavar=PLACE, help="(parameters) -> an optimizer")
+
+
+def compared(args) -> dict:
+    """The document of a comparison of --jax-model with --torch-model."""
+    from equivalence_tests.parity import own_model
+    from equivalence_tests.parity.ports.judge import compare_models
+
+    net = own_model.load(args.torch_model)
+    jax_net = loading.load(args.jax_model, "--jax-model")
+    size = tuple(args.image_size * 2)[:2] if args.image_size else None
+    optax_optimizer = args.optax_optimizer and loading.load(
+        args.optax_optimizer, "--optax-optimizer"
+    )
+    report = compare_models(
+        jax_net,
+        net,
+        image_size=size,
+        own_weights=args.own_weights,
+        converter=args.converter and loading.find(args.converter, "--converter"),
+        mapping=args.mapping,
+        optax_optimizer=optax_optimizer or None,
+        torch_optimizer=args.torch_optimizer
+        and loading.find(args.torch_optimizer, "--torch-optimizer"),
+    )
+    height, width = report.image_size
+    return report.document() | {
+        "subject": args.jax_model,
+        "standard": args.torch_model,
+        "what": f"images {height}x{width}, float64, {len(report.mapping.pieces)} tensors placed"
+        " by structure",
+        "sentence": report.sentence(),
+        "lines": report.lines(),
+        "first_divergence": None,
+        "command": cli.command_line(),
+        "environment": environment.describe(1),
+    }
