@@ -16,11 +16,12 @@ from equivalence_tests.parity.ports.adapters import Network, adapt
 from flax_resnet.errors import InputError
 
 SHAPE = (4, 6, 5, 3)
+KEY = jax.random.key(0, impl="unsafe_rbg")  # this generator compiles in a moment
 
 
 class NnxNet(nnx.Module):
     def __init__(self):
-        rngs = nnx.Rngs(0)
+        rngs = nnx.Rngs(KEY)
         self.norm = nnx.BatchNorm(3, rngs=rngs)
         self.drop = nnx.Dropout(0.5, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(1, 3, dropout_rate=0.5, decode=False, rngs=rngs)
@@ -79,7 +80,7 @@ def haiku_net():
 
 def haiku_ready():
     net = haiku_net()
-    return net, *net.init(jax.random.key(1), jnp.zeros(SHAPE), True)
+    return net, *net.init(KEY, jnp.zeros(SHAPE), True)
 
 
 def haiku_stateless():
@@ -101,7 +102,7 @@ def equinox_net(axis="batch"):
             return self.dense(x.mean((1, 2))), state
 
     norm = eqx.nn.BatchNorm(3, axis, mode="ema")
-    return Net(norm, eqx.nn.Dropout(0.5), eqx.nn.Linear(3, 5, key=jax.random.key(0)))
+    return Net(norm, eqx.nn.Dropout(0.5), eqx.nn.Linear(3, 5, key=KEY))
 
 
 def equinox_pair():
@@ -111,7 +112,7 @@ def equinox_pair():
 
 def equinox_stateless():
     eqx = pytest.importorskip("equinox")
-    dense = eqx.nn.Linear(3, 5, key=jax.random.key(0))
+    dense = eqx.nn.Linear(3, 5, key=KEY)
     return eqx.nn.Sequential([eqx.nn.Lambda(lambda x: x.mean((1, 2))), dense])
 
 
