@@ -75,8 +75,8 @@ class _Builder:
 
     def _call(self, node: fx.Node):
         name = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
-        if name in ("conv2d", "linear") and len(node.args) > 2 and node.args[2] is not None:
-            self._with_bias(node, name)
+        if name in ("conv2d", "linear"):
+            self._product(node, name)
         elif name.startswith("_native_batch_norm_legit"):
             self._batch_norm(node)
         elif node.target is operator.getitem and node.args[0] in self._norms:
@@ -84,23 +84,27 @@ class _Builder:
         else:
             self._values[node] = self._add(name, _function(node), node.all_input_nodes, node)
 
-    def _with_bias(self, node, name):
+    def _product(self, node, name):
         """A kernel and its bias are two operations, as in JAX."""
-        inputs = [node.args[0], node.args[1]]
-        rest, keywords = node.args[3:], node.kwargs
+        x, weight, bias, *rest = (*node.args, None) if len(node.args) < 3 else node.args
+        keywords = {k: v for k, v in node.kwargs.items() if k != "bias"}
+        bias = node.kwargs.get("bias", bias)
 
         def kernel(x, weight):
             return (node.target(x, weight, None, *rest, **keywords),)
 
+        product = self._add(name, kernel, [x, weight], node, options={"arguments": rest})
+        if bias is None:
+            self._values[node] = product
+            return
         channel = 1 if name == "conv2d" else -1
-        product = self._add(name, kernel, inputs, node, options={"arguments": rest})
         shape = [1] * len(node.meta["val"].shape)
         shape[channel] = -1
 
         def add(x, bias):
             return (x + bias.reshape(shape),)
 
-        self._values[node] = self._add("add_bias", add, [product, node.args[2]], node)
+        self._values[node] = self._add("add_bias", add, [product, bias], node)
 
     def _batch_norm(self, node):
         x, weight, bias, mean, variance, *rest = node.args

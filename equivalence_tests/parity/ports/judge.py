@@ -100,7 +100,7 @@ class _Pair:
         self.subject = {
             m: jaxpr.graph(network, sizes["subject"], train=t) for m, t in MODES.items()
         }
-        self.walks, self.notes = {}, []
+        self.walks, self.notes, self.remarks = {}, [], []
 
     def _walk(self, mode: str) -> Walk:
         graphs = self.standard[mode], self.subject[mode]
@@ -113,9 +113,7 @@ class _Pair:
 
     def matched(self, convert=None, file: Path | None = None) -> Mapping:
         """The mapping; afterwards the leaves hold PyTorch's numbers."""
-        training = self.subject["training"]
-        changed = [p for p, v in training.leaves.items() if training.after[p] != v]
-        statistics = [name for name, _ in self.net.named_buffers()], changed
+        training, statistics = self.subject["training"], self._statistics()
         given = {}
         if convert:
             given = converter.pieces(convert, self.state, self.network.variables)
@@ -133,6 +131,12 @@ class _Pair:
         averages.settle(training, found, self.leaves)
         return found
 
+    def _statistics(self) -> tuple[list[str], list[str]]:
+        """PyTorch's buffers, and the JAX leaves that training changes."""
+        training = self.subject["training"]
+        changed = [p for p, v in training.leaves.items() if training.after[p] != v]
+        return [name for name, _ in self.net.named_buffers()], changed
+
     def follow(self, mapping: Mapping):
         """Walks in training mode along the mapping."""
         walk = self.walks["training"] = self._walk("training")
@@ -142,6 +146,10 @@ class _Pair:
             if stage.subject:
                 walk.anchor(stage.standard[-1].output, stage.subject[-1].output)
         walk.anchor(walk.standard.logits, walk.subject.logits)
+        matching.place_statistics(walk, mapping, *self._statistics())
+        self.leaves = walk.leaves
+        turned = matching.turned(mapping, self.state, self.leaves)
+        self.remarks += turned
 
     def _given(self, mapping: Mapping, rng) -> traces.Inputs:
         logits = self.walks["training"].of_jax[self.subject["training"].logits]
@@ -160,7 +168,8 @@ class _Pair:
         hidden += [f"{name} has no place in JAX" for name in mapping.unplaced]
         verdict = "divergent" if found or self.notes else "undecided" if hidden else "equal"
         size = self.images.shape[1:3]
-        return Report(verdict, found, hidden, rows, mapping, size, explained, self.notes)
+        return Report(verdict, found, hidden, rows, mapping, size, explained,
+                      self.notes + self.remarks)  # fmt: skip
 
     def with_optimizers(self, report: Report, optax_optimizer, torch_optimizer) -> Report:
         rows = optimizers.rows(

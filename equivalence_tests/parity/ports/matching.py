@@ -14,6 +14,7 @@ import numpy as np
 from equivalence_tests.parity.ports import layers
 from equivalence_tests.parity.ports.layers import Layer
 from equivalence_tests.parity.ports.walk import LARGEST, Walk, closest
+from equivalence_tests.parity.tolerances import relative_error
 
 RADII = (1000, 8, 4, 2, 1, 0)
 CLEAR = 0.5
@@ -205,7 +206,7 @@ def assignments(theirs: dict, ours: dict, statistics) -> Iterator[dict[str, list
     names = list(theirs)
     buffers, changed = (set(part) for part in statistics)
     counts = sum(n in buffers for n in theirs), sum(n in changed for n in ours)
-    heeded = counts[0] == counts[1]
+    heeded = counts[1] <= counts[0] and len(ours) - counts[1] <= len(theirs) - counts[0]
     options = [
         [
             [Piece(leaf, ours[leaf].reshape(-1), left)]
@@ -216,6 +217,8 @@ def assignments(theirs: dict, ours: dict, statistics) -> Iterator[dict[str, list
         or [None]
         for name in names
     ]
+    if len(theirs) > len(ours):
+        options = [choices if None in choices else [*choices, None] for choices in options]
     for choice in itertools.product(*options):
         taken = [pieces[0].leaf for pieces in choice if pieces]
         if taken and len(set(taken)) == len(taken):
@@ -280,3 +283,52 @@ def mapped(standard: list[Layer], subject: list[Layer], mapping: Mapping) -> dic
         left = [i for p in pieces for i in ours.get(p.leaf, ()) if i not in pairs.values()]
         pairs |= {index: left[0]} if left else {}
     return pairs
+
+
+def place_statistics(walk: Walk, mapping: Mapping, buffers: list[str], changed: list[str]):
+    """Places running statistics that JAX's network does not read in evaluation.
+
+    A leaf is a tensor's place if training moves it most nearly as PyTorch moves the tensor.
+
+    Args:
+      walk: in training mode, at its end.
+    """
+    used = {piece.leaf for pieces in mapping.pieces.values() for piece in pieces}
+    wanted = walk.standard.needed(walk.standard.after.values(), walk.of_torch)
+    values = walk.standard.evaluate(dict(walk.of_torch), wanted)
+    for name in [n for n in mapping.unplaced if n in buffers]:
+        expected = values[walk.standard.after[name]].numpy()
+        trials = []
+        for leaf in [p for p in changed if p not in used]:
+            if np.size(walk.leaves[leaf]) == expected.size:
+                tried = walk.leaves | {leaf: walk.state[name].reshape(np.shape(walk.leaves[leaf]))}
+                got = np.asarray(walk.in_jax(walk.subject.after[leaf], tried)).reshape(-1)
+                trials.append((relative_error(got, expected.reshape(-1)), leaf))
+        error, leaf = min(trials, default=(LARGEST, None))
+        if error < CLEAR:
+            numbers = np.arange(expected.size)
+            mapping.pieces[name] = [Piece(leaf, numbers, numbers)]
+            walk.leaves[leaf] = walk.state[name].reshape(np.shape(walk.leaves[leaf])).copy()
+            used.add(leaf)
+            mapping.extra.pop(leaf, None)
+            mapping.unplaced.pop(name)
+
+
+def turned(mapping: Mapping, state: dict, leaves: dict) -> list[str]:
+    """Kernels whose pixels lie in their leaf in another order than PyTorch's, one sentence each."""
+    found = []
+    for name, pieces in mapping.pieces.items():
+        shape = np.shape(state[name])
+        if len(shape) != 4 or len(pieces) != 1 or min(shape[2:]) < 2:
+            continue
+        order = np.empty(len(pieces[0].ours), int)
+        order[np.argsort(np.argsort(pieces[0].ours))] = pieces[0].theirs
+        rows = order.reshape(np.shape(leaves[pieces[0].leaf])) // shape[3] % shape[2]
+        columns = order.reshape(rows.shape) % shape[3]
+        down, across = (np.flatnonzero([np.ptp(a, i).any() for i in range(a.ndim)])
+                        for a in (rows, columns))  # fmt: skip
+        if len(down) == len(across) == 1 and down[0] > across[0]:
+            found.append(f"{name} lies in its leaf with height and width swapped")
+        elif rows.flat[0] > 0 or columns.flat[0] > 0:
+            found.append(f"{name} lies in its leaf rotated by 180 degrees")
+    return found

@@ -120,10 +120,16 @@ def layouts(standard: tuple[int, ...], subject: tuple[int, ...]) -> list[Layout]
         permuted = tuple(standard[a] for a in axes)
         if _without_ones(permuted) == _without_ones(subject):
             found.append(Layout(axes, permuted))
-    usual = tuple(range(len(standard))), (0, *range(2, len(standard)), 1)
-    if not found:  # joined axes, or another number of pixels
-        found = [Layout(a, tuple(standard[i] for i in a)) for a in usual if len(a) == len(standard)]
-    return found
+    return found or [_usual(standard, subject)]
+
+
+def _usual(standard, subject) -> Layout:
+    """Channels last or first, for joined axes or another number of pixels."""
+    last = (0, *range(2, len(standard)), 1)[: len(standard)]
+    ways = [Layout(a, tuple(standard[i] for i in a)) for a in (last, tuple(range(len(standard))))]
+    return max(
+        ways, key=lambda way: sum(a == b for a, b in zip(way.permuted, subject, strict=False))
+    )
 
 
 def _without_ones(shape):
