@@ -25,6 +25,12 @@ from equivalence_tests.parity import inputs
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+LONG_FILES = (
+    "test_faults", "test_parallel", "test_train", "test_float64", "test_training", "test_float32",
+    "test_export", "test_localise", "test_processes", "test_package", "test_docs",
+)  # fmt: skip
+"""Files of a minute or more, the longest first: begun last, one would keep one worker alone."""
+
 
 def pytest_addoption(parser):
     parser.addoption("--mutant", metavar="NAME")
@@ -34,6 +40,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     surroundings.move_home()
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     inputs.SEED = config.getoption("--inputs-seed")
     if name := config.getoption("--mutant"):
         from equivalence_tests import mutants
@@ -48,6 +56,12 @@ def pytest_configure(config):
     else:
         config.pluginmanager.register(surroundings.Checkout(config.rootpath))
     config.add_cleanup(surroundings.remove_home)
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # otherwise the order is that of the command line
+        rank = {name: place for place, name in enumerate(LONG_FILES)}
+        items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(autouse=True, scope="session")

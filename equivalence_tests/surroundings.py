@@ -31,7 +31,13 @@ def move_home():
         "XDG_CACHE_HOME": f"{home}/.cache",
         "XDG_CONFIG_HOME": f"{home}/.config",
         "HYPOTHESIS_STORAGE_DIRECTORY": f"{home}/.hypothesis",
+        # The same small programs occur in many files, processes and subprocesses.
+        "JAX_COMPILATION_CACHE_DIR": f"{home}/jax",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    # Without bytecode a command takes three times as long to start: 13 s instead of 4 on one core.
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+        os.environ["PYTHONPYCACHEPREFIX"] = f"{home}/bytecode"
 
 
 def remove_home():

@@ -29,9 +29,9 @@ def has_stem_choice(arch: str) -> bool:
 def check_stem(arch: str, stem: str | None) -> None:
     """Raises InputError unless the network can be built with this stem; None is its default."""
     if stem is not None and not has_stem_choice(arch):
-        raise InputError(f"{arch} has a stem of its own and takes no other, got {stem!r}")
+        raise InputError(f"`stem` {stem!r}: {arch} has its own stem")
     if stem not in (None, *STEMS):
-        raise InputError(f"unknown stem {stem!r}{nearest(stem, STEMS)}")
+        raise InputError(f"unknown `stem` {stem!r}{nearest(stem, STEMS)}")
 
 
 def has_shortcut_choice(arch: str) -> bool:
@@ -42,9 +42,9 @@ def has_shortcut_choice(arch: str) -> bool:
 def check_shortcut(arch: str, shortcut: str | None) -> None:
     """Raises InputError unless the network can be built with this shortcut; None is its default."""
     if shortcut is not None and not has_shortcut_choice(arch):
-        raise InputError(f"{arch} has a shortcut of its own and takes no other, got {shortcut!r}")
+        raise InputError(f"`shortcut` {shortcut!r}: {arch} has its own shortcut")
     if shortcut not in (None, *SHORTCUTS):
-        raise InputError(f"unknown shortcut {shortcut!r}{nearest(shortcut, SHORTCUTS)}")
+        raise InputError(f"unknown `shortcut` {shortcut!r}{nearest(shortcut, SHORTCUTS)}")
 
 
 def create_model(
@@ -77,7 +77,7 @@ def create_model(
     options = {"num_classes": num_classes, "in_channels": in_channels, "dropout": dropout}
     if name == "basic_cnn":
         if zero_init_residual:
-            raise InputError("zero_init_residual: basic_cnn has no residual blocks")
+            raise InputError("`zero_init_residual`: basic_cnn has no residual blocks")
         return BasicCNN(**options)
     if has_stem_choice(name):
         options["stem"] = stem or "imagenet"

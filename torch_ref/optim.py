@@ -118,7 +118,7 @@ def _main_scheduler(
 
 def _one_cycle(optimizer: Optimizer, config: ScheduleConfig, total_steps: int) -> LRScheduler:
     if config.pct_start * total_steps == 1:
-        raise InputError("pct_start: one step of rising, where OneCycleLR divides by zero")
+        raise InputError("`pct_start`: one step of rising, where OneCycleLR divides by zero")
     return lr_scheduler.OneCycleLR(
         optimizer,
         [group["initial_lr"] for group in optimizer.param_groups],  # before the warm-up

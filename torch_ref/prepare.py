@@ -25,7 +25,7 @@ class Prepared:
     """Data ready for a run."""
 
     config: TrainConfig
-    """With image size, crop, stem, number of classes, mean and std filled in."""
+    """The config with image size, crop, stem, number of classes, mean and std filled in."""
 
     dataset: DataSet
     """Splits with the images as evaluation sees them."""
@@ -44,14 +44,14 @@ def prepare(config: TrainConfig) -> Prepared:
     train = dataset.splits["train"]
     config = _resolve_model(_resolve_sizes(config, dataset), dataset)
     if config.batch_size > len(train):
-        raise InputError(f"batch_size {config.batch_size} is more than {len(train)} images")
+        raise InputError(f"`batch_size` {config.batch_size} is more than {len(train)} images")
     if config.data.mean is None:
         mean, std = _statistics(config, dataset)
         config = replace(config, data=replace(config.data, mean=mean, std=std))
     for name in ("mean", "std"):  # torch would repeat a single one
         count = len(getattr(config.data, name))
         if count != dataset.channels:
-            raise InputError(f"{name} has {count} values, the images {dataset.channels} channels")
+            raise InputError(f"`{name}` has {count} values, the images {dataset.channels} channels")
     transform = v2.Compose(_plain(config, dataset))
     splits = {k: replace(images, transform=transform) for k, images in dataset.splits.items()}
     augmented = replace(train, transform=v2.Compose(_augmented(config, dataset)))
@@ -91,7 +91,7 @@ def _resolve_sizes(config: TrainConfig, dataset: DataSet) -> TrainConfig:
     if data.image_size is None and _is_tiny(size, config.model):
         size = TINY
     if data.resize_size and data.resize_size < size:
-        raise InputError(f"resize_size {data.resize_size} is smaller than the image size {size}")
+        raise InputError(f"`resize_size` {data.resize_size} is smaller than the image size {size}")
     data = replace(data, image_size=size, resize_size=data.resize_size or size)
     if augment.random_crop is None:
         augment = replace(augment, random_crop=0 if augment.random_resized_crop else size // 8)
@@ -110,7 +110,7 @@ def _is_tiny(size: int, model) -> bool:
 def _resolve_model(config: TrainConfig, dataset: DataSet) -> TrainConfig:
     model, classes = config.model, len(dataset.class_names)
     if model.num_classes not in (None, classes):
-        raise InputError(f"num_classes {model.num_classes}, but the data has {classes} classes")
+        raise InputError(f"`num_classes` {model.num_classes}, but the data has {classes} classes")
     stem = model.stem
     if stem is None and has_stem_choice(model.arch):
         stem = "cifar" if TINY < config.data.image_size < SMALL else "imagenet"

@@ -66,7 +66,9 @@ def open_dataset(config: DataConfig) -> DataSet:
     scheme, _, place = config.dataset.partition(":")
     openers = {"digits": _digits, "folder": _folder}
     if scheme not in openers:
-        raise InputError(f"dataset {config.dataset!r}: torch_ref reads digits and folder:DIR alone")
+        raise InputError(
+            f"`dataset` {config.dataset!r}: torch_ref reads digits and folder:DIR only"
+        )
     dataset = openers[scheme](place, config)
     splits = dict(dataset.splits)
     if "test" not in splits and "validation" in splits:
@@ -77,7 +79,7 @@ def open_dataset(config: DataConfig) -> DataSet:
             cut = _cut(splits["train"], f"{name}_fraction", value, config.split_seed)
             splits["train"], splits[name] = cut
     if "test" not in splits:
-        raise InputError("test_fraction 0 leaves nothing for the test; the set has no test")
+        raise InputError("`test_fraction` 0 leaves nothing for the test; the set has no test")
     limits = {"train": config.train_images}
     limits |= dict.fromkeys(("validation", "test"), config.eval_images)
     splits = {k: _limit(splits[k], n, config.split_seed) for k, n in limits.items() if k in splits}
@@ -107,9 +109,9 @@ def _cut(train: Images, field: str, value: float, seed: int) -> tuple[Images, Im
             everything, test_size=value, stratify=train.labels, random_state=seed
         )
     except ValueError as error:  # too few images of a class
-        raise InputError(f"{field} {value}: {error}") from None
+        raise InputError(f"`{field}` {value}: {error}") from None
     if len(np.unique(train.labels[stay])) < len(np.unique(train.labels)):
-        raise InputError(f"{field} {value} leaves no image of a class for the training")
+        raise InputError(f"`{field}` {value} leaves no image of a class for the training")
     return train.subset(stay), train.subset(off)
 
 

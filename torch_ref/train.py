@@ -73,7 +73,7 @@ def fit(
 def check_supported(config: TrainConfig) -> None:
     """Raises InputError for what torch_ref cannot do, or would not do as the config says."""
     for name in _changed(config, LACKING):
-        raise InputError(f"{name}: torch_ref has no such setting")
+        raise InputError(f"`{name}`: torch_ref has no such setting")
     if faults := idle(config):
         raise InputError("; ".join(faults.values()))
     check_stem(config.model.arch, config.model.stem)
@@ -96,11 +96,11 @@ def _check_nothing_is_watched(prepared: Prepared) -> None:
     watching = {
         "early stopping": stopping.patience,
         "the plateau schedule": prepared.config.schedule.schedule == "plateau",
-        f"monitor {stopping.monitor}": stopping.monitor != EarlyStoppingConfig().monitor,
+        f"`monitor` {stopping.monitor}": stopping.monitor != EarlyStoppingConfig().monitor,
     }
     for what, asked in watching.items():
         if asked and "validation" not in prepared.dataset.splits:
-            raise InputError(f"{what} needs a validation split (validation_fraction is 0)")
+            raise InputError(f"{what} needs a validation split (`validation_fraction` is 0)")
 
 
 def _initial_model(config: TrainConfig, in_channels: int) -> nn.Module:

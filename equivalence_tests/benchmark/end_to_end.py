@@ -1,9 +1,9 @@
-"""Whole trainings from real images: scripts/train.py against python -m torch_ref.train.
+"""Times whole trainings from real images: scripts/train.py and python -m torch_ref.train.
 
-Both are called as a user would, in a fresh process, with the same flags; the twin with the usual
-DataLoader and its workers. Each writes a row of metrics.csv when an epoch and its validation are
-done, and that is when the clock is read: start, compilation, input, training, validation and
-checkpoints are all in it.
+Both are called as a user would, in a fresh process, with the same flags; the twin uses the usual
+DataLoader and its workers. Each program writes a row of metrics.csv when an epoch and its
+validation are done, and the clock is read then. So the time includes start, compilation, input,
+training, validation and checkpoints.
 """
 
 import csv
@@ -32,7 +32,7 @@ POLL_SECONDS = 0.02
 
 
 class Failed(Exception):
-    """A training did not end well."""
+    """Raised when a training did not end well."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,18 +40,18 @@ class Course:
     """The data and the length of a training."""
 
     dataset: str = "digits"
-    """digits or folder:DIR."""
+    """The data set: digits or folder:DIR."""
 
     epochs: int = 3
 
     target: float = 0.9
-    """Validation accuracy at which time_to_accuracy stops."""
+    """The validation accuracy at which time_to_accuracy stops."""
 
     workers: int = timing.num_cores()
-    """Worker processes of PyTorch's DataLoader."""
+    """The number of worker processes of PyTorch's DataLoader."""
 
     recipe: str | None = None
-    """Where the settings come from that neither this nor the job says; None: the defaults."""
+    """The recipe of the settings that neither the course nor the job gives; None: the defaults."""
 
     @property
     def config(self) -> TrainConfig:
@@ -66,10 +66,10 @@ def measure(
     kept: Kept,
     say,
 ) -> list[dict]:
-    """One row a job: a framework in one of MODES.
+    """Measures the jobs; one row for each, which is a framework in one of MODES.
 
     Args:
-      environment: variables of a process, of its job and the folder of its compilation caches.
+      environment: gives the variables of a process for its job and its compilation caches.
     """
     epoch_images = images_an_epoch(jobs[0], course)
     outcomes = [[] for _ in jobs]
@@ -84,10 +84,10 @@ def measure(
 
 
 def train_once(job: Job, course: Course, number: int, environment, kept: Kept) -> dict:
-    """The training of a round, of this call or of one before.
+    """The training of a round, which this call or an earlier one measured.
 
     Args:
-      number: of the round, and the seed; the first starts with empty compilation caches.
+      number: number of the round, also the seed; round 0 starts with empty compilation caches.
     """
 
     def run(cache):
@@ -100,7 +100,7 @@ def train_once(job: Job, course: Course, number: int, environment, kept: Kept) -
 
 
 def images_an_epoch(job: Job, course: Course) -> int:
-    """That a pass over the training split uses: the remainder of a batch is dropped."""
+    """The number of images in an epoch, which drops the remainder of a batch."""
     data = dataclasses.replace(course.config.data, dataset=course.dataset)
     total = len(open_dataset(data).train)
     return total // job.batch_size * job.batch_size
@@ -129,10 +129,10 @@ def command(job: Job, course: Course, run_dir: Path, seed: int) -> list[str]:
 
 
 def train(job: Job, course: Course, run_dir: Path, seed: int, environment: dict) -> dict:
-    """One training: seconds from its start to the end of each epoch, accuracies.
+    """Runs one training: seconds from its start to the end of each epoch, and accuracies.
 
     Raises:
-      Failed: with its last line.
+      Failed: the training failed; the message is its last line.
     """
     target = course.target if job.mode == "time_to_accuracy" else np.inf
     started = time.perf_counter()
@@ -152,10 +152,10 @@ def train(job: Job, course: Course, run_dir: Path, seed: int, environment: dict)
 
 
 def watch(process, metrics: Path, started: float, target: float):
-    """Follows metrics.csv to the end of the process, or to the target, where it is ended.
+    """Follows metrics.csv until the process ends, or ends the process at the target.
 
     Returns:
-      Seconds and validation accuracies, one an epoch, and the exit status; None if it was ended.
+      Seconds and validation accuracies, one an epoch, and the exit status, None at the target.
     """
     seconds, accuracies, status = [], [], None
     while status is None:
@@ -172,7 +172,7 @@ def watch(process, metrics: Path, started: float, target: float):
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Whole lines of a file that is being written."""
+    """The complete lines of a file that is being written."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -181,7 +181,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def summarize(job: Job, runs: list[dict], epoch_images: int, course: Course) -> dict:
-    """The row of one program; speed is that of the epochs after the first."""
+    """The row of one program; its speed is that of the epochs after the first."""
     epochs = np.concatenate([np.diff(run["seconds"]) for run in runs])
     starts = [run["seconds"][0] for run in runs]
     rates = epoch_images / epochs if len(epochs) else epoch_images / np.array(starts)
@@ -207,16 +207,16 @@ def seconds_to(run: dict, target: float) -> float | None:
 
 
 def split_seconds(row: dict) -> tuple[list[float | None], list[float | None]]:
-    """Seconds to the accuracy of the rounds with empty compilation caches, and with full ones."""
+    """Splits the seconds to the accuracy by rounds with empty and with full compilation caches."""
     rounds = list(zip(row["seconds_to_accuracy"], row["empty_cache"], strict=True))
     return [s for s, empty in rounds if empty], [s for s, empty in rounds if not empty]
 
 
 def speed(row: dict) -> float | None:
-    """What a row is compared by: images a second, or accuracies reached a second.
+    """The speed of a row: images a second, or accuracies reached a second.
 
-    The latter in the rounds with full compilation caches where there are any; None where a round
-    did not reach it.
+    The second kind counts the rounds with full compilation caches if there are any; it is None if
+    a round did not reach the accuracy.
     """
     if row["mode"] != "time_to_accuracy":
         return row["images_per_second"]

@@ -1,11 +1,11 @@
-"""The time of a training step of JAX, and of variants with one part computed another way.
+"""Times a training step of JAX, and variants of it with one part computed another way.
 
     python -m equivalence_tests.benchmark.lowerings --arch resnet18 --stem imagenet --image-size 32
     python -m equivalence_tests.benchmark.lowerings --list
 
 All ways take turns in one process. Memory is kept between steps, as `scripts/train.py` does, where
-GLIBC_TUNABLES says so (`fresh_process.KEPT_MEMORY`). Of the statistics it also says how many
-digits each way loses where the mean of a channel is large.
+GLIBC_TUNABLES says so (`fresh_process.KEPT_MEMORY`). The JSON file also says how many digits of the
+variance each way loses where the mean of a channel is large.
 """
 
 import argparse
@@ -71,14 +71,14 @@ def shifted(norm: BatchNorm, x):
 
 
 def _from_sums(x, shift):
-    """E[(x - shift)^2] - E[x - shift]^2: both sums of one pass."""
+    """The variance as E[(x - shift)^2] - E[x - shift]^2, with both sums in one pass."""
     distance, count = x - layers._per_channel(shift, x), np.prod(x.shape[:-1])
     mean, square = layers._sums(distance, jnp.square(distance)) / count
     return mean + shift, square - jnp.square(mean), count
 
 
 def running(norm: BatchNorm, x):
-    """Not a way to train: what a step takes without statistics of the batch."""
+    """Uses the running statistics; a step without those of the batch is only good for its time."""
     return norm.mean[...], norm.var[...], np.prod(x.shape[:-1])
 
 
@@ -88,7 +88,7 @@ STATISTICS = {
     "shifted": shifted,
     "running": running,
 }
-"""Instead of the corrected two-pass algorithm: (module, `[B, ..., C]`) -> mean, var, count."""
+"""Other algorithms than the corrected two-pass one: (module, `[B, ..., C]`) -> mean, var, count."""
 
 
 def never(*_):
@@ -108,8 +108,8 @@ LIBRARY = {
     "library-sums": [(layers, "sum_of_pixels", library_sum)],
     "differentiated": [(layers, "_standardize", normalize), (lax, "stop_gradient", not_stopped)],
 }
-"""What JAX and Flax bring along, and BatchNorm's statistics with a gradient found operation by
-operation: (where, name, the other way)."""
+"""The operations of JAX and Flax in place of ours, and BatchNorm's gradient found operation by
+operation: (owner, name, the other way)."""
 
 WAYS = (
     {"as-is": []}
@@ -134,11 +134,11 @@ class Step(NamedTuple):
 
 @contextlib.contextmanager
 def computed(way: str):
-    """Inside, what is traced is computed in this way."""
+    """Within this context, programs are traced with the parts of this way."""
     with contextlib.ExitStack() as stack:
         for place, name, other in WAYS[way]:
             stack.enter_context(mock.patch.object(place, name, other))
-        jax.clear_caches()  # of what was traced in another way
+        jax.clear_caches()  # drops what was traced in another way
         yield
 
 
@@ -167,7 +167,7 @@ def compile_step(job: timing.Job, way: str, variables: nnx.State) -> Step:
 
 
 def measure(programs: dict[str, Step], job: timing.Job) -> dict[str, list[float]]:
-    """{way: seconds of a step of each block}, in a drawn order."""
+    """Times the ways in a drawn order: {way: seconds of a step of each block}."""
     seconds = {way: [] for way in programs}
     order = np.random.default_rng(0)
     for _ in range(job.blocks):
@@ -194,10 +194,10 @@ def summary(seconds: dict[str, list[float]], losses: dict[str, float], batch_siz
 
 
 def digits_lost(way: str) -> dict[str, float]:
-    """Largest relative error of a channel's variance where its mean is so many deviations large.
+    """The largest relative error of a channel's variance: {size of the mean in deviations: error}.
 
-    "+ running": once more with a running mean that is half a deviation away, as in the middle of a
-    training; at its start it is 0.
+    The keys with "+ running" have a running mean that is half a deviation away, as in the middle of
+    a training; the others have 0, as at its start.
     """
     rng, found = np.random.default_rng(0), {}
     standard = rng.standard_normal((64, 8, 8, 16))
@@ -215,17 +215,21 @@ def digits_lost(way: str) -> dict[str, float]:
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("ways", nargs="*", metavar="WAY", help="besides as-is; default: all")
+    parser.add_argument(
+        "ways", nargs="*", metavar="WAY", help="ways to time besides as-is; default: all"
+    )
     parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--stem", choices=("imagenet", "cifar"), help="(that of the arch)")
+    parser.add_argument("--stem", choices=("imagenet", "cifar"), help="default: that of the arch")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--steps", type=int, default=3, help="of a block")
-    parser.add_argument("--steps-per-dispatch", type=int, default=1, help="in a loop on the device")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a block")
+    parser.add_argument(
+        "--steps-per-dispatch", type=int, default=1, help="steps in a loop on the device"
+    )
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--list", action="store_true", help="say what the ways are")
+    parser.add_argument("--list", action="store_true", help="print the names of the ways")
     args = parser.parse_args()
     if unknown := set(args.ways) - set(WAYS):
         parser.error(f"unknown {', '.join(sorted(unknown))}; --list names them all")

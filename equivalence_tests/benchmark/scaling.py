@@ -54,7 +54,7 @@ ASSUMPTIONS = {
 
 
 class Exchange(NamedTuple):
-    """All-reduces of one training step, on any number of devices."""
+    """The all-reduces of one training step, on any number of devices."""
 
     statistics: tuple[int, ...]
     """Bytes of each all-reduce of BatchNorm: two forward and one backward per layer."""

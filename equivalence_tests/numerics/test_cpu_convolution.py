@@ -1,8 +1,8 @@
-"""`kernels/cpu_convolution.py`: right numbers, and fast kernels.
+"""The convolutions of `kernels/cpu_convolution.py` give the right numbers by fast kernels.
 
 The facts are read from the compiled program: in a loop, dim_labels other than b01f_01io are
 computed by a naive kernel; on small maps any convolution is slow; __ynn_fusion is slow anywhere.
-When a control fails, XLA has learned to do without, and so can we.
+If a control fails, XLA has become fast by itself, and the lowering is no longer needed.
 """
 
 import re
@@ -92,7 +92,7 @@ def product(images, kernel, stride, padding):
     ],
 )
 def test_a_matrix_product_is_the_convolution(x64, size, kernel, stride, padding):
-    """And so are its gradients."""
+    """The gradients of the product are those of the convolution too."""
     assert_the_librarys(product, *example(size, kernel, np.float64), stride, padding)
 
 
@@ -131,7 +131,7 @@ def test_what_is_multiplied_and_what_is_convolved(size, kernel, stride, groups, 
 
 
 def ynn_fusions(options) -> int:
-    """In the program of a convolution that is compiled with these options."""
+    """The number of YNNPACK fusions in a convolution that is compiled with these options."""
     compiled = jax.jit(lambda *a: library(*a, 1, 1), compiler_options=options)
     images = np.ones((8, 32, 32, 64), np.float32)
     kernel = np.ones((3, 3, 64, 64), np.float32)
@@ -148,7 +148,7 @@ def test_without_the_option_they_go_there():
 
 
 def labels_in_a_loop(convolution, stride) -> set[str]:
-    """Of the convolutions in a compiled loop of updates by both gradients."""
+    """The labels of the convolutions in a compiled loop of updates by both gradients."""
 
     def updates(images, kernel):
         def update(arrays, _):

@@ -38,6 +38,9 @@ def marks(arch, stem):
     return [] if (arch, stem) in DEFAULT else [pytest.mark.slow]
 
 
+MANY_STEPS = 5
+"""The number of steps above which compiling the step costs less than it saves."""
+
 CASES = [
     pytest.param(arch, stem, marks=marks(arch, stem))
     for arch in flax_resnet.list_models()
@@ -47,7 +50,8 @@ CASES = [
 
 def too_large(case, *, train=True, bound=None) -> list[engine.Row]:
     """Rows over their bound."""
-    got, reference = engine.run_jax(case, train=train), engine.run_torch(case, train=train)
+    got = engine.run_jax(case, train=train, jit=len(case.images) > MANY_STEPS)
+    reference = engine.run_torch(case, train=train)
     assert {a.dtype for phase in got.values() for a in phase.values() if a.ndim} == {np.dtype("f8")}
     rows = engine.compare(got, reference)
     limit = {p: bound or tolerances.float64(case.arch, p) for p in engine.PHASES}

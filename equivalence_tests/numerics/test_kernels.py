@@ -117,7 +117,7 @@ def test_the_library_s_sums_are_loops():
 
 
 def questions_for_a_sharding(function) -> int:
-    """How often tracing asks a tracer where it lies, which it cannot tell."""
+    """The number of times that tracing asks a tracer for its sharding, which it does not know."""
     asked = []
     with mock.patch.object(jax.core.Tracer, "sharding", property(asked.append)):
         jax.make_jaxpr(function)(np.ones((2, 3, 3, 4), np.float32))
@@ -203,7 +203,7 @@ def on_the_last_platform(program: str) -> Counter:
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("platforms", [("cuda",), ("cpu", "cuda")])
 def test_a_program_for_cuda_holds_the_librarys_convolutions(platforms, gradients):
-    """Wherever it is exported: here there is a CPU alone."""
+    """The host of the export does not matter; this one has a CPU alone."""
     options = dict(gradients=gradients)
     ours = on_the_last_platform(exported("auto", *platforms, **options))
     assert ours == on_the_last_platform(exported("library", "cuda", **options))

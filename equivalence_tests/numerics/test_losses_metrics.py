@@ -251,7 +251,7 @@ COURSES = [
 
 
 def stops(config, values, side=selection):
-    """For every epoch: whether to stop, epochs without improvement, best value and its epoch."""
+    """The state of every epoch: stop or not, epochs without improvement, best value, its epoch."""
     state, seen = side.Selection(), []
     for epoch, value in enumerate(values, start=1):
         state = side.update(state, value, epoch, config)

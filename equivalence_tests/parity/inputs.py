@@ -50,24 +50,24 @@ class Case:
     """The state before the first step, as torch's state_dict."""
 
     images: np.ndarray
-    """[S, B, H, W, C]."""
+    """The images of every step, [S, B, H, W, C]."""
 
     labels: np.ndarray
-    """[S, B]."""
+    """The labels of every step, [S, B]."""
 
     stem: str | None = None
 
     shortcut: str | None = None
 
     kernels: str = "auto"
-    """How flax_resnet computes its layers, as `ModelConfig.kernels`."""
+    """The lowerings that flax_resnet uses, as `ModelConfig.kernels`."""
 
     num_classes: int = NUM_CLASSES
 
     dropout: float = 0.0
 
     masks: np.ndarray | None = None
-    """[S, B, F], True where dropout keeps a feature before the last layer."""
+    """The dropout masks [S, B, F], True where a feature before the last layer is kept."""
 
     rule: dict = dataclasses.field(default_factory=dict)
     """Options of the optimizer and the loss, under the names of `OptimizerConfig`."""

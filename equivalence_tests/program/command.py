@@ -1,12 +1,15 @@
-"""Runs scripts within the test's process, because a new process takes seconds."""
+"""Runs commands within the test's process, because a new process takes seconds."""
 
 import contextlib
 import io
 import os
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from flax_resnet.commands import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,13 +22,25 @@ class Outcome(NamedTuple):
 
 def run_script(name: str, *arguments) -> Outcome:
     """Runs `python scripts/NAME ARGUMENTS...`; exit status, standard output and error."""
+    path = str(ROOT / "scripts" / name)
+    return _outcome(
+        [f"scripts/{name}", *arguments], lambda: runpy.run_path(path, run_name="__main__")
+    )
+
+
+def run_installed(*words) -> Outcome:
+    """Runs `flax-resnet WORDS...` as its entry point does; as `run_script` otherwise."""
+    return _outcome(["flax-resnet", *words], main.main)
+
+
+def _outcome(words, call: Callable[[], object]) -> Outcome:
     argv = sys.argv
     out, err = _stream("strict"), _stream("backslashreplace")
-    sys.argv = [f"scripts/{name}", *map(str, arguments)]
+    sys.argv = [*map(str, words)]
     status = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+            call()
     except SystemExit as exit:
         status = exit.code or 0
     finally:

@@ -23,6 +23,7 @@ from equivalence_tests.benchmark import (
     timing,
 )
 from equivalence_tests.program.command import refused, run_script
+from equivalence_tests.program.test_throughput import evaluated
 from flax_resnet.commands import cli
 from flax_resnet.commands.main import COMMANDS
 from flax_resnet.config import TrainConfig
@@ -53,7 +54,10 @@ def test_it_times_both_and_writes_the_public_fields(tmp_path):
 
 @pytest.mark.control
 def test_two_different_networks_are_not_timed(tmp_path, monkeypatch):
-    """Negative control: weights of one layer are a thousandth off on one side."""
+    """Negative control: weights of one layer are a thousandth off on one side.
+
+    The jobs run in this process.
+    """
     original = throughput.weight_files
 
     def spoiled(*arguments):
@@ -64,8 +68,9 @@ def test_two_different_networks_are_not_timed(tmp_path, monkeypatch):
         return files
 
     monkeypatch.setattr(throughput, "weight_files", spoiled)
+    monkeypatch.setattr(fresh_process, "execute", lambda job, cache: evaluated(job))
     outcome = run_script("benchmark.py", *FLAGS, "--json", tmp_path / "speed.json")
-    assert outcome.status == 1 and outcome.err.startswith("failed: "), outcome
+    assert outcome.status == 1 and outcome.err.startswith("failed: logits disagree"), outcome
     assert "round 1" not in outcome.out + outcome.err and not list(tmp_path.iterdir())
 
 

@@ -84,7 +84,7 @@ def test_images_that_fit_stay_on_the_device_as_they_are(watched):
 
 
 def test_images_that_fit_are_decoded_once(watched):
-    """Without resident images: twice to train, once each for statistics and last evaluation."""
+    """Without resident images there are four passes: two epochs, statistics, last evaluation."""
     cache, counts, _, _ = watched
     assert counts["decodings"] == (1 if cache == "auto" else 4)
 
@@ -133,7 +133,8 @@ def test_several_steps_are_sent_at_once_where_that_sends_no_images():
 @pytest.mark.parametrize("wanted", [True, False])
 def test_compiled_programs_are_kept_unless_asked_not_to(tmp_path, monkeypatch, wanted):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    before = jax.config.jax_compilation_cache_dir
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
     try:
         jax.config.update("jax_compilation_cache_dir", None)
         values = {} if wanted else {"compilation_cache": "false"}
@@ -141,7 +142,8 @@ def test_compiled_programs_are_kept_unless_asked_not_to(tmp_path, monkeypatch, w
         expected = str(tmp_path / "flax_resnet" / "jax") if wanted else None
         assert jax.config.jax_compilation_cache_dir == expected
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 @pytest.mark.parametrize("place", ["~/.cache", "/etc/hostname/.cache"])

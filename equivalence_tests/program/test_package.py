@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from equivalence_tests.program.command import ROOT
+from equivalence_tests.program.command import ROOT, run_installed
 
 PACKAGES = ("flax_resnet", "torch_ref", "equivalence_tests")
 
@@ -67,7 +67,7 @@ def test_what_is_installed_is_imported_from_there(installed, tmp_path):
 
 def test_the_command_trains_and_evaluates(installed, tmp_path):
     command = installed / "bin/flax-resnet"
-    flags = ["--arch", "basic_cnn", "--smoke", "--no-compilation-cache", "--run-dir", "runs/a"]
+    flags = ["--arch", "basic_cnn", "--smoke", "--run-dir", "runs/a"]
     done = run(installed, command, "train", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     done = run(installed, command, "evaluate", "runs/a", cwd=tmp_path)
@@ -84,6 +84,6 @@ def test_the_command_trains_and_evaluates(installed, tmp_path):
         (["predict", "--help"], 0, "\nflax-resnet predict runs/"),
     ],
 )
-def test_the_command_answers(installed, tmp_path, words, status, text):
-    done = run(installed, installed / "bin/flax-resnet", *words, cwd=tmp_path)
-    assert done.returncode == status and text in done.stdout + done.stderr
+def test_the_command_answers(words, status, text):
+    done = run_installed(*words)
+    assert done.status == status and text in done.out + done.err

@@ -12,9 +12,10 @@ from flax import nnx
 
 from equivalence_tests import results
 from equivalence_tests.program.command import ROOT, refused, run_script
-from equivalence_tests.program.test_commands import write_folder
+from equivalence_tests.program.insects import write_folder
 from equivalence_tests.studies import paired_training, reproduction, reproduction_page
-from flax_resnet import config
+from flax_resnet.config import from_dict, to_dict
+from flax_resnet.errors import InputError
 from flax_resnet.models import create_model
 from flax_resnet.recipes import COMPARISONS, RECIPES
 from flax_resnet.runs import plots
@@ -44,7 +45,7 @@ def test_every_recipe_can_be_built():
     for recipe in RECIPES.values():
         model = recipe.config.model
         nnx.eval_shape(lambda model=model: create_model(model.arch, stem=model.stem))
-        assert config.from_dict(config.to_dict(recipe.config)) == recipe.config
+        assert from_dict(to_dict(recipe.config)) == recipe.config
         assert recipe.starts_from is None or recipe.starts_from in RECIPES
         assert all(re.fullmatch("(validation|test)_[a-z1_]+", name) for name in recipe.published)
         assert bool(recipe.published) <= bool(recipe.source)
@@ -170,13 +171,13 @@ def test_runs_are_compared_on_the_same_images_alone(tmp_path):
 
 def test_a_run_of_an_unknown_recipe_is_named(tmp_path):
     write_run(tmp_path, "imagenette-dnn")
-    with pytest.raises(config.InputError, match="imagenette-dnn"):
+    with pytest.raises(InputError, match="imagenette-dnn"):
         reproduction_page.rebuild(tmp_path)
 
 
 def test_a_run_of_an_unknown_name_is_named(tmp_path):
     write_run(tmp_path, "imagenette-cnn", "seed0-old")
-    with pytest.raises(config.InputError, match="imagenette-cnn/seed0-old"):
+    with pytest.raises(InputError, match="imagenette-cnn/seed0-old"):
         reproduction_page.rebuild(tmp_path)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from equivalence_tests import mutants, results
 from equivalence_tests.parity import tolerances
-from equivalence_tests.program.test_commands import write_folder
+from equivalence_tests.program.insects import write_folder
 from equivalence_tests.studies import same_recipe
 from flax_resnet.commands import cli
 from flax_resnet.recipes import RECIPES

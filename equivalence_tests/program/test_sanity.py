@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from equivalence_tests.program.command import train
-from equivalence_tests.program.test_commands import write_folder
+from equivalence_tests.program.insects import write_folder
 from flax_resnet.commands import cli
 from flax_resnet.config import DataConfig, TrainConfig
 from flax_resnet.data.sources import open_dataset
@@ -34,19 +34,19 @@ def test_few_steps_and_many_dropped_images(num_images, batch_size, words):
 
 
 IDLE = [
-    ({"schedule": {"schedule": "multistep"}}, "milestones 100 150 lies beyond the 16 epoch(s)"),
-    ({"schedule": {"schedule": "multistep", "milestones": (3, 16)}}, "milestones 16 lies beyond"),
-    ({"schedule": {"schedule": "step"}}, "step_epochs 30 lies beyond"),
-    ({"schedule": {"schedule": "plateau", "plateau_patience": 20}}, "plateau_patience 20 lies"),
-    ({"schedule": {"warmup_epochs": 16.5}}, "warmup_epochs 16.5 lies beyond"),
-    ({"early_stopping": {"patience": 17}}, "patience 17 lies beyond"),
-    ({"schedule": {"schedule": "cosine", "min_lr": 0.1}}, "min_lr 0.1 is above lr 0.04"),
-    ({"optimizer": {"momentum": 0}}, "nesterov has no effect with momentum 0"),
-    ({"augment": {"hue": 0.1}}, "hue has no effect: the images are gray"),
-    ({"augment": {"saturation": 0.1}}, "saturation has no effect: the images are gray"),
+    ({"schedule": {"schedule": "multistep"}}, "`milestones` 100 150 lies beyond the 16 epoch(s)"),
+    ({"schedule": {"schedule": "multistep", "milestones": (3, 16)}}, "`milestones` 16 lies beyond"),
+    ({"schedule": {"schedule": "step"}}, "`step_epochs` 30 lies beyond"),
+    ({"schedule": {"schedule": "plateau", "plateau_patience": 20}}, "`plateau_patience` 20 lies"),
+    ({"schedule": {"warmup_epochs": 16.5}}, "`warmup_epochs` 16.5 lies beyond"),
+    ({"early_stopping": {"patience": 17}}, "`patience` 17 lies beyond"),
+    ({"schedule": {"schedule": "cosine", "min_lr": 0.1}}, "`min_lr` 0.1 is above `lr` 0.04"),
+    ({"optimizer": {"momentum": 0}}, "`nesterov` has no effect with `momentum` 0"),
+    ({"augment": {"hue": 0.1}}, "`hue` has no effect: the images are gray"),
+    ({"augment": {"saturation": 0.1}}, "`saturation` has no effect: the images are gray"),
     (
         {"data": {"test_fraction": 0.3}},
-        "test_fraction has no effect: the data set has such a split",
+        "`test_fraction` has no effect: the data set has such a split",
     ),
 ]
 
@@ -60,7 +60,7 @@ def test_settings_of_no_effect_are_named(changes, words):
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_recipe_has_settings_of_no_effect(name):
     """One recipe is excepted, because its source has such a setting."""
-    published = {"cifar10-resnet50-224": ["patience 5 lies beyond the 2 epoch(s) of the run"]}
+    published = {"cifar10-resnet50-224": ["`patience` 5 lies beyond the 2 epoch(s) of the run"]}
     assert sanity.of_settings(RECIPES[name].config, 3, ()) == published.get(name, [])
 
 
@@ -92,7 +92,7 @@ def test_one_predicted_class_and_a_loss_above_guessing(loss, confusion, words):
 
 def test_a_run_says_them_and_keeps_them_in_its_report(tmp_path):
     outcome = train(tmp_path / "run", "--train-images", 70, "--epochs", 1, "--lr", 10, "--hue", 0.1)
-    assert "warning: hue has no effect" in outcome.out
+    assert "warning: `hue` has no effect" in outcome.out
     assert outcome.status == 0 and "warning: an epoch has only 2 step(s)" in outcome.out
     warnings = json.loads((tmp_path / "run" / "report.json").read_text())["warnings"]
     assert any("far above 2.3" in warning for warning in warnings)

@@ -36,12 +36,12 @@ def tree(tmp_path):
 
 @pytest.mark.parametrize("place", [".", "train"])
 def test_the_same_files_in_the_same_order(tree, place):
-    """Of splits, and of class folders that are split."""
+    """The folder holds splits, or class folders that are split."""
     assert_same_files(f"folder:{tree / place}")
 
 
 def assert_same_files(dataset: str) -> tuple[str, ...]:
-    """On both sides, in all splits. Returns the names of the classes."""
+    """Asserts the same files on both sides, in all splits; returns the names of the classes."""
     config = DataConfig(dataset=dataset)
     ours, twin = open_dataset(config), sources.open_dataset(config)
     assert ours.class_names == twin.class_names

@@ -1,14 +1,7 @@
-"""Weight files are read completely or refused, whatever their names and nesting."""
+"""The weights in a file: which are taken, what they become, which numbers are refused."""
 
-import argparse
-import collections
-import hashlib
 import json
-import pickle
 import re
-import sys
-import time
-import zipfile
 from pathlib import Path
 
 import jax
@@ -16,19 +9,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.numpy import save_file
 from torch import nn
 
 import flax_resnet
-import torch_ref
 from equivalence_tests.parity import inputs
 from equivalence_tests.program.command import refused, run_script
-from equivalence_tests.studies import weight_flips
+from equivalence_tests.program.weight_files import same, saved
 from flax_resnet.config import ModelConfig, TrainConfig
 from flax_resnet.errors import InputError
 from flax_resnet.interop import loaded_run
 from flax_resnet.training import fit
-from flax_resnet.weights import convert, files, names, torch_file
+from flax_resnet.weights import convert, files
 from torch_ref import checkpoint
 
 LOOKS = ["--image-size", 32, "--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.2, 1]
@@ -61,267 +52,6 @@ def prefixed(tensors: dict, prefix: str) -> dict:
 
 def headless(tensors: dict) -> dict:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
-
-
-def saved(folder: Path, content, name="weights.pth", **options) -> Path:
-    torch.save(content, folder / name, **options)
-    return folder / name
-
-
-def same(got: dict, expected: dict) -> bool:
-    return got.keys() == expected.keys() and all(
-        np.array_equal(got[name], np.asarray(expected[name])) for name in expected
-    )
-
-
-# File formats.
-
-
-@pytest.mark.parametrize("name", ["a.pth", "a.PTH", "a.pth.tar", "a.ckpt", "a.bin", "a", "a.sft"])
-def test_the_content_of_a_file_says_what_it_is(arrays, tensors, tmp_path, name):
-    new, legacy, safe = (tmp_path / f"{kind}-{name}" for kind in ("new", "legacy", "safe"))
-    torch.save(tensors, new)
-    weight_flips.save_legacy(legacy, arrays)
-    save_file(arrays, safe)
-    for path in (new, legacy, safe):
-        assert same(files.load(path)[0], arrays)
-
-
-def test_a_file_of_training_is_read_as_torch_reads_it(tmp_path):
-    net = torch_ref.create_model("resnet20", 7)
-    optimizer = torch.optim.Adam(net.parameters())
-    net(torch.randn(2, 3, 16, 16)).sum().backward()
-    optimizer.step()
-    content = {
-        "epoch": 3,
-        "optimizer": optimizer.state_dict(),
-        "schedule": torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 4]).state_dict(),
-        "random": torch.get_rng_state(),
-        "parameter": net.conv1.weight,
-        "transposed": torch.randn(3, 5).T,
-        "part": torch.arange(20).view(4, 5)[1:, ::2],
-        "narrow": [torch.randn(3).bfloat16(), torch.randn(3).half(), torch.ones(0, 3)],
-        "plain": [torch.Size([3]), torch.device("cpu"), torch.float32, b"bytes", {1, 2}, None],
-        "net": net.state_dict(),
-    }
-    for legacy in (False, True):
-        path = saved(tmp_path, content, _use_new_zipfile_serialization=not legacy)
-        got = torch_file.read(path)
-        assert len([name for name in got if name.startswith("optimizer/state/")]) == 3 * 59
-        assert same(files.load(path)[0], net.state_dict())
-        for name in ("random", "parameter", "transposed", "part"):
-            assert np.array_equal(got[name], content[name].detach().numpy())
-        for number, tensor in enumerate(content["narrow"]):
-            assert np.array_equal(got[f"narrow/{number}"].astype("f4"), tensor.float().numpy())
-
-
-NO_WEIGHTS = {
-    "empty": (b"", "empty"),
-    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
-    "a page": (b"<!DOCTYPE html><title>Not found</title>", "neither a file of torch.save nor"),
-    "a pickle": (pickle.dumps({"fc.bias": 1}), "a pickle, but not of torch.save"),
-    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "Keras"),
-    "a header of safetensors alone": (b"\x08\0\0\0\0\0\0\0{}", "truncated"),
-    "a header that promises": (b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", "truncated"),
-    "a nested header": (b"\xa0\x86\x01\0\0\0\0\0" + b'{"a":' * 20_000, ".safetensors"),
-}
-
-
-@pytest.mark.parametrize("kind", NO_WEIGHTS)
-def test_files_of_another_kind_are_named(kind, tmp_path):
-    content, words = NO_WEIGHTS[kind]
-    (tmp_path / "weights.pth").write_bytes(content)
-    with pytest.raises(InputError, match="weights.pth: ") as error:
-        files.load(tmp_path / "weights.pth")
-    assert words in str(error.value)
-
-
-def test_what_is_no_file_is_not_read():
-    for place in ("/dev/zero", "/dev/null"):
-        with pytest.raises(InputError, match=f"{place} is no regular file"):
-            files.load(Path(place))
-
-
-@pytest.mark.parametrize("kind", weight_flips.KINDS)
-def test_a_file_that_is_cut_off_is_called_truncated(kind, arrays, tmp_path):
-    weight_flips.KINDS[kind](tmp_path / "whole", arrays)
-    whole = (tmp_path / "whole").read_bytes()
-    for length in (200, len(whole) // 2, len(whole) - 1000, len(whole) - 1):
-        (tmp_path / "cut").write_bytes(whole[:length])
-        with pytest.raises(InputError, match="truncated"):
-            files.load(tmp_path / "cut")
-
-
-def test_no_flipped_bit_of_a_pth_gives_other_weights():
-    """The file has few numbers, so many bits belong to names, sizes and the zip itself."""
-    few = {"layer1.0.conv1.weight": np.ones((2, 1, 1, 1), "f4"), "fc.bias": np.arange(9.0)}
-    found = weight_flips.count(".pth", few, 400, lambda path: files.load(path)[0])
-    assert found["other weights"] == 0 and found["refused"] > 200
-    network = weight_flips.count(".pth", weight_flips.network(), 30)
-    assert network["other weights"] == 0 and network["refused"] > 25
-
-
-def test_flipped_bits_in_formats_without_checksums_never_end_in_another_error():
-    few = {"layer1.0.conv1.weight": np.ones((2, 1, 1, 1), "f4"), "fc.bias": np.arange(9.0)}
-    for kind in (".pth before PyTorch 1.6", ".safetensors"):
-        found = weight_flips.count(kind, few, 300, lambda path: files.load(path)[0])
-        assert found["refused"] > 50
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_single_tensor_is_no_network(legacy, tmp_path):
-    path = saved(tmp_path, torch.zeros(3), _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(InputError, match="a single tensor without a name"):
-        files.load(path)
-
-
-def test_a_checksum_in_the_name_is_held_against_the_file(arrays, tmp_path):
-    weight_flips.save_legacy(tmp_path / "a-0123abcd.th", arrays)
-    assert "DAMAGED OR RENAMED" in files.load(tmp_path / "a-0123abcd.th")[1]
-    content = (tmp_path / "a-0123abcd.th").read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    path = (tmp_path / "a-0123abcd.th").rename(tmp_path / f"a-{digest}.th")
-    assert files.load(path)[1] == "a-" + digest + ".th: its SHA-256 is that of its name"
-    path = path.rename(tmp_path / "a-20240131.th")  # a date
-    assert files.load(path)[1] == ""
-
-
-# Malicious and broken contents.
-
-
-class Net(nn.Linear):
-    pass
-
-
-FOREIGN = {
-    "a namespace": (lambda w: {"state_dict": w, "args": argparse.Namespace(lr=1)}, "Namespace"),
-    "a number of NumPy": (lambda w: {"state_dict": w, "best": np.float64(1)}, "numpy.float64"),
-    "an array": (lambda w: {"fc.bias": np.ones(3)}, "numpy.ndarray"),
-    "a module": (lambda w: Net(2, 3), "test_weights.Net"),
-    "code": (lambda w: {"fc.bias": Code()}, ".print"),
-    "eight bits": (lambda w: {"fc.bias": torch.ones(3).to(torch.float8_e5m2)}, "torch."),
-    "sparse": (lambda w: {"fc.weight": torch.eye(3).to_sparse()}, "torch."),
-}
-
-
-class Code:
-    def __reduce__(self):
-        return print, ("executed",)
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_what_is_neither_tensor_nor_plain_is_named(kind, legacy, tensors, tmp_path, capsys):
-    content, name = FOREIGN[kind]
-    path = saved(tmp_path, content(tensors), _use_new_zipfile_serialization=not legacy)
-    capsys.readouterr()
-    with pytest.raises(InputError) as error:
-        files.load(path)
-    message = str(error.value)
-    assert name in message and "torch.save(model.state_dict(), FILE)" in message
-    assert message.isprintable() and capsys.readouterr().out == ""
-
-
-def forged(path: Path, pickled: bytes) -> Path:
-    """A zip in torch.save's format with this pickle."""
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        archive.writestr("archive/data/0", bytes(4))
-    return path
-
-
-def test_torchscript_is_named(tmp_path):
-    path = forged(tmp_path / "a.pt", b"\x80\2}.")
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("archive/constants.pkl", b"\x80\2).")
-        archive.writestr("archive/code/net.py", "class Net: pass", zipfile.ZIP_DEFLATED)
-    with pytest.raises(InputError, match=r"a TorchScript program.*torch.jit.load\(FILE\)"):
-        files.load(path)
-
-
-def deep(levels: int) -> bytes:
-    return b"\x80\x02" + b"}X\x01\0\0\0a" * levels + b"}" + b"s" * levels + b"."
-
-
-def shared(levels: int) -> bytes:
-    """Nested lists in which each holds the previous one twice: 2^levels paths."""
-    content = []
-    for _ in range(levels):
-        content = [content, content]
-    return pickle.dumps(content, 2)
-
-
-TRAPS = {
-    "deep": deep(100_000),
-    "shared": shared(200),
-    "a memo of gigabytes": b"\x80\x02}r\xff\xff\xff\x7f.",
-    "a text of gigabytes": b"\x80\x04\x8d\0\0\0\0\xff\0\0\0.",
-    "bytes of gigabytes": b"\x80\x05\x96\0\0\0\0\xff\x7f\0\0.",
-}
-
-
-@pytest.mark.parametrize("trap", TRAPS)
-def test_malicious_pickles_are_refused_at_once(trap, tmp_path):
-    path, started = forged(tmp_path / "trap.pth", TRAPS[trap]), time.monotonic()
-    with pytest.raises(InputError, match="trap.pth: "):
-        files.load(path)
-    assert time.monotonic() - started < 5
-
-
-def tensor_of_one_number(offset: int, size: int, stride: int) -> bytes:
-    """The pickle of {"fc.bias": a view of a storage of one float}."""
-    offset, size, stride = (
-        b"J" + n.to_bytes(4, "little", signed=True) for n in (offset, size, stride)
-    )
-    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\1tQ"
-    rest = storage + offset + size + b"\x85" + stride + b"\x85" + b"\x89NtRs."
-    return b"\x80\2}X\7\0\0\0fc.biasctorch._utils\n_rebuild_tensor_v2\n(" + rest
-
-
-def test_tensors_that_reach_out_of_their_storage_are_refused(tmp_path):
-    path = forged(tmp_path / "a.pth", tensor_of_one_number(0, 1, 1))
-    assert same(files.load(path)[0], {"fc.bias": np.zeros(1)})
-    for numbers in ((0, 2, 1), (1, 1, 1), (-1, 1, 1), (0, 2, -1), (0, -1, 1)):
-        with pytest.raises(InputError, match="damaged: a tensor"):
-            files.load(forged(path, tensor_of_one_number(*numbers)))
-
-
-def test_networks_whose_names_collapse_are_refused(tmp_path):
-    torch.save({1: {"w": torch.zeros(1)}, "1": {"w": torch.ones(1)}}, tmp_path / "a.pth")
-    with pytest.raises(InputError, match="two entries are called '1/w'"):
-        files.load(tmp_path / "a.pth")
-
-
-STRANGE = {
-    "a stage of millions": ["layer999999999.99999999999999.conv1.weight"],
-    "a block of millions": ["layer1.99999999999999.conv1.weight"],
-    "a stage of Hugging Face": [f"encoder.stages.{'9' * 6000}.layers.0.layer.0.convolution.weight"],
-    "a name of megabytes": ["layer1." + "a." * 2_000_000 + "weight"],
-    "many names": [f"layer1.0.x\x1b[31m\u202e{i}" for i in range(9_000)],
-}
-
-
-@pytest.mark.parametrize("kind", STRANGE)
-def test_strange_names_are_answered_at_once_in_a_short_line(kind):
-    strange = {name: np.ones(1, np.float32) for name in STRANGE[kind]}
-    shapes, started = inputs.state_shapes("basic_cnn"), time.monotonic()
-    with pytest.raises(InputError) as error:
-        convert.conform(strange, shapes)
-    message = str(error.value)
-    assert len(message) < 2_000 and message.isprintable() and "nearest architecture" in message
-    assert time.monotonic() - started < 10
-
-
-def test_more_entries_than_any_network_has_are_refused():
-    with pytest.raises(InputError, match="1,000,000 entries"):
-        names.choose(dict.fromkeys(map(str, range(10**6))))
-
-
-@pytest.mark.parametrize("shape", [(10**12, 0), (0, 10**12), (10**9, 0, 3, 3)])
-def test_huge_shapes_are_only_compared(shape):
-    strange = {name: np.ones(shape) for name in ("fc.weight", "conv1.weight")}
-    with pytest.raises(InputError, match="nearest architecture"):
-        convert.conform(strange, inputs.state_shapes("basic_cnn"))
 
 
 # Choice of tensors in a file.
@@ -556,9 +286,3 @@ def test_what_are_no_arrays_are_refused_and_nothing_is_loaded(kind, arrays):
     with pytest.raises(InputError, match=re.escape(words)):
         flax_resnet.load_state_dict(model, change(arrays))
     assert same(flax_resnet.state_dict(model), before)
-
-
-def test_reading_weights_does_not_import_torch(tensors, arrays, tmp_path, monkeypatch):
-    path = saved(tmp_path, collections.OrderedDict(tensors))
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert same(files.load(path)[0], arrays)

@@ -101,7 +101,7 @@ def dataset(args, name: str) -> str:
 
 
 def check_datasets(args, names: list[str]):
-    """What the twin cannot read is told before the first run."""
+    """Refuses a data set that the twin cannot read, before the first run."""
     for name in names:
         place = dataset(args, name)
         readable = place == "digits" or place.startswith("folder:")

@@ -1,4 +1,4 @@
-"""What all recipes reached, from the files of their runs alone.
+"""The results of all recipes, from the files of their runs alone.
 
 A run lies in FOLDER/RECIPE/seedN, with "-torch" for the PyTorch twin and "-subsetM" where only M
 images of each split were used. R is the number of seeds of a row.
@@ -19,13 +19,13 @@ from flax_resnet.recipes import COMPARISONS, RECIPES
 
 KEPT = ("config.json", "report.json", "metrics.csv", "timings.csv", "per_class.csv",
         "curves.png", "confusion_matrix.png")  # fmt: skip
-"""What of a run directory goes into the results."""
+"""The files of a run directory that go into the results."""
 
 MARGIN = 0.005
-"""Largest difference of two mean accuracies that counts as none."""
+"""The largest difference of two mean accuracies that counts as none."""
 
 LEVEL = 0.05
-"""Of the tests whether it is smaller."""
+"""The level of the tests whether the difference is smaller."""
 
 
 class Run(NamedTuple):
@@ -134,7 +134,7 @@ def _spread(values: list[float]) -> dict:
 
 
 def _copy(command: str) -> str:
-    """Which copy of the data: as published, or a folder of image files."""
+    """The copy of the data that a run used: as published, or a folder of image files."""
     return "image folder" if "folder:" in command else "original"
 
 
@@ -155,7 +155,7 @@ def comparisons(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def discussion(runs: list[Run]) -> str:
-    """What changed from the plainest recipe to the others, in a sentence each."""
+    """One sentence for each recipe: its changes from the plainest one."""
     plain, sentences = runs[0], []
     for run in runs:
         gap = score(run.report, "train_accuracy") - score(run.report, "test_accuracy")
@@ -189,7 +189,7 @@ def _value(value) -> str:
 
 
 def side_by_side(rows: list[dict]) -> list[dict]:
-    """What ran in both frameworks, over the seeds that both have.
+    """The recipes that ran in both frameworks, over the seeds that both have.
 
     The same seed gives other weights, batches and augmentation in each of them, so the runs are two
     independent samples.

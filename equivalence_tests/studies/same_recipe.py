@@ -37,7 +37,7 @@ def without_chance(name: str, dataset: str, epochs: int, images: int | None) -> 
 
 
 def compared(config: TrainConfig) -> dict:
-    """Both trainings, and how far they are apart."""
+    """Both trainings and the distances between them."""
     got, expected = trajectory.both(config)
     losses = np.array([got.losses, expected.losses])
     rates = np.array([got.rates, expected.rates])

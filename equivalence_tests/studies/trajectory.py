@@ -41,10 +41,10 @@ RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 @dataclasses.dataclass(kw_only=True)
 class Course:
-    """What a training went through."""
+    """The record of a training."""
 
     losses: list[float] = dataclasses.field(default_factory=list)
-    """Of every step."""
+    """The loss of every step."""
 
     rates: list[float] = dataclasses.field(default_factory=list)
     """Learning rate of every step."""
@@ -53,7 +53,7 @@ class Course:
     """Epochs, best epoch, and metrics of every split with the best weights."""
 
     confusion: np.ndarray | None = None
-    """[K, K] of the test split."""
+    """The confusion matrix [K, K] of the test split."""
 
     weights: dict = dataclasses.field(default_factory=dict)
     """The best, as torch's state_dict."""

@@ -139,7 +139,7 @@ def with_flags(base: TrainConfig, args: argparse.Namespace) -> TrainConfig:
 
 
 def build_config(args: argparse.Namespace, otherwise: TrainConfig) -> TrainConfig:
-    """What --config or --recipe say, `otherwise` without them; then --smoke, then the flags.
+    """Builds the config from --config or --recipe, else `otherwise`; then --smoke, then the flags.
 
     Raises:
       InputError: as `merge` and `config_from_file` do, or for an unknown recipe.

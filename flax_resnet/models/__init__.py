@@ -38,9 +38,9 @@ def has_stem_choice(arch: str) -> bool:
 def check_stem(arch: str, stem: str | None):
     """Raises InputError unless the network can be built with this stem; None is its default."""
     if stem is not None and not has_stem_choice(arch):
-        raise InputError(f"{arch} has its own stem; stem={stem!r} cannot be chosen")
+        raise InputError(f"`stem` {stem!r}: {arch} has its own stem")
     if stem not in (None, *STEMS):
-        raise InputError(f"unknown stem {stem!r}{nearest(stem, STEMS)}")
+        raise InputError(f"unknown `stem` {stem!r}{nearest(stem, STEMS)}")
 
 
 def has_shortcut_choice(arch: str) -> bool:
@@ -51,9 +51,9 @@ def has_shortcut_choice(arch: str) -> bool:
 def check_shortcut(arch: str, shortcut: str | None):
     """Raises InputError unless the network can be built with this shortcut; None is its default."""
     if shortcut is not None and not has_shortcut_choice(arch):
-        raise InputError(f"{arch} has its own shortcut; shortcut={shortcut!r} cannot be chosen")
+        raise InputError(f"`shortcut` {shortcut!r}: {arch} has its own shortcut")
     if shortcut not in (None, *SHORTCUTS):
-        raise InputError(f"unknown shortcut {shortcut!r}{nearest(shortcut, SHORTCUTS)}")
+        raise InputError(f"unknown `shortcut` {shortcut!r}{nearest(shortcut, SHORTCUTS)}")
 
 
 def create_model(
@@ -106,7 +106,7 @@ def create_model(
     options |= dict(in_channels=in_channels, kernels=kernels)
     if arch == "basic_cnn":
         if zero_init_residual:
-            raise InputError("zero_init_residual: basic_cnn has no residual blocks")
+            raise InputError("`zero_init_residual`: basic_cnn has no residual blocks")
         return BasicCNN(num_classes, **options)
     options |= dict(zero_init_residual=zero_init_residual, bn_axis_name=bn_axis_name)
     if has_stem_choice(arch):
@@ -122,16 +122,16 @@ def _check_names(arch: str, stem: str | None, shortcut: str | None, kernels: str
     check_stem(arch, stem)
     check_shortcut(arch, shortcut)
     if kernels not in KERNELS:
-        raise InputError(f"unknown kernels {kernels!r}{nearest(kernels, KERNELS)}")
+        raise InputError(f"unknown `kernels` {kernels!r}{nearest(kernels, KERNELS)}")
 
 
 def _check_numbers(counts: dict, dropout):
     for name, value in counts.items():
         whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         if not (whole and 1 <= value <= MOST):
-            raise InputError(f"{name} is a whole number from 1 to {MOST:,}, got {value!r:.80}")
+            raise InputError(f"`{name}` is a whole number from 1 to {MOST:,}, got {value!r:.80}")
     if not (isinstance(dropout, numbers.Real) and 0 <= dropout < 1):
-        raise InputError(f"dropout {dropout!r:.80} is not in [0, 1)")
+        raise InputError(f"`dropout` {dropout!r:.80} is not in [0, 1)")
 
 
 def _check_types(types: dict):
@@ -141,7 +141,7 @@ def _check_types(types: dict):
         except TypeError:
             floating = False
         if not floating:
-            raise InputError(f"{name} is a floating-point type, got {value!r:.80}")
+            raise InputError(f"`{name}` is a floating-point type, got {value!r:.80}")
 
 
 _COMPUTE_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float64": jnp.float64}

@@ -127,7 +127,7 @@ def _announce(
     display.warn(sanity.of_training(sizes[0], config.batch_size))
     display.warn(sanity.of_settings(config, dataset.channels, dataset.own_splits))
     if data.num_workers and "train" in prepared.images:
-        display.warn(["num_workers has no effect: the training images are cached"])
+        display.warn(["`num_workers` has no effect: the training images are cached"])
     kind = jax.devices()[0].device_kind
     display.say(f"on {len(engine.devices)} x {kind}, run {directory.path}")
 

@@ -43,7 +43,7 @@ class Progress:
     """Time spent on these steps."""
 
     data_wait: float = 0.0
-    """Seconds of it in which the devices had no batch."""
+    """The seconds of training in which the devices had no batch."""
 
     bad_steps: int = 0
     """Steps in a row whose loss or gradient was not finite."""

@@ -40,15 +40,17 @@ def of_settings(config: TrainConfig, channels: int, own_splits: Sequence[str]) -
     found = _beyond_the_end(config)
     for name in (f"{split}_fraction" for split in own_splits):
         if getattr(config.data, name) != getattr(DataConfig(), name):
-            found.append(f"{name} has no effect: the data set has such a split of its own")
+            found.append(f"`{name}` has no effect: the data set has such a split of its own")
     for name in ("saturation", "hue"):
         if channels == 1 and getattr(config.augment, name):
-            found.append(f"{name} has no effect: the images are gray")
+            found.append(f"`{name}` has no effect: the images are gray")
     optimizer, schedule = config.optimizer, config.schedule
     if optimizer.optimizer == "sgd" and optimizer.nesterov and not optimizer.momentum:
-        found.append("nesterov has no effect with momentum 0")
+        found.append("`nesterov` has no effect with `momentum` 0")
     if schedule.schedule in ("cosine", "plateau") and schedule.min_lr > optimizer.lr:
-        found.append(f"min_lr {schedule.min_lr:g} is above lr {optimizer.lr:g}, which cannot fall")
+        found.append(
+            f"`min_lr` {schedule.min_lr:g} is above `lr` {optimizer.lr:g}, which cannot fall"
+        )
     return found
 
 
@@ -63,7 +65,7 @@ def _beyond_the_end(config: TrainConfig) -> list[str]:
     }
     late = {n: [f"{x:g}" for x in values if x >= epochs] for n, values in lengths.items()}
     return [
-        f"{name} {' '.join(values)} lies beyond the {epochs} epoch(s) of the run"
+        f"`{name}` {' '.join(values)} lies beyond the {epochs} epoch(s) of the run"
         for name, values in late.items()
         if values
     ]

@@ -1,0 +1,191 @@
+"""Ends of a command: errors, exit status, output that is closed, full disks."""
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from equivalence_tests.program.command import ROOT, refused, run_script, train
+from flax_resnet import errors
+from flax_resnet.commands import cli
+from flax_resnet.data.workers import WorkerDied
+from flax_resnet.errors import InputError
+from flax_resnet.runs.display import Display
+from flax_resnet.training.guard import NonFiniteLoss
+from flax_resnet.training.progress import Interrupted
+
+
+def test_too_little_memory_is_one_line(capsys):
+    def main():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    with pytest.raises(SystemExit) as left:
+        cli.run_command(main)
+    error = capsys.readouterr().err
+    assert left.value.code == 1 and error.count("\n") == 1
+    assert all(word in error for word in ("out of memory", "--batch-size", "--accumulate-steps"))
+
+
+def no_place(number):
+    return OSError(number, os.strerror(number), "runs/a")
+
+
+@pytest.mark.parametrize(
+    "error,status,words",
+    [
+        (InputError("a\nb \x1b[1m\u202e"), 2, r"error: a b \x1b[1m\u202e"),
+        (cli.CheckFailed("no"), 1, "failed: no"),
+        (NonFiniteLoss("step 3"), 1, "failed: step 3"),
+        (Interrupted(signal.SIGHUP), 129, "SIGHUP; the work is saved, go on with --resume"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (MemoryError(), 1, "--cache none"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 1, "out of memory"),
+        (no_place(errno.EDQUOT), 2, "error: runs/a: Disk quota exceeded"),
+        (no_place(errno.EIO), 2, "error: runs/a: Input/output error"),
+        (no_place(errno.EMFILE), 1, "Too many open files"),
+        (no_place(errno.ENOLCK), 1, "No locks available"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "not in UTF-8"),
+        (WorkerDied("killed"), 1, "failed: killed"),
+        (RuntimeError("Unable to initialize backend 'cuda': no"), 2, "error: Unable"),
+    ],
+)
+def test_every_error_is_a_line_and_a_status(capsys, error, status, words):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        cli.run_command(main)
+    line = capsys.readouterr().err
+    assert left.value.code == status and words in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("in_a_run", [True, False])
+def test_an_error_that_nobody_has_foreseen_is_a_line_and_a_log(tmp_path, monkeypatch, in_a_run):
+    monkeypatch.setattr(errors.tempfile, "tempdir", str(tmp_path))
+    error = jax.errors.JaxRuntimeError("INTERNAL: a fault of the program")
+    error.add_note("what JAX adds")
+    if in_a_run:
+        error.run_dir = tmp_path
+    status, line = errors.verdict(error)
+    (log,) = tmp_path.iterdir()
+    assert (
+        status == 1
+        and "this is a bug: JaxRuntimeError: INTERNAL" in line
+        and str(log) in line
+        and "\n" not in line
+    )
+    assert "a fault of the program" in log.read_text()
+    assert (log.name == errors.LOG) == in_a_run
+
+
+def piped(*arguments, shell: str) -> subprocess.CompletedProcess:
+    """Runs a shell command line in which "$@" is `python scripts/train.py ARGUMENTS`."""
+    command = [sys.executable, "scripts/train.py", *map(str, arguments)]
+    line = ["bash", "-o", "pipefail", "-c", shell, "bash", *command]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("shell", ['"$@" | head -1', '"$@" >&- 2>&-'])
+def test_a_closed_pipe_is_no_error(shell):
+    outcome = piped("--list-recipes", shell=shell)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+
+
+def test_a_training_goes_on_without_its_output(tmp_path):
+    flags = ["--smoke", "--arch", "basic_cnn", "--run-dir", tmp_path / "run"]
+    outcome = piped(*flags, shell='"$@" | head -1')
+    assert (outcome.returncode, outcome.stderr) == (0, ""), outcome
+    assert outcome.stdout and (tmp_path / "run" / "report.json").exists()
+
+
+def test_output_that_cannot_be_written_is_a_failure_unless_something_is_trained(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise no_place(errno.ENOSPC)
+
+    dropped = []
+    monkeypatch.setattr("flax_resnet.runs.display.drop_output", dropped.append)
+    display = Display(Console(file=Full()))
+    with pytest.raises(OSError):
+        display.say("a table")
+    display.start(total_steps=1, done_steps=0, batch_size=1)
+    display.say("epoch 1")
+    display.say("epoch 2")
+    assert len(dropped) == 1
+
+
+def test_what_steers_a_terminal_is_escaped_in_lines_and_tables():
+    file = io.StringIO()
+    display = Display(Console(file=file, soft_wrap=True, width=80))
+    table = Table("class")
+    table.add_row("b\x1b[2Jee\u202e")
+    display.say("left out: a\x1b[31m \x07[red].png \udce9")
+    display.show(table)
+    out = file.getvalue()
+    assert "\x1b" not in out and "\u202e" not in out
+    assert r"left out: a\x1b[31m" in out and "[red].png \udce9" in out
+    assert r"b\x1b[2Jee\u202e" in out
+
+
+def test_a_terminal_without_a_character_shows_its_code(monkeypatch):
+    class Ascii(io.TextIOWrapper):
+        def close(self):
+            pass
+
+    out = Ascii(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit) as left:
+        cli.run_command(lambda: print("caf\xe9 \udce9"))
+    assert not left.value.code and out.buffer.getvalue() == b"caf\\xe9 \xe9\n"
+
+
+def test_a_real_process_says_the_same():
+    command = [sys.executable, "scripts/train.py", "--arch", "resnet19"]
+    outcome = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert outcome.returncode == 2 and outcome.stdout == ""
+    assert outcome.stderr.count("\n") == 1 and "did you mean" in outcome.stderr
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of a few megabytes."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)  # a writer may end late
+
+
+def test_a_disk_too_small_is_told_before_anything_is_written(tiny_disk):
+    refused(train(tiny_disk / "run"), "no space left", "MB")
+    assert not list(tiny_disk.iterdir())
+
+
+def test_a_disk_that_fills_up_is_told_in_one_line(tiny_disk, monkeypatch):
+    monkeypatch.setattr("flax_resnet.training.fit.check_space", lambda *_: None)
+    refused(train(tiny_disk / "run"), "no space left")
+
+
+@pytest.mark.parametrize(
+    "script,flag", [("evaluate.py", "--json"), ("predict.py", "--json"), ("predict.py", "--csv")]
+)
+def test_where_nothing_can_be_written_is_told_first(tmp_path, script, flag):
+    """The output is checked before the run, which does not exist here."""
+    inputs = ["image.png"] if script == "predict.py" else []
+    for place, words in (
+        (tmp_path / "gone" / "out", "gone does not exist"),
+        (tmp_path, "is a dir"),
+    ):
+        refused(run_script(script, tmp_path, *inputs, flag, place), flag, words)
+
+
+def test_a_run_below_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(train(tmp_path / "file" / "sub"), "file/sub", "Not a directory")

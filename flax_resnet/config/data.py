@@ -1,0 +1,134 @@
+"""Settings of data and augmentation."""
+
+import os
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import Field
+
+from flax_resnet.config.fields import (
+    Fraction,
+    Name,
+    NonNegative,
+    Positive,
+    PositiveCount,
+    Probability,
+    dataclass,
+    nearest,
+)
+
+
+@dataclass
+class DataConfig:
+    dataset: Name = "digits"
+    """Data set: digits | folder:DIR | cifar10:PATH | tfds:NAME."""
+
+    image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Pixels a side of the network's input. Default: the size of the first image if it is square
+    and at most 64 pixels, else 224. A default below 16 becomes 16 where the network has a choice
+    of stems and none is chosen."""
+
+    resize_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Pixels of the shorter side before the centre crop. Default: `image_size`."""
+
+    grayscale: bool = False
+    """Convert the images to one channel. Otherwise image files have three, digits have one."""
+
+    validation_fraction: Fraction = 0.1
+    """Stratified share of the training split held out for validation, where the data set has no
+    validation split of its own."""
+
+    test_fraction: Fraction = 0.2
+    """Stratified share held out for the test, where the data set has one split only."""
+
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Random seed of the validation and test splits."""
+
+    train_images: PositiveCount | None = None
+    """Use at most this many training images (stratified where it is enough for every class)."""
+
+    eval_images: PositiveCount | None = None
+    """Use at most this many validation and test images each."""
+
+    mean: tuple[pydantic.FiniteFloat, ...] | None = None
+    """Mean of each channel, in [0, 1]. Default: measured on at most 50,000 training images."""
+
+    std: tuple[Positive, ...] | None = None
+    """Standard deviation of each channel, in [0, 1]. Default: measured as `mean` is."""
+
+    on_bad_image: Literal["error", "skip"] = "error"
+    """Treatment of files that are no readable images: "error" ends the run and names them, "skip"
+    counts, lists and leaves them out."""
+
+    exif_transpose: bool = False
+    """Turn images upright by their EXIF orientation, as viewers do; torchvision does not."""
+
+    cache: Literal["auto", "device", "none"] = "auto"
+    """Place of decoded images. "device": training images on the device as uint8, the others in
+    host memory. "none": every epoch decodes them again. "auto": as "device" for the splits that fit
+    into `cache_gib`, the training split first."""
+
+    cache_gib: Annotated[float, Field(ge=0, le=1e6)] = 2.0
+    """Gibibytes of decoded images that `cache` "auto" keeps."""
+
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 0
+    """Processes that decode training images that are not cached. 0: threads of this process."""
+
+    def __post_init__(self):
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("`mean` and `std` are given together or not at all")
+        for name in ("mean", "std"):
+            for value in getattr(self, name) or ():
+                if not 0 <= value <= 1:
+                    raise ValueError(
+                        f"`{name}` {value:g} is outside [0, 1]: pixels are divided by 255 first, so"
+                        f" divide `{name}` by 255 too"
+                    )
+        if self.resize_size and self.image_size and self.resize_size < self.image_size:
+            raise ValueError("`resize_size` is smaller than `image_size`")
+        scheme, colon, place = self.dataset.partition(":")
+        if self.dataset != "digits" and not (scheme in ("folder", "cifar10", "tfds") and place):
+            hint = nearest(scheme + colon, ("digits", "folder:", "cifar10:", "tfds:"))
+            if os.path.exists(os.path.expanduser(self.dataset)) or "/" in scheme:
+                kind = "cifar10" if self.dataset.endswith(".gz") else "folder"
+                hint = f"; did you mean {f'{kind}:{self.dataset}'!r}?"
+            raise ValueError(
+                f"unknown data set {self.dataset!r}{hint} (digits, folder:DIR, cifar10:PATH or"
+                " tfds:NAME)"
+            )
+
+
+@dataclass
+class AugmentConfig:
+    """Augmentation of training images in the order of the fields, as torchvision defines it."""
+
+    random_resized_crop: bool = False
+    """Crop a random area (8% to 100%) of random aspect ratio (3/4 to 4/3) while decoding."""
+
+    random_crop: Annotated[int, Field(ge=0, le=512)] | None = None
+    """Pad by this many black pixels on each side and crop back at random; 0 is off. Default: an
+    eighth of the image size, or 0 with `random_resized_crop`."""
+
+    horizontal_flip: Probability = 0.0
+    """Probability of a mirror image."""
+
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest angle in degrees: angles are uniform in [-rotation, rotation], pixels bilinear."""
+
+    brightness: NonNegative = 0.0
+    """Jitter x of the brightness: a factor uniform in [max(0, 1 - x), 1 + x]."""
+
+    contrast: NonNegative = 0.0
+    """Jitter x of the contrast: a factor uniform in [max(0, 1 - x), 1 + x]."""
+
+    saturation: NonNegative = 0.0
+    """Jitter x of the saturation: a factor uniform in [max(0, 1 - x), 1 + x]."""
+
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Jitter x of the hue: a shift uniform in [-x, x], as a share of the hue circle."""
+
+    random_erasing: Probability = 0.0
+    """Probability of blanking a random rectangle (2% to 33% of the area), after normalising."""
+
+    mixup: NonNegative = 0.0
+    """Alpha of the Beta distribution of mixup's lambda; 0 is off."""

@@ -1,0 +1,60 @@
+"""Types of settings: bounds that a compiled step can take, and the checked dataclass."""
+
+import difflib
+from typing import Annotated, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic import Field
+
+T = TypeVar("T")
+
+
+def nearest(word: str, valid) -> str:
+    """The end of an error message: "; did you mean X?", or the list of valid words."""
+    close = difflib.get_close_matches(str(word), list(valid), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(map(str, valid))}"
+
+
+INT32 = 2**31 - 1
+"""The largest number that a compiled step counts to."""
+
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Bounds of the numbers that a compiled step takes; float32 holds them and their reciprocals."""
+
+
+def _zero_or_normal(value: float) -> float:
+    if 0 < value < SMALLEST:
+        raise ValueError(f"must be 0 or at least {SMALLEST:g}: float32 rounds smaller numbers to 0")
+    return value
+
+
+def _writable(text: str) -> str:
+    """Raises ValueError for a name that config.json cannot hold."""
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("the name is not in UTF-8 or holds a NUL: rename the file or folder")
+    return text
+
+
+Name = Annotated[str, pydantic.AfterValidator(_writable)]
+# The largest value is below 1 in float32 too, so that 1 - value is never 0.
+Fraction = Annotated[float, Field(ge=0, le=0.999999)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST), pydantic.AfterValidator(_zero_or_normal)]
+Positive = Annotated[float, Field(ge=SMALLEST, le=LARGEST)]
+Factor = Annotated[float, Field(ge=1e-37, le=1)]
+Count = Annotated[int, Field(ge=0, le=INT32)]
+PositiveCount = Annotated[int, Field(ge=1, le=INT32)]
+Epochs = Annotated[int, Field(ge=1, le=100_000)]
+BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
+
+_make_dataclass = pydantic.dataclasses.dataclass(
+    frozen=True,
+    kw_only=True,
+    config=pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True),
+)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+def dataclass(cls: type[T]) -> type[T]:
+    """A frozen, checked dataclass, which type checkers understand as one."""
+    return _make_dataclass(cls)

@@ -1,0 +1,81 @@
+"""Configs as JSON values and in files."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pydantic
+
+from flax_resnet.config.train import TrainConfig
+from flax_resnet.errors import InputError
+from flax_resnet.text import printable
+
+
+def to_dict(config: TrainConfig) -> dict:
+    """The config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flat(config: TrainConfig) -> dict:
+    """The config as one flat dict: {"seed": 0, "model.arch": "resnet18", ...}."""
+    facts = {}
+    for name, value in to_dict(config).items():
+        group = {f"{name}.{key}": v for key, v in value.items()} if type(value) is dict else {}
+        facts |= group or {name: value}
+    return facts
+
+
+def finite(value):
+    """The JSON value with None for every number that is not finite, which JSON cannot hold."""
+    return json.loads(json.dumps(value), parse_constant=lambda constant: None)
+
+
+def from_dict(values: dict) -> TrainConfig:
+    """The inverse of `to_dict`; missing fields take their defaults.
+
+    Raises:
+      InputError: an unknown key, a wrong type or a value out of range; one line names each.
+    """
+    try:
+        text = json.dumps(values, ensure_ascii=False).encode()
+        return pydantic.TypeAdapter(TrainConfig).validate_json(text, strict=True)
+    except UnicodeEncodeError as error:
+        raise InputError(f"{error.object[: error.end][-30:]!a} is not in UTF-8") from None
+    except pydantic.ValidationError as error:
+        raise InputError("; ".join(_describe(fault) for fault in error.errors())) from None
+
+
+_LONGEST_CONFIG = 2**24  # characters: a device has no end
+
+
+def config_from_file(path: Path | str) -> TrainConfig:
+    """Read a config from a JSON file, strictly: known keys, each given once, with valid values."""
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            values = json.loads(file.read(_LONGEST_CONFIG), object_pairs_hook=_each_once)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not readable as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no JSON object")
+    try:
+        return from_dict(values)
+    except (InputError, RecursionError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _each_once(pairs: list[tuple]) -> dict:
+    values = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{printable(name)} is given twice")
+        values[name] = value
+    return values
+
+
+def _describe(fault: dict) -> str:
+    name = ".".join(str(part) for part in fault["loc"])
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}, got {fault['input']!r:.80}"

@@ -1,0 +1,57 @@
+"""Settings of the network."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from flax_resnet.config.fields import Fraction, dataclass
+
+Architecture = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d",
+    "wide_resnet50_2", "wide_resnet101_2",
+    "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
+    "basic_cnn",
+]  # fmt: skip
+
+
+WITH_SHORTCUTS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+"""The CIFAR networks of He et al. 2015, which exist with padded channels and with projections."""
+
+
+@dataclass
+class ModelConfig:
+    arch: Architecture = "resnet18"
+    """Name of the network."""
+
+    stem: Literal["imagenet", "cifar"] | None = None
+    """First layers of torchvision's ten networks: "imagenet" (7x7 stride 2, max-pool) or "cifar"
+    (3x3 stride 1, no pool). Default: "cifar" for images of 17 to 63 pixels, else "imagenet"."""
+
+    shortcut: Literal["pad", "projection"] | None = None
+    """Shortcuts where the width changes, in He's five networks for CIFAR: "pad" (option A: channels
+    of zero) or "projection" (option B: 1x1 convolution and BatchNorm). Default: "pad"."""
+
+    num_classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
+    """Number of classes, which must be that of the data. Default: that of the data."""
+
+    dropout: Fraction = 0.0
+    """Probability of dropping a feature before the last linear layer."""
+
+    zero_init_residual: bool = False
+    """Start the last BatchNorm scale of every block at zero."""
+
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the computation. Parameters are float64 with "float64", else float32."""
+
+    kernels: Literal["auto", "library"] = "auto"
+    """Computation of the layers: "auto" uses this project's lowerings where they are faster on the
+    platform that the program is compiled for, "library" JAX's and Flax's operations alone."""
+
+    def __post_init__(self):
+        if self.zero_init_residual and self.arch == "basic_cnn":
+            raise ValueError("`zero_init_residual`: basic_cnn has no residual blocks")
+        if self.shortcut and self.arch not in WITH_SHORTCUTS:
+            raise ValueError(
+                f"`shortcut`: {self.arch} has no choice; {', '.join(WITH_SHORTCUTS)} have"
+            )
