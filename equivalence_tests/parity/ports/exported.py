@@ -24,6 +24,8 @@ def graph(net: nn.Module, image_shape: tuple[int, ...], *, train: bool) -> Graph
       InputError: the network raises, or `torch.export` cannot follow it.
     """
     net = copy.deepcopy(net).train(train)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # attention as one opaque operation
     images = torch.zeros(image_shape, dtype=torch.float64)
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -34,6 +36,8 @@ def graph(net: nn.Module, image_shape: tuple[int, ...], *, train: bool) -> Graph
         size = "x".join(map(str, image_shape[1:]))
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"the PyTorch network raises on images of {size}: {reason}") from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
     return _Builder(program).graph()
 
 
@@ -177,3 +181,58 @@ def _detached_batch_norm(x, weight, bias, eps):
 def batch_norm_of(operation: Operation, options: dict):
     """BatchNorm's operation with other options."""
     return functools.partial(batch_norm, **operation.options | options)
+
+
+def divided(graph: Graph, weight: str, parts: int) -> Graph:
+    """The graph with one dense layer computed in equal parts of its outputs, joined afterwards.
+
+    Attention of PyTorch has one kernel for query, key and value where others have three.
+    """
+    free = itertools.count(1 + max(v for op in graph.operations for v in (*op.outputs, *op.inputs)))
+    operations = []
+    for operation in graph.operations:
+        if operation.name == "linear" and graph.leaves[weight] == operation.inputs[1]:
+            operations += _in_parts(operation, parts, free)
+        elif operation.name == "add_bias" and operation.inputs[0] in _outputs(operations, "cat"):
+            joined = operations.pop()
+            biased = []
+            for part, source in enumerate(joined.inputs):
+                piece, output = next(free), next(free)
+                bias = operation.inputs[1]
+                operations.append(_part(operation, bias, piece, part, parts))
+                operations.append(operation._replace(inputs=(source, piece), outputs=(output,)))
+                biased.append(output)
+            operations.append(joined._replace(inputs=tuple(biased), outputs=operation.outputs))
+        else:
+            operations.append(operation)
+    return graph._replace(operations=operations)
+
+
+def _in_parts(operation: Operation, parts: int, free) -> list[Operation]:
+    found, outputs = [], []
+    for part in range(parts):
+        kernel, output = next(free), next(free)
+        found.append(_part(operation, operation.inputs[1], kernel, part, parts))
+        inputs = operation.inputs[0], kernel
+        found.append(operation._replace(inputs=inputs, outputs=(output,)))
+        outputs.append(output)
+    joined = operation._replace(
+        name="cat", run=_joined, inputs=tuple(outputs), outputs=operation.outputs, options={}
+    )
+    return [*found, joined]
+
+
+def _part(operation, source, output, part, parts) -> Operation:
+    def run(array):
+        return (array.chunk(parts)[part],)
+
+    return operation._replace(name="chunk", run=run, inputs=(source,), outputs=(output,))
+
+
+def _joined(*arrays):
+    return (torch.cat(arrays, -1),)
+
+
+def _outputs(operations, name) -> tuple[int, ...]:
+    """The outputs of the last operation, if it has this name."""
+    return operations[-1].outputs if operations and operations[-1].name == name else ()

@@ -119,17 +119,35 @@ class _Pair:
             given = converter.pieces(convert, self.state, self.network.variables)
         elif file and file.exists():
             given = mapping_file.read(file, self.state, self.leaves)
-        parts = self._layers("evaluation")
-        walk = self._walk("evaluation")
-        found = matching.match(walk, *parts, statistics, given)
+        for name, parts in matching.fused(*self._layers("evaluation")).items():
+            self.standard = {m: exported.divided(g, name, parts) for m, g in self.standard.items()}
+        walk, found = self._best(statistics, given)
         if convert:
-            free = matching.match(self._walk("evaluation"), *parts, statistics, {})
-            self.notes += converter.differences(given, free)
+            self.notes += converter.differences(given, self._best(statistics, {})[1])
         elif file and not file.exists():
             mapping_file.write(file, found, self.state, self.leaves)
         self.walks["evaluation"], self.leaves = walk, walk.leaves
         averages.settle(training, found, self.leaves)
         return found
+
+    def _best(self, statistics, given) -> tuple[Walk, Mapping]:
+        """The walk and the mapping with the least differences over the orders of tied kernels."""
+        standard, subject = self._layers("evaluation")
+
+        def attempt(pairs):
+            walk = self._walk("evaluation")
+            mapping = matching.match(walk, standard, subject, statistics, given, pairs)
+            return sum(step.error for step in walk.steps), walk, mapping
+
+        pairs, ties = matching.paired_kernels(standard, subject)
+        best = attempt(pairs)
+        for tie in ties:
+            for other in matching.orders(pairs, tie) if best[0] > faults.OWN else ():
+                tried = attempt(other)
+                if tried[0] < best[0]:
+                    pairs, best = other, tried
+        best[2].ambiguous.extend(matching.tied(standard, ties))
+        return best[1], best[2]
 
     def _statistics(self) -> tuple[list[str], list[str]]:
         """PyTorch's buffers, and the JAX leaves that training changes."""

@@ -17,6 +17,9 @@ from equivalence_tests.parity.ports.walk import LARGEST, Walk, closest
 from equivalence_tests.parity.tolerances import relative_error
 
 RADII = (1000, 8, 4, 2, 1, 0)
+MOST_TIED = 4
+"""Kernels at equal places, all of whose orders are tried."""
+
 CLEAR = 0.5
 """An assignment is taken without a word if its error is below this share of the next one's."""
 
@@ -35,6 +38,16 @@ class Piece(NamedTuple):
     """Their numbers in the tensor, flat."""
 
 
+class Tie(NamedTuple):
+    """Kernels that stand at equal places, so that their order is a guess."""
+
+    radius: int
+
+    standard: list[int]
+
+    subject: list[int]
+
+
 class Mapping(NamedTuple):
     """Where every tensor of PyTorch is in JAX."""
 
@@ -49,20 +62,16 @@ class Mapping(NamedTuple):
     ambiguous: list[str]
     """What could be matched otherwise, in sentences."""
 
-    def filled(self, leaves: dict, state: dict) -> dict[str, np.ndarray]:
-        """The leaves with PyTorch's numbers in their places."""
-        found = {path: np.array(leaf) for path, leaf in leaves.items()}
-        for name, pieces in self.pieces.items():
-            for piece in pieces:
-                put(found, piece, state[name])
-        return found
+    def has(self, name: str, numbers: np.ndarray) -> bool:
+        """Whether any of these elements of a tensor has a place."""
+        return any(np.isin(numbers, piece.theirs).any() for piece in self.pieces.get(name, ()))
 
     def read(self, name: str, leaves: dict, shape) -> np.ndarray | None:
         """A tensor of PyTorch, read from leaves of JAX; None if a part of it is not there."""
         found = np.full(int(np.prod(shape)), np.nan)
         for piece in self.pieces.get(name, ()):
             found[piece.theirs] = np.asarray(leaves[piece.leaf]).reshape(-1)[piece.ours]
-        return None if np.isnan(found).any() and name not in self.pieces else found.reshape(shape)
+        return None if name not in self.pieces else found.reshape(shape)
 
 
 def put(leaves: dict, piece: Piece, tensor):
@@ -115,6 +124,7 @@ def match(
     subject: list[Layer],
     statistics: tuple,
     given: dict[str, list[Piece]],
+    pairs: dict[int, int],
 ) -> Mapping:
     """Finds the mapping on one walk in evaluation mode, and fills the walk's leaves by it.
 
@@ -122,15 +132,16 @@ def match(
       walk: at its beginning.
       statistics: (names of PyTorch's statistics, paths of the JAX leaves that training changes).
       given: pieces that are settled already.
+      pairs: {kernel of PyTorch: kernel of JAX}, of `paired_kernels`.
     """
-    pairs, ties = paired_kernels(standard, subject)
     _fill(walk, given)
-    mapping = Mapping(dict(given), {}, {}, [_tied(*tie, standard) for tie in ties if tie[0] == 0])
+    mapping = Mapping({n: list(p) for n, p in given.items()}, {}, {}, [])
     for stage in stages(standard, subject, pairs):
         pieces = (
             _kernel(stage, mapping) if stage.kernel else _group(walk, stage, mapping, statistics)
         )
-        mapping.pieces.update(pieces)
+        for name, parts in pieces.items():
+            mapping.pieces.setdefault(name, []).extend(parts)
         _fill(walk, pieces)
         if stage.subject:
             walk.anchor(stage.standard[-1].output, stage.subject[-1].output)
@@ -150,23 +161,55 @@ def _fill(walk: Walk, pieces: dict[str, list[Piece]]):
             put(walk.leaves, piece, walk.state[name])
 
 
-def _tied(radius, left, right, standard) -> str:
-    names = ", ".join(n for i in left for n in standard[i].parameters)
-    return f"{names}: matched by shape and order only"
+def tied(standard: list[Layer], ties: list[Tie]) -> list[str]:
+    """Kernels that were paired by their shapes and their order only, one sentence a set."""
+    return [
+        f"{', '.join(n for i in tie.standard for n in standard[i].parameters)}: matched by shape"
+        " and order only"
+        for tie in ties
+        if tie.radius == 0
+    ]
+
+
+def orders(pairs: dict[int, int], tie: Tie) -> Iterator[dict[int, int]]:
+    """The other ways to pair the kernels of a tie."""
+    if len(tie.standard) == len(tie.subject) <= MOST_TIED:
+        for order in itertools.islice(itertools.permutations(tie.subject), 1, None):
+            yield pairs | dict(zip(tie.standard, order, strict=True))
+
+
+def fused(standard: list[Layer], subject: list[Layer]) -> dict[str, int]:
+    """{dense kernel of PyTorch: number of kernels that JAX has in its place}."""
+    pairs, _ = paired_kernels(standard, subject)
+    left = [layer for i, layer in enumerate(subject) if layer.kernel and i not in pairs.values()]
+    found = {}
+    for index, layer in enumerate(standard):
+        if layer.kernel and index not in pairs and (shape := _shape(layer)) and len(shape) == 2:
+            places = [_shape(other) for other in left]
+            for parts in (3, 2):
+                if places.count((shape[0] // parts, shape[1])) >= parts:
+                    found |= dict.fromkeys(layer.parameters, parts)
+                    break
+    return found
+
+
+def _shape(layer: Layer) -> tuple[int, ...]:
+    return next(iter(layer.parameters.values())).shape
 
 
 def _kernel(stage: Stage, mapping: Mapping) -> dict[str, list[Piece]]:
     if not stage.subject:
         return {}
     theirs, ours = stage.standard[0].parameters, stage.subject[0].parameters
-    return {n: p for n, p in pieces_of(theirs, ours).items() if n not in mapping.pieces}
+    found = pieces_of(theirs, ours)
+    return {n: p for n, p in found.items() if not mapping.has(n, p[0].theirs)}
 
 
 def _group(walk: Walk, stage: Stage, mapping: Mapping, statistics) -> dict[str, list[Piece]]:
     """The assignment of the vectors of one group with which JAX is nearest to PyTorch."""
-    theirs = _parameters(stage.standard, mapping.pieces)
+    theirs = _parameters(stage.standard, mapping.has)
     used = {piece.leaf for pieces in mapping.pieces.values() for piece in pieces}
-    ours = _parameters(stage.subject, used)
+    ours = _parameters(stage.subject, lambda leaf, _: leaf in used)
     if not theirs or not ours:
         return {}
     expected = walk.in_torch(stage.standard[-1].output)
@@ -194,7 +237,7 @@ def _parameters(group: list[Layer], placed) -> dict[str, np.ndarray]:
         name: order
         for layer in group
         for name, order in layer.parameters.items()
-        if name not in placed and order is not None
+        if order is not None and not placed(name, order)
     }
 
 
@@ -237,7 +280,7 @@ def _orders(theirs: np.ndarray, ours: np.ndarray) -> list[np.ndarray]:
     return found or [theirs.reshape(-1)]
 
 
-def paired_kernels(standard: list[Layer], subject: list[Layer]) -> tuple[dict[int, int], list]:
+def paired_kernels(standard: list[Layer], subject: list[Layer]) -> tuple[dict[int, int], list[Tie]]:
     """{kernel of PyTorch: kernel of JAX}, and the sets of kernels that stand at equal places."""
     pairs, ties = {}, []
     for radius in RADII:
@@ -248,7 +291,7 @@ def paired_kernels(standard: list[Layer], subject: list[Layer]) -> tuple[dict[in
             if len(left) == len(right) or (radius == 0 and right):
                 pairs |= dict(zip(left, right, strict=False))
                 if len(left) > 1 or len(right) > 1:
-                    ties.append((radius, left, right))
+                    ties.append(Tie(radius, left, right))
     return pairs, ties
 
 
@@ -279,7 +322,12 @@ def mapped(standard: list[Layer], subject: list[Layer], mapping: Mapping) -> dic
             ours.setdefault(leaf, []).append(index)
     pairs = {}
     for index, layer in enumerate(standard):
-        pieces = [p for n in layer.parameters if layer.kernel for p in mapping.pieces.get(n, ())]
+        pieces = [
+            piece
+            for name, numbers in (layer.parameters.items() if layer.kernel else ())
+            for piece in mapping.pieces.get(name, ())
+            if np.isin(piece.theirs, numbers).any()
+        ]
         left = [i for p in pieces for i in ours.get(p.leaf, ()) if i not in pairs.values()]
         pairs |= {index: left[0]} if left else {}
     return pairs

@@ -53,15 +53,27 @@ def of_torch(graph: Graph, given: Inputs, walk: Walk, names: list[str]) -> Trace
     trace = {
         "forward": dict(zip(names, (values[v] for v in outputs), strict=True)),
         "loss": {"loss": loss},
-        "gradient": dict(reversed(gradients.items())),
+        "gradient": without_noise({n: g.numpy() for n, g in reversed(gradients.items())}),
         "batch_norm": {n: values[v] for n, v in graph.after.items() if v != graph.leaves[n]},
     }
     return _plain(trace)
 
 
+NOISE = 1e-13
+"""Share of the largest gradient below which a gradient is rounding of 0: that of a bias before a
+BatchNorm in training."""
+
+
+def without_noise(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The gradients, with 0 in place of those that are rounding of 0."""
+    norms = {name: np.linalg.norm(array) for name, array in gradients.items()}
+    least = NOISE * max(norms.values(), default=0.0)
+    return {n: a if norms[n] > least else np.zeros_like(a) for n, a in gradients.items()}
+
+
 def _plain(trace) -> Trace:
     return {
-        phase: {name: tensor.detach().numpy() for name, tensor in part.items()}
+        phase: {n: a.detach().numpy() if hasattr(a, "detach") else a for n, a in part.items()}
         for phase, part in trace.items()
         if part
     }
@@ -82,7 +94,7 @@ def of_jax(
     trace = {
         "forward": dict(zip(names, forward, strict=True)),
         "loss": {"loss": np.asarray(loss)},
-        "gradient": gradients | {"images": np.asarray(images).transpose(0, 3, 1, 2)},
+        "gradient": without_noise(gradients | {"images": np.asarray(images).transpose(0, 3, 1, 2)}),
         "batch_norm": {n: a for n, a in statistics.items() if a is not None},
     }
     return {phase: part for phase, part in trace.items() if part}

@@ -20,19 +20,33 @@ LARGEST = 1e3
 class Layout(NamedTuple):
     """How an activation of PyTorch lies in JAX."""
 
-    axes: tuple[int, ...]
-    """PyTorch's axes in JAX's order."""
+    shape: tuple[int, ...]
+    """PyTorch's."""
 
-    permuted: tuple[int, ...]
-    """The shape after the permutation, before a reshape to JAX's shape."""
+    split: tuple[int, ...]
+    """PyTorch's shape, or the same with an axis split in two."""
+
+    axes: tuple[int, ...]
+    """The axes of `split` in JAX's order."""
+
+    @property
+    def permuted(self) -> tuple[int, ...]:
+        """The shape in JAX's order, before a reshape to JAX's shape."""
+        return tuple(self.split[a] for a in self.axes)
 
     def to_torch(self, array) -> torch.Tensor:
         """An activation of JAX in PyTorch's layout."""
         array = np.asarray(array)
-        if array.size == np.prod(self.permuted):
-            array = array.reshape(self.permuted)
-        moved = np.transpose(array, np.argsort(self.axes))
-        return torch.from_numpy(np.array(moved, order="C"))
+        if array.size == np.prod(self.shape):
+            array = array.reshape(self.permuted).transpose(np.argsort(self.axes))
+            array = array.reshape(self.shape)
+        else:
+            array = array.transpose(np.argsort(self.axes))
+        return torch.from_numpy(np.array(array, order="C"))
+
+    def to_jax(self, array, shape) -> np.ndarray:
+        """An activation of PyTorch in JAX's layout."""
+        return array.reshape(self.split).transpose(self.axes).reshape(shape)
 
 
 class Step(NamedTuple):
@@ -115,21 +129,45 @@ def closest(expected: torch.Tensor, got) -> tuple[float, Layout]:
 
 def layouts(standard: tuple[int, ...], subject: tuple[int, ...]) -> list[Layout]:
     """Ways in which PyTorch's axes may lie in JAX's shape."""
-    found = []
-    for axes in itertools.permutations(range(len(standard))):
-        permuted = tuple(standard[a] for a in axes)
-        if _without_ones(permuted) == _without_ones(subject):
-            found.append(Layout(axes, permuted))
+    own = _orders(standard, standard)
+    if exact := [way for way in own if _same(way.permuted, subject)]:
+        return exact
+    split = [way for shape in _splits(standard, subject) for way in _orders(standard, shape)]
+    found = [way for way in own if _joined(way.permuted, subject)]
+    found += [way for way in split if _same(way.permuted, subject)]
     return found or [_usual(standard, subject)]
 
 
+def _orders(standard, shape) -> list[Layout]:
+    return [Layout(standard, shape, a) for a in itertools.permutations(range(len(shape)))]
+
+
+def _splits(standard, subject) -> list[tuple[int, ...]]:
+    """The shapes with one axis split into two of JAX's."""
+    return [
+        (*standard[:axis], first, second, *standard[axis + 1 :])
+        for axis, size in enumerate(standard)
+        for first, second in itertools.permutations(subject, 2)
+        if first * second == size and first > 1 and second > 1
+    ]
+
+
+def _same(permuted, subject) -> bool:
+    return _without_ones(permuted) == _without_ones(subject)
+
+
+def _joined(permuted, subject) -> bool:
+    """Whether the axes of one shape are neighbouring axes of the other, joined."""
+    first, second = (set(np.cumprod(_without_ones(shape))) for shape in (permuted, subject))
+    return np.prod(permuted) == np.prod(subject) and (first <= second or second <= first)
+
+
 def _usual(standard, subject) -> Layout:
-    """Channels last or first, for joined axes or another number of pixels."""
+    """Channels last or first, for another number of pixels."""
     last = (0, *range(2, len(standard)), 1)[: len(standard)]
-    ways = [Layout(a, tuple(standard[i] for i in a)) for a in (last, tuple(range(len(standard))))]
-    return max(
-        ways, key=lambda way: sum(a == b for a, b in zip(way.permuted, subject, strict=False))
-    )
+    ways = [Layout(standard, standard, axes) for axes in (last, tuple(range(len(standard))))]
+    pairs = [sum(a == b for a, b in zip(w.permuted, subject, strict=False)) for w in ways]
+    return ways[pairs.index(max(pairs))]
 
 
 def _without_ones(shape):
@@ -139,7 +177,7 @@ def _without_ones(shape):
 def _error(expected, got, layout: Layout) -> float:
     if got.size != expected.size:
         return LARGEST
-    moved = np.transpose(expected, layout.axes).reshape(got.shape)
+    moved = layout.to_jax(expected, got.shape)
     difference = float(np.linalg.norm(got - moved))
     error = difference / max(float(np.linalg.norm(moved)), 1e-300)
     return error if np.isfinite(error) else LARGEST
