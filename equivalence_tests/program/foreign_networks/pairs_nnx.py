@@ -76,9 +76,10 @@ class DepthwiseNet(nnx.Module):
 
 
 class VitBlock(nnx.Module):
-    def __init__(self, width, heads, rngs):
+    def __init__(self, width, heads, attention, rngs):
         self.norm1 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
+        settings = {"decode": False, "attention_fn": attention, "rngs": rngs}
+        self.attention = nnx.MultiHeadAttention(heads, width, **settings)
         self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.fc1 = nnx.Linear(width, 2 * width, rngs=rngs)
         self.fc2 = nnx.Linear(2 * width, width, rngs=rngs)
@@ -89,11 +90,13 @@ class VitBlock(nnx.Module):
 
 
 class Vit(nnx.Module):
-    def __init__(self, rngs, width=12, heads=3):
+    """NNX's own attention takes the softmax in float32, whatever the inputs are."""
+
+    def __init__(self, rngs, width=12, heads=3, attention=nnx.dot_product_attention):
         self.patches = _conv(3, width, 4, 4, rngs=rngs)
         self.token = nnx.Param(jnp.zeros((1, 1, width)))
         self.positions = nnx.Param(jnp.zeros((1, 21, width)))
-        self.blocks = nnx.List([VitBlock(width, heads, rngs), VitBlock(width, heads, rngs)])
+        self.blocks = nnx.List([VitBlock(width, heads, attention, rngs) for _ in range(2)])
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.fc = nnx.Linear(width, CLASSES, rngs=rngs)
 
