@@ -48,6 +48,9 @@ class Graph(NamedTuple):
 
     constants: dict[Value, Any]
 
+    narrow: bool = False
+    """Whether its author wrote narrower floats than float64 into it; the graph computes without."""
+
     def producers(self) -> dict[Value, int]:
         """Index of the operation that computes each value."""
         return {v: i for i, op in enumerate(self.operations) for v in op.outputs}

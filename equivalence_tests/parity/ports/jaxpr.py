@@ -68,6 +68,7 @@ def graph(network, image_shape: tuple[int, ...], *, train: bool) -> Graph:
         logits=outputs[0],
         after=dict(zip(paths, outputs[1:], strict=True)),
         constants=flat.constants,
+        narrow=flat.narrow,
     )
     _check(found, train=train)
     return found
@@ -97,7 +98,7 @@ class _Flat:
     """Inlines calls into one list of operations."""
 
     def __init__(self):
-        self.operations, self.constants = [], {}
+        self.operations, self.constants, self.narrow = [], {}, False
         self._numbers = itertools.count()
 
     def new(self) -> int:
@@ -134,6 +135,7 @@ class _Flat:
             branch = branches[min(max(int(chosen), 0), len(branches) - 1)]
             return self.walk(branch.jaxpr, branch.consts, inputs[1:])
         outputs = [self.new() for _ in equation.outvars]
+        self.narrow |= any(getattr(v.aval, "dtype", None) in NARROW for v in equation.outvars)
         run = _binding(equation.primitive, equation.params)
         self.operations.append(
             Operation(name, run, tuple(inputs), tuple(outputs), "", equation.params)

@@ -82,11 +82,15 @@ def _plain(trace) -> Trace:
 def of_jax(
     network, given: Inputs, walk: Walk, names: list[str], mapping: Mapping, *, train
 ) -> Trace:
-    """JAX's trace; gradients are those of the user's function by JAX's own differentiation."""
+    """JAX's trace; gradients are those of the user's function by JAX's own differentiation.
+
+    Where the function holds narrower floats than float64, its graph takes its place.
+    """
     graph = walk.subject
     forward = [step.layout.to_torch(walk.of_jax[step.subject]).numpy() for step in walk.steps[:-1]]
     forward.append(np.asarray(walk.of_jax[graph.logits]))
-    loss, found, images = _differentiated(network, given, list(graph.leaves), train=train)
+    run = _through_graph(graph) if graph.narrow else network.apply
+    loss, found, images = _differentiated(run, network.variables, given, train=train)
     gradients = {n: mapping.read(n, found, given.state[n].shape) for n in given.parameters}
     after = after_step(walk)
     moved = [n for n, v in walk.standard.after.items() if v != walk.standard.leaves[n]]
@@ -100,23 +104,33 @@ def of_jax(
     return {phase: part for phase, part in trace.items() if part}
 
 
-def _differentiated(network, given: Inputs, paths: list[str], *, train: bool):
+def _differentiated(apply, variables, given: Inputs, *, train: bool):
     """The loss, and its gradients by path and for the images."""
-    tree = jax.tree.structure(network.variables)
+    tree = jax.tree.structure(variables)
+    paths = list(given.leaves)
     floats = {p: jnp.asarray(a) for p, a in given.leaves.items()
               if jnp.issubdtype(jnp.result_type(a), jnp.floating)}  # fmt: skip
 
     def loss_of(part, images):
         table = given.leaves | part
-        logits, _ = network.apply(
-            jax.tree.unflatten(tree, [table[p] for p in paths]), images, train
-        )
+        logits, _ = apply(jax.tree.unflatten(tree, [table[p] for p in paths]), images, train)
         chosen = jax.nn.log_softmax(logits.astype(jnp.float64))
         return -chosen[np.arange(len(given.labels)), given.labels].mean()
 
     run = jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1)), compiler_options=FAST)
     loss, (found, images) = run(floats, jnp.asarray(given.images))
     return loss, found, images
+
+
+def _through_graph(graph: Graph):
+    """The graph as a network's function; the variables after the forward pass are left out."""
+
+    def apply(variables, images, train):
+        values = dict(zip(graph.leaves.values(), jax.tree.leaves(variables), strict=True))
+        values[graph.images] = images
+        return graph.evaluate(values, graph.needed([graph.logits]))[graph.logits], None
+
+    return apply
 
 
 def after_step(walk: Walk) -> dict:
