@@ -61,7 +61,8 @@ def _linen(images, module, variables=None):
             return bound(*args, **settings, **_flags(takes, train))
 
     def apply(variables, images, train):
-        others = [name for name in variables if name != "params"]
+        # Some networks ask whether their statistics may change instead of taking a flag.
+        others = [name for name in variables if name != "params"] if train else []
         out, after = run("apply", train, variables, images, rngs={"params": key}, mutable=others)
         return out, {**variables, **after}
 

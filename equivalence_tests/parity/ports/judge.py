@@ -182,6 +182,8 @@ class _Pair:
             part, rows[mode], whole = _one_mode(self.network, walk, self.given, mapping, mode)
             found, explained = found + part, explained and whole
         found += faults.own_parameters(self.walks["evaluation"], mapping)
+        if explained:  # every tensor agrees, so every assignment is confirmed
+            mapping.ambiguous.clear()
         hidden = cases.faults(self.state, self.standard["evaluation"], self.images)
         hidden += [f"{name} has no place in JAX" for name in mapping.unplaced]
         verdict = "divergent" if found or self.notes else "undecided" if hidden else "equal"
