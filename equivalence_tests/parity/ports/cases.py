@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from equivalence_tests.parity import inputs
-from equivalence_tests.parity.ports import exported
+from equivalence_tests.parity import inputs, sizes
+from equivalence_tests.parity.ports import exported, variants
 from equivalence_tests.parity.ports.graph import Graph
 from flax_resnet.errors import InputError
 
@@ -57,7 +57,7 @@ def image_size(net: nn.Module, channels: int) -> tuple[int, int]:
     for size in itertools.islice(pairs, 200):
         if (found := strided(net, size, channels)) is None:
             break
-        if not size_faults(found):
+        if not sizes.faults(found):
             return size
     for side in FIXED:
         if strided(net, (side, side), channels) is not None:
@@ -67,18 +67,10 @@ def image_size(net: nn.Module, channels: int) -> tuple[int, int]:
 
 def strided(net, size, channels) -> dict | None:
     """`sizes.strided_calls`; None if the network raises on images of this size."""
-    from equivalence_tests.parity import sizes
-
     try:
         return sizes.strided_calls(net, size, channels)
     except Exception:  # whatever the user's own code raises
         return None
-
-
-def size_faults(calls) -> list[str]:
-    from equivalence_tests.parity import sizes
-
-    return sizes.faults(calls)
 
 
 def fill(net: nn.Module, images: np.ndarray, rng: np.random.Generator):
@@ -139,7 +131,33 @@ def faults(state: dict, graph: Graph, images: np.ndarray) -> list[str]:
     values[graph.images] = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     with torch.no_grad():
         graph.evaluate(values, range(len(graph.operations)))
-    return [*_equal_vectors(state), *_one_sided(graph, values), *_large_batches(graph, values)]
+    return [
+        *sizes.faults(_strides(graph, values)),
+        *_equal_vectors(state),
+        *_one_sided(graph, values),
+        *_large_batches(graph, values),
+    ]
+
+
+def _strides(graph, values) -> dict:
+    """{layer: (stride, (H, W) of its input)} of every strided layer whose windows may be padded."""
+    found = {}
+    for operation in graph.operations:
+        if operation.name in STRIDED:
+            given = variants.arguments(operation, STRIDED[operation.name])
+            kernel = operation.name == "conv2d"
+            window = values[operation.inputs[1]].shape[2:] if kernel else given["window"]
+            window, stride = variants.pair(window), variants.pair(given.get("stride") or window)
+            patches = kernel and window == stride  # no window reaches over the edge
+            if max(stride) > 1 and max(window) > 1 and not patches:
+                name = operation.module or operation.name
+                size = tuple(values[operation.inputs[0]].shape[2:])
+                found[f"{name}:{len(found)}" if name in found else name] = stride, size
+    return found
+
+
+STRIDED = {"conv2d": "stride padding", "max_pool2d": "window stride", "avg_pool2d": "window stride"}
+"""{operation: names of its first static arguments}."""
 
 
 def _equal_vectors(state) -> list[str]:

@@ -50,7 +50,14 @@ def forward(walk: Walk, mode: str) -> tuple[list[Fault], Changes]:
 
 
 def _named(operations, step, causes, mode) -> list[Fault]:
-    """One fault for each layer that has a cause; without a cause, for the layer of the anchor."""
+    """One fault for each operation that has a cause; without one, for the layer of the anchor."""
+    if len(causes) == 1:
+        return [
+            Fault(
+                operations[i].module or operations[i].name, mode, "forward", step.error, [v.reason]
+            )
+            for i, v in causes[0].items()
+        ]
     if not causes:
         last = operations[step.operations[-1]]
         return [Fault(last.module or last.name, mode, "forward", step.error, [])]
@@ -92,7 +99,8 @@ def _statistics(operation: Operation, pairs, mode) -> tuple[list[Fault], list]:
         return [], []
     causes, options = statistics.causes(*pairs, operation.options["momentum"])
     variant = [variants.Variant("", None, options)] if causes else []
-    return [Fault(operation.module, mode, "batch_norm", error, causes)], variant
+    each = [[cause] for cause in causes] or [[]]  # causes that hold together, not alternatives
+    return [Fault(operation.module, mode, "batch_norm", error, c) for c in each], variant
 
 
 def changed(graph: Graph, changes: Changes) -> Graph:

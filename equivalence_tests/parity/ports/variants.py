@@ -91,22 +91,23 @@ def _nearest(found, got, step: Step):
     return closest(found, got)
 
 
-def _arguments(operation: Operation, names: str) -> dict[str, Any]:
+def arguments(operation: Operation, names: str) -> dict[str, Any]:
     """The static arguments of an operation by name, from those that stand after its arrays."""
     given = [a for a in operation.options.get("args", ()) if not hasattr(a, "op")]
     given = operation.options.get("arguments", given)
     return dict(zip(names.split(), given, strict=False)) | operation.options.get("kwargs", {})
 
 
-def _pair(value) -> tuple[int, int]:
-    return tuple(value) * (2 // len(value)) if isinstance(value, list | tuple) else (value, value)
+def pair(value) -> tuple[int, int]:
+    """One number for height and width, or both."""
+    return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
 
 
 def convolutions(operation: Operation) -> Iterator[Variant]:
-    given = _arguments(operation, "stride padding dilation groups")
-    stride, padding = _pair(given.get("stride", 1)), given.get("padding", 0)
-    dilation, groups = _pair(given.get("dilation", 1)), given.get("groups", 1)
-    padding = padding if isinstance(padding, str) else _pair(padding)
+    given = arguments(operation, "stride padding dilation groups")
+    stride, padding = pair(given.get("stride", 1)), given.get("padding", 0)
+    dilation, groups = pair(given.get("dilation", 1)), given.get("groups", 1)
+    padding = padding if isinstance(padding, str) else pair(padding)
 
     def conv(x, w, stride=stride, padding=padding, groups=groups):
         return F.conv2d(x, w, None, stride, padding, dilation, groups)
@@ -145,14 +146,14 @@ def _padded(x, window, stride, dilation, value):
 
 
 def max_pools(operation: Operation) -> Iterator[Variant]:
-    given = _arguments(operation, "window stride padding")
-    window = _pair(given["window"])
-    stride = _pair(given.get("stride") or window)
+    given = arguments(operation, "window stride padding")
+    window = pair(given["window"])
+    stride = pair(given.get("stride") or window)
 
     def same(x, value=-np.inf):
         return F.max_pool2d(_padded(x, window, stride, (1, 1), value), window, stride)
 
-    padding = _pair(given.get("padding", 0))
+    padding = pair(given.get("padding", 0))
     pads = [padding[1], padding[1], padding[0], padding[0]]
     yield Variant('the max-pool pads as "SAME"', lambda x: (same(x),))
     yield Variant('the max-pool pads as "SAME", with zeros', lambda x: (same(x, 0.0),))
@@ -165,9 +166,9 @@ def max_pools(operation: Operation) -> Iterator[Variant]:
 
 
 def average_pools(operation: Operation) -> Iterator[Variant]:
-    given = _arguments(operation, "window stride padding ceil_mode count_include_pad")
-    window = _pair(given["window"])
-    stride, padding = _pair(given.get("stride") or window), _pair(given.get("padding", 0))
+    given = arguments(operation, "window stride padding ceil_mode count_include_pad")
+    window = pair(given["window"])
+    stride, padding = pair(given.get("stride") or window), pair(given.get("padding", 0))
     counted = given.get("count_include_pad", True)
     what = "does not count" if counted else "counts"
     pool = functools.partial(F.avg_pool2d, kernel_size=window, stride=stride)
