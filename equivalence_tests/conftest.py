@@ -27,7 +27,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 LONG_FILES = (
     "test_faults", "test_parallel", "test_train", "test_float64", "test_training", "test_float32",
-    "test_export", "test_localise", "test_processes", "test_package", "test_docs",
+    "test_ports", "test_export", "test_localise", "test_processes", "test_package", "test_docs",
 )  # fmt: skip
 """Files of a minute or more, the longest first: begun last, one would keep one worker alone."""
 

@@ -1,15 +1,17 @@
 """Documentation: tables match the results, the site builds, the notebook runs."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from equivalence_tests.program.command import ROOT
+from equivalence_tests.program.command import ROOT, run_installed
 from equivalence_tests.studies import doc_tables
 
 PAGES = {path.name: path for path in doc_tables.pages()}
@@ -40,6 +42,21 @@ def test_an_edited_figure_is_noticed():
 
 def test_the_readme_is_short():
     assert len(PAGES["README.md"].read_text().splitlines()) <= 180
+
+
+EXAMPLE = re.compile(r"<!-- example: (\S+) -->\n```\w*\n(.*?)```", re.DOTALL)
+
+
+def test_the_example_of_a_port_prints_what_the_page_says(tmp_path, monkeypatch):
+    parts = dict(EXAMPLE.findall(PAGES["port.md"].read_text()))
+    (tmp_path / "my_port.py").write_text(parts["my_port.py"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flags = ["--jax-model", "my_port:Jax", "--torch-model", "my_port:Torch"]
+    with jax.numpy_rank_promotion("allow"):
+        outcome = run_installed("parity", *flags)
+    assert outcome.status == 1
+    assert outcome.out + outcome.err == parts["output"]
 
 
 def build(config: Path, out: Path) -> subprocess.CompletedProcess:

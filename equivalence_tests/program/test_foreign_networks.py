@@ -141,6 +141,7 @@ def program(net) -> str:
     return str([jax.make_jaxpr(mode)(network.variables, images) for mode in modes])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["nnx", "linen", "haiku", "equinox"])
 def test_each_fault_changes_the_program(framework):
     last = {fault: layer for layer, fault in foreign_networks.eligible()}

@@ -280,11 +280,25 @@ def scaling() -> str:
     return table(header, lines, numbers=5)
 
 
+def ports() -> str:
+    """Public JAX networks and what makes them other networks than PyTorch's."""
+    rows = [
+        [row["network"], row["verdict"], _listed_causes(row), "yes" if row["explained"] else "no"]
+        for row in results.read("ports")["rows"]
+    ]
+    return table(["network", "verdict", "causes (layers)", "these explain every difference"], rows)
+
+
+def _listed_causes(row: dict) -> str:
+    causes = [f"{cause} ({len(layers)})" for cause, layers in row["causes"].items()]
+    return "; ".join(causes) or "none"
+
+
 TABLES = {
     function.__name__: function
     for function in (
         headline, faults_found, localiser, paired_trainings, error_growth, speeds,
-        whole_trainings, recipes, recipe_pairs, survival, scaling,
+        whole_trainings, recipes, recipe_pairs, survival, scaling, ports,
     )
 }  # fmt: skip
 

@@ -52,11 +52,10 @@ def forward(walk: Walk, mode: str) -> tuple[list[Fault], Changes]:
 def _named(operations, step, causes, mode) -> list[Fault]:
     """One fault for each operation that has a cause; without one, for the layer of the anchor."""
     if len(causes) == 1:
+        where = {i: operations[i].module or operations[i].name for i in causes[0]}
         return [
-            Fault(
-                operations[i].module or operations[i].name, mode, "forward", step.error, [v.reason]
-            )
-            for i, v in causes[0].items()
+            Fault(where[i], mode, "forward", step.error, [variant.reason])
+            for i, variant in causes[0].items()
         ]
     if not causes:
         last = operations[step.operations[-1]]

@@ -63,7 +63,9 @@ class _Analysis:
         self.above = {graph.images: frozenset([IMAGE])}
         self.arrays = {value: leaves[name] for name, value in graph.leaves.items()}
         self.numbers = {
-            value: {name: _numbers(np.shape(leaves[name]))} for name, value in graph.leaves.items()
+            value: {name: _numbers(np.shape(leaves[name]))}
+            for name, value in graph.leaves.items()
+            if _is_float(leaves[name])  # indices are no parameters
         }
         for index in graph.needed([graph.logits]):
             self._visit(index)

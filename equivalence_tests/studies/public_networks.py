@@ -1,0 +1,81 @@
+"""Public JAX networks and PyTorch's of the same structure, for `flax-resnet parity`.
+
+Each function imports what it needs, so only the packages of the networks that are compared have to
+be there. Of the two repositories one file or folder has to be on the Python path:
+
+    flax_example   google/flax, examples/imagenet/models.py, saved as flax_example_models.py
+    bonsai         jax-ml/bonsai, the folder bonsai/
+"""
+
+import functools
+
+CLASSES = 10
+
+
+def _torchvision(name: str):
+    import torchvision
+
+    return getattr(torchvision.models, name)(num_classes=CLASSES)
+
+
+resnet18 = functools.partial(_torchvision, "resnet18")
+resnet50 = functools.partial(_torchvision, "resnet50")
+
+
+def flax_example():
+    """ResNet-18 of google/flax's ImageNet example, commit 18f8f311."""
+    from flax_example_models import ResNet18
+
+    return ResNet18(num_classes=CLASSES)
+
+
+def bonsai():
+    """ResNet-50 of jax-ml/bonsai, commit 3628425."""
+    from bonsai.models.resnet.modeling import ModelConfig, ResNet
+    from flax import nnx
+
+    return ResNet(ModelConfig.resnet50(CLASSES), rngs=nnx.Rngs(0))
+
+
+def jax_resnet():
+    """ResNet-18 of jax-resnet 0.0.4."""
+    from jax_resnet import ResNet18
+
+    return ResNet18(n_classes=CLASSES)
+
+
+def transformers():
+    """FlaxResNetForImageClassification of transformers 4.57.6, with ResNet-18's sizes."""
+    from transformers import FlaxResNetForImageClassification, ResNetConfig
+
+    widths, depths = [64, 128, 256, 512], [2, 2, 2, 2]
+    config = ResNetConfig(
+        hidden_sizes=widths, depths=depths, layer_type="basic", num_labels=CLASSES
+    )
+    return FlaxResNetForImageClassification(config, input_shape=(1, 64, 64, 3))
+
+
+def haiku():
+    """hk.nets.ResNet18 of dm-haiku 0.0.17."""
+    import haiku
+
+    def forward(images, is_training):
+        return haiku.nets.ResNet18(CLASSES)(images, is_training)
+
+    return haiku.transform_with_state(forward)
+
+
+def keras():
+    """keras.applications.ResNet50 of Keras 3.15.1 on JAX (`KERAS_BACKEND=jax`), for 64 pixels."""
+    import keras
+
+    return keras.applications.ResNet50(
+        weights=None, classes=CLASSES, classifier_activation=None, input_shape=(64, 64, 3)
+    )
+
+
+def flax_resnet():
+    """ResNet-18 of this project."""
+    from flax_resnet import create_model
+
+    return create_model("resnet18", num_classes=CLASSES, kernels="library")
