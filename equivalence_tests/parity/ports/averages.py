@@ -4,6 +4,7 @@ Haiku and Equinox keep a running average beside its corrected value and a count 
 evaluation only the corrected value is read, so only that is matched.
 """
 
+import jax.numpy as jnp
 import numpy as np
 
 from equivalence_tests.parity.ports.graph import Graph
@@ -29,7 +30,7 @@ def settle(training: Graph, mapping: Mapping, leaves: dict):
             if np.shape(leaves[other]) == np.shape(leaves[path]):
                 leaves[other] = leaves[path]
                 mapping.extra.pop(other, None)
-            elif np.asarray(leaves[other]).dtype.kind == "i":
+            elif jnp.issubdtype(jnp.result_type(leaves[other]), jnp.integer):
                 leaves[other] = np.full_like(leaves[other], MANY)
 
 

@@ -38,7 +38,7 @@ def compare_models(
     torch_module: nn.Module,
     *,
     image_size: tuple[int, int] | None = None,
-    batch: int = 4,
+    batch: int = 5,
     own_weights: bool = False,
     converter=None,
     mapping: str | Path | None = None,
@@ -55,7 +55,7 @@ def compare_models(
       jax_net: what `adapters.adapt` takes.
       torch_module: takes images `[B, C, H, W]` and returns logits `[B, K]`.
       image_size: (H, W); None: one at which no padding can hide.
-      batch: number of images.
+      batch: number of images; a prime is mistaken for no other size.
       own_weights: compare with the PyTorch network's weights instead of random ones.
       converter: your own conversion, (state_dict) -> variables; it is proven to move every number
         to a place of its own, and its places are compared with those of the structure.

@@ -147,8 +147,9 @@ def match(
             walk.anchor(stage.standard[-1].output, stage.subject[-1].output)
     walk.anchor(walk.standard.logits, walk.subject.logits)
     used = {piece.leaf for pieces in mapping.pieces.values() for piece in pieces}
-    mapping.extra.update({n: np.shape(a) for n, a in walk.leaves.items()
-                          if n not in used and np.asarray(a).dtype.kind == "f"})  # fmt: skip
+    for name, leaf in walk.leaves.items():
+        if name not in used and getattr(leaf, "dtype", None) == np.float64:
+            mapping.extra[name] = np.shape(leaf)
     mapping.unplaced.update({n: np.shape(a) for n, a in walk.state.items()
                              if n not in mapping.pieces and np.ndim(a)})  # fmt: skip
     return mapping

@@ -106,14 +106,26 @@ class Walk:
             indices = self.standard.needed([value], self.of_torch)
             return self.standard.evaluate(dict(self.of_torch), indices, replaced)[value]
 
+    def _alone(self, value: Value) -> torch.Tensor:
+        """A value of PyTorch, computed from the images."""
+        start = (*self.standard.leaves.values(), self.standard.images)
+        with torch.no_grad():
+            known = {v: self.of_torch[v] for v in start}
+            return self.standard.evaluate(known, self.standard.needed([value], known))[value]
+
     def anchor(self, standard: Value, subject: Value) -> Step:
         """Compares an activation that both have; PyTorch goes on from JAX's."""
         operations = tuple(self.standard.needed([standard], self.of_torch))
-        expected, got = self.in_torch(standard), self.in_jax(subject)
+        got = self.in_jax(subject)
+        try:
+            expected = self.in_torch(standard)
+        except (RuntimeError, ValueError):  # JAX's shapes do not fit here
+            expected = self._alone(standard)
         error, layout = closest(expected, got)
         step = Step(standard, subject, layout, error, operations,
                     (tuple(expected.shape), tuple(np.shape(got))))  # fmt: skip
-        self.of_torch[standard] = layout.to_torch(got)
+        fits = np.size(got) == expected.numel() or np.ndim(got) == expected.ndim
+        self.of_torch[standard] = layout.to_torch(got) if fits else expected
         self.steps.append(step)
         return step
 
