@@ -107,7 +107,8 @@ def stages(standard: list[Layer], subject: list[Layer], pairs: dict[int, int]) -
     for above, group in theirs.items():
         place = frozenset(pairs.get(i) for i in above)
         found.append(Stage(group, ours.get(place, []), kernel=False))
-    return sorted(found, key=lambda stage: stage.standard[-1].operation)
+    # A group depends on the kernels above it only, and kernels below may need its first vectors.
+    return sorted(found, key=lambda stage: stage.standard[0].operation)
 
 
 def _vectors(found: list[Layer]) -> dict[frozenset, list[Layer]]:
@@ -150,8 +151,9 @@ def match(
     for name, leaf in walk.leaves.items():
         if name not in used and getattr(leaf, "dtype", None) == np.float64:
             mapping.extra[name] = np.shape(leaf)
-    mapping.unplaced.update({n: np.shape(a) for n, a in walk.state.items()
-                             if n not in mapping.pieces and np.ndim(a)})  # fmt: skip
+    for name, array in walk.state.items():
+        if name not in mapping.pieces and array.dtype.kind == "f":
+            mapping.unplaced[name] = np.shape(array)
     return mapping
 
 
