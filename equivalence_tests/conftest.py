@@ -40,6 +40,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     surroundings.move_home()
+    surroundings.heed_signals()
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     inputs.SEED = config.getoption("--inputs-seed")

@@ -6,6 +6,7 @@ compares the checkout before and after the tests, ignored files included.
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -84,3 +85,11 @@ def files(root: Path) -> set[str]:
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.splitlines() if done.returncode == 0 else []
     return {line for line in lines if not any(cache in line for cache in _CACHES)}
+
+
+def heed_signals():
+    """Lets interruptions end programs again where a shell's background job ignores them."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    for number, handler in usual.items():
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)

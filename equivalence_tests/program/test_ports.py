@@ -238,8 +238,9 @@ def failing(values, images, train):
         (calling, "calls the host"),
         (failing, "RuntimeError: out of paint"),
         (lambda v, x, train: x, "logits"),
+        (lambda v, x, train: cnn(v, x, train, act=lambda y: y / 0), "is not finite"),
     ],
-    ids=["drawing", "calling", "failing", "images"],
+    ids=["drawing", "calling", "failing", "images", "dividing by 0"],
 )
 def test_networks_that_cannot_be_followed_are_refused(apply, message):
     with pytest.raises(InputError, match=message):

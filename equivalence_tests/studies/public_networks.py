@@ -1,10 +1,12 @@
 """Public JAX networks and PyTorch's of the same structure, for `flax-resnet parity`.
 
 Each function imports what it needs, so only the packages of the networks that are compared have to
-be there. Of the two repositories one file or folder has to be on the Python path:
+be there. Of three repositories a file or folder has to be on the Python path:
 
     flax_example   google/flax, examples/imagenet/models.py, saved as flax_example_models.py
     bonsai         jax-ml/bonsai, the folder bonsai/
+    maxvit         jax-ml/jax-ai-stack, docs/source/JAX_porting_PyTorch_model: the cells that define
+                   the network, saved as maxvit_tutorial.py
 """
 
 import functools
@@ -79,3 +81,24 @@ def flax_resnet():
     from flax_resnet import create_model
 
     return create_model("resnet18", num_classes=CLASSES, kernels="library")
+
+
+SMALL_MAXVIT = {
+    "input_size": (56, 56), "stem_channels": 32, "block_channels": [32, 64],
+    "block_layers": [2, 1], "head_dim": 32, "stochastic_depth_prob": 0.2, "partition_size": 7,
+    "num_classes": CLASSES,
+}  # fmt: skip
+
+
+def maxvit():
+    """MaxViT of the JAX AI Stack's tutorial on porting, commit 59de2e1, two stages at 56 pixels."""
+    from maxvit_tutorial import MaxVit
+
+    return MaxVit(**SMALL_MAXVIT)
+
+
+def maxvit_torch():
+    """torchvision's MaxViT of the same size."""
+    from torchvision.models.maxvit import MaxVit
+
+    return MaxVit(**SMALL_MAXVIT)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from equivalence_tests.parity.ports.graph import Graph, Value
+from flax_resnet.errors import InputError
 
 LARGEST = 1e3
 """The relative error of arrays of different shapes, or of values that are not finite."""
@@ -106,6 +107,20 @@ class Walk:
             indices = self.standard.needed([value], self.of_torch)
             return self.standard.evaluate(dict(self.of_torch), indices, replaced)[value]
 
+    def _applied(self, vector: Value, size: int) -> Value:
+        """The first value of this size that a vector of a batch's statistics leads to.
+
+        Keras multiplies such statistics by BatchNorm's parameters before it applies them.
+        """
+        reached = {vector}
+        for index in self.subject.needed([self.subject.logits]):
+            operation = self.subject.operations[index]
+            if reached & set(operation.inputs):
+                reached.update(operation.outputs)
+                if np.size(self.in_jax(operation.outputs[0])) == size:
+                    return operation.outputs[0]
+        return vector
+
     def _alone(self, value: Value) -> torch.Tensor:
         """A value of PyTorch, computed from the images."""
         start = (*self.standard.leaves.values(), self.standard.images)
@@ -121,6 +136,13 @@ class Walk:
             expected = self.in_torch(standard)
         except (RuntimeError, ValueError):  # JAX's shapes do not fit here
             expected = self._alone(standard)
+        if len(_without_ones(np.shape(got))) < 2 < expected.ndim:
+            subject = self._applied(subject, expected.numel())
+            got = self.in_jax(subject)
+        for side, array in ("PyTorch", expected.numpy()), ("JAX", got):
+            if not np.isfinite(array).all():
+                where = self.standard.operations[operations[-1]].module if operations else "the end"
+                raise InputError(f"the activation of {side} at {where} is not finite")
         error, layout = closest(expected, got)
         step = Step(standard, subject, layout, error, operations,
                     (tuple(expected.shape), tuple(np.shape(got))))  # fmt: skip
