@@ -11,9 +11,9 @@ import pytest
 import torch
 from flax import nnx
 
+from equivalence_tests.mutants import foreign_networks
+from equivalence_tests.mutants.foreign_networks import in_torch, pairs_nnx, pairs_torch
 from equivalence_tests.parity.ports.adapters import adapt
-from equivalence_tests.program import foreign_networks
-from equivalence_tests.program.foreign_networks import in_torch, pairs_nnx, pairs_torch
 
 SHAPE = (3, 20, 16, 3)
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}

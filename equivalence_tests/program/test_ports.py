@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from flax import nnx
 from torch import nn
 
+from equivalence_tests.mutants import foreign_networks
+from equivalence_tests.mutants.foreign_networks import in_nnx, in_torch, pairs_nnx, pairs_torch
 from equivalence_tests.parity import compare_models
 from equivalence_tests.parity.ports import cases, exported
-from equivalence_tests.program import foreign_networks
 from equivalence_tests.program.command import run_installed
-from equivalence_tests.program.foreign_networks import in_nnx, in_torch, pairs_nnx, pairs_torch
 from flax_resnet.errors import InputError
 
 pytest_plugins = ["equivalence_tests.parity.pytest_port"]

@@ -3,7 +3,7 @@
 import haiku as hk
 import jax.numpy as jnp
 
-from equivalence_tests.program import foreign_networks as common
+from equivalence_tests.mutants import foreign_networks as common
 
 
 class Norm(hk.Module):

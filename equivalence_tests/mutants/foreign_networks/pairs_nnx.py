@@ -5,7 +5,7 @@ from functools import partial
 import jax.numpy as jnp
 from flax import nnx
 
-from equivalence_tests.program.foreign_networks.in_nnx import Norm
+from equivalence_tests.mutants.foreign_networks.in_nnx import Norm
 
 CLASSES = 5
 

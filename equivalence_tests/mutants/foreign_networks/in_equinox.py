@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equivalence_tests.program import foreign_networks as common
+from equivalence_tests.mutants import foreign_networks as common
 
 
 class Norm(eqx.Module):

@@ -3,7 +3,7 @@
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from equivalence_tests.program.foreign_networks import CLASSES, WIDTHS
+from equivalence_tests.mutants.foreign_networks import CLASSES, WIDTHS
 
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 

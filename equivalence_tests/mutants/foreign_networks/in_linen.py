@@ -2,7 +2,7 @@
 
 from flax import linen as nn
 
-from equivalence_tests.program import foreign_networks as common
+from equivalence_tests.mutants import foreign_networks as common
 
 
 class Norm(nn.Module):

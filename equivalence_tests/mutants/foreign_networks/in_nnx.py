@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from equivalence_tests.program import foreign_networks as common
+from equivalence_tests.mutants import foreign_networks as common
 
 
 class Norm(nnx.Module):
