@@ -52,6 +52,7 @@ def test_the_example_of_a_port_prints_what_the_page_says(tmp_path, monkeypatch):
     (tmp_path / "my_port.py").write_text(parts["my_port.py"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_port", raising=False)
     flags = ["--jax-model", "my_port:Jax", "--torch-model", "my_port:Torch"]
     with jax.numpy_rank_promotion("allow"):
         outcome = run_installed("parity", *flags)

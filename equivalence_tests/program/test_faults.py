@@ -174,7 +174,8 @@ def test_a_limit_of_file_size_ends_a_run_in_one_line(tmp_path):
     words += ["--devices", "1", "--run-dir", str(tmp_path / "run")]
     code = f"import sys; sys.argv = {words!r}; {limited}"
     command = [sys.executable, "-c", code]
-    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert outcome.returncode == 2, outcome.stderr
     assert outcome.stderr.count("\n") == 1 and "file too large" in outcome.stderr
 

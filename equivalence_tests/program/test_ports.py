@@ -1,6 +1,7 @@
 """The judge of ports: finds every fault that is put in, raises no alarm, and refuses bad input."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -290,6 +291,7 @@ def test_the_command_ends_with_its_status(name, status, text, tmp_path, monkeypa
     (tmp_path / "my_port.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_port", raising=False)
     flags = ["--jax-model", f"my_port:{name}", "--torch-model", "my_port:TorchCnn"]
     outcome = run_installed("parity", *flags, "--report", "out")
     assert outcome.status == status, outcome

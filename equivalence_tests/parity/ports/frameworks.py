@@ -12,6 +12,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
+from flax.errors import ModifyScopeVariableError
 
 from equivalence_tests.parity.loading import drops
 from flax_resnet.errors import InputError
@@ -61,9 +62,12 @@ def _linen(images, module, variables=None):
             return bound(*args, **settings, **_flags(takes, train))
 
     def apply(variables, images, train):
-        # Some networks ask whether their statistics may change instead of taking a flag.
-        others = [name for name in variables if name != "params"] if train else []
-        out, after = run("apply", train, variables, images, rngs={"params": key}, mutable=others)
+        others = [name for name in variables if name != "params"]
+        forward = partial(run, "apply", train, variables, images, rngs={"params": key})
+        try:  # some networks ask whether their statistics may change instead of taking a flag
+            out, after = forward(mutable=others if train else [])
+        except ModifyScopeVariableError:  # others write them in evaluation, too
+            out, after = forward(mutable=others)
         return out, {**variables, **after}
 
     if variables is None:
