@@ -3,11 +3,14 @@
 compare_models(jax_net, torch_module) -> Report
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import torch
 from torch import nn
 
@@ -16,7 +19,7 @@ from equivalence_tests.parity.ports import (
     adapters,
     averages,
     cases,
-    converter,
+    conversion,
     exported,
     faults,
     jaxpr,
@@ -34,16 +37,16 @@ MODES = {"evaluation": False, "training": True}
 
 
 def compare_models(
-    jax_net,
+    jax_net: Any,
     torch_module: nn.Module,
     *,
     image_size: tuple[int, int] | None = None,
     batch: int = 5,
     own_weights: bool = False,
-    converter=None,
+    converter: Callable | None = None,
     mapping: str | Path | None = None,
-    optax_optimizer=None,
-    torch_optimizer=None,
+    optax_optimizer: optax.GradientTransformation | None = None,
+    torch_optimizer: Callable | None = None,
     seed: int = 0,
 ) -> Report:
     """Compares a JAX network of any framework with a PyTorch network, in float64.
@@ -116,14 +119,14 @@ class _Pair:
         training, statistics = self.subject["training"], self._statistics()
         given = {}
         if convert:
-            given = converter.pieces(convert, self.state, self.network.variables)
+            given = conversion.pieces(convert, self.state, self.network.variables)
         elif file and file.exists():
             given = mapping_file.read(file, self.state, self.leaves)
         for name, parts in matching.fused(*self._layers("evaluation")).items():
             self.standard = {m: exported.divided(g, name, parts) for m, g in self.standard.items()}
         walk, found = self._best(statistics, given)
         if convert:
-            self.notes += converter.differences(given, self._best(statistics, {})[1])
+            self.notes += conversion.differences(given, self._best(statistics, {})[1])
         elif file and not file.exists():
             mapping_file.write(file, found, self.state, self.leaves)
         self.walks["evaluation"], self.leaves = walk, walk.leaves
