@@ -128,17 +128,29 @@ def _other_share(evidence: Evidence, share: float) -> list[str]:
 
 
 def _biased(evidence: Evidence, share: float) -> list[str]:
-    """A biased variance: the batch variances differ by (n - 1) / n for a whole number n."""
-    old, got, expected = evidence.statistic("running_var")
+    n = biased_count(*evidence.statistic("running_var"), 0.1, share)
+    return [f"running_var ratio is (n - 1) / n with n = {n}: biased variance"] if n else []
+
+
+def biased_count(old, got, expected, momentum: float, share: float) -> int | None:
+    """The n of a biased variance: batch variances that differ by (n - 1) / n, n a whole number.
+
+    Args:
+      old, got, expected: the running variance before the step, and after it on both sides.
+      momentum: PyTorch's.
+      share: how far the statistics moved, relative to PyTorch's.
+
+    Returns:
+      n; None if the variances differ in another way, or not at all.
+    """
     if not share:
-        return []
-    ratio = constant((old + (got - old) / (0.1 * share)) / (old + (expected - old) / 0.1))
-    if ratio is None or not 0.4 < ratio < 1:
-        return []
+        return None
+    of_jax, of_torch = old + (got - old) / (momentum * share), old + (expected - old) / momentum
+    ratio = constant(of_jax / of_torch)
+    if ratio is None or not 0.4 < ratio < 1 - 1e-9:
+        return None
     n = 1 / (1 - ratio)
-    if abs(n - round(n)) > 1e-3 * n:
-        return []
-    return [f"running_var ratio is (n - 1) / n with n = {round(n)}: biased variance"]
+    return round(n) if abs(n - round(n)) <= 1e-3 * n else None
 
 
 def not_counted(evidence: Evidence) -> list[str]:
@@ -215,13 +227,18 @@ def _convolution(x, kernel, stride, padding=None):
 
 
 def _same_padding(x, kernel, stride):
-    return _convolution(_padded_same(x, kernel.shape[2], stride, 0.0), kernel, stride, 0)
+    return _convolution(padded_same(x, kernel.shape[2:], (stride, stride), 0.0), kernel, stride, 0)
 
 
-def _padded_same(x, window, stride, value):
+def padded_same(x, window, stride, value, dilation=(1, 1)):
+    """[B, C, H, W] padded as TensorFlow's "SAME", the odd pixel at the end, with a value.
+
+    Args:
+      window, stride, dilation: (height, width).
+    """
     pads = []
-    for size in reversed(x.shape[2:]):
-        total = max((-(-size // stride) - 1) * stride + window - size, 0)
+    for size, k, s, d in list(zip(x.shape[2:], window, stride, dilation, strict=True))[::-1]:
+        total = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
         pads += [total // 2, total - total // 2]
     return F.pad(x, pads, value=value)
 
@@ -232,10 +249,14 @@ def _tf32(x):
     return torch.from_numpy(rounded.view(np.float32)).double()
 
 
-def _interleaved(x, kernel, stride):
-    out, groups = _convolution(x, kernel, stride), x.shape[1] // kernel.shape[1]
-    batch, channels, *size = out.shape
-    return out.view(batch, groups, -1, *size).transpose(1, 2).reshape(batch, channels, *size)
+def _with_interleaved_groups(x, kernel, stride):
+    return interleaved(_convolution(x, kernel, stride), x.shape[1] // kernel.shape[1])
+
+
+def interleaved(out, groups):
+    """The channels of a grouped convolution in the order of a wrong reshape."""
+    batch, _, *size = out.shape
+    return out.reshape(batch, groups, -1, *size).transpose(1, 2).reshape(out.shape)
 
 
 CONVOLUTIONS: dict[str, Callable] = {
@@ -244,7 +265,7 @@ CONVOLUTIONS: dict[str, Callable] = {
     ),
     'padding is "SAME", which is lopsided at stride 2': _same_padding,
     "operands are rounded to TF32": lambda x, k, s: _convolution(_tf32(x), _tf32(k), s),
-    "groups are interleaved": _interleaved,
+    "groups are interleaved": _with_interleaved_groups,
     "the stride is wrong": lambda x, k, s: _convolution(x, k, 3 - s),
     "there is no padding": lambda x, k, s: _convolution(x, k, s, 0),
     "the kernel is rotated by 180 degrees": lambda x, k, s: _convolution(x, k.flip(2, 3), s),
@@ -260,7 +281,7 @@ def other_pool(evidence: Evidence) -> list[str]:
         if same(F.max_pool2d(x, 3, 2, 1), evidence.expected)
     )
     variants = {
-        'the max-pool pads "SAME"': F.max_pool2d(_padded_same(x, 3, 2, -np.inf), 3, 2),
+        'the max-pool pads "SAME"': F.max_pool2d(padded_same(x, (3, 3), (2, 2), -np.inf), 3, 2),
         "the max-pool has no padding": F.max_pool2d(x, 3, 2),
         "it is an average pool": F.avg_pool2d(x, 3, 2, 1),
     }

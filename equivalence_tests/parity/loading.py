@@ -39,5 +39,5 @@ def find(place: str, flag: str):
 
 
 def drops(part) -> bool:
-    """Whether a layer drops values at random, by the name of its class."""
+    """Returns True if a layer drops values at random, judged by the name of its class."""
     return bool(_DROPS.search(type(part).__name__))

@@ -20,12 +20,17 @@ def load(place: str) -> nn.Module:
     model = loading.load(place, "--torch-model")
     if not isinstance(model, nn.Module):
         raise InputError(f"--torch-model {place} returns {type(model).__name__}, no nn.Module")
+    drop_nothing(model)
+    return model.double()
+
+
+def drop_nothing(model: nn.Module):
+    """Switches dropout and stochastic depth off, whose draws cannot be compared."""
     for part in model.modules():
-        if loading.drops(part):  # its draws cannot be compared
+        if loading.drops(part):
             part.forward = lambda values, *_, **__: values
         if isinstance(part, nn.MultiheadAttention):
             part.dropout = 0.0
-    return model.double()
 
 
 def weights(model: nn.Module) -> dict[str, np.ndarray]:

@@ -248,6 +248,15 @@ def test_networks_that_cannot_be_followed_are_refused(apply, message):
         compare_models((apply, variables()), TorchCnn())
 
 
+def test_an_exponent_named_p_is_no_dropout():
+    class GeM(nn.Module):
+        p = 3.0
+
+    net = cases.prepared(nn.Sequential(GeM(), nn.Dropout(0.5)))
+    ones = torch.ones(1, 100)
+    assert net[0].p == 3.0 and torch.equal(net.train()[1](ones), ones)
+
+
 @pytest.mark.control
 def test_layers_that_match_nothing_are_listed():
     report = compare_models((cnn, variables(8)), TorchCnn())

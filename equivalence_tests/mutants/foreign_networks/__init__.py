@@ -108,7 +108,7 @@ def _block(layer, prefix, x, projects):
 
 
 def padding(layer: Layer, fault):
-    """What a convolution's `padding` is in flax and Haiku."""
+    """Returns a convolution's `padding` in the words of flax and Haiku."""
     return "SAME" if fault == "SAME padding" else [(layer.kernel // 2,) * 2] * 2
 
 

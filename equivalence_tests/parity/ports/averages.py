@@ -23,7 +23,7 @@ def settle(training: Graph, mapping: Mapping, leaves: dict):
     used = {piece.leaf for parts in mapping.pieces.values() for piece in parts}
     moving = {p for p, v in training.leaves.items() if training.after[p] != v}
     for path in used & moving:
-        needed = _leaves_above(training, training.after[path])
+        needed = training.leaves_above(training.after[path])
         if path in needed:
             continue
         for other in (needed & moving) - used:
@@ -32,8 +32,3 @@ def settle(training: Graph, mapping: Mapping, leaves: dict):
                 mapping.extra.pop(other, None)
             elif jnp.issubdtype(jnp.result_type(leaves[other]), jnp.integer):
                 leaves[other] = np.full_like(leaves[other], MANY)
-
-
-def _leaves_above(graph: Graph, value: int) -> set[str]:
-    inputs = {v for i in graph.needed([value]) for v in graph.operations[i].inputs}
-    return {path for path, leaf in graph.leaves.items() if leaf in inputs}

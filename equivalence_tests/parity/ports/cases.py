@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from equivalence_tests.parity import inputs, sizes
+from equivalence_tests.parity import inputs, own_model, sizes
 from equivalence_tests.parity.ports import exported, variants
 from equivalence_tests.parity.ports.graph import Graph
 from flax_resnet.errors import InputError
@@ -28,10 +28,7 @@ FIXED = (224, 256, 32, 28, 64, 128, 384)
 def prepared(net: nn.Module) -> nn.Module:
     """A copy in float64 whose dropout and stochastic depth do nothing."""
     net = copy.deepcopy(net).double()
-    for module in net.modules():
-        for name in ("p", "drop_prob"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+    own_model.drop_nothing(net)
     return net
 
 

@@ -14,7 +14,7 @@ neighbours of small integers."""
 
 
 def pieces(converter, state: dict[str, np.ndarray], variables) -> dict[str, list[Piece]]:
-    """Where each element of the state goes.
+    """Finds the place to which each element of the state goes.
 
     Args:
       converter: takes a PyTorch state_dict; returns variables with the structure of `variables`.

@@ -10,10 +10,6 @@ from equivalence_tests.parity.ports.graph import Graph, Operation
 from equivalence_tests.parity.ports.matching import Mapping
 from equivalence_tests.parity.ports.walk import Walk
 
-OWN = 1e-9
-"""Largest relative difference of one layer by itself, from equal inputs. Rounding gives at most
-1e-13; the smallest fault that is known, an eps of 1.001e-5, gives 5e-9 and more."""
-
 
 class Fault(NamedTuple):
     """A layer that differs by itself."""
@@ -40,7 +36,7 @@ def forward(walk: Walk, mode: str) -> tuple[list[Fault], Changes]:
     """Faults of all anchors."""
     found, changes = [], {}
     for step in walk.steps:
-        if step.error <= OWN:
+        if step.error <= tolerances.PORT:
             continue
         causes = variants.explain(walk, step, walk.of_jax[step.subject])
         for index, variant in causes[0].items() if causes else ():
@@ -94,7 +90,7 @@ def _statistics(operation: Operation, pairs, mode) -> tuple[list[Fault], list]:
         reason = "JAX keeps no running statistics here"
         return [Fault(operation.module, mode, "batch_norm", 1.0, [reason])], []
     error = max(tolerances.relative_error(got, expected) for _, got, expected in pairs)
-    if error <= OWN:
+    if error <= tolerances.PORT:
         return [], []
     causes, options = statistics.causes(*pairs, operation.options["momentum"])
     variant = [variants.Variant("", None, options)] if causes else []
@@ -162,11 +158,16 @@ def _without_gradients(graph: Graph, bad: set[str]) -> Iterator[tuple[str, str, 
             run = exported.batch_norm_of(operation, {"detached": True})
             yield name, "the statistics of the batch pass no gradient", _with(graph, index, run)
         for position in range(len(operation.inputs)):
-            if tried < MOST_GRADIENTS and bad & _leaves_above(graph, operation.inputs[position]):
+            if tried < MOST_GRADIENTS and bad & _above(graph, operation.inputs[position]):
                 tried += 1
                 run = functools.partial(_stopped, operation.run, position)
                 reason = f"no gradient passes back through {operation.name}"
                 yield name, reason, _with(graph, index, run)
+
+
+def _above(graph: Graph, value: int) -> set[str]:
+    """Names of what a gradient would reach behind a value."""
+    return graph.leaves_above(value) | ({"images"} if graph.reads_images(value) else set())
 
 
 def _stopped(run, position, *arrays):
@@ -177,9 +178,3 @@ def _with(graph: Graph, index: int, run) -> Graph:
     operations = list(graph.operations)
     operations[index] = operations[index]._replace(run=run)
     return graph._replace(operations=operations)
-
-
-def _leaves_above(graph: Graph, value: int) -> set[str]:
-    inputs = {v for i in graph.needed([value]) for v in graph.operations[i].inputs} | {value}
-    names = {name for name, leaf in graph.leaves.items() if leaf in inputs}
-    return names | ({"images"} if graph.images in inputs else set())

@@ -49,7 +49,7 @@ class Graph(NamedTuple):
     constants: dict[Value, Any]
 
     narrow: bool = False
-    """Whether its author wrote narrower floats than float64 into it; the graph computes without."""
+    """True if its author wrote narrower floats than float64 into it; the graph has none."""
 
     def producers(self) -> dict[Value, int]:
         """Index of the operation that computes each value."""
@@ -67,6 +67,19 @@ class Graph(NamedTuple):
             found.add(index)
             stack += self.operations[index].inputs
         return sorted(found)
+
+    def _read(self, value: Value) -> set[Value]:
+        """All values that a value is computed from, and itself."""
+        return {v for i in self.needed([value]) for v in self.operations[i].inputs} | {value}
+
+    def leaves_above(self, value: Value) -> set[str]:
+        """Names of the leaves that a value is computed from."""
+        read = self._read(value)
+        return {name for name, leaf in self.leaves.items() if leaf in read}
+
+    def reads_images(self, value: Value) -> bool:
+        """True if a value is computed from the images."""
+        return self.images in self._read(value)
 
     def evaluate(self, values: dict[Value, Any], indices: Iterable[int], replaced=None) -> dict:
         """Adds the outputs of these operations to `values`, which is returned.

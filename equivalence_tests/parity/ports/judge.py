@@ -14,6 +14,7 @@ import optax
 import torch
 from torch import nn
 
+from equivalence_tests.parity import tolerances
 from equivalence_tests.parity.engine import Row, compare
 from equivalence_tests.parity.ports import (
     adapters,
@@ -145,7 +146,7 @@ class _Pair:
         pairs, ties = matching.paired_kernels(standard, subject)
         best = attempt(pairs)
         for tie in ties:
-            for other in matching.orders(pairs, tie) if best[0] > faults.OWN else ():
+            for other in matching.orders(pairs, tie) if best[0] > tolerances.PORT else ():
                 tried = attempt(other)
                 if tried[0] < best[0]:
                     pairs, best = other, tried
@@ -199,7 +200,7 @@ class _Pair:
             self.net, self.given, report.mapping, self.network.variables,
             optax_optimizer, torch_optimizer,
         )  # fmt: skip
-        wrong = next((row for row in rows if row.norm_relative > faults.OWN), None)
+        wrong = next((row for row in rows if row.norm_relative > tolerances.PORT), None)
         report.rows["training"].extend(rows)
         if wrong is None:
             return report
@@ -231,7 +232,7 @@ def _one_mode(network, walk: Walk, given: traces.Inputs, mapping: Mapping, mode:
         return found, rows, False
     graph = faults.changed(walk.standard, changes)
     left = _rows(got, traces.of_torch(graph, given, walk, names)) if changes else rows
-    wrong = [row for row in left if row.norm_relative > faults.OWN]
+    wrong = [row for row in left if row.norm_relative > tolerances.PORT]
     if not wrong:
         return found, rows, True
     fault, whole = faults.gradient(graph, given, walk, names, got, wrong, mode)

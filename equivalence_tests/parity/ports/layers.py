@@ -213,7 +213,7 @@ def colours(layers: list[Layer], radius: int) -> dict[int, int]:
     """
     kernels = [i for i, layer in enumerate(layers) if layer.kernel]
     below = {i: [j for j in kernels if i in layers[j].above] for i in kernels}
-    colour = {i: hash(_shape(layers[i])) for i in kernels} | {IMAGE: 0}
+    colour = {i: hash(shape(layers[i])) for i in kernels} | {IMAGE: 0}
     for _ in range(radius):
         colour = {IMAGE: 0} | {
             i: hash((colour[i], _sorted(colour, layers[i].above), _sorted(colour, below[i])))
@@ -226,5 +226,6 @@ def _sorted(colour, neighbours) -> tuple[int, ...]:
     return tuple(sorted(colour[i] for i in neighbours))
 
 
-def _shape(layer: Layer) -> tuple[int, ...]:
+def shape(layer: Layer) -> tuple[int, ...]:
+    """The shape of a kernel."""
     return next(iter(layer.parameters.values())).shape

@@ -1,4 +1,4 @@
-"""Which element of which JAX leaf is which element of which PyTorch tensor, found without names.
+"""Finds without names which element of which JAX leaf is which element of which PyTorch tensor.
 
 Kernels are matched by their shapes and their places in the graph. Vectors are matched within the
 group that stands below the same kernels: every assignment is tried, and the one with which JAX
@@ -49,7 +49,7 @@ class Tie(NamedTuple):
 
 
 class Mapping(NamedTuple):
-    """Where every tensor of PyTorch is in JAX."""
+    """The place of every tensor of PyTorch in JAX."""
 
     pieces: dict[str, list[Piece]]
 
@@ -60,10 +60,10 @@ class Mapping(NamedTuple):
     """Float leaves of JAX, with shapes, that no tensor of PyTorch fills."""
 
     ambiguous: list[str]
-    """What could be matched otherwise, in sentences."""
+    """Sentences that name what could be matched otherwise."""
 
     def has(self, name: str, numbers: np.ndarray) -> bool:
-        """Whether any of these elements of a tensor has a place."""
+        """Returns True if any of these elements of a tensor has a place."""
         return any(np.isin(numbers, piece.theirs).any() for piece in self.pieces.get(name, ()))
 
     def read(self, name: str, leaves: dict, shape) -> np.ndarray | None:
@@ -187,17 +187,18 @@ def fused(standard: list[Layer], subject: list[Layer]) -> dict[str, int]:
     left = [layer for i, layer in enumerate(subject) if layer.kernel and i not in pairs.values()]
     found = {}
     for index, layer in enumerate(standard):
-        if layer.kernel and index not in pairs and (shape := _shape(layer)) and len(shape) == 2:
-            places = [_shape(other) for other in left]
+        if (
+            layer.kernel
+            and index not in pairs
+            and (shape := layers.shape(layer))
+            and len(shape) == 2
+        ):
+            places = [layers.shape(other) for other in left]
             for parts in (3, 2):
                 if places.count((shape[0] // parts, shape[1])) >= parts:
                     found |= dict.fromkeys(layer.parameters, parts)
                     break
     return found
-
-
-def _shape(layer: Layer) -> tuple[int, ...]:
-    return next(iter(layer.parameters.values())).shape
 
 
 def _kernel(stage: Stage, mapping: Mapping) -> dict[str, list[Piece]]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from equivalence_tests.parity.causes import constant
+from equivalence_tests.parity.causes import biased_count, constant
 
 
 def causes(mean: tuple, variance: tuple, momentum: float) -> tuple[list[str], dict]:
@@ -23,22 +23,10 @@ def causes(mean: tuple, variance: tuple, momentum: float) -> tuple[list[str], di
         options["momentum"] = momentum * share
         found.append(f"BatchNorm's momentum is {momentum * share:.4g} instead of {momentum:g}"
                      f" (a decay of {1 - momentum * share:.4g})")  # fmt: skip
-    if _biased(variance, momentum, share):
+    if biased_count(*variance, momentum, share):
         options["biased"] = True
         found.append(BIASED)
     return found, options
 
 
 BIASED = "the running variance takes the biased variance of the batch (n instead of n - 1)"
-
-
-def _biased(variance, momentum, share) -> bool:
-    """Whether the batch variances differ by (n - 1) / n for a whole number n."""
-    old, got, expected = (np.asarray(a, np.float64) for a in variance)
-    of_jax = old + (got - old) / (momentum * share)
-    of_torch = old + (expected - old) / momentum
-    ratio = constant(of_jax / of_torch)
-    if ratio is None or not 0.4 < ratio < 1 - 1e-9:
-        return False
-    n = 1 / (1 - ratio)
-    return abs(n - round(n)) <= 1e-3 * n

@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
+from equivalence_tests.parity import tolerances
 from equivalence_tests.parity.engine import Row
-from equivalence_tests.parity.ports.faults import OWN, Fault
+from equivalence_tests.parity.ports.faults import Fault
 from equivalence_tests.parity.ports.matching import Mapping
 from flax_resnet.text import listed
 
@@ -108,7 +109,7 @@ class Report(NamedTuple):
 def _verdict(row: Row) -> str:
     if row.norm_relative == 0:
         return "equal"
-    return "rounding" if row.norm_relative <= OWN else "semantic"
+    return "rounding" if row.norm_relative <= tolerances.PORT else "semantic"
 
 
 def _few(names: list[str]) -> str:

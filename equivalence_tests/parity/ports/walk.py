@@ -155,9 +155,7 @@ class Walk:
 def closest(expected: torch.Tensor, got) -> tuple[float, Layout]:
     """The layout in which an array of JAX is most like PyTorch's, with its relative error."""
     expected, got = expected.detach().numpy(), np.asarray(got)
-    found = [
-        (_error(expected, got, layout), layout) for layout in layouts(expected.shape, got.shape)
-    ]
+    found = [(error_in(way, expected, got), way) for way in layouts(expected.shape, got.shape)]
     return min(found, key=lambda pair: pair[0])
 
 
@@ -208,7 +206,8 @@ def _without_ones(shape):
     return tuple(n for n in shape if n != 1)
 
 
-def _error(expected, got, layout: Layout) -> float:
+def error_in(layout: Layout, expected: np.ndarray, got: np.ndarray) -> float:
+    """Norm of the difference in a layout over the norm of PyTorch's activation."""
     if got.size != expected.size:
         return LARGEST
     moved = layout.to_jax(expected, got.shape)
