@@ -159,6 +159,25 @@ def compare(case, model) -> tuple[dict, dict | None]:
     return rows, first
 
 
+def layers_of(first: dict | None) -> dict:
+    """The first layer that differs, in the terms of a report on two networks of the user's own."""
+    layers = [] if first is None else [
+        {
+            "torch_name": first["module"] or first["name"],
+            "jax_name": first["module"] or first["name"],
+            "phase": first["phase"],
+            "mode": first["mode"],
+            "relative": first["norm_relative"],
+            "causes": first["causes"],
+        }
+    ]  # fmt: skip
+    return {
+        "first": layers[0] if layers else None,
+        "divergent_layers": layers,
+        "unmatched": {"jax": [], "torch": []},
+    }
+
+
 def data_config(args) -> DataConfig:
     """The data set for predictions; its preprocessing is that of the run, if there is one."""
     options = {k: v for k in ("mean", "std") if (v := getattr(args, k))}
@@ -224,6 +243,7 @@ def main():
         f" {'x'.join(map(str, case.images.shape[1:]))}, float64",
         "verdict": "equal" if first is None else "divergent",
         "first_divergence": first,
+        **layers_of(first),
         "largest": max(r["norm_relative"] for part in rows.values() for r in part),
         "rows": rows,
     }

@@ -59,6 +59,7 @@ the largest value of a tensor.</p>
 $counts
 $agreement
 <details><summary>Every tensor ($rows tensors)</summary>$table</details>
+$names
 <details><summary>How this was made</summary><pre>$environment</pre></details>
 </html>
 """)
@@ -79,6 +80,7 @@ def page(document: dict) -> str:
         ),
         counts=_counts(document["rows"]),
         agreement=_agreement(document.get("predictions")),
+        names=_names(document),
         rows=sum(map(len, document["rows"].values())),
         table="".join(_table(mode, rows) for mode, rows in document["rows"].items()),
         environment=html.escape(
@@ -111,12 +113,30 @@ def _explanation(document) -> str:
 
 def _causes(document) -> str:
     """The verdict on two networks of the user's own: every cause with all its layers."""
-    items = [f"<b>{html.escape(cause)}</b>: {html.escape(', '.join(names))}"
-             for cause, names in document["causes"].items()]  # fmt: skip
+    in_jax = {layer["torch_name"]: layer["jax_name"] for layer in document["divergent_layers"]}
+    items = [
+        f"<b>{html.escape(cause)}</b>: "
+        + html.escape(", ".join(f"{n} ({in_jax[n]})" if in_jax[n] else n for n in names))
+        for cause, names in document["causes"].items()
+    ]
     others = [line for line in document["lines"] if line.split(": ")[0] not in document["causes"]]
     items += map(html.escape, others)
     listing = f"<ul><li>{'<li>'.join(items)}</ul>" if items else ""
     return html.escape(document["sentence"]) + listing
+
+
+def _names(document) -> str:
+    """The tensors of two networks of the user's own: PyTorch's name and JAX's path of each."""
+    if "mapping" not in document:
+        return ""
+    pairs = document["mapping"].items()
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}<td>{html.escape(', '.join(leaves))}</tr>"
+        for name, leaves in pairs
+    )
+    head = "<tr><th>PyTorch<th>JAX</tr>"
+    summary = f"Which tensor is which ({len(pairs)} tensors of PyTorch)"
+    return f"<details><summary>{summary}</summary><table>{head}{rows}</table></details>"
 
 
 def picture(path: Path, rows: list[dict]):

@@ -16,7 +16,7 @@ from torch import nn
 from equivalence_tests.mutants import foreign_networks
 from equivalence_tests.mutants.foreign_networks import in_nnx, in_torch, pairs_nnx, pairs_torch
 from equivalence_tests.parity import compare_models
-from equivalence_tests.parity.ports import cases, exported
+from equivalence_tests.parity.ports import cases, exported, jaxpr
 from equivalence_tests.program.command import run_installed
 from flax_resnet.errors import InputError
 
@@ -110,6 +110,46 @@ def test_all_faults_of_a_network_are_found_at_once():
             "layer2.0.bn2"
         ],
     }
+    document = report.document()
+    first = document["first"]
+    assert first == document["divergent_layers"][0]
+    assert (first["torch_name"], first["jax_name"]) == ("bn1", "['layers']['bn1']")
+    assert (first["mode"], first["phase"]) == ("evaluation", "forward")
+    assert first["causes"] == ["eps is 0.001 instead of 1e-05"] and 1e-6 < first["relative"] < 1
+    assert document["unmatched"] == {"jax": [], "torch": []}
+
+
+class NarrowTorch(nn.Module):
+    """A network whose author wrote float32 into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.gelu(self.first(x.mean((2, 3)).float().double()))
+        return self.head(F.softmax(x, 1, dtype=torch.float32).double())
+
+
+def _narrow(values, images, train):
+    """`NarrowTorch`; the root of 1/2 in GELU is a number of float32."""
+    x = images.mean((1, 2)) @ values["first"]["w"] + values["first"]["b"]
+    x = jax.nn.softmax(jax.nn.gelu(x.astype(jnp.float32), approximate=False))
+    return x @ values["head"]["w"] + values["head"]["b"], values
+
+
+def test_float32_that_an_author_wrote_is_float64_on_both_sides():
+    layers = {"first": (3, 8), "head": (8, 4)}
+    values = {n: {"w": jnp.zeros(s), "b": jnp.zeros(s[-1])} for n, s in layers.items()}
+    report = compare_models((_narrow, values), NarrowTorch())
+    assert report.verdict == "equal" and report.largest < 1e-12
+
+
+@pytest.mark.parametrize(
+    "number", [0.9, 1.001e-5, 0.5**0.5, -(0.5**0.5), (2 / np.pi) ** 0.5, 24**-0.5, 3.4028235e38]
+)
+def test_a_float32_number_is_what_its_author_wrote(number):
+    assert jaxpr.lifted(np.float32(number)) == number
 
 
 @pytest.mark.control
@@ -117,6 +157,12 @@ def test_a_branch_without_gradient_is_found():
     report = compare_models(in_nnx.Net({"layer1.0.add": "stopped gradient"}), in_torch.Net())
     assert report.groups() == {"no gradient passes back through add": ["layer1.0"]}
     assert report.explained
+
+
+@pytest.mark.control
+def test_the_gradient_of_a_maximum_is_that_of_pytorch():
+    report = compare_models(in_nnx.Net({"avgpool": "maximum"}), in_torch.Net())
+    assert report.groups() == {"it is a global max-pool": ["avgpool"]} and report.explained
 
 
 @pytest.mark.parametrize("name", ["group norm", "depthwise"])

@@ -64,15 +64,17 @@ def judged(framework: str, faults: dict[str, str], seed: int = 0, **settings) ->
 
 
 def right(row: dict, layer: str, fault: str) -> bool:
-    """Whether a row names the layer and its cause, and no other layer without a cause."""
-    words = CAUSES[fault]
-    named = any(words in cause and module(layer) in names for cause, names in row["causes"].items())
-    return named or any(words in note and layer in note for note in row["notes"])
+    """Whether a row names the layer and its cause, and no other layer for another cause."""
+    words, names = CAUSES[fault], [module(layer)]
+    if not row["causes"]:
+        return any(words in note and layer in note for note in row["notes"])
+    named = any(words in cause and names[0] in layers for cause, layers in row["causes"].items())
+    return named and all(words in c or layers == names for c, layers in row["causes"].items())
 
 
 def run(frameworks: list[str], rows: dict, write) -> None:
-    for framework in frameworks:
-        for activation, stem in (("relu", 3), ("gelu", 7)):
+    for activation, stem in (("relu", 3), ("gelu", 7)):
+        for framework in frameworks:
             for layer, fault in foreign_networks.eligible(activation, stem):
                 key = f"{framework} {activation} {layer} {fault}"
                 if key not in rows:

@@ -83,6 +83,30 @@ def flax_resnet():
     return create_model("resnet18", num_classes=CLASSES, kernels="library")
 
 
+SMALL_VIT = {
+    "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128,
+    "image_size": 32, "patch_size": 8, "num_labels": CLASSES,
+}  # fmt: skip
+
+
+def vit():
+    """FlaxViTForImageClassification of transformers 4.57.6, three layers at 32 pixels."""
+    from transformers import FlaxViTForImageClassification, ViTConfig
+
+    return FlaxViTForImageClassification(ViTConfig(**SMALL_VIT))
+
+
+def vit_torch():
+    """ViTForImageClassification of transformers 4.57.6 of the same size, which returns logits."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    class Logits(ViTForImageClassification):
+        def forward(self, images):
+            return super().forward(images).logits
+
+    return Logits(ViTConfig(**SMALL_VIT, attn_implementation="eager"))
+
+
 SMALL_MAXVIT = {
     "input_size": (56, 56), "stem_channels": 32, "block_channels": [32, 64],
     "block_layers": [2, 1], "head_dim": 32, "stochastic_depth_prob": 0.2, "partition_size": 7,

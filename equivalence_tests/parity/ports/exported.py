@@ -1,4 +1,7 @@
-"""A PyTorch network as a graph, from `torch.export`: pure operations with their modules' names."""
+"""A PyTorch network as a graph, from `torch.export`: pure operations with their modules' names.
+
+The graph computes in float64 where the network's author wrote a narrower float.
+"""
 
 import copy
 import functools
@@ -9,9 +12,12 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils._pytree import tree_map
 
 from equivalence_tests.parity.ports.graph import Graph, Operation
 from flax_resnet.errors import InputError
+
+NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
 BATCH_NORM = "batch_norm"
 """Name of BatchNorm's operation, `batch_norm` below."""
@@ -60,7 +66,7 @@ class _Builder:
                 if node.name in names:
                     leaves[names[node.name]] = value
                 elif node.name in held:
-                    self.constants[value] = self.program.constants[held[node.name]]
+                    self.constants[value] = _wide(self.program.constants[held[node.name]])
                 else:
                     images = value
             elif node.op == "call_function":
@@ -139,13 +145,21 @@ def _module(node) -> str:
 def _function(node):
     """The node as a function of the arrays of its input nodes."""
     sources = node.all_input_nodes
+    written = tree_map(_wide, (node.args, dict(node.kwargs)))
 
     def run(*arrays):
         table = dict(zip(sources, arrays, strict=True))
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: table[n])
+        args, kwargs = fx.map_arg(written, lambda n: table[n])
         return (node.target(*args, **kwargs),)
 
     return run
+
+
+def _wide(written):
+    """A type or a tensor in float64, where it is a narrower float."""
+    if isinstance(written, torch.Tensor):
+        return written.double() if written.is_floating_point() else written
+    return torch.float64 if written in NARROW else written
 
 
 def batch_norm(x, *leaves, training, momentum, eps, given, biased=False, detached=False) -> tuple:

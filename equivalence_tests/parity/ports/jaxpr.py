@@ -197,8 +197,19 @@ def _wider(dtype):
 
 
 def lifted(array):
-    """A narrow float array as float64; a number as the decimal that its author wrote (0.9)."""
+    """A narrow float array as float64; a number as its author wrote it (0.9, the root of 1/2)."""
     if jnp.result_type(array) not in NARROW:
         return array
     array = np.asarray(array, np.float32)
-    return np.float64(str(array)) if array.ndim == 0 else array.astype(np.float64)
+    return _as_written(array) if array.ndim == 0 else array.astype(np.float64)
+
+
+def _as_written(number: np.ndarray) -> np.float64:
+    """The decimal, or the root of a decimal or of 2 / pi, that float32 rounded to a number."""
+    decimal = np.float64(str(number))
+    if number == np.float32(f"{number:.6g}") or not 1e-6 < abs(number) < 1e6:
+        return decimal
+    square = np.square(decimal)
+    inside = (np.float64(f"{square:.6g}"), 1 / np.float64(f"{1 / square:.6g}"), 2 / np.pi)
+    roots = (np.copysign(np.sqrt(value), decimal) for value in inside)
+    return next((root for root in roots if np.float32(root) == number), decimal)

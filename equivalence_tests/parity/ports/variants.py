@@ -278,15 +278,11 @@ def scales(operation: Operation) -> Iterator[Variant]:
 
 
 def softmaxes(operation: Operation) -> Iterator[Variant]:
-    own = operation.options["args"][1]
-
-    def run(x, axis):
-        return (torch.softmax(x, axis),)
-
-    probe = range(4)
-    for axis in probe:
-        yield Variant(f"softmax runs along axis {axis} instead of {own}",
-                      functools.partial(run, axis=axis))  # fmt: skip
+    x, own, *_ = operation.options["args"]
+    rank = x.meta["val"].ndim
+    for axis in set(range(rank)) - {own % rank}:
+        yield Variant(f"softmax runs along axis {axis} instead of {own % rank}",
+                      lambda x, axis=axis: (torch.softmax(x, axis),))  # fmt: skip
 
 
 def interpolations(operation: Operation) -> Iterator[Variant]:

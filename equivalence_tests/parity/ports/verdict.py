@@ -56,6 +56,27 @@ class Report(NamedTuple):
                 names.append(fault.module)
         return found
 
+    def jax_name(self, module: str) -> str:
+        """JAX's path of the tensors of one of PyTorch's modules; "" if it has none."""
+        for name, parts in self.mapping.pieces.items():
+            if name.rpartition(".")[0] == module:
+                return parts[0].leaf.rpartition("[")[0] or parts[0].leaf
+        return ""
+
+    def divergent_layers(self) -> list[dict]:
+        """The faults as data, each with the layer's names on both sides."""
+        return [
+            {
+                "torch_name": fault.module,
+                "jax_name": self.jax_name(fault.module),
+                "phase": fault.phase,
+                "mode": fault.mode,
+                "relative": fault.error,
+                "causes": fault.causes,
+            }
+            for fault in self.faults
+        ]
+
     def sentence(self) -> str:
         """The verdict in one line."""
         if self.verdict == "equal":
@@ -89,14 +110,19 @@ class Report(NamedTuple):
             mode: [row._asdict() | {"verdict": _verdict(row)} for row in part]
             for mode, part in self.rows.items()
         }
+        layers = self.divergent_layers()
+        pieces = self.mapping.pieces.items()
         return {
             "verdict": self.verdict,
+            "first": layers[0] if layers else None,
+            "divergent_layers": layers,
+            "unmatched": {"jax": list(self.mapping.extra), "torch": list(self.mapping.unplaced)},
             "explained": self.explained,
             "causes": self.groups(),
-            "faults": [fault._asdict() for fault in self.faults],
             "hidden": self.hidden,
             "unplaced": self.mapping.unplaced,
             "extra": self.mapping.extra,
+            "mapping": {n: list(dict.fromkeys(part.leaf for part in parts)) for n, parts in pieces},
             "ambiguous": self.mapping.ambiguous,
             "notes": self.notes,
             "image_size": self.image_size,
