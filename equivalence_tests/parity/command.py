@@ -128,9 +128,15 @@ def own_case(args, model, size):
         arrays = own_model.weights(model)
     else:
         arrays = restore.load_weights(args.checkpoint, args.weights_key, ema=args.ema, say=print)
-    arch = args.arch or convert.nearest_architecture(arrays).arch
-    kind = convert.describe(arrays, arch, args.stem, args.shortcut)
-    arrays = convert.conform(arrays, kind.shapes())
+    try:
+        arch = args.arch or convert.nearest_architecture(arrays).arch
+        kind = convert.describe(arrays, arch, args.stem, args.shortcut)
+        arrays = convert.conform(arrays, kind.shapes())
+    except InputError as error:
+        if not model or args.arch:
+            raise
+        reason = f"--torch-model {args.torch_model} is none of this project's networks"
+        raise InputError(f"{reason}; give its JAX port as --jax-model ({error})") from None
     if model:  # freshly initialised weights hide differences that random ones show
         arrays = random_state(kind.shapes(), random_numbers(1))
         own_model.fill(model, arrays)

@@ -75,6 +75,10 @@ def with_a_broken_forward():
     return model
 
 
+def of_no_known_structure():
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+
+
 def not_a_network():
     return 1
 
@@ -98,6 +102,9 @@ def test_our_own_network_is_equal(tmp_path):
     assert (tmp_path / "report" / "parity.png").stat().st_size > 10_000
 
 
+EMPTY = {"jax": [], "torch": []}
+
+
 @pytest.mark.parametrize("make", [sound, of_another_make])
 def test_a_network_of_ones_own_is_equal(make):
     outcome = run_script("parity.py", "--torch-model", f"{HERE}:{make.__name__}")
@@ -118,6 +125,7 @@ def test_a_difference_is_found_and_explained(make, phase, module, cause, tmp_pat
     first = document["first_divergence"]
     assert (first["phase"], first["module"]) == (phase, module)
     assert cause in first["causes"][0]
+    assert document["first"]["torch_name"] == module and document["unmatched"] == EMPTY
     assert "Divergent" in (tmp_path / "report" / "parity.html").read_text()
 
 
@@ -199,6 +207,7 @@ def test_without_torch_the_extra_is_named(monkeypatch):
             ["--torch-model", f"{HERE}:sound", "--image-size", "33", "17"],
             ["--image-size", "layer2.0.conv1 sees only odd sizes (33 x 17)"],
         ),
+        (["--torch-model", f"{HERE}:of_no_known_structure"], ["none of this", "--jax-model"]),
         (["--torch-model", f"{HERE}:with_a_broken_forward"], ["forward pass", "RuntimeError"]),
         (["--arch", "resnet20", "--image-size", "0"], ["--image-size", "1 or more"]),
         (["--arch", "resnet20", "--image-size", "8", "9", "3"], ["--image-size", "one for both"]),

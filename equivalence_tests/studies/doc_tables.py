@@ -289,6 +289,13 @@ def ports() -> str:
     return table(["network", "verdict", "causes (layers)", "these explain every difference"], rows)
 
 
+def maxvit() -> str:
+    """Why a published MaxViT in JAX computes other logits than torchvision's."""
+    row = next(row for row in results.read("ports")["rows"] if row["name"] == "maxvit")
+    rows = [[cause, f"`{names[0]}`", len(names)] for cause, names in row["causes"].items()]
+    return table(["cause", "first layer", "layers"], rows, numbers=1)
+
+
 def _listed_causes(row: dict) -> str:
     causes = [f"{cause} ({len(layers)})" for cause, layers in row["causes"].items()]
     return "; ".join(causes) or "none"
@@ -298,7 +305,7 @@ TABLES = {
     function.__name__: function
     for function in (
         headline, faults_found, localiser, paired_trainings, error_growth, speeds,
-        whole_trainings, recipes, recipe_pairs, survival, scaling, ports,
+        whole_trainings, recipes, recipe_pairs, survival, scaling, ports, maxvit,
     )
 }  # fmt: skip
 
