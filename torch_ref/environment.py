@@ -60,7 +60,9 @@ def choose_device(config: TrainConfig, name: str | None) -> torch.device:
 
 
 def configure_torch(config: TrainConfig) -> None:
-    """Deterministic algorithms if the run asks for them, else cuDNN's fastest."""
+    """Deterministic algorithms if the run asks for them, else cuDNN's fastest; TF32 as asked."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic cuBLAS needs
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
+    torch.backends.cudnn.allow_tf32 = config.model.precision != "highest"
+    torch.backends.cuda.matmul.allow_tf32 = config.model.precision == "tf32"

@@ -123,9 +123,10 @@ def test_nan_exceeds_every_bound():
 
 
 @pytest.mark.control
-def test_statistics_of_a_shard_are_noticed(x64):
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_statistics_of_a_shard_are_noticed(mode, x64):
     """Negative control: BatchNorm without the other devices."""
-    assert largest_error(run("pmap", 2, share_statistics=False), one_device()) > 1e6 * PARALLEL
+    assert largest_error(run(mode, 2, share_statistics=False), one_device()) > 1e6 * PARALLEL
 
 
 @pytest.mark.control

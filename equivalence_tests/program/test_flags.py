@@ -87,7 +87,10 @@ def test_one_fault_is_one_complaint():
 
 
 OTHERS = {"optimizer": ("sgd", "adam"), "schedule": ("constant",), "cache": ("none",)}
-OTHERS |= {"dataset": ("digits",)}
+OTHERS |= {"dataset": ("digits",), "dtype": ("bfloat16",)}
+NAMES = {"precision": "highest"}
+"""{setting of names: one that is not its default}"""
+
 CHANGED = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x / 2 or 0.5}
 CHANGED |= {str: lambda x: "skip", list: lambda x: [7]}
 
@@ -97,7 +100,7 @@ def test_a_setting_without_effect_is_named(name):
     """The message names the settings that would use it; the default value is no fault."""
     groups = {g: v for g, v in to_dict(TrainConfig()).items() if isinstance(v, dict)}
     default = next(values[name] for values in groups.values() if name in values)
-    changed = CHANGED[type(default)](default)
+    changed = NAMES.get(name) or CHANGED[type(default)](default)
     other, *users = USED_WITH[name]
 
     def faults_with(value):

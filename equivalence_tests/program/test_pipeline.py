@@ -280,7 +280,7 @@ def test_more_images_than_memory_are_refused_before_they_are_read():
     config = cli.merge(TrainConfig(), {"data": data})
     dataset = SimpleNamespace(train=Millions(), validation=(), test=(), channels=3)
     with pytest.raises(InputError, match=r"140,190.1 GiB.*`cache` none"):
-        prepare._that_fit(config, dataset)
+        prepare.that_fit(config, dataset)
 
 
 def test_more_steps_than_a_run_can_count_are_refused():

@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": ("flax_resnet.commands.evaluate", "evaluate a run on a split of a data set"),
     "predict": ("flax_resnet.commands.predict", "classify images with a run"),
     "convert": ("flax_resnet.commands.convert", "convert weights and export programs"),
+    "plan": ("flax_resnet.commands.plan", "compile a training for GPUs and TPUs not here"),
     "parity": ("equivalence_tests.parity.command", "compare a network in JAX with PyTorch"),
     "benchmark": ("equivalence_tests.benchmark.command", "time JAX and PyTorch side by side"),
     "reproduce": ("equivalence_tests.studies.reproduce", "run recipes and make their table"),

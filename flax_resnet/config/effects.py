@@ -4,6 +4,7 @@ from flax_resnet.config.files import flat
 from flax_resnet.config.train import TrainConfig
 
 USED_WITH = {
+    "precision": ("dtype", "float32"),
     "momentum": ("optimizer", "sgd", "rmsprop"),
     "nesterov": ("optimizer", "sgd"),
     "beta1": ("optimizer", "adam", "adamw"),

@@ -44,6 +44,12 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the computation. Parameters are float64 with "float64", else float32."""
 
+    precision: Literal["default", "tf32", "highest"] = "default"
+    """Digits of the products of `dtype` float32 on a GPU or TPU; a CPU always takes all. "default"
+    is what PyTorch does on the same card: convolutions in TF32 on a GPU and in one bfloat16 pass on
+    a TPU, linear layers with all digits. "tf32": both in TF32, or as close as a TPU comes to it in
+    three passes. "highest": both with all digits."""
+
     kernels: Literal["auto", "library"] = "auto"
     """Computation of the layers: "auto" uses this project's lowerings where they are faster on the
     platform that the program is compiled for, "library" JAX's and Flax's operations alone."""

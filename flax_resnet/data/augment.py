@@ -249,7 +249,7 @@ def mixup(batch: jax.Array, lam: jax.Array, *, axis_name: str | None = None) -> 
 
     Args:
       batch: [B, ...], images or targets (one-hot or smoothed); both need the same `lam`.
-      axis_name: pmap axis that splits the batch; each device then passes one example on.
+      axis_name: axis that splits the batch; each device then passes one example on.
     """
     lam = lam.astype(batch.dtype)
     partners = jnp.roll(batch, 1, axis=0)

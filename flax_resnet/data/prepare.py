@@ -75,7 +75,8 @@ def prepare(config: TrainConfig) -> Prepared:
             f"{config.data.dataset}: `test_fraction` 0 leaves nothing for the test, and the set has"
             " no test split of its own"
         )
-    config = _resolve_model(_resolve_sizes(config, dataset), dataset)
+    size = config.data.image_size or natural_size(dataset)
+    config = resolve(config, image_size=size, num_classes=len(dataset.class_names))
     if config.batch_size > len(dataset.train):
         raise InputError(
             f"`batch_size` {config.batch_size} is larger than the training split"
@@ -85,7 +86,7 @@ def prepare(config: TrainConfig) -> Prepared:
     decoder = evaluation_decoder(config.data)
     images = {
         split: _decode(source, decoder, np.arange(len(source)))
-        for split, source in _that_fit(config, dataset).items()
+        for split, source in that_fit(config, dataset).items()
     }
     if config.data.mean is None:
         mean, std = _statistics(dataset.train, decoder, images.get("train"))
@@ -156,9 +157,21 @@ def fingerprint(prepared: Prepared) -> dict:
     return facts
 
 
-def _resolve_sizes(config, dataset):
+def resolve(config: TrainConfig, *, image_size: int, num_classes: int) -> TrainConfig:
+    """Choose what a config leaves open of sizes, stem and classes.
+
+    Args:
+      image_size: the config's, else the pixels a side that the data suggest.
+      num_classes: that of the data.
+
+    Raises:
+      InputError: the config contradicts itself or the data.
+    """
+    return _resolve_model(_resolve_sizes(config, image_size), num_classes)
+
+
+def _resolve_sizes(config, size):
     data = config.data
-    size = data.image_size or _natural_size(dataset)
     if data.image_size is None and _is_tiny(size, config.model):
         size = TINY
     if data.resize_size and data.resize_size < size:
@@ -171,7 +184,8 @@ def _resolve_sizes(config, dataset):
     return replace(config, data=data, augment=augment)
 
 
-def _natural_size(dataset) -> int:
+def natural_size(dataset: DataSet) -> int:
+    """The pixels a side that the first training image suggests."""
     first = pipeline.decoded(dataset.train, lambda image, rng: image, 0)
     [[image]] = pipeline.whole([[first]], dataset.train)
     height, width = image.shape[:2]
@@ -184,8 +198,8 @@ def _is_tiny(size, model) -> bool:
     return size < TINY and model.stem is None and has_stem_choice(model.arch)
 
 
-def _resolve_model(config, dataset):
-    model, classes = config.model, len(dataset.class_names)
+def _resolve_model(config, classes):
+    model = config.model
     if model.num_classes not in (None, classes):
         raise InputError(f"`num_classes` {model.num_classes}, but the data have {classes} classes")
     stem = model.stem
@@ -194,7 +208,7 @@ def _resolve_model(config, dataset):
     return replace(config, model=replace(model, num_classes=classes, stem=stem))
 
 
-def _that_fit(config, dataset) -> dict:
+def that_fit(config: TrainConfig, dataset: DataSet) -> dict:
     """{split: source} of the splits to keep decoded, the training split first."""
     data, sources, kept = config.data, {}, 0
     left = {"device": np.inf, "none": 0, "auto": data.cache_gib * 2**30}[data.cache]

@@ -1,13 +1,14 @@
 """Runs a step on one device, on a mesh or under pmap, and places state and batches.
 
-Under jit the state is replicated over a mesh and the batch is sharded along its "data" axis: the
-compiler turns every mean into the mean of the global batch, BatchNorm's included. Under pmap the
-step reduces over the axis `axis_name`. A mesh may span processes; each then holds its rows of the
-batch.
+On a mesh (`jax.shard_map`) and under pmap the state is replicated, each device has its rows of the
+batch, and the step reduces over the axis `axis_name`: gradients in the type of the parameters,
+BatchNorm's statistics to those of the global batch. A mesh may span processes; each then holds its
+rows of the batch.
 
 With shard_parameters every large array of the state (parameters, optimizer state, moving average)
 is sharded over the devices between steps. A step all-gathers the parameters for the forward and
-backward pass, and each device updates its shard.
+backward pass, and each device updates its shard. The compiler then finds out what to reduce, as it
+does in an evaluation.
 """
 
 import jax
@@ -24,12 +25,22 @@ SMALLEST_SHARDED = 4096  # elements; smaller arrays, such as BatchNorm's, are re
 
 
 class Engine:
-    """Places arrays on devices and compiles steps for them."""
+    """Places arrays on devices and compiles steps for them.
+
+    Args:
+      devices: a compiler's description of devices that are not here (`targets.devices`); left out,
+        those of this process and its peers. On the former no array can be placed.
+    """
 
     def __init__(
-        self, config: ParallelConfig, *, deterministic: bool = False, kernels: str = "auto"
+        self,
+        config: ParallelConfig,
+        *,
+        deterministic: bool = False,
+        kernels: str = "auto",
+        devices: list | None = None,
     ):
-        self.devices = _choose_devices(config.devices)
+        self.devices = _choose_devices(config.devices) if devices is None else devices
         self.pmap = config.parallel == "pmap"
         self.shard_parameters = config.shard_parameters
         if self.pmap and config.shard_parameters:
@@ -45,7 +56,7 @@ class Engine:
         platform = self.devices[0].platform
         self._steps_per_dispatch = config.steps_per_dispatch
         self._options = compiler_options(platform, kernels)
-        if deterministic and platform != "cpu":
+        if deterministic and platform == "gpu":
             self._options = {"xla_gpu_deterministic_ops": True}
 
     def steps_per_dispatch(self, *, resident: bool) -> int:
@@ -55,8 +66,10 @@ class Engine:
 
     @property
     def axis_name(self) -> str | None:
-        """Name of pmap's axis, which step and BatchNorm reduce over; None under jit."""
-        return AXIS if self.pmap else None
+        """Name of the axis that step and BatchNorm reduce over; None where the compiler finds out
+        what to reduce: on one device and with sharded parameters."""
+        alone = len(self.devices) == 1 or self.shard_parameters
+        return AXIS if self.pmap or not alone else None
 
     def check_batch_size(self, batch_size: int):
         """Raises InputError unless the devices can share a batch evenly."""
@@ -108,10 +121,24 @@ class Engine:
     def state_like(self, state):
         """Shapes, types and shardings of a `TrainState`, for a checkpoint to restore into."""
 
-        def like(x):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding(x.shape))
+        return jax.tree.map(lambda x: _like(x, self._sharding(x.shape)), state)
 
-        return jax.tree.map(like, state)
+    def replicated_like(self, tree):
+        """The shapes and types of a tree of arrays, replicated on every device."""
+        return jax.tree.map(lambda x: _like(x, self._whole), tree)
+
+    def batches_like(self, batch: dict, num_steps: int):
+        """Shapes, types and shardings of what `shard` makes of so many batches.
+
+        Args:
+          batch: shapes and types of one batch, over all devices.
+        """
+        place = self._place_of_batches(num_steps > 1)
+        if num_steps > 1:
+            batch = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((num_steps, *x.shape), x.dtype), batch
+            )
+        return jax.tree.map(lambda x: _like(x, place), batch)
 
     def gather(self, tree):
         """All-gather sharded arrays inside a step; the gradient of this is sharded."""
@@ -145,8 +172,11 @@ class Engine:
         stacked = jax.tree.map(lambda *x: np.stack(x) if several else x[0], *batches)
         if self.pmap:
             return jax.tree.map(lambda x: self._split(x, several), stacked)
+        return self._place_rows(stacked, self._place_of_batches(several))
+
+    def _place_of_batches(self, several: bool) -> NamedSharding:
         spec = PartitionSpec(None, AXIS) if several else PartitionSpec(AXIS)
-        return self._place_rows(stacked, NamedSharding(self.mesh, spec))
+        return NamedSharding(self.mesh, spec)
 
     def _split(self, x, several):
         shape = x.shape[: 1 if several else 0] + (len(self.devices), -1)
@@ -166,7 +196,7 @@ class Engine:
 
         def step(state, resident, batch):
             new, metrics = train_step(state, look_up(resident, batch))
-            return (new if self.pmap else self._sharded(new)), metrics
+            return (self._sharded(new) if self.axis_name is None else new), metrics
 
         def run(state, resident, batches):
             if num_steps == 1:
@@ -175,6 +205,17 @@ class Engine:
 
         if self.pmap:
             return jax.pmap(run, AXIS, donate_argnums=0, devices=self.devices)
+        if self.axis_name is not None:
+            # Written out, a gradient is summed over the devices in float32. Left to the compiler,
+            # that of a bfloat16 kernel would be summed in bfloat16, before its conversion.
+            whole, rows = PartitionSpec(), self._place_of_batches(num_steps > 1).spec
+            run = jax.shard_map(
+                run,
+                mesh=self.mesh,
+                in_specs=(whole, whole, rows),
+                out_specs=whole,
+                check_vma=False,
+            )
         return jax.jit(run, donate_argnums=0, compiler_options=self._options)
 
     def compile_eval(self, eval_step):
@@ -194,6 +235,10 @@ class Engine:
     def fetch_metrics(self, metrics) -> dict[str, np.ndarray]:
         """Fetch the metrics of one dispatch as `[K]` arrays on the host."""
         return {k: np.atleast_1d(v) for k, v in jax.device_get(self.single(metrics)).items()}
+
+
+def _like(x, sharding: NamedSharding):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _choose_devices(count: int | None) -> list:

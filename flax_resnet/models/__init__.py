@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from flax_resnet.config import Architecture, ModelConfig, nearest
 from flax_resnet.errors import InputError
+from flax_resnet.models import layers
 from flax_resnet.models.cnn import BasicCNN
 from flax_resnet.models.resnet import CONSTRUCTORS
 
@@ -18,6 +19,7 @@ MOST = 1_000_000
 STEMS = ("imagenet", "cifar")
 SHORTCUTS = ("pad", "projection")
 KERNELS = ("auto", "library")
+_CHOICES = {"kernels": KERNELS, "precision": tuple(layers.PRECISIONS)}
 
 
 def list_models() -> list[str]:
@@ -70,6 +72,7 @@ def create_model(
     rngs: nnx.Rngs | None = None,
     shortcut: str | None = None,
     kernels: str = "auto",
+    precision: str = "default",
 ) -> nnx.Module:
     """A freshly initialised network in training mode: `[B, H, W, C]` -> `[B, num_classes]`.
 
@@ -81,16 +84,18 @@ def create_model(
       zero_init_residual: start the last BatchNorm scale of every block at zero.
       dtype: of the computation; None promotes inputs and parameters.
       param_dtype: of parameters and running statistics.
-      bn_axis_name: pmap axis whose devices share BatchNorm's statistics.
+      bn_axis_name: axis of a pmap or shard_map whose devices share BatchNorm's statistics.
       rngs: left out, `nnx.Rngs(0)`.
       shortcut: of He's five, where the width changes: "pad" (the default: option A, channels of
         zero) or "projection" (option B: 1x1 convolution and BatchNorm).
       kernels: "auto" (this project's own lowerings where they are faster on the platform that the
         program is compiled for) or "library" (JAX's and Flax's operations alone).
+      precision: of float32 products on a GPU or TPU: "default" (PyTorch's on the same card: TF32
+        for convolutions, all digits for linear layers), "tf32" (for both) or "highest".
 
     Raises:
-      InputError: an unknown name (the nearest valid one is named), stem, shortcut, kernels or type,
-        or a number out of range.
+      InputError: an unknown name (the nearest valid one is named), stem, shortcut, kernels,
+        precision or type, or a number out of range.
 
     Example:
       >>> model = flax_resnet.create_model("resnet18", num_classes=3, stem="cifar")
@@ -98,31 +103,32 @@ def create_model(
       >>> model(jnp.zeros((1, 32, 32, 3))).shape
       (1, 3)
     """
-    _check_names(arch, stem, shortcut, kernels)
+    _check_names(arch, stem, shortcut, kernels=kernels, precision=precision)
     _check_numbers({"num_classes": num_classes, "in_channels": in_channels}, dropout)
     _check_types({"dtype": dtype, "param_dtype": param_dtype})
     rngs = nnx.Rngs(0) if rngs is None else rngs
     options = dict(dropout=dropout, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    options |= dict(in_channels=in_channels, kernels=kernels)
+    options |= dict(in_channels=in_channels, kernels=kernels, precision=precision)
     if arch == "basic_cnn":
         if zero_init_residual:
             raise InputError("`zero_init_residual`: basic_cnn has no residual blocks")
-        return BasicCNN(num_classes, **options)
+        return layers.named(BasicCNN(num_classes, **options))
     options |= dict(zero_init_residual=zero_init_residual, bn_axis_name=bn_axis_name)
     if has_stem_choice(arch):
         options |= dict(stem=stem or "imagenet")
     if has_shortcut_choice(arch):
         options |= dict(projection=shortcut == "projection")
-    return CONSTRUCTORS[arch](num_classes=num_classes, **options)
+    return layers.named(CONSTRUCTORS[arch](num_classes=num_classes, **options))
 
 
-def _check_names(arch: str, stem: str | None, shortcut: str | None, kernels: str):
+def _check_names(arch: str, stem: str | None, shortcut: str | None, **choices: str):
     if arch not in list_models():
         raise InputError(f"unknown architecture {arch!r}{nearest(arch, list_models())}")
     check_stem(arch, stem)
     check_shortcut(arch, shortcut)
-    if kernels not in KERNELS:
-        raise InputError(f"unknown `kernels` {kernels!r}{nearest(kernels, KERNELS)}")
+    for name, value in choices.items():
+        if value not in _CHOICES[name]:
+            raise InputError(f"unknown `{name}` {value!r}{nearest(value, _CHOICES[name])}")
 
 
 def _check_numbers(counts: dict, dropout):
@@ -164,4 +170,5 @@ def create_from_config(
         rngs=nnx.Rngs(seed),
         shortcut=config.shortcut,
         kernels=config.kernels,
+        precision=config.precision,
     )

@@ -25,9 +25,10 @@ class BasicCNN(nnx.Module):
         dtype=None,
         param_dtype=jnp.float32,
         kernels="auto",
+        precision="default",
         rngs,
     ):
-        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        options = dict(dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs)
         conv = partial(layers.conv, padding=1, bias=True, kernels=kernels, **options)
         self.conv1 = conv(in_channels, 32, 3)
         self.conv2 = conv(32, 64, 3)

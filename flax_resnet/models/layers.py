@@ -18,6 +18,47 @@ from flax_resnet.kernels.cpu_sum import library_sum, sum_of_pixels
 from flax_resnet.models.initializers import kaiming_normal_fan_out, uniform_fan_in
 
 
+class _Named(nnx.Module):
+    """A layer whose operations carry its name in compiled programs and profiles."""
+
+    layer_name = ""
+
+    def __call__(self, x):
+        with jax.named_scope(self.layer_name or type(self).__name__):
+            return super().__call__(x)
+
+
+class Conv(_Named, nnx.Conv):
+    pass
+
+
+class Linear(_Named, nnx.Linear):
+    pass
+
+
+def named(model: nnx.Module) -> nnx.Module:
+    """The model, whose convolutions, BatchNorms and linear layers now know their names, such as
+    "layer1.0.conv1"."""
+    for path, module in nnx.iter_modules(model):
+        if hasattr(module, "layer_name"):
+            module.layer_name = ".".join(map(str, path)).replace("layers.", "")
+    return model
+
+
+PRECISIONS = {"default": (None, "highest"), "tf32": ("high", "high"),
+              "highest": ("highest", "highest")}  # fmt: skip
+"""{name: JAX's precision of (convolutions, linear layers) whose operands are float32}
+
+PyTorch's default on a GPU lets cuDNN round the operands of convolutions to TF32, but not cuBLAS
+those of matrix products. "high" is TF32 on a GPU and three bfloat16 passes on a TPU."""
+
+
+def _precision(name, place, dtype, param_dtype):
+    """JAX's precision of a layer; operands of other types than float32 are never rounded."""
+    computed = jnp.dtype(dtype or param_dtype)
+    return PRECISIONS[name][place] if computed == jnp.float32 else None
+
+
 def conv(
     in_features,
     out_features,
@@ -30,15 +71,16 @@ def conv(
     dtype=None,
     param_dtype=jnp.float32,
     kernels="auto",
+    precision="default",
     rngs,
-) -> nnx.Conv:
+) -> Conv:
     """torch.nn.Conv2d: `padding` pixels on every side, never "SAME", which differs at stride 2.
 
     Without a bias it starts as torchvision's ResNets do, with one as Conv2d does by default.
     """
     fan_in = in_features // groups * kernel_size**2
     own = cpu_convolution.conv_general_dilated
-    return nnx.Conv(
+    return Conv(
         in_features,
         out_features,
         (kernel_size, kernel_size),
@@ -50,20 +92,30 @@ def conv(
         bias_init=uniform_fan_in(fan_in),
         dtype=dtype,
         param_dtype=param_dtype,
+        precision=_precision(precision, 0, dtype, param_dtype),
         conv_general_dilated=lax.conv_general_dilated if kernels == "library" else own,
         rngs=rngs,
     )
 
 
-def linear(in_features, out_features, *, dtype=None, param_dtype=jnp.float32, rngs) -> nnx.Linear:
+def linear(
+    in_features,
+    out_features,
+    *,
+    dtype=None,
+    param_dtype=jnp.float32,
+    precision="default",
+    rngs,
+) -> Linear:
     """torch.nn.Linear with its default initialisers."""
-    return nnx.Linear(
+    return Linear(
         in_features,
         out_features,
         kernel_init=uniform_fan_in(in_features),
         bias_init=uniform_fan_in(in_features),
         dtype=dtype,
         param_dtype=param_dtype,
+        precision=_precision(precision, 1, dtype, param_dtype),
         rngs=rngs,
     )
 
@@ -76,9 +128,11 @@ class BatchNorm(nnx.Module):
     E[x^2] - E[x]^2, which loses all digits where the mean is large; one value per channel in
     training is an error; batches are counted. Statistics are float32 or wider in any `dtype`.
 
-    `axis_name` names the devices of a pmap; they then share the statistics of the global batch,
-    as they do under a sharded jit without it.
+    `axis_name` names the devices of a pmap or shard_map; they then share the statistics of the
+    global batch, as they do under a sharded jit without it.
     """
+
+    layer_name = ""
 
     def __init__(
         self,
@@ -107,6 +161,10 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x):
         """`[B, ..., C]` -> the same shape, in `dtype` or else the input's type."""
+        with jax.named_scope(self.layer_name or type(self).__name__):
+            return self._normalized(x)
+
+    def _normalized(self, x):
         dtype = self.dtype or x.dtype
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         scale, bias = self.scale[...], self.bias[...]
@@ -264,7 +322,8 @@ def adaptive_average_pool(x, size):
     """
     rows = jnp.asarray(_pooling_matrix(x.shape[1], size), x.dtype)
     columns = jnp.asarray(_pooling_matrix(x.shape[2], size), x.dtype)
-    return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x)
+    # Averages are no products to PyTorch: it never rounds their operands.
+    return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x, precision="highest")
 
 
 def _pooling_matrix(length, size):

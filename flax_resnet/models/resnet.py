@@ -102,10 +102,11 @@ class ResNet(nnx.Module):
         param_dtype=jnp.float32,
         bn_axis_name=None,
         kernels="auto",
+        precision="default",
         rngs,
     ):
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        conv = partial(layers.conv, kernels=kernels, **options)
+        conv = partial(layers.conv, kernels=kernels, precision=precision, **options)
         norm = partial(layers.BatchNorm, axis_name=bn_axis_name, kernels=kernels, **options)
         parts = dict(conv=conv, norm=norm)
         size, stride = (7, 2) if stem == "imagenet" else (3, 1)
@@ -134,7 +135,7 @@ class ResNet(nnx.Module):
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
         self.num_stages = len(depths)
         self.dropout = layers.Dropout(dropout, rngs=rngs)
-        self.fc = layers.linear(in_planes, num_classes, **options)
+        self.fc = layers.linear(in_planes, num_classes, precision=precision, **options)
         if zero_init_residual:
             self._zero_init_residual()
 

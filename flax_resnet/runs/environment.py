@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from flax_resnet.config import TrainConfig
+from flax_resnet.config import ModelConfig, TrainConfig
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -26,6 +26,20 @@ def describe(num_devices: int) -> dict:
         "num_devices": num_devices,
         "revision": revision(),
     }
+
+
+_ROUNDED = {
+    ("gpu", "default"): "convolutions in TF32, linear layers in float32",
+    ("gpu", "tf32"): "convolutions and linear layers in TF32",
+    ("tpu", "default"): "convolutions in one bfloat16 pass, linear layers in float32",
+    ("tpu", "tf32"): "convolutions and linear layers in three bfloat16 passes",
+}
+
+
+def products(model: ModelConfig, platform: str) -> str:
+    """What the products of a network are computed in on a platform ("cpu", "gpu", "tpu")."""
+    rounded = _ROUNDED.get((platform, model.precision)) if model.dtype == "float32" else None
+    return rounded or f"convolutions and linear layers in {model.dtype}"
 
 
 def _version(package: str) -> str | None:

@@ -129,6 +129,31 @@ def comparison(path: Path, courses: dict[str, list[dict]], title: str):
     save(figure, path)
 
 
+def layer_bytes(path: Path, programs: dict[str, dict[tuple[str, str], int]]):
+    """Plot the bytes of each layer of compiled programs, a panel for each program.
+
+    Args:
+      programs: {title: {(layer, "forward", "backward" or ""): bytes}}, in the order to show.
+    """
+    layers = list(dict.fromkeys(layer for sums in programs.values() for layer, _ in sums))
+    size = (2 + 4 * len(programs), 1.5 + 0.18 * len(layers))
+    figure, axes = plt.subplots(
+        1, len(programs), figsize=size, layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, (title, sums) in zip(axes[0], programs.items(), strict=True):
+        left = np.zeros(len(layers))
+        for phase, colour in (("forward", _TRAIN), ("backward", _VALIDATION), ("", "0.6")):
+            values = np.array([sums.get((layer, phase), 0) / 1e9 for layer in layers])
+            axis.barh(layers, values, left=left, color=colour, label=phase or "neither")
+            left += values
+        axis.set(title=title, xlabel="GB read and written in a step")
+        axis.tick_params(axis="y", labelsize=7)
+        axis.margins(y=0.01)
+    axes[0][0].invert_yaxis()
+    axes[0][-1].legend(frameon=False)
+    save(figure, path)
+
+
 def save(figure, path: Path):
     """Write a figure, without metadata that would change its bytes, and close it."""
     figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -128,8 +128,11 @@ def _announce(
     display.warn(sanity.of_settings(config, dataset.channels, dataset.own_splits))
     if data.num_workers and "train" in prepared.images:
         display.warn(["`num_workers` has no effect: the training images are cached"])
-    kind = jax.devices()[0].device_kind
-    display.say(f"on {len(engine.devices)} x {kind}, run {directory.path}")
+    device = engine.devices[0]
+    display.say(
+        f"on {len(engine.devices)} x {device.device_kind}, run {directory.path};"
+        f" {environment.products(model, device.platform)}"
+    )
 
 
 def _run(

@@ -45,6 +45,7 @@ def report(run: Run, command: str) -> dict:
         "evaluated_epoch": epoch,
         "stopped_early": run.progress.stopped_early,
         **speed(run.directory.timings(), run.config.batch_size),
+        "products": environment.products(run.config.model, run.engine.devices[0].platform),
         "left_out_images": len(run.dataset.bad_images),
         "command": command,
         "environment": environment.describe(len(run.engine.devices)),

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import jax
 
+from flax_resnet.config import TrainConfig
 from flax_resnet.data import pipeline, workers
 from flax_resnet.data.prepare import Prepared, check_contents, contents
 from flax_resnet.devices import distributed
@@ -82,7 +83,7 @@ class Run:
     @property
     def steps_per_epoch(self) -> int:
         """Batches an epoch, over all devices."""
-        return pipeline.steps_per_epoch(len(self.dataset.train), self.config.batch_size)
+        return _steps_per_epoch(self.prepared)
 
     @property
     def global_step(self) -> int:
@@ -142,8 +143,18 @@ def set_up(
         state=engine.place_state(state),
         batches=batches,
         resident=resident,
-        **_functions(prepared, engine, network, resident),
+        **functions(
+            config,
+            engine,
+            network,
+            steps_per_epoch=_steps_per_epoch(prepared),
+            resident=bool(resident),
+        ),
     )
+
+
+def _steps_per_epoch(prepared: Prepared) -> int:
+    return pipeline.steps_per_epoch(len(prepared.dataset.train), prepared.config.batch_size)
 
 
 def _say_resumed(display: Display, step: int, document: dict, engine: Engine):
@@ -180,9 +191,21 @@ def _resident(prepared: Prepared, engine: Engine) -> dict:
     return engine.replicate({"image": prepared.images["train"], "label": labels})
 
 
-def _functions(prepared: Prepared, engine: Engine, network: Network, resident: dict) -> dict:
-    """The compiled functions of a run; XLA compiles each when it is first called."""
-    config = prepared.config
+def functions(
+    config: TrainConfig,
+    engine: Engine,
+    network: Network,
+    *,
+    steps_per_epoch: int,
+    resident: bool,
+) -> dict:
+    """The compiled functions of a run, as fields of `Run`; XLA compiles each when it is first
+    called.
+
+    Args:
+      config: resolved for its data.
+      resident: whether the training images are on the devices.
+    """
     preprocess = Preprocess(config.data.mean, config.data.std)
     num_classes = config.model.num_classes
     train_step = steps.make_train_step(
@@ -190,12 +213,12 @@ def _functions(prepared: Prepared, engine: Engine, network: Network, resident: d
         config,
         preprocess,
         num_classes=num_classes,
-        steps_per_epoch=pipeline.steps_per_epoch(len(prepared.dataset.train), config.batch_size),
+        steps_per_epoch=steps_per_epoch,
         axis_name=engine.axis_name,
         gather=engine.gather,
     )
     eval_step = steps.make_eval_step(network, preprocess, num_classes=num_classes)
-    count = engine.steps_per_dispatch(resident=bool(resident))
+    count = engine.steps_per_dispatch(resident=resident)
     return {
         "steps_per_dispatch": count,
         "train_fns": {k: engine.compile_train(train_step, k) for k in {1, count}},

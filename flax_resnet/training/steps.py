@@ -90,7 +90,7 @@ def make_train_step(
 
     Args:
       steps_per_epoch: batches an epoch; lengths of schedules are in epochs.
-      axis_name: pmap axis over which the batch is split; None under jit, sharded or not.
+      axis_name: axis over which the batch is split (`Engine.axis_name`), or None.
       gather: parameters as they live between steps -> as a forward pass needs them.
 
     Returns:

@@ -1,0 +1,447 @@
+"""Programs for GPUs, compiled by XLA's own compiler without one, hold what the design promises.
+
+Every claim has a control: a program in which the fault exists, on which the check has to fail.
+"""
+
+import importlib.util
+import json
+import math
+import re
+from collections import Counter
+from functools import partial
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+from flax import nnx
+
+from flax_resnet import create_model
+from flax_resnet.commands import cli, plan
+from flax_resnet.config import TrainConfig
+from flax_resnet.devices import program, targets
+from flax_resnet.errors import InputError
+from flax_resnet.models import floor, layers
+from flax_resnet.models.summary import stage_rows
+from flax_resnet.training import ahead
+from torch_ref.environment import configure_torch
+
+SIZE, BATCH = 32, 8192  # a large batch costs nothing: nothing runs, and arrays are of real sizes
+DATA = ahead.Data((SIZE, SIZE, 3), resident=0)
+
+
+def compiled(target: str, dtype: str, arch: str = "resnet20", **changes) -> ahead.Compiled:
+    config = {"batch_size": BATCH, "augment": {"random_crop": 0}} | changes
+    config["model"] = {"arch": arch, "num_classes": 10, "dtype": dtype} | changes.get("model", {})
+    config["data"] = {"image_size": SIZE}
+    config = cli.merge(TrainConfig(), config)
+    return ahead.Plan(config, DATA, targets.parse(target)).compile()
+
+
+@pytest.fixture(scope="module")
+def bfloat16():
+    """Four H100, bfloat16, deterministic."""
+    return compiled("h100:4", "bfloat16", deterministic=True)
+
+
+@pytest.fixture(scope="module")
+def float32():
+    """One H100, float32, the network of four layers."""
+    return compiled("h100", "float32", "basic_cnn")
+
+
+def convolutions(made: ahead.Compiled) -> Counter:
+    """{pass: number} of the convolutions that the library computes, by what they are called."""
+    return Counter(k.phase for k in made.kernels if k.kind == "convolution")
+
+
+def of_network(arch: str) -> int:
+    """Number of the convolutions of a network."""
+    model = nnx.eval_shape(lambda: create_model(arch))
+    return sum(isinstance(m, nnx.Conv) for _, m in nnx.iter_modules(model))
+
+
+@pytest.mark.parametrize(("made", "arch"), [("bfloat16", "resnet20"), ("float32", "basic_cnn")])
+def test_every_convolution_is_the_library_s_in_each_direction(made, arch, request):
+    """Backward there are two for each, but for the images, whose gradient nobody needs."""
+    made, count = request.getfixturevalue(made), of_network(arch)
+    assert convolutions(made) == {"forward": count, "backward": 2 * count - 1}
+    wanted = {"resnet20": "bf16", "basic_cnn": "f32"}[arch]
+    assert {k.dtype for k in made.kernels if k.kind == "convolution"} == {wanted}
+
+
+FOREIGN = r"callback|\bf64\[|infeed|outfeed|send\(|recv\("
+"""What stands in no program: calls of the host, and float64."""
+
+
+@pytest.mark.parametrize("made", ["bfloat16", "float32"])
+def test_a_step_neither_calls_the_host_nor_computes_in_float64(made, request):
+    assert not re.search(FOREIGN, request.getfixturevalue(made).text)
+
+
+def wide_activations(made: ahead.Compiled) -> list[str]:
+    """Results of kernels in float32 that have as many rows as a device has images, four axes and
+    more channels than an image."""
+    read = program.parse(made.text)
+    rows = made.batch_size // made.num_devices
+    return [
+        i.name
+        for i in read.computations[read.entry].values()
+        for dtype, shape, _ in program.arrays(i.type)
+        if dtype == "f32" and len(shape) == 4 and shape[0] == rows and min(shape[1], shape[3]) > 3
+    ]
+
+
+def test_no_activation_is_written_in_float32_in_a_bfloat16_program(bfloat16):
+    assert not wide_activations(bfloat16)
+
+
+@pytest.mark.control
+def test_activations_in_float32_are_found(float32):
+    assert wide_activations(float32)
+
+
+def test_a_step_exchanges_what_it_needs_and_nothing_else(bfloat16):
+    """All-reduces: two forward and one backward per BatchNorm, and one of the other gradients."""
+    norms = of_network("resnet20")
+    rows = program.collectives(bfloat16.kernels)
+    assert {row["kind"] for row in rows} == {"all-reduce"}
+    assert {row["dtype"] for row in rows} == {"f32"}  # as PyTorch's autocast sums gradients
+    assert sum(row["count"] for row in rows) == 3 * norms + 1
+    assert sum(row["in_forward"] for row in rows) == 2 * norms
+
+
+@pytest.mark.control
+def test_left_to_the_compiler_gradients_are_summed_in_bfloat16():
+    """The reason why a step reduces its gradients itself."""
+    mesh = jax.sharding.Mesh(targets.devices(targets.parse("h100:2")), ("data",))
+    whole, rows = (jax.NamedSharding(mesh, jax.P(axis)) for axis in (None, "data"))
+
+    def loss(kernel, x):
+        return jnp.square(jax.lax.conv(x, kernel.astype(x.dtype), (1, 1), "SAME")).sum()
+
+    kernel = jax.ShapeDtypeStruct((16, 16, 3, 3), "float32", sharding=whole)
+    x = jax.ShapeDtypeStruct((8, 16, 32, 32), "bfloat16", sharding=rows)
+    step = jax.jit(jax.grad(loss), out_shardings=whole)
+    text = step.lower(kernel, x).compile({"xla_gpu_autotune_level": 0}).as_text()
+    found = program.collectives(program.kernels(program.parse(text)))
+    assert [row["dtype"] for row in found] == ["bf16"]
+
+
+def test_one_device_exchanges_nothing(float32, bfloat16):
+    assert not program.collectives(float32.kernels)
+    assert program.collectives(bfloat16.kernels)  # the control
+
+
+UNORDERED = r" (scatter|select-and-scatter)\("
+"""Operations that add in an order which changes from run to run on a GPU."""
+
+
+def test_a_deterministic_step_adds_in_a_fixed_order(bfloat16):
+    assert not re.search(UNORDERED, bfloat16.text)
+
+
+def on_a_gpu(function, *shapes, dtype="float32") -> str:
+    """The program of a function on one H100."""
+    mesh = jax.sharding.Mesh(targets.devices(targets.parse("h100")), ("data",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    like = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in shapes]
+    return jax.jit(function).lower(*like).compile({"xla_gpu_autotune_level": 0}).as_text()
+
+
+@pytest.mark.control
+def test_the_library_s_pool_adds_in_any_order():
+    def pooled(x):
+        return layers.max_pool(x, 3, 2, padding=1, kernels="library").sum()
+
+    assert re.search(UNORDERED, on_a_gpu(jax.grad(pooled), (8, 16, 16, 8)))
+
+
+@pytest.mark.control
+def test_a_callback_and_float64_are_found():
+    def noisy(x):
+        jax.debug.callback(lambda x: None, x)
+        return x
+
+    assert re.search(FOREIGN, jax.jit(noisy).lower(1.0).compile().as_text())  # on the CPU
+    with jax.enable_x64(True):
+        assert re.search(FOREIGN, on_a_gpu(lambda x: x + 1, (8,), dtype="float64"))
+
+
+@pytest.mark.control
+def test_a_convolution_that_is_recomputed_is_counted():
+    def loss(kernel, x, once):
+        def block(x):
+            for _ in range(2):
+                x = nnx.relu(jax.lax.conv(x, kernel, (1, 1), "SAME"))
+            return x
+
+        return (block if once else jax.checkpoint(block))(x).sum()
+
+    def count(once):
+        text = on_a_gpu(jax.value_and_grad(partial(loss, once=once)), (8, 8, 3, 3), (4, 8, 8, 8))
+        return sum(k.kind == "convolution" for k in program.kernels(program.parse(text)))
+
+    assert count(once=False) > count(once=True)
+
+
+def test_every_layer_is_found_in_its_program(bfloat16):
+    model = nnx.eval_shape(lambda: create_model("resnet20"))
+    names = {m.layer_name for _, m in nnx.iter_modules(model) if hasattr(m, "layer_name")}
+    assert {layer for layer, _ in bfloat16.by_layer()} >= names
+    assert {"layer1.0.conv1", "layer3.2.bn2", "fc"} <= names
+
+
+def test_flops_are_three_times_those_of_the_forward_pass(bfloat16):
+    """Nobody computes the gradient of the images, so the first convolution counts twice."""
+    model = create_model("resnet20")
+    images = BATCH // 4
+    forward = sum(row["flops"] for row in stage_rows(model, DATA.image_shape))
+    first = 2 * SIZE**2 * 9 * 3 * 16
+    assert bfloat16.flops == pytest.approx(images * (3 * forward - first), rel=2e-3)
+
+
+def test_a_program_stays_above_its_floor(bfloat16):
+    config = cli.merge(TrainConfig(), {"batch_size": BATCH, "model": {"arch": "resnet20"}})
+    config = cli.merge(config, {"model": {"dtype": "bfloat16", "num_classes": 10}})
+    assert 1 < bfloat16.bytes / plan.floor_bytes(config, DATA, 4) < 1.5
+
+
+def test_the_floor_of_a_small_network_is_counted_by_hand():
+    model = nnx.eval_shape(lambda: create_model("basic_cnn", kernels="library"))
+    found = floor.passes(model, (16, 16, 3))
+    convolved = (256 * (3 + 32)) + (64 * (32 + 64)) + (16 * (64 + 128))
+    pooled = 32 * (256 + 64) + 64 * (64 + 16) + 128 * (16 + 4)
+    image = 256 * 3
+    assert found.activations == image + 3 * convolved - 256 * (3 + 32) + 3 * pooled
+    assert found.kernels == 3 * 9 * (3 * 32 + 32 * 64 + 64 * 128)
+
+
+TEXT = """
+HloModule jit_step
+
+%looked_up (p.0: f32[1000,8], p.1: s32[4]) -> f32[4,8] {
+  %p.1 = s32[4]{0} parameter(1)
+  %p.0 = f32[1000,8]{1,0} parameter(0)
+  ROOT %gather = f32[4,8]{1,0} gather(%p.0, %p.1), offset_dims={1}
+}
+
+%body (t: (bf16[4,8])) -> (bf16[4,8]) {
+  %t = (bf16[4,8]{1,0}) parameter(0)
+  %x = bf16[4,8]{1,0} get-tuple-element(%t), index=0
+  %y = bf16[4,8]{1,0} negate(%x), metadata={op_name="jit(f)/transpose(jvp(fc))/neg"}
+  ROOT %out = (bf16[4,8]{1,0}) tuple(%y)
+}
+
+ENTRY %main (a: f32[1000,8], i: s32[4], b: f32[8,16]) -> f32[4,16] {
+  %a = f32[1000,8]{1,0} parameter(0)
+  %i = s32[4]{0} parameter(1)
+  %b = f32[8,16]{1,0:T(8,128)S(1)} parameter(2)
+  %rows = f32[4,8]{1,0} fusion(%a, %i), kind=kLoop, calls=%looked_up
+  %loop = (bf16[4,8]{1,0}) while(%rows), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %sum = (f32[4,8]{1,0}, f32[4,8]{1,0}) all-reduce-start(%rows, %rows), to_apply=%add
+  ROOT %dot = f32[4,16]{1,0} dot(%rows, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(f)/jvp(fc)/dot_general"}
+}
+"""  # noqa: E501
+
+
+def test_the_text_of_a_program_is_read_as_it_is_written():
+    rows, negated, reduced, dot = program.kernels(program.parse(TEXT), {"fc"})
+    assert rows.bytes == 4 * 8 * 4 + 4 * 4 + 4 * 8 * 4  # four rows of a thousand, their numbers
+    assert (negated.times, negated.bytes) == (5, 2 * 4 * 8 * 2)
+    assert (negated.layer, negated.phase) == ("fc", "backward")
+    assert program.collectives([reduced]) == [
+        {"kind": "all-reduce", "dtype": "f32", "count": 1, "bytes": 256, "in_forward": 0}
+    ]
+    assert dot.flops == 2 * 4 * 16 * 8
+    assert dot.bytes == 4 * 8 * 4 + 4 * 16 * 4  # one operand lies on the chip
+    assert (dot.kind, dot.layer, dot.phase) == ("dot", "fc", "forward")
+
+
+@pytest.mark.parametrize(
+    ("word", "count", "platform"),
+    [("h100", 1, "gpu"), ("h100:8", 8, "gpu"), ("b200:128x8", 1024, "gpu")],
+)
+def test_a_target_has_the_devices_of_its_name(word, count, platform):
+    devices = targets.devices(targets.parse(word))
+    assert len(devices) == count and {d.platform for d in devices} == {platform}
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("h10", "did you mean 'h100'"),
+        ("", "valid: "),
+        ("h100:9", "at most 8 GPUs"),
+        ("h100:0", "is no shape"),
+        ("h100:8x", "is no shape"),
+        ("h100:2x2x2", "hosts x GPUs"),
+        ("v5e:2x2x1", "2 axes"),
+        ("v5p:2x2", "3 axes"),
+    ],
+)
+def test_a_target_that_does_not_exist_is_named(word, says):
+    with pytest.raises(InputError, match=re.escape(says)) as fault:
+        targets.parse(word)
+    assert repr(word) in str(fault.value)
+
+
+def test_a_compiler_that_is_not_installed_is_named_with_its_extra():
+    with (
+        mock.patch.object(importlib.util, "find_spec", return_value=None),
+        pytest.raises(InputError, match=r"pip install 'flax-resnet\[tpu\]'"),
+    ):
+        targets.devices(targets.parse("v5e"))
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"batch_size": 8190}, "cannot be divided among 4 devices"),
+        ({"parallel": {"parallel": "pmap"}}, "pmap"),
+        ({"parallel": {"devices": 5}}, "h100:4 has 4"),
+    ],
+)
+def test_what_a_target_cannot_run_is_refused(values, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        compiled("h100:4", "float32", "basic_cnn", **values)
+
+
+class FakePlan:
+    """A plan whose programs take `used(batch)` bytes; beyond `refused` the compiler gives none."""
+
+    def __init__(self, used, *, devices, batch_size, refused=math.inf):
+        self.used, self.batch_size, self.refused, self.compiled = used, batch_size, refused, 0
+        self.engine = SimpleNamespace(devices=range(devices))
+        self.target = targets.parse("h100")
+
+    def compile(self, batch_size):
+        self.compiled += 1
+        assert batch_size > 0 and batch_size % len(self.engine.devices) == 0
+        peak, room = self.used(batch_size), self.target.card.memory_bytes
+        made = dict(batch_size=batch_size, peak_bytes=peak, fits=peak <= room, target=self.target)
+        return None if peak > self.refused else SimpleNamespace(**made, argument_bytes=1e8)
+
+
+@pytest.mark.parametrize("refused", [math.inf, 84e9])
+@pytest.mark.parametrize("batch_size", [8, 1024, 2**20])
+@pytest.mark.parametrize("curve", [0, 2e3])
+def test_the_largest_batch_is_found_to_three_percent(refused, batch_size, curve):
+    fake = FakePlan(
+        lambda b: 1e8 + 4e7 * b + curve * b * b, devices=8, batch_size=batch_size, refused=refused
+    )
+    found = ahead.largest_batch(fake, fake.compile(batch_size))
+    memory = fake.target.card.memory_bytes
+    assert fake.used(found) <= memory < fake.used(math.ceil(1.031 * found) + 8)
+    assert fake.compiled <= 30  # of 131,072 batches that eight devices can share
+
+
+def test_no_batch_fits_where_the_parameters_alone_do_not():
+    fake = FakePlan(lambda b: 9e10 + b, devices=1, batch_size=16)
+    assert ahead.largest_batch(fake, fake.compile(16)) is None
+
+
+def run_plan(monkeypatch, made: ahead.Compiled, *flags):
+    """Call the command; every program that it compiles is `made`."""
+    arguments = ["plan", "--arch", "basic_cnn", "--image-size", str(SIZE), *map(str, flags)]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(ahead.Plan, "compile", lambda self, batch_size=None: made)
+    plan.main()
+
+
+def test_the_command_writes_table_json_and_picture(float32, monkeypatch, tmp_path, capsys):
+    flags = ("--target", "h100", "--batch-size", BATCH, "--no-largest-batch")
+    outputs = ("--json", tmp_path / "plan.json", "--plot", tmp_path / "plan.png")
+    run_plan(monkeypatch, float32, *flags, *outputs)
+    document = json.loads((tmp_path / "plan.json").read_text())
+    assert document.keys() == {"targets", "config", "environment"}
+    [row] = document["targets"]
+    assert list(row) == [
+        "target", "devices", "fits", "peak_bytes", "device_memory_bytes", "largest_batch",
+        "flops_per_step", "bytes_per_step", "bound_images_per_second", "kernels", "collectives",
+        "compile_seconds",
+    ]  # fmt: skip
+    assert row["target"] == "h100" and row["devices"] == 1 and row["fits"] is True
+    assert row["bytes_per_step"] == float32.bytes and row["kernels"]["convolution"] == 8
+    assert document["config"]["model"]["arch"] == "basic_cnn"
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    shown = capsys.readouterr().out
+    assert "floor of bytes" in shown and "conv3" in shown and "bound" in shown
+
+
+def test_a_program_that_does_not_fit_ends_the_command(float32, monkeypatch):
+    over = float32.target.card.memory_bytes + 5_000_000_000
+    monkeypatch.setattr(ahead, "largest_batch", lambda plan, first: 4096)
+    wanted = "h100: the program does not fit, by 5.00 GB; the largest batch that fits is 4096"
+    with pytest.raises(cli.CheckFailed, match=wanted):
+        run_plan(monkeypatch, float32._replace(peak_bytes=over), "--target", "h100")
+    with pytest.raises(cli.CheckFailed, match="says its compiler"):
+        run_plan(monkeypatch, None, "--target", "h100")
+
+
+def test_the_data_of_a_plan_are_those_of_the_flags_or_of_the_data_set():
+    config, data = plan.of_flags(TrainConfig(model={"arch": "resnet50"}))
+    assert (data, config.model.num_classes) == (ahead.Data((224, 224, 3), 0), 1000)
+    config, data = plan.of_flags(TrainConfig(model={"arch": "resnet20"}))
+    assert (data, config.model.num_classes) == (ahead.Data((32, 32, 3), 0), 10)
+    config, data = plan.of_data(TrainConfig(model={"arch": "resnet18"}))
+    assert data.image_shape == (16, 16, 1) and data.resident > 1000  # the digits
+    assert config.model.stem == "imagenet" and config.augment.random_crop == 2
+
+
+class TwoLayers(nnx.Module):
+    def __init__(self, **options):
+        self.conv = layers.conv(8, 16, 3, padding=1, rngs=nnx.Rngs(0), **options)
+        self.fc = layers.linear(16, 8, rngs=nnx.Rngs(0), **options)
+
+    def __call__(self, x):
+        return self.fc(layers.global_average_pool(layers.relu(self.conv(x))))
+
+
+def precisions(precision: str, dtype=None) -> dict[str, set[str]]:
+    """{"convolution" or "dot": what the products of a network and its gradient ask for}."""
+    graph, state = nnx.split(TwoLayers(precision=precision, dtype=dtype))
+    leaves, tree = jax.tree.flatten(state)
+
+    def loss(x, *leaves):
+        return jnp.square(nnx.merge(graph, jax.tree.unflatten(tree, leaves))(x)).sum()
+
+    shapes = [(4, 16, 16, 8), *(leaf.shape for leaf in leaves)]
+    text = on_a_gpu(jax.grad(loss, range(len(shapes))), *shapes)
+    asked = {"convolution": set(), "dot": set()}
+    for computation in program.parse(text).computations.values():
+        for i in computation.values():
+            if program.is_product(i):
+                kind = "dot" if i.opcode == "dot" or "cublas" in i.attributes else "convolution"
+                found = re.search(r"operand_precision=\{(\w+),", i.attributes)
+                asked[kind].add(found[1] if found else "default")
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("precision", "convolution", "dot"),
+    [("default", "default", "highest"), ("tf32", "high", "high"), ("highest",) * 3],
+)
+def test_the_compiled_products_have_the_precision_asked_for(precision, convolution, dot):
+    """XLA lets cuDNN and cuBLAS round the operands to TF32 up to "high". "default" is what
+    PyTorch does on a GPU: TF32 in convolutions alone."""
+    assert precisions(precision) == {"convolution": {convolution}, "dot": {dot}}
+
+
+def test_what_is_not_float32_asks_for_no_precision():
+    assert precisions("highest", jnp.bfloat16)["convolution"] == {"default"}
+
+
+def test_pytorch_s_default_is_the_default():
+    """The twin sets for each precision what PyTorch has: TF32 in convolutions alone at first."""
+    fresh = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    found = {}
+    for precision in ("tf32", "highest", "default"):
+        configure_torch(TrainConfig(model={"precision": precision}))
+        cudnn, cublas = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        found[precision] = (cudnn, cublas)
+    torch.use_deterministic_algorithms(False)
+    assert found == {"tf32": (True, True), "highest": (False, False), "default": (True, False)}
+    assert found["default"] == fresh

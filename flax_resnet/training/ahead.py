@@ -1,0 +1,255 @@
+"""Compiles the steps of a training for devices that are not here, and measures the programs.
+
+Nothing runs: a bound is what the program cannot beat on the figures of a data sheet, and no
+prediction of its speed.
+"""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections import Counter
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_resnet.config import TrainConfig
+from flax_resnet.devices import program, targets
+from flax_resnet.devices.parallel import Engine
+from flax_resnet.devices.program import Kernel
+from flax_resnet.devices.targets import Card, Target
+from flax_resnet.errors import InputError
+from flax_resnet.models import create_from_config
+from flax_resnet.training import steps
+from flax_resnet.training.network import Network
+from flax_resnet.training.setup import functions
+
+_OPTIONS = {"cuda": {"xla_gpu_autotune_level": 0}, "tpu": {}}
+"""Compiler options for a platform. The compiler for GPUs would choose among kernels by timing them
+on the GPU."""
+
+_STEPS_PER_EPOCH = 100  # a constant of the learning rate's schedule
+
+
+class Data(NamedTuple):
+    """What a program has to know of its data."""
+
+    image_shape: tuple[int, int, int]
+    """`(H, W, C)`"""
+
+    resident: int
+    """Training images that lie on every device; 0: batches bring their own."""
+
+
+class Compiled(NamedTuple):
+    """A compiled step of a training or an evaluation. Numbers are those of one device."""
+
+    target: Target
+    num_devices: int
+    batch_size: int
+    num_steps: int
+    """Steps of one call; the kernels and the text are those of the call."""
+
+    kernels: list[Kernel]
+    argument_bytes: int
+    temporary_bytes: int
+    peak_bytes: int
+    seconds: float
+    text: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the memory of the card."""
+        return self.peak_bytes <= self.target.card.memory_bytes
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the kernels read and write."""
+        return sum(k.times * k.bytes for k in self.kernels) // self.num_steps
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of convolutions and matrix products."""
+        return sum(k.times * k.flops for k in self.kernels) // self.num_steps
+
+    def by_layer(self) -> dict[tuple[str, str], int]:
+        """{(layer, phase): bytes}, in the order of the forward pass."""
+        sums = Counter()
+        for kernel in self.kernels:
+            sums[kernel.layer, kernel.phase] += kernel.times * kernel.bytes // self.num_steps
+        return dict(sums)
+
+    @property
+    def bound_seconds(self) -> float:
+        """The sum over the kernels of the longer of their arithmetic and their traffic."""
+        card = self.target.card
+        return sum(k.times * bound(k, card) for k in self.kernels) / self.num_steps
+
+    @property
+    def bound_images_per_second(self) -> float:
+        """Images a second of all devices, which no run of this program exceeds."""
+        return self.batch_size / self.bound_seconds
+
+
+def bound(kernel: Kernel, card: Card) -> float:
+    """Seconds that a kernel takes at least, by the card's data sheet."""
+    return max(kernel.bytes / card.bandwidth, kernel.flops / _rate(kernel, card))
+
+
+def _rate(kernel: Kernel, card: Card) -> float:
+    dtype = kernel.dtype
+    if dtype == "f32" and not kernel.full_precision:
+        dtype = "tf32"
+    return card.flops.get(dtype, max(card.flops.values()))
+
+
+class Plan:
+    """The steps of a config on a target, of any batch size.
+
+    Args:
+      config: its model and data are resolved but for mean and std, which change no program.
+      evaluation: the step of an evaluation instead of that of the training.
+
+    Raises:
+      InputError: the target has no such devices or no compiler here, or pmap was asked for.
+    """
+
+    def __init__(self, config: TrainConfig, data: Data, target: Target, *, evaluation=False):
+        if config.parallel.parallel == "pmap":
+            raise InputError("`parallel` pmap: it compiles only for devices that are here")
+        self.target, self.data, self.evaluation = target, data, evaluation
+        channels = data.image_shape[-1]
+        means = dataclasses.replace(config.data, mean=(0.5,) * channels, std=(0.5,) * channels)
+        self.config = dataclasses.replace(config, data=means)
+        self.engine = Engine(
+            config.parallel,
+            deterministic=config.deterministic,
+            kernels=config.model.kernels,
+            devices=_first(targets.devices(target), config.parallel.devices, target),
+        )
+        model = create_from_config(
+            config.model,
+            in_channels=channels,
+            seed=config.seed,
+            bn_axis_name=self.engine.axis_name,
+        )
+        self.layers = {m.layer_name for _, m in nnx.iter_modules(model) if hasattr(m, "layer_name")}
+        self.network = Network(model, freeze_backbone=config.freeze_backbone)
+        run = functions(
+            self.config,
+            self.engine,
+            self.network,
+            steps_per_epoch=_STEPS_PER_EPOCH,
+            resident=bool(data.resident),
+        )
+        self.num_steps = 1 if evaluation else run["steps_per_dispatch"]
+        self._step = run["eval_fn"] if evaluation else run["train_fns"][self.num_steps]
+
+    @property
+    def batch_size(self) -> int:
+        """The config's."""
+        return self.config.eval_batch_size if self.evaluation else self.config.batch_size
+
+    def compile(self, batch_size: int | None = None) -> Compiled | None:
+        """Compile the step, which takes seconds to minutes.
+
+        Returns:
+          None if the compiler itself refuses the program for want of memory, as a TPU's does.
+
+        Raises:
+          InputError: the devices cannot share the batch.
+        """
+        batch_size = batch_size or self.batch_size
+        self.engine.check_batch_size(batch_size)
+        start = time.monotonic()
+        try:
+            lowered = self._step.lower(*self._arguments(batch_size))
+            compiled = lowered.compile(_OPTIONS[self.target.card.platform])
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                return None
+            raise
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        peak = arguments + temporaries + memory.generated_code_size_in_bytes
+        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return Compiled(
+            target=self.target,
+            num_devices=len(self.engine.devices),
+            batch_size=batch_size,
+            num_steps=self.num_steps,
+            kernels=program.kernels(program.parse(text), self.layers),
+            argument_bytes=arguments,
+            temporary_bytes=temporaries,
+            peak_bytes=peak,
+            seconds=time.monotonic() - start,
+            text=text,
+        )
+
+    def _arguments(self, batch_size: int) -> tuple:
+        """Shapes, types and shardings of the step's arguments."""
+        images, labels = _images_like(batch_size, self.data.image_shape)
+        if self.evaluation:
+            mask = jax.ShapeDtypeStruct((batch_size,), bool)
+            batch = {"image": images, "label": labels, "mask": mask}
+            variables = self.engine.replicated_like(self.network.initial)
+            return variables, self.engine.batches_like(batch, 1)
+        state = jax.eval_shape(lambda v: steps.make_state(v, self.config), self.network.initial)
+        batch, resident = {"index": labels}, {}
+        if self.data.resident:
+            kept = _images_like(self.data.resident, self.data.image_shape)
+            resident = self.engine.replicated_like(dict(zip(("image", "label"), kept, strict=True)))
+        else:
+            batch |= {"image": images, "label": labels}
+        return (
+            self.engine.state_like(state),
+            resident,
+            self.engine.batches_like(batch, self.num_steps),
+        )
+
+
+def _images_like(count: int, image_shape: tuple[int, int, int]) -> tuple:
+    images = jax.ShapeDtypeStruct((count, *image_shape), jnp.uint8)
+    return images, jax.ShapeDtypeStruct((count,), jnp.int32)
+
+
+def _first(devices: list, count: int | None, target: Target) -> list:
+    if count and count > len(devices):
+        raise InputError(f"`devices` {count}: {target.name} has {len(devices)}")
+    return devices[:count]
+
+
+def largest_batch(plan: Plan, first: Compiled | None) -> int | None:
+    """The largest batch that fits, to about 3%, by bisection; None if not even the smallest does.
+
+    Each guess takes the memory beside the arguments as proportional to the batch, so that one or
+    two programs are usually enough.
+
+    Args:
+      first: the program of the config's own batch; None if the compiler refused it.
+    """
+    devices, program = len(plan.engine.devices), first
+    tried, low, high = plan.batch_size, 0, math.inf
+    for attempt in itertools.count():
+        fits = program is not None and program.fits
+        low, high = (tried, high) if fits else (low, tried)
+        filled = fits and program.peak_bytes >= _FULL * plan.target.card.memory_bytes
+        if filled or high - low <= max(devices, (1 - _FULL) * low):
+            return low or None
+        halve = program is None or (high < math.inf and attempt % 2)
+        guess = (low + high) // 2 if halve else _guess(program)
+        tried = int(min(max(guess, low + devices), high - devices)) // devices * devices
+        program = plan.compile(tried)
+
+
+_FULL = 0.97
+"""Share of the memory from which a card counts as full."""
+
+
+def _guess(program: Compiled) -> int:
+    """The batch that would fill the card."""
+    room = program.target.card.memory_bytes - program.argument_bytes
+    used = program.peak_bytes - program.argument_bytes
+    return int(program.batch_size * room / max(used, 1))
