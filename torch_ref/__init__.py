@@ -55,6 +55,7 @@ def create_model(
     dropout: float = 0.0,
     zero_init_residual: bool = False,
     shortcut: str | None = None,
+    stochastic_depth: float = 0.0,
 ) -> nn.Module:
     """A freshly initialised network from images [B, in_channels, H, W] to logits [B, num_classes].
 
@@ -66,6 +67,8 @@ def create_model(
       zero_init_residual: start the last BatchNorm weight of each residual block at zero.
       shortcut: "pad" (option A: channels of zero; also None) or "projection" (option B: 1x1
         convolution and BatchNorm) for the CIFAR five; the other networks take None only.
+      stochastic_depth: probability of dropping the last residual block's branch for an image; that
+        of the others rises from 0 in equal steps.
 
     Raises:
       InputError: an unknown name, or a choice that the network does not have.
@@ -78,12 +81,15 @@ def create_model(
     if name == "basic_cnn":
         if zero_init_residual:
             raise InputError("`zero_init_residual`: basic_cnn has no residual blocks")
+        if stochastic_depth:
+            raise InputError("`stochastic_depth`: basic_cnn has no residual blocks")
         return BasicCNN(**options)
     if has_stem_choice(name):
         options["stem"] = stem or "imagenet"
     if shortcut == "projection":
         options["shortcut"] = projection
-    return CONSTRUCTORS[name](zero_init_residual=zero_init_residual, **options)
+    options |= {"zero_init_residual": zero_init_residual, "stochastic_depth": stochastic_depth}
+    return CONSTRUCTORS[name](**options)
 
 
 def create_from_config(config: ModelConfig, in_channels: int) -> nn.Module:
@@ -97,5 +103,6 @@ def create_from_config(config: ModelConfig, in_channels: int) -> nn.Module:
         dropout=config.dropout,
         zero_init_residual=config.zero_init_residual,
         shortcut=config.shortcut,
+        stochastic_depth=config.stochastic_depth,
     )
     return model.double() if config.dtype == "float64" else model

@@ -10,7 +10,7 @@ from torch_ref import selection
 from torch_ref.directory import log_epoch
 from torch_ref.evaluation import evaluate
 from torch_ref.guard import check_epoch
-from torch_ref.optim import take_statistics
+from torch_ref.optim import take_average, take_statistics
 from torch_ref.setup import Run
 from torch_ref.steps import prepare_batch, train_step
 
@@ -45,11 +45,14 @@ def take_step(run: Run, images: Tensor, labels: Tensor, step: int) -> Tensor:
     """Everything that one batch changes. Returns the loss, still on the device."""
     config, dtype = run.config.optimizer, run.dtype
     batch = prepare_batch(images, labels, run.device, dtype, run.mix)
-    loss = train_step(run.model, run.optimizer, *batch, config, dtype=dtype, step=step)
+    weights = run.class_weights
+    loss = train_step(
+        run.model, run.optimizer, *batch, config, dtype=dtype, step=step, class_weights=weights
+    )
     if (step + 1) % config.accumulate_steps == 0:
         run.scheduler.step()
         if run.ema:
-            run.ema.update_parameters(run.model)
+            take_average(run.ema, run.model, config, step // config.accumulate_steps, run.copied)
     return loss
 
 

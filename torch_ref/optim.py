@@ -1,5 +1,8 @@
 """torch.optim's optimizers and schedules from a config, and the moving average of weights."""
 
+import dataclasses
+import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,8 +16,14 @@ from flax_resnet.errors import InputError
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """An optimizer over the parameters of `model` that ask for a gradient."""
+    """An optimizer over the parameters of `model` that ask for a gradient.
+
+    Raises:
+      InputError: timm's LAMB without timm.
+    """
     groups = parameter_groups(model, config)
+    if config.optimizer == "lamb":
+        return _lamb(groups, config)
     if config.optimizer in ("adam", "adamw"):
         decoupled = config.decoupled_weight_decay or config.optimizer == "adamw"
         rule = torch.optim.AdamW if decoupled else torch.optim.Adam
@@ -26,6 +35,20 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     if config.decoupled_weight_decay:
         optimizer.register_step_pre_hook(shrink_weights)
     return optimizer
+
+
+def _lamb(groups: list[dict], config: OptimizerConfig) -> Optimizer:
+    try:
+        from timm.optim import Lamb
+    except ModuleNotFoundError as error:
+        raise InputError(f"`optimizer` lamb needs {error.name}: install timm") from None
+    return Lamb(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        max_grad_norm=config.clip_norm or None,
+    )
 
 
 def _sgd(groups: list[dict], config: OptimizerConfig) -> Optimizer:
@@ -46,17 +69,23 @@ def _rmsprop(groups: list[dict], config: OptimizerConfig) -> Optimizer:
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
-    """One group, or two of which the second, BatchNorm parameters and biases, never decays."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if config.decay_norm_and_bias:
-        return [{"params": trainable, "weight_decay": config.weight_decay}]
-    # Every convolution and linear weight has two dimensions or more; nothing else has.
-    weights = [p for p in trainable if p.ndim > 1]
-    spared = [p for p in trainable if p.ndim <= 1]
-    return [
-        {"params": weights, "weight_decay": config.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
+    """A group for each weight decay and learning rate."""
+    norms = (m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    of_norms = {id(p) for norm in norms for p in norm.parameters()}
+    groups = {}
+    for name, p in model.named_parameters():
+        decay, lr = config.weight_decay, config.lr
+        if id(p) in of_norms and config.norm_weight_decay is not None:
+            decay = config.norm_weight_decay
+        # Every convolution and linear weight has two dimensions or more; nothing else has.
+        if p.ndim <= 1 and not config.decay_norm_and_bias:
+            decay = 0.0
+        if name.startswith("fc.") and config.head_lr:
+            lr = config.head_lr
+        if p.requires_grad:
+            group = groups.setdefault((decay, lr), {"weight_decay": decay, "lr": lr, "params": []})
+            group["params"].append(p)
+    return list(groups.values())
 
 
 @torch.no_grad()
@@ -86,7 +115,14 @@ def make_schedulers(
     Raises:
       InputError: a onecycle that rises for exactly one step.
     """
+    if config.schedule_per == "epoch":
+        config = dataclasses.replace(config, schedule_per="update")
+        each, plateau = make_schedulers(optimizer, config, 1, epochs, mode)
+        return EveryEpoch(each, updates_per_epoch), plateau
     warmup_steps = round(config.warmup_epochs * updates_per_epoch)
+    if warmup_steps and config.warmup_within:
+        total_steps = round(epochs * updates_per_epoch)
+        return _cosine_under_warmup(optimizer, config, warmup_steps, total_steps), None
     total_steps = max(1, round(epochs * updates_per_epoch) - warmup_steps)
     start = config.warmup_factor if warmup_steps else 1.0
     warmup = lr_scheduler.LinearLR(optimizer, start, total_iters=max(1, warmup_steps))
@@ -96,6 +132,35 @@ def make_schedulers(
     if warmup_steps:
         main = lr_scheduler.SequentialLR(optimizer, [warmup, main], [warmup_steps])
     return main, None
+
+
+class EveryEpoch:
+    """A scheduler that is stepped after every update and steps another one after every epoch."""
+
+    def __init__(self, scheduler: LRScheduler, updates_per_epoch: float):
+        self.scheduler, self.updates_per_epoch = scheduler, updates_per_epoch
+        self.updates = self.epochs = 0
+
+    def step(self) -> None:
+        self.updates += 1
+        while (self.epochs + 1) * self.updates_per_epoch <= self.updates + 1e-3:
+            self.epochs += 1
+            self.scheduler.step()
+
+
+def _cosine_under_warmup(
+    optimizer: Optimizer, config: ScheduleConfig, warmup_steps: int, total_steps: int
+) -> LRScheduler:
+    """timm's: the warm-up takes the place of the cosine's first steps."""
+
+    def rate(lr: float, step: int) -> float:
+        if step < warmup_steps:
+            return config.warmup_factor + (1 - config.warmup_factor) * step / warmup_steps
+        wave = (1 + math.cos(math.pi * step / total_steps)) / 2
+        return (config.min_lr + (lr - config.min_lr) * wave) / lr
+
+    rates = [partial(rate, group["lr"]) for group in optimizer.param_groups]
+    return lr_scheduler.LambdaLR(optimizer, rates)
 
 
 def _main_scheduler(
@@ -147,6 +212,16 @@ def _plateau(
 def make_ema(model: nn.Module, decay: float) -> AveragedModel:
     """Moving average of the weights; its BatchNorm statistics are those of the last update."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+def take_average(
+    ema: AveragedModel, model: nn.Module, config: OptimizerConfig, update: int, copied: int = 0
+) -> None:
+    """Every `ema_steps`-th update enters the average; the first `copied` updates restart it."""
+    if update % config.ema_steps == 0:
+        ema.update_parameters(model)
+    if update < copied:
+        ema.n_averaged.fill_(0)
 
 
 @torch.no_grad()

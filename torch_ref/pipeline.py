@@ -4,21 +4,24 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler, WeightedRandomSampler
 from torchvision.transforms import v2
 
-from flax_resnet.config import DataConfig
+from flax_resnet.config import AugmentConfig, DataConfig
 from flax_resnet.errors import InputError
 from torch_ref.sources import Images
 
 
 def decode(
-    config: DataConfig, channels: int, *, random_resized_crop: bool = False
+    config: DataConfig, channels: int, augment: AugmentConfig | None = None
 ) -> list[v2.Transform]:
-    """The steps to uint8 `[C, S, S]`; the sizes of the config are filled in."""
-    crop = [v2.Resize(config.resize_size), v2.CenterCrop(config.image_size)]
-    if random_resized_crop:
-        crop = [v2.RandomResizedCrop(config.image_size)]
+    """The steps to uint8 `[C, S, S]`; the sizes of the config are filled in. A random crop needs
+    the config of the augmentation."""
+    method = v2.InterpolationMode(config.interpolation)
+    crop = [v2.Resize(config.resize_size, method), v2.CenterCrop(config.image_size)]
+    if augment and augment.random_resized_crop:
+        bounds = augment.scale, augment.ratio
+        crop = [v2.RandomResizedCrop(config.train_size or config.image_size, *bounds, method)]
     return [v2.Grayscale() if channels == 1 else v2.RGB(), *crop, v2.PILToTensor()]
 
 
@@ -49,17 +52,47 @@ def _power_sums(image: torch.Tensor) -> np.ndarray:
     return torch.stack([torch.ones_like(pixels), pixels, pixels.square()]).sum(2).numpy()
 
 
+class RepeatedSampler(Sampler):
+    """torchvision's RASampler on one device: each image of a permutation several times, and no more
+    images an epoch than without."""
+
+    def __init__(self, count: int, repeats: int, generator: torch.Generator):
+        self.count, self.repeats, self.generator = count, repeats, generator
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self):
+        order = torch.randperm(self.count, generator=self.generator)
+        return iter(order.repeat_interleave(self.repeats)[: self.count].tolist())
+
+
+def sampler(
+    images: Images, generator: torch.Generator, *, balanced: bool = False, repeats: int = 1
+) -> Sampler:
+    """The order of the training images."""
+    if not balanced:
+        return RepeatedSampler(len(images), repeats, generator)
+    shares = 1 / np.bincount(images.labels)[images.labels]
+    return WeightedRandomSampler(shares.tolist(), len(images), generator=generator)
+
+
 def loader(
-    images: Images, batch_size: int, *, seed: int | None = None, num_workers: int = 0
+    images: Images, batch_size: int, *, seed: int | None = None, num_workers: int = 0, **options
 ) -> DataLoader:
-    """Batches; with a seed they are shuffled and the remainder of an epoch is dropped."""
+    """Batches; with a seed they are shuffled and the remainder of an epoch is dropped.
+
+    Args:
+      options: of `sampler`.
+    """
     train = seed is not None
+    generator = torch.Generator().manual_seed(seed) if train else None
     return DataLoader(
         images,
         batch_size,
-        shuffle=train,
+        sampler=sampler(images, generator, **options) if train else None,
         drop_last=train,
-        generator=torch.Generator().manual_seed(seed) if train else None,
+        generator=generator,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),

@@ -1,10 +1,13 @@
 """A config and its data set brought together: what was left open is chosen here."""
 
 import dataclasses
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 from torchvision.transforms import v2
 
 from flax_resnet.config import TrainConfig
@@ -65,8 +68,8 @@ def _plain(config: TrainConfig, dataset: DataSet) -> list[v2.Transform]:
 def _augmented(config: TrainConfig, dataset: DataSet) -> list[v2.Transform]:
     how, data = config.augment, config.data
     return [
-        *decode(data, dataset.channels, random_resized_crop=how.random_resized_crop),
-        *augment(how, data.image_size),
+        *decode(data, dataset.channels, how),
+        *augment(how, data),
         *normalize(data, _dtype(config)),
         *erase(how),
     ]
@@ -83,6 +86,17 @@ def _statistics(config: TrainConfig, dataset: DataSet):
     numbers = np.linspace(0, len(train) - 1, min(len(train), _MEASURED)).astype(int)
     decoded = v2.Compose(decode(config.data, dataset.channels))
     return channel_statistics(replace(train.subset(numbers), transform=decoded))
+
+
+def class_weights(given: str | None, dataset: DataSet) -> torch.Tensor | None:
+    """Weights of the classes in the loss: scikit-learn's "balanced", or of a JSON file."""
+    if given is None:
+        return None
+    if given == "balanced":
+        labels = dataset.splits["train"].labels
+        return torch.tensor(compute_class_weight("balanced", classes=np.unique(labels), y=labels))
+    weights = json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
+    return torch.tensor([weights[name] for name in dataset.class_names], dtype=torch.float64)
 
 
 def _resolve_sizes(config: TrainConfig, dataset: DataSet) -> TrainConfig:

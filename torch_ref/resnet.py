@@ -9,6 +9,7 @@ from itertools import chain
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 conv = partial(nn.Conv2d, bias=False)
 
@@ -24,11 +25,12 @@ class BasicBlock(nn.Module):
         self.conv2 = conv(planes, planes, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(planes)
         self.downsample = shortcut(in_planes, planes, stride)
+        self.stochastic_depth = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_planes, H, W]` -> `[B, planes, H / stride, W / stride]`."""
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
+        out = self.stochastic_depth(self.bn2(self.conv2(out)))
         out += self.downsample(x)
         return self.relu(out)
 
@@ -48,12 +50,13 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_planes)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(in_planes, out_planes, stride)
+        self.stochastic_depth = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_planes, H, W]` -> `[B, 4 * planes, H / stride, W / stride]`."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
+        out = self.stochastic_depth(self.bn3(self.conv3(out)))
         out += self.downsample(x)
         return self.relu(out)
 
@@ -94,6 +97,7 @@ class ResNet(nn.Module):
         shortcut=projection,
         dropout=0.0,
         zero_init_residual=False,
+        stochastic_depth=0.0,
         **block_options,
     ):
         super().__init__()
@@ -117,6 +121,7 @@ class ResNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(in_planes, num_classes)
         self._initialise(zero_init_residual)
+        self._drop_branches(stochastic_depth)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` -> logits `[B, num_classes]`."""
@@ -129,6 +134,12 @@ class ResNet(nn.Module):
     def stages(self) -> list[nn.Sequential]:
         """layer1, layer2, ... in order."""
         return [getattr(self, f"layer{i + 1}") for i in range(self.num_stages)]
+
+    def _drop_branches(self, rate: float) -> None:
+        blocks = list(chain.from_iterable(self.stages()))
+        for index, block in enumerate(blocks):
+            if share := rate * index / (len(blocks) - 1):
+                block.stochastic_depth = StochasticDepth(share, "row")
 
     def _initialise(self, zero_init_residual: bool) -> None:
         for module in self.modules():

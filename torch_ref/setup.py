@@ -14,7 +14,7 @@ from flax_resnet.config import TrainConfig
 from torch_ref.augment import mixup
 from torch_ref.optim import make_ema, make_optimizer, make_schedulers
 from torch_ref.pipeline import loader
-from torch_ref.prepare import Prepared
+from torch_ref.prepare import Prepared, class_weights
 from torch_ref.selection import Selection
 from torch_ref.steps import memory_format, parameter_dtype
 
@@ -35,6 +35,13 @@ class Run:
     """Schedulers that step after every epoch."""
 
     ema: AveragedModel | None
+
+    class_weights: torch.Tensor | None
+    """Weights of the classes in the loss, [K]."""
+
+    copied: int
+    """Updates at the start that the average copies."""
+
     mix: v2.Transform | None
 
     batches: DataLoader
@@ -85,6 +92,10 @@ def set_up(model: nn.Module, prepared: Prepared, device: torch.device) -> Run:
         scheduler=scheduler,
         plateau=plateau,
         ema=make_ema(model, rule.ema_decay) if rule.ema_decay else None,
+        class_weights=class_weights(rule.class_weights, prepared.dataset),
+        copied=round(config.schedule.warmup_epochs * updates_per_epoch)
+        if rule.ema_after_warmup
+        else 0,
         mix=mixup(config.augment, config.model.num_classes),
         batches=batches,
         splits=splits,
@@ -93,7 +104,14 @@ def set_up(model: nn.Module, prepared: Prepared, device: torch.device) -> Run:
 
 def _batches(prepared: Prepared) -> tuple[DataLoader, dict[str, DataLoader]]:
     config, workers = prepared.config, prepared.config.data.num_workers
-    batches = loader(prepared.augmented, config.batch_size, seed=config.seed, num_workers=workers)
+    batches = loader(
+        prepared.augmented,
+        config.batch_size,
+        seed=config.seed,
+        num_workers=workers,
+        balanced=config.data.sampler == "balanced",
+        repeats=config.augment.repeated_augmentation,
+    )
     splits = {
         name: loader(images, config.eval_batch_size, num_workers=workers)
         for name, images in prepared.dataset.splits.items()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flax_resnet.config import OptimizerConfig
-from torch_ref.losses import cross_entropy, l1_penalty
+from torch_ref.losses import l1_penalty, training_loss
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
@@ -54,6 +54,7 @@ def train_step(
     *,
     dtype: torch.dtype = torch.float32,
     step: int = 0,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """Train on one batch and return its loss without penalties. The last batch of every
     `accumulate_steps` updates the weights.
@@ -62,21 +63,27 @@ def train_step(
       images: [B, C, H, W].
       labels: [B], or [B, K] after mixup.
       step: number of this batch, from 0.
+      class_weights: of the loss, [K].
     """
     if step % config.accumulate_steps == 0:
         optimizer.zero_grad()
-    loss = loss_and_gradients(model, images, labels, config, dtype)
+    loss = loss_and_gradients(model, images, labels, config, dtype, class_weights)
     if (step + 1) % config.accumulate_steps == 0:
         apply_gradients(model, optimizer, config)
     return loss
 
 
 def loss_and_gradients(
-    model: nn.Module, images: Tensor, labels: Tensor, config: OptimizerConfig, dtype: torch.dtype
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    config: OptimizerConfig,
+    dtype: torch.dtype,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss without penalties; adds the gradients of the batch to those of the parameters."""
     with autocast(images.device, dtype):
-        loss = cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)
+        loss = training_loss(model(images), labels, config, class_weights)
     objective = loss + l1_penalty(model.parameters(), config.l1) if config.l1 else loss
     (objective / config.accumulate_steps).backward()
     return loss.detach()
@@ -86,6 +93,6 @@ def apply_gradients(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: OptimizerConfig
 ) -> None:
     """Update the weights once, from clipped gradients if the config asks for it."""
-    if config.clip_norm:
+    if config.clip_norm and config.optimizer != "lamb":  # timm's LAMB clips itself
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     optimizer.step()

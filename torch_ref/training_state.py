@@ -106,7 +106,7 @@ def optimizer_arrays(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> 
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
         if "exp_avg" in state:  # RMSprop counts too, but never looks
-            tensors["step"] = state["step"]
+            tensors["step"] = state.get("step", optimizer.param_groups[0].get("step"))
         tensors |= {
             f"{name} {kind}": value
             for kind, value in state.items()
@@ -123,7 +123,10 @@ def load_optimizer_arrays(
     for name in trained(optimizer, parameters):
         parameter = parameters[name]
         state = {kind: tensors[f"{name} {kind}"].to(parameter) for kind in kinds(optimizer)}
-        if not isinstance(optimizer, SGD):
+        for group in optimizer.param_groups:
+            if "trust_clip" in group:  # LAMB counts in its groups
+                group["step"] = torch.tensor(float(arrays.get("step", updates)))
+        if not isinstance(optimizer, SGD) and "trust_clip" not in optimizer.param_groups[0]:
             state["step"] = torch.tensor(float(arrays.get("step", updates)))
         optimizer.state[parameter] = state
 

@@ -1,5 +1,6 @@
 """Faults of resizing and augmentation."""
 
+import dataclasses
 import types
 
 import jax
@@ -8,12 +9,12 @@ import numpy as np
 from PIL import Image
 
 from equivalence_tests.mutants.mutant import Mutant
-from flax_resnet.data import augment, pipeline
+from flax_resnet.data import augment, pipeline, policies
 from flax_resnet.training import steps
 
 
 def _resample(method, **options):
-    def resize(image, shape):
+    def resize(image, shape, interpolation):
         resized = jax.image.resize(
             jnp.asarray(image, jnp.float32), (*shape, image.shape[-1]), method, **options
         )
@@ -22,7 +23,7 @@ def _resample(method, **options):
     return [(pipeline, "_resize", resize)]
 
 
-def _bicubic(image, shape):
+def _bicubic(image, shape, interpolation):
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     resized = np.asarray(picture.resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
     return resized.reshape(*shape, image.shape[-1])
@@ -37,7 +38,8 @@ def _rounded_side(self, image, rng=None):
     height, width = image.shape[:2]
     short = min(height, width)
     scaled = [round(self.resize * side / short) for side in (height, width)]
-    return pipeline._centre_crop(pipeline._resize(image, scaled), self.size)
+    resized = pipeline._resize(image, scaled, self.interpolation)
+    return pipeline._centre_crop(resized, self.size)
 
 
 def _additive_brightness(images, indices, factors, active):
@@ -89,6 +91,10 @@ def _upside_down(images, mirrored):
     return jnp.where(augment._per_image(mirrored), images[:, ::-1], images)
 
 
+def _mirrored(images, mirrored):
+    return jnp.where(augment._per_image(mirrored), images[:, :, ::-1], images)
+
+
 def _clockwise(images, angles, **options):
     return _ROTATE(images, -angles, **options)
 
@@ -105,14 +111,42 @@ def _mixed_with_the_reversed_batch(batch, lam, **options):
     return lam * batch + (1 - lam) * batch[::-1]
 
 
-def _areas_of_a_quarter(image, rng):
+def _areas_of_a_quarter(image, rng, *bounds):
     height, width = image.shape[:2]
     while True:
-        cut = _RANDOM_AREA(image, rng)
+        cut = _RANDOM_AREA(image, rng, *bounds)
         if cut.shape[0] * cut.shape[1] >= height * width / 4:
             return cut
 
 
+def _sheared_around_the_centre(operation, argument, height, width):
+    return _MATRIX(operation, argument, 0, 0)
+
+
+def _equalized_by_shares(channel):
+    counts = jnp.zeros(256, jnp.int32).at[channel.ravel()].add(1)
+    return jnp.cumsum(counts) * 255 // channel.size
+
+
+def _with_the_area_drawn(key, config, height, width):
+    pixels, share = _DRAW_MIX(key, config, height, width)
+    if not config.cutmix:
+        return pixels, share
+    return pixels, augment.draw_mixup(key, config.cutmix)
+
+
+def _box_across(box, height, width):
+    top, left, bottom, right = box
+    return _OUTSIDE(jnp.stack([left, top, right, bottom]), height, width)
+
+
+def _without_classes(order, epoch):
+    return _EPOCH(dataclasses.replace(order, labels=None), epoch)
+
+
+_EPOCH = pipeline._epoch
+_DRAW_MIX, _OUTSIDE = augment.draw_mix, augment.outside
+_MATRIX = policies._matrix
 _ADJUST, _COLOR_JITTER = augment._adjust, augment.color_jitter
 _ROTATE, _RANDOM_AREA = augment.rotate, pipeline._random_area
 _PREPARE_BATCH = steps.prepare_batch
@@ -191,6 +225,12 @@ MUTANTS = [
         patches=[(augment, "flip", _upside_down)],
     ),
     Mutant(
+        name="vertical flip to the side",
+        difference="34g",
+        what="the vertical flip swaps left and right",
+        patches=[(augment, "flip_vertically", _mirrored)],
+    ),
+    Mutant(
         name="rotated clockwise",
         difference="34c",
         what="angles turn clockwise",
@@ -207,6 +247,42 @@ MUTANTS = [
         difference="34e",
         what="mixup's partner is the batch reversed, as timm's, instead of the next example",
         patches=[(augment, "mixup", _mixed_with_the_reversed_batch)],
+    ),
+    Mutant(
+        name="CutMix by the area drawn",
+        difference="34j",
+        what="the targets of CutMix have the area that was drawn, not what is left at the border",
+        patches=[(augment, "draw_mix", _with_the_area_drawn)],
+    ),
+    Mutant(
+        name="CutMix across",
+        difference="34k",
+        what="rows and columns of CutMix's box are swapped",
+        patches=[(augment, "outside", _box_across)],
+    ),
+    Mutant(
+        name="copies share their draws",
+        difference="34l",
+        what="all copies of an image in a batch are augmented in the same way",
+        patches=[(pipeline, "_copies_before", np.zeros_like)],
+    ),
+    Mutant(
+        name="balanced draws ignore the classes",
+        difference="34m",
+        what="balanced draws are a permutation of all images",
+        patches=[(pipeline, "_epoch", _without_classes)],
+    ),
+    Mutant(
+        name="sheared around the centre",
+        difference="34h",
+        what="the shears of automatic augmentation keep the centre instead of the corner",
+        patches=[(policies, "_matrix", _sheared_around_the_centre)],
+    ),
+    Mutant(
+        name="equalized by shares",
+        difference="34i",
+        what="equalising maps a level to the share of pixels up to it, without Pillow's steps",
+        patches=[(policies, "_equalize", _equalized_by_shares)],
     ),
     Mutant(
         name="random areas of a quarter",

@@ -188,7 +188,32 @@ def _mask_of_dropped(keys, probability, shape):
 
 _DROPOUT, _KEEP_MASK = layers.Dropout.__call__, layers.keep_mask
 
+
+def _branch_not_rescaled(self, x, keys=None):
+    dropped = _STOCHASTIC_DEPTH(self, x, keys)
+    return dropped if self.deterministic else dropped * (1 - self.rate)
+
+
+def _equal_depths(self, rate, rngs):
+    for block in self.blocks():
+        block.stochastic_depth = layers.StochasticDepth(rate, rngs=rngs)
+
+
+_STOCHASTIC_DEPTH = layers.StochasticDepth.__call__
+
 MUTANTS = [
+    Mutant(
+        name="branches not rescaled",
+        difference="35g",
+        what="stochastic depth keeps a branch as it is instead of dividing it by its chance",
+        patches=[(layers.StochasticDepth, "__call__", _branch_not_rescaled)],
+    ),
+    Mutant(
+        name="stochastic depth alike in all blocks",
+        difference="35h",
+        what="all branches are dropped equally often instead of rising from the first block",
+        patches=[(resnet.ResNet, "_drop_branches", _equal_depths)],
+    ),
     Mutant(
         name="BatchNorm momentum 0.99",
         difference="1",

@@ -29,6 +29,15 @@ def _last_of_equals(logits, labels):
     return _LABEL_RANK(logits[:, ::-1], logits.shape[1] - 1 - labels)
 
 
+def _summed_over_classes(logits, targets, threshold=None):
+    return _BCE(logits, targets, threshold) * logits.shape[1]
+
+
+def _smoothed_after_the_threshold(logits, targets, threshold=None):
+    return _BCE(logits, targets, None)
+
+
+_BCE = losses.binary_cross_entropy
 _SOFT_TARGETS, _EVAL_STEP, _LABEL_RANK = losses.soft_targets, steps.make_eval_step, steps.label_rank
 
 MUTANTS = [
@@ -38,6 +47,24 @@ MUTANTS = [
         what="label smoothing spreads e over the K - 1 other classes",
         phase="loss",
         patches=[(losses, "soft_targets", _over_the_others)],
+    ),
+    Mutant(
+        name="weighted loss over the images",
+        difference="22b",
+        what="the loss with class weights is divided by the images instead of by their weights",
+        patches=[(steps, "_class_factors", lambda weights, *_: weights)],
+    ),
+    Mutant(
+        name="binary losses summed",
+        difference="35e",
+        what="binary cross-entropy is summed over the classes instead of averaged",
+        patches=[(losses, "binary_cross_entropy", _summed_over_classes)],
+    ),
+    Mutant(
+        name="no threshold of targets",
+        difference="35f",
+        what="binary cross-entropy takes soft targets where they should become 0 or 1",
+        patches=[(losses, "binary_cross_entropy", _smoothed_after_the_threshold)],
     ),
     Mutant(
         name="loss in bfloat16",

@@ -72,7 +72,7 @@ def _default_rms_decay(config, *args, **kwargs):
     return _MAKE_OPTIMIZER(config, *args, **kwargs)
 
 
-def _ema_from_zero(state, params, config):
+def _ema_from_zero(state, params, config, copied=0):
     moved = state._replace(ema=jax.tree.map(jnp.zeros_like, params))
     later = _EMA(state._replace(step=jnp.maximum(state.step, config.accumulate_steps)), params,
                  config)  # fmt: skip
@@ -81,7 +81,7 @@ def _ema_from_zero(state, params, config):
     return jax.tree.map(lambda a, b: jnp.where(starts, a, b), first, later)
 
 
-def _equal_average(state, params, config):
+def _equal_average(state, params, config, copied=0):
     updates = state.step // config.accumulate_steps
     updated = (state.step + 1) % config.accumulate_steps == 0
     return jax.tree.map(
@@ -91,7 +91,7 @@ def _equal_average(state, params, config):
     )
 
 
-def _warmed_up(state, params, config):
+def _warmed_up(state, params, config, copied=0):
     updates = state.step // config.accumulate_steps
     decay = jnp.minimum(config.ema_decay, (1 + updates) / (10 + updates))
     updated = (state.step + 1) % config.accumulate_steps == 0
@@ -111,6 +111,14 @@ def _averaged_buffers(state, gradients, stats, config, *rest):
             stats,
         )
     return _APPLY_GRADIENTS(state, gradients, stats, config, *rest)
+
+
+def _averaged_after_every_update(state, params, config, copied=0):
+    return _EMA(state, params, dataclasses.replace(config, ema_steps=1), copied)
+
+
+def _adapted_without_decay(config):
+    return lambda params: jax.tree.map(lambda leaf: True, params)
 
 
 _MAKE_OPTIMIZER = optim.make_optimizer
@@ -215,6 +223,39 @@ MUTANTS = [
         difference="28c",
         what="the decay of the average rises with the updates, as timm's",
         patches=[(steps, "_moving_average", _warmed_up)],
+    ),
+    Mutant(
+        name="average of every update",
+        difference="28e",
+        what="every update enters the moving average, whatever its interval",
+        patches=[(steps, "_moving_average", _averaged_after_every_update)],
+    ),
+    Mutant(
+        name="LAMB adapts spared parameters",
+        difference="35a",
+        what="LAMB adapts the rate of parameters that do not decay too, as the paper and Optax",
+        patches=[(optim, "_decayed", _adapted_without_decay)],
+    ),
+    Mutant(
+        name="LAMB clips with 1e-6",
+        difference="35b",
+        what="LAMB clips by max / (norm + 1e-6), as torch's clip_grad_norm_",
+        patches=[(optim, "_clip", lambda config: optim.clip_by_global_norm(config.clip_norm))],
+    ),
+    Mutant(
+        name="head at the backbone's rate",
+        difference="35c",
+        what="the learning rate of the last linear layer is that of the others",
+        patches=[(optim, "_scale_head", lambda factor: optax.identity())],
+    ),
+    Mutant(
+        name="decay of norms for biases too",
+        difference="35d",
+        what="the weight decay of BatchNorm is that of all biases as well",
+        patches=[
+            (optim, "_norms", lambda tree: jax.tree.map(lambda x: x.ndim < 2, tree)),
+            (optim, "_others", lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)),
+        ],
     ),
     Mutant(
         name="averaged buffers",

@@ -47,7 +47,30 @@ def _plateau(**changes):
 
 _MAIN_SCHEDULE, _ONE_CYCLE, _PLATEAU = optim._main_schedule, optim._one_cycle, optim.plateau
 
+
+def _warm_up_before(config, lr, updates_per_epoch, epochs):
+    return _MAKE(dataclasses.replace(config, warmup_within=False), lr, updates_per_epoch, epochs)
+
+
+def _every_update(config, lr, updates_per_epoch, epochs):
+    return _MAKE(dataclasses.replace(config, schedule_per="update"), lr, updates_per_epoch, epochs)
+
+
+_MAKE = optim.make_schedule
+
 MUTANTS = [
+    Mutant(
+        name="warm-up before the cosine",
+        difference="25b",
+        what="the cosine of timm's schedule starts after the warm-up instead of under it",
+        patches=[(optim, "make_schedule", _warm_up_before)],
+    ),
+    Mutant(
+        name="rate of every update",
+        difference="25c",
+        what="a schedule by epochs changes the rate at every update",
+        patches=[(optim, "make_schedule", _every_update)],
+    ),
     Mutant(
         name="cosine stays down",
         difference="23a",

@@ -1,6 +1,7 @@
 """Augmentation equals torchvision's for equal draws; our own draws have the right distribution."""
 
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ B, H, W = 24, 13, 18  # no two alike
 CONFIGS = {
     "crop": {"random_crop": 3},
     "flip": {"horizontal_flip": 0.5},
+    "vertical flip": {"vertical_flip": 0.5},
     "rotation": {"rotation": 30.0},
     "jitter": {"brightness": 0.4, "contrast": 0.3, "saturation": 0.5, "hue": 0.2},
 }
@@ -87,6 +89,14 @@ def test_flip_bit_exact():
         for image, m in zip(to_torch(pixels()), mirrored, strict=True)
     ]
     actual = A.flip(to_jax(pixels()), jnp.array(mirrored.numpy()))
+    np.testing.assert_array_equal(np.asarray(actual * 255).round(), from_torch(expected))
+
+
+def test_vertical_flip_bit_exact():
+    mirrored = torch.rand(B) < 0.5
+    images = zip(to_torch(pixels()), mirrored, strict=True)
+    expected = [F.vflip(image) if m else image for image, m in images]
+    actual = A.flip_vertically(to_jax(pixels()), jnp.array(mirrored.numpy()))
     np.testing.assert_array_equal(np.asarray(actual * 255).round(), from_torch(expected))
 
 
@@ -201,6 +211,25 @@ def test_mixup_exact(monkeypatch):
     np.testing.assert_array_equal(A.mixup(one_hot, share), targets.numpy())
 
 
+def test_cutmix_bit_exact():
+    torch.manual_seed(inputs.SEED)
+    images, labels = torch.rand(B, 3, H, W), torch.randint(0, 7, (B,))
+    reference, boxes = v2.CutMix(alpha=1.0, num_classes=7), []
+    one_hot = jax.nn.one_hot(jnp.array(labels.numpy()), 7)
+    run = jax.jit(lambda images, box: A.mixup(images, A.outside(box, H, W)))
+    for _ in range(12):
+        params = reference.make_params([images])
+        x1, y1, x2, y2 = params["box"]
+        boxes.append(jnp.array([y1, x1, y2, x2]))
+        with mock.patch.object(reference, "make_params", lambda _, params=params: params):
+            mixed, targets = reference(images, labels)
+        got = run(jnp.array(from_torch(images)), boxes[-1])
+        np.testing.assert_array_equal(got, from_torch(mixed))
+        share = A.outside(boxes[-1], H, W).mean()
+        np.testing.assert_allclose(A.mixup(one_hot, share), targets.numpy(), atol=1e-6)
+    assert len({tuple(map(int, box)) for box in boxes}) == 12
+
+
 # --- our own draws ---
 
 MANY = 20_000
@@ -226,6 +255,8 @@ def test_crop_offsets_are_uniform():
 def test_flips_have_their_probability():
     assert abs(draw(A.draw_flip, MANY, 0.3).mean() - 0.3) < 5 * np.sqrt(0.21 / MANY)
     assert draw(A.draw_flip, 50, 1.0).all() and not draw(A.draw_flip, 50, 0.0).any()
+    vertical = draw(A.draw_vertical_flip, MANY, 0.3)
+    assert abs(vertical.mean() - 0.3) < 5 * np.sqrt(0.21 / MANY)
 
 
 def test_rotation_angles_are_uniform():
@@ -274,11 +305,34 @@ def test_mixup_shares_follow_the_beta_distribution():
     assert stats.kstest(shares, stats.beta(0.4, 0.4).cdf).pvalue > 1e-4
 
 
+def test_draw_box_is_torchvisions_distribution():
+    ours = draw(jax.vmap(partial(A.draw_box, alpha=0.6, height=H, width=W)), 4000)
+    reference = v2.CutMix(alpha=0.6, num_classes=2)
+    blank = torch.zeros(1, 3, H, W)
+    theirs = np.array([reference.make_params([blank])["box"] for _ in range(4000)])
+    for mine, other in zip(ours.T, theirs[:, [1, 0, 3, 2]].T, strict=True):
+        assert stats.ks_2samp(mine, other).pvalue > 1e-4
+
+
+def test_a_batch_takes_mixup_or_cutmix_by_chance():
+    both = AugmentConfig(mixup=0.4, cutmix=1.0)
+    pixels, shares = draw(jax.vmap(partial(A.draw_mix, config=both, height=H, width=W)), 2000)
+    cut = ((pixels == 0) | (pixels == 1)).all((1, 2, 3, 4))
+    assert abs(cut.mean() - 0.5) < 0.06
+    np.testing.assert_allclose(shares, pixels.mean((1, 2, 3, 4)), atol=1e-6)
+    assert stats.kstest(shares[~cut], stats.beta(0.4, 0.4).cdf).pvalue > 1e-4
+    alone = draw(
+        jax.vmap(partial(A.draw_mix, config=AugmentConfig(mixup=0.4), height=H, width=W)), 9
+    )
+    np.testing.assert_array_equal(alone[0], draw(jax.vmap(partial(A.draw_mixup, alpha=0.4)), 9))
+
+
 def test_draws_are_independent():
     """Draws of two transforms of one example, or of neighbouring examples, are uncorrelated."""
     columns = [
         *draw(A.draw_crop, MANY, 4).T,
         draw(A.draw_flip, MANY, 0.5),
+        draw(A.draw_vertical_flip, MANY, 0.5),
         draw(A.draw_rotation, MANY, 10.0),
         *draw(A.draw_color_jitter, MANY, (0.1, 0.1, 0.1, 0.1))[1].T,
         *draw(A.draw_erasing, MANY, 1.0, 32, 32).T,

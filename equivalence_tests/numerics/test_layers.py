@@ -4,6 +4,7 @@ For example, the padding value of a max-pool after a ReLU, or a batch with one v
 """
 
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -208,6 +209,56 @@ def test_targets_of_mixup_are_wide_in_mixed_precision():
         )
     got = losses.cross_entropy(jnp.asarray(logits, jnp.bfloat16), targets)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_stochastic_depth_is_torchvisions_in_every_block(x64):
+    """For equal draws the twin gives the same logits, and timm has the same chances."""
+    masks, drawn = inputs.random_numbers().random((9, 6)) < 0.5, []
+    theirs = torch_ref.create_model("resnet20", 4, stochastic_depth=0.6).double().train()
+    network = flax_resnet.create_model(
+        "resnet20", 4, stochastic_depth=0.6, param_dtype=jnp.float64, dtype=jnp.float64
+    )
+    flax_resnet.load_state_dict(network, {k: v.numpy() for k, v in theirs.state_dict().items()})
+    images = inputs.random_numbers(1).standard_normal((6, 3, 8, 8))
+
+    def ours(keys, probability, shape):
+        drawn.append(probability)
+        return jnp.asarray(masks[len(drawn)]).reshape(-1, *shape)
+
+    def bernoulli(self, probability):
+        return self.copy_(torch.tensor(masks[calls.pop(0)]).reshape(self.shape))
+
+    with mock.patch.object(layers, "keep_mask", ours):
+        keys = jax.random.split(jax.random.key(0), 6)
+        got = network(jnp.asarray(images.transpose(0, 2, 3, 1)), dropout_keys=keys)
+    calls = list(range(1, 9))
+    with mock.patch.object(torch.Tensor, "bernoulli_", bernoulli):
+        expected = theirs(torch.tensor(images)).detach().numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(drawn, 1 - 0.6 * np.arange(1, 9) / 8)
+    network.eval()
+    expected = theirs.eval()(torch.tensor(images)).detach().numpy()
+    np.testing.assert_allclose(
+        network(jnp.asarray(images.transpose(0, 2, 3, 1))), expected, rtol=1e-11, atol=1e-11
+    )
+
+
+def test_stochastic_depth_has_timms_chances():
+    timm = pytest.importorskip("timm")
+    reference = timm.create_model("resnet18", drop_path_rate=0.3)
+    paths = [
+        block.drop_path for stage in range(1, 5) for block in getattr(reference, f"layer{stage}")
+    ]
+    network = flax_resnet.create_model("resnet18", stochastic_depth=0.3)
+    ours = [getattr(block.stochastic_depth, "rate", 0.0) for block in network.blocks()]
+    assert ours == pytest.approx([getattr(path, "drop_prob", 0.0) for path in paths])
+
+
+def test_stochastic_depth_draws_for_each_image():
+    layer = layers.StochasticDepth(0.3, rngs=nnx.Rngs(0))
+    got = np.asarray(layer(jnp.ones((4000, 2, 3, 5)), jax.random.split(jax.random.key(0), 4000)))
+    assert (got == got[:, :1, :1, :1]).all() and abs((got == 0).mean() - 0.3) < 0.03
+    np.testing.assert_allclose(got.max(), 1 / 0.7, rtol=1e-6)
 
 
 def test_dropout_drops_its_rate_and_keeps_the_mean():

@@ -16,9 +16,9 @@ import torch_ref.losses
 import torch_ref.selection
 from equivalence_tests.parity import inputs, tolerances
 from flax_resnet import metrics
-from flax_resnet.config import EarlyStoppingConfig
+from flax_resnet.config import EarlyStoppingConfig, OptimizerConfig, TrainConfig
 from flax_resnet.training import losses, selection, steps
-from flax_resnet.training.network import Variables
+from flax_resnet.training.network import Preprocess, Variables
 
 pytestmark = pytest.mark.quick
 
@@ -79,6 +79,70 @@ def test_smoothing_over_the_other_classes_only_is_seen(x64):
     wrong = losses.soft_targets(labels, NUM_CLASSES, 0.1 * NUM_CLASSES / (NUM_CLASSES - 1))
     got = loss_and_gradient_of_jax(logits, wrong)
     assert not close(got, loss_and_gradient_of_torch(logits, labels, 0.1))
+
+
+class GivenLogits:
+    """A network whose logits are its parameters."""
+
+    def apply(self, variables, images, *, train, dropout_keys):
+        return variables.params["logits"], {}
+
+
+def loss_and_gradient_of_a_step(logits, labels, weights=None, mixup=0.0, **options):
+    """Loss, gradient of the logits and targets [B, K] of a training step."""
+    optimizer = OptimizerConfig(**options)
+    config = TrainConfig(optimizer=optimizer, augment=dict(mixup=mixup, random_crop=0))
+    state = steps.make_state(Variables({"logits": jnp.asarray(logits)}, {}, {}), config)
+    batch = {"image": jnp.zeros((len(labels), 2, 2, 1), jnp.uint8), "label": jnp.asarray(labels)}
+    batch["index"] = jnp.arange(len(labels))
+    prepared = steps.prepare_batch(
+        state,
+        batch,
+        config,
+        Preprocess((0.5,), (0.5,)),
+        num_classes=NUM_CLASSES,
+        class_weights=weights,
+    )
+    gradients, forward = steps.loss_and_gradients(GivenLogits(), state, prepared, config)
+    return (forward.loss, gradients["logits"]), np.array(prepared.targets)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_are_torchs(smoothing, mixup, x64):
+    logits, labels = random_logits()
+    weights = inputs.random_numbers(5).uniform(0.1, 4, NUM_CLASSES)
+    got, targets = loss_and_gradient_of_a_step(
+        logits, labels, weights, mixup, label_smoothing=smoothing
+    )
+    theirs = torch.tensor(logits, requires_grad=True)
+    mixed = {"target": torch.tensor(targets)}  # smoothed already
+    plain = {"target": torch.tensor(labels), "label_smoothing": smoothing}
+    loss = torch.nn.functional.cross_entropy(
+        theirs, weight=torch.tensor(weights), **(mixed if mixup else plain)
+    )
+    loss.backward()
+    assert close(got, [loss.item(), theirs.grad.numpy()])
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+@pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_cross_entropy_is_timms(smoothing, threshold, mixup, x64):
+    timm = pytest.importorskip("timm.loss")
+    logits, labels = random_logits(3.0)
+    options = dict(loss="bce", bce_threshold=threshold, label_smoothing=smoothing)
+    got, targets = loss_and_gradient_of_a_step(logits, labels, mixup=mixup, **options)
+    theirs = torch.tensor(logits, requires_grad=True)
+    reference = timm.BinaryCrossEntropy(smoothing, target_threshold=threshold)
+    loss = reference(theirs, torch.tensor(targets if mixup else labels))
+    loss.backward()
+    assert close(got, [loss.item(), theirs.grad.numpy()])
+    if not mixup:
+        own = torch_ref.losses.training_loss(
+            torch.tensor(logits), torch.tensor(labels), OptimizerConfig(**options)
+        )
+        assert own.item() == pytest.approx(loss.item(), rel=1e-12)
 
 
 def test_the_l1_penalty(x64):

@@ -27,6 +27,7 @@ from flax_resnet.weights import convert
 pytestmark = pytest.mark.quick
 
 STEPS = 24
+COPIED = 5  # updates that the average copies where it starts after a warm-up
 CYCLED = "cycle_momentum"
 SHAPES = {"conv.weight": (3, 2, 3, 3), "bn.weight": (5,), "fc.weight": (4, 5), "fc.bias": (4,)}
 
@@ -77,13 +78,20 @@ def run_torch(rule: dict) -> list[dict]:
     """Parameters, state and moving average after every step in PyTorch."""
     params, gradients = numbers()
     model = nn.Module()
-    for name, value in params.items():
-        model.register_parameter(name.replace(".", "_"), nn.Parameter(torch.tensor(value)))
-    parameters = dict(zip(params, model.parameters(), strict=True))
+    model.conv = nn.Conv2d(2, 3, 3, bias=False)
+    model.bn, model.fc = nn.BatchNorm2d(5), nn.Linear(5, 4)
+    model.bn.register_parameter("bias", None)
+    model.double()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.tensor(params[name]))
     config = OptimizerConfig(**{k: v for k, v in rule.items() if k != CYCLED})
     accumulate = config.accumulate_steps
     optimizer = torch_ref.optim.make_optimizer(model, config)
+    factors = [group["lr"] / config.lr for group in optimizer.param_groups]
     ema = torch_ref.optim.make_ema(model, rule["ema_decay"]) if "ema_decay" in rule else None
+    copied = COPIED if config.ema_after_warmup else 0
     seen = []
     for step, (gradient, lr) in enumerate(zip(gradients, rates(), strict=True)):
         if step % accumulate == 0:
@@ -91,16 +99,16 @@ def run_torch(rule: dict) -> list[dict]:
         for name, parameter in parameters.items():
             share = torch.tensor(gradient[name]) / accumulate
             parameter.grad = share if parameter.grad is None else parameter.grad + share
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group, factor in zip(optimizer.param_groups, factors, strict=True):
+            group["lr"] = lr * factor
             if CYCLED in rule:
                 set_momentum(group, momenta()[step])
         if (step + 1) % accumulate == 0:
-            if "clip_norm" in rule:
+            if "clip_norm" in rule and rule.get("optimizer") != "lamb":
                 nn.utils.clip_grad_norm_(model.parameters(), rule["clip_norm"])
             optimizer.step()
             if ema:
-                ema.update_parameters(model)
+                torch_ref.optim.take_average(ema, model, config, step // accumulate, copied)
         state = torch_side.optimizer_state(optimizer, parameters)
         seen.append({n: p.detach().numpy().copy() for n, p in parameters.items()})
         seen[-1] |= {n: a.copy() for n, a in state.items()}
@@ -116,7 +124,12 @@ def run_jax(rule: dict) -> list[dict]:
     options = {name: value for name, value in rule.items() if name != CYCLED}
     config = TrainConfig(optimizer=OptimizerConfig(**options))
     state = steps.make_state(Variables(tree(params), {}, {}), config)
-    update = jax.jit(lambda state, g, *rates: steps.apply_gradients(state, g, {}, config, *rates))
+    copied = COPIED if config.optimizer.ema_after_warmup else 0
+
+    @jax.jit
+    def update(state, gradient, lr, momentum):
+        return steps.apply_gradients(state, gradient, {}, config, lr, momentum, copied)
+
     seen = []
     cycle = momenta() if CYCLED in rule else [None] * STEPS
     for gradient, lr, momentum in zip(gradients, rates(), cycle, strict=True):
@@ -193,12 +206,32 @@ RULES += [
 ]
 
 
+RULES += [
+    dict(ema_decay=0.9, ema_steps=3),
+    dict(ema_decay=0.9, ema_steps=2, ema_after_warmup=True, accumulate_steps=2),
+    dict(norm_weight_decay=0.3),
+    dict(optimizer="adamw", norm_weight_decay=0.0),
+    dict(optimizer="adamw", head_lr=0.4),
+    dict(head_lr=0.001, norm_weight_decay=0.0),
+]
+LAMB = [
+    {},
+    dict(weight_decay=0.0),
+    dict(clip_norm=1.0, eps=1e-6),
+    dict(decay_norm_and_bias=False, clip_norm=1.0),
+    dict(norm_weight_decay=0.0, head_lr=0.4, accumulate_steps=2),
+]
+RULES += [dict(optimizer="lamb", weight_decay=0.1) | options for options in LAMB]
+
+
 def label(rule: dict) -> str:
     return " ".join(f"{k}={v}" for k, v in rule.items())
 
 
 @pytest.mark.parametrize("rule", RULES, ids=label)
 def test_every_update_and_state_is_torchs(rule, x64):
+    if rule.get("optimizer") == "lamb":
+        pytest.importorskip("timm")
     assert differences(rule) == []
 
 

@@ -77,6 +77,43 @@ def test_schedules_to_their_end_and_beyond(options, warmup, x64):
         np.testing.assert_allclose(got, expected, rtol=tolerances.RULES, atol=1e-18)
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+@pytest.mark.parametrize("options", SCHEDULES[3:7], ids=label)
+@pytest.mark.parametrize("warmup", WARMUPS[:2], ids=label)
+def test_schedules_by_epochs(options, warmup, x64):
+    options = options | warmup | {"schedule_per": "epoch"}
+    for updates in (UPDATES, 3.5, 1):
+        expected = torch_course(options, updates)
+        got = jax_course(options, len(expected), updates)
+        np.testing.assert_allclose(got, expected, rtol=tolerances.RULES, atol=1e-18)
+        changes = np.flatnonzero(np.diff(expected[:, 0])) + 1
+        assert len(changes) and (changes % updates < 1).all()
+
+
+@pytest.mark.parametrize("per", ["update", "epoch"])
+@pytest.mark.parametrize("min_lr", [0.0, 0.03])
+def test_a_warmup_within_the_cosine(per, min_lr, x64):
+    options = dict(schedule="cosine", warmup_epochs=2.0, warmup_within=True, schedule_per=per)
+    expected = torch_course(options | {"min_lr": min_lr})
+    got = jax_course(options | {"min_lr": min_lr}, len(expected))
+    np.testing.assert_allclose(got, expected, rtol=tolerances.RULES, atol=1e-18)
+
+
+def test_a_warmup_within_the_cosine_is_timms(x64):
+    timm = pytest.importorskip("timm.scheduler")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
+    schedule = timm.CosineLRScheduler(
+        optimizer, t_initial=EPOCHS, lr_min=0.001, warmup_t=3, warmup_lr_init=0.004
+    )
+    expected = []
+    for epoch in range(EPOCHS):
+        expected += [optimizer.param_groups[0]["lr"]] * UPDATES
+        schedule.step(epoch + 1)
+    options = dict(schedule="cosine", warmup_epochs=3.0, warmup_within=True, min_lr=0.001)
+    got = jax_course(options | {"schedule_per": "epoch"}, len(expected))[:, 0]
+    np.testing.assert_allclose(got, expected, rtol=tolerances.RULES)
+
+
 def optax_cosine(config, lr, updates_per_epoch, total):
     return optax.cosine_decay_schedule(lr, total)
 
@@ -114,6 +151,7 @@ PLATEAUS = [
 ] + [
     dict(gamma=0.01, plateau_patience=0),
     dict(plateau_patience=0, warmup_epochs=3.5),
+    dict(plateau_patience=0, warmup_epochs=3.0, schedule_per="epoch"),
     dict(plateau_patience=0, warmup_epochs=6.0, warmup_factor=0.1, min_lr=0.03, gamma=0.5),
 ]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.utils.class_weight import compute_class_weight
 
 import torch_ref.prepare
 from flax_resnet.commands import cli
@@ -50,6 +51,50 @@ def test_an_epoch_is_a_permutation_without_its_remainder(num_images, batch_size,
         seen = np.concatenate([order[epoch * steps + step] for step in range(steps)])
         assert len(set(seen.tolist())) == len(seen) == steps * batch_size
         assert set(seen.tolist()) <= set(range(num_images))
+
+
+def labelled(labels, names=("cat", "dog", "owl")):
+    train = SimpleNamespace(labels=np.array(labels))
+    return SimpleNamespace(train=train, class_names=names)
+
+
+def test_class_weights_are_balanced_or_of_a_file(tmp_path):
+    weights = prepare.class_weights("balanced", labelled([0, 0, 0, 1, 1, 2]))
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=[0, 0, 0, 1, 1, 2])
+    np.testing.assert_allclose(weights, expected)
+    path = tmp_path / "weights.json"
+    path.write_text('{"owl": 3, "cat": 1, "dog": 0.5}')
+    assert prepare.class_weights(str(path), labelled([0])).tolist() == [1, 0.5, 3]
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ('{"owl": 3, "cat": 1}', "dog is missing"),
+        ('{"owl": 3, "cat": 1, "dog": 1, "bee": 1}', "bee is no class"),
+        ('{"owl": 3, "cat": 1, "dog": -1}', "dog has no positive weight: -1"),
+        ('{"owl": NaN, "cat": 1, "dog": 1}', "owl has no positive weight"),
+        ("[1, 2, 3]", "no JSON object"),
+        ("{", "Expecting"),
+    ],
+)
+def test_a_file_of_class_weights_is_checked(text, word, tmp_path):
+    path = tmp_path / "weights.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=word):
+        prepare.class_weights(str(path), labelled([0, 1, 2]))
+    with pytest.raises(InputError, match="owl has no training image"):
+        prepare.class_weights("balanced", labelled([0, 1]))
+
+
+def test_copies_are_decoded_apart():
+    source = ArraySource(np.stack([picture(20, 20, seed=k) for k in range(4)]), np.arange(4))
+    order = BatchOrder(num_images=4, batch_size=4, seed=0, epochs=1, repeats=2)
+    decoder = Decoder(size=8, resize=8, random_resized_crop=True)
+    batch = next(pipeline.image_iterator(source, decoder, order, num_workers=0))
+    assert batch["label"].tolist() == (batch["index"] % 4).tolist()
+    first, second = batch["image"][batch["label"] == batch["label"][0]]
+    assert not (first == second).all()
 
 
 def test_order_depends_on_seed_and_epoch():

@@ -34,7 +34,7 @@ FIRST = {
     "optimizers": ("optim", "float64"),
     "schedules": ("schedules",),
     "losses": ("losses_metrics", "layers", "float64"),
-    "images": ("images", "augment"),
+    "images": ("images", "augment", "policies", "sampling"),
 }
 """{group of mutants: test files that most likely fail, so run first}."""
 

@@ -161,7 +161,7 @@ class Epochs:
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(len(self)):
             self.next += 1
-            yield self.order[self.next - 1].tolist()
+            yield (self.order[self.next - 1] % self.order.num_images).tolist()
 
 
 def _loader_of_the_same_batches(prepared: Prepared):
@@ -171,9 +171,10 @@ def _loader_of_the_same_batches(prepared: Prepared):
         batch_size=config.batch_size,
         seed=config.seed,
         epochs=config.epochs,
+        repeats=config.augment.repeated_augmentation,
     )
 
-    def loader(images, batch_size, *, seed=None, num_workers=0):
+    def loader(images, batch_size, *, seed=None, **options):
         if seed is None:
             return DataLoader(images, batch_size)
         return DataLoader(images, batch_sampler=Epochs(order))

@@ -21,6 +21,7 @@ import pydantic
 from flax_resnet import errors, text
 from flax_resnet.config import INT32, TrainConfig, config_from_file, idle, nearest, to_dict
 from flax_resnet.errors import DONE, FAILED, InputError
+from flax_resnet.imagenet_recipes import IMAGENET_RECIPES
 from flax_resnet.recipes import RECIPES
 from flax_resnet.runs.display import drop_output
 
@@ -152,8 +153,9 @@ def _starting_point(args: argparse.Namespace, otherwise: TrainConfig) -> TrainCo
     if args.config and args.recipe:
         raise InputError("--config and --recipe exclude each other")
     if args.recipe:
-        check_choice("--recipe", args.recipe, RECIPES)
-        return RECIPES[args.recipe].config
+        recipes = RECIPES | IMAGENET_RECIPES
+        check_choice("--recipe", args.recipe, recipes)
+        return recipes[args.recipe].config
     return config_from_file(args.config) if args.config else otherwise
 
 

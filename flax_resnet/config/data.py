@@ -13,9 +13,11 @@ from flax_resnet.config.fields import (
     Positive,
     PositiveCount,
     Probability,
+    Share,
     dataclass,
     nearest,
 )
+from flax_resnet.config.policies import check_policy
 
 
 @dataclass
@@ -30,6 +32,12 @@ class DataConfig:
 
     resize_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Pixels of the shorter side before the centre crop. Default: `image_size`."""
+
+    train_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Pixels a side of training images with `random_resized_crop`. Default: `image_size`."""
+
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    """Filter of every resize, as Pillow and torchvision apply it to images."""
 
     grayscale: bool = False
     """Convert the images to one channel. Otherwise image files have three, digits have one."""
@@ -71,6 +79,10 @@ class DataConfig:
     cache_gib: Annotated[float, Field(ge=0, le=1e6)] = 2.0
     """Gibibytes of decoded images that `cache` "auto" keeps."""
 
+    sampler: Literal["shuffle", "balanced"] = "shuffle"
+    """Order of the training images. "shuffle": every image once an epoch. "balanced": draws with
+    replacement, in which all classes are equally frequent (torch's WeightedRandomSampler)."""
+
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Processes that decode training images that are not cached. 0: threads of this process."""
 
@@ -103,7 +115,13 @@ class AugmentConfig:
     """Augmentation of training images in the order of the fields, as torchvision defines it."""
 
     random_resized_crop: bool = False
-    """Crop a random area (8% to 100%) of random aspect ratio (3/4 to 4/3) while decoding."""
+    """Crop a random area of random aspect ratio while decoding."""
+
+    scale: tuple[Share, Share] = (0.08, 1.0)
+    """Smallest and largest area of the random resized crop, as shares of the image."""
+
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    """Smallest and largest ratio of width to height of the random resized crop."""
 
     random_crop: Annotated[int, Field(ge=0, le=512)] | None = None
     """Pad by this many black pixels on each side and crop back at random; 0 is off. Default: an
@@ -111,6 +129,17 @@ class AugmentConfig:
 
     horizontal_flip: Probability = 0.0
     """Probability of a mirror image."""
+
+    vertical_flip: Probability = 0.0
+    """Probability of an image upside down."""
+
+    auto_augment: Annotated[str, pydantic.AfterValidator(check_policy)] | None = None
+    """Policy of automatic augmentation: torchvision's ta_wide (TrivialAugmentWide), ra
+    (RandAugment), imagenet and cifar10 (AutoAugment), or timm's notation of RandAugment, such as
+    rand-m7-mstd0.5-inc1. `interpolation` is its filter."""
+
+    ra_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Magnitude of torchvision's RandAugment, of 30."""
 
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Largest angle in degrees: angles are uniform in [-rotation, rotation], pixels bilinear."""
@@ -131,4 +160,18 @@ class AugmentConfig:
     """Probability of blanking a random rectangle (2% to 33% of the area), after normalising."""
 
     mixup: NonNegative = 0.0
-    """Alpha of the Beta distribution of mixup's lambda; 0 is off."""
+    """Alpha of the Beta distribution of mixup's lambda; 0 is off. With `cutmix` each batch takes
+    one of the two by chance."""
+
+    cutmix: NonNegative = 0.0
+    """Alpha of the Beta distribution of the area that CutMix keeps of an image; 0 is off."""
+
+    repeated_augmentation: Annotated[int, Field(ge=1, le=64)] = 1
+    """Copies of each image in a batch, each augmented in its own way (torchvision's RASampler); an
+    epoch keeps its number of batches and sees so many times fewer images."""
+
+    def __post_init__(self):
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"`{name}`: the smaller bound comes first, got {low:g} {high:g}")

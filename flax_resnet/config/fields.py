@@ -39,6 +39,7 @@ Name = Annotated[str, pydantic.AfterValidator(_writable)]
 # The largest value is below 1 in float32 too, so that 1 - value is never 0.
 Fraction = Annotated[float, Field(ge=0, le=0.999999)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, le=LARGEST), pydantic.AfterValidator(_zero_or_normal)]
 Positive = Annotated[float, Field(ge=SMALLEST, le=LARGEST)]
 Factor = Annotated[float, Field(ge=1e-37, le=1)]

@@ -38,6 +38,10 @@ class ModelConfig:
     dropout: Fraction = 0.0
     """Probability of dropping a feature before the last linear layer."""
 
+    stochastic_depth: Fraction = 0.0
+    """Probability of dropping the last residual block's branch for an image; that of the others
+    rises from 0 in equal steps."""
+
     zero_init_residual: bool = False
     """Start the last BatchNorm scale of every block at zero."""
 
@@ -57,6 +61,8 @@ class ModelConfig:
     def __post_init__(self):
         if self.zero_init_residual and self.arch == "basic_cnn":
             raise ValueError("`zero_init_residual`: basic_cnn has no residual blocks")
+        if self.stochastic_depth and self.arch == "basic_cnn":
+            raise ValueError("`stochastic_depth`: basic_cnn has no residual blocks")
         if self.shortcut and self.arch not in WITH_SHORTCUTS:
             raise ValueError(
                 f"`shortcut`: {self.arch} has no choice; {', '.join(WITH_SHORTCUTS)} have"

@@ -6,11 +6,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from flax_resnet.config.fields import (
+    INT32,
     LARGEST,
     Count,
     Epochs,
     Factor,
     Fraction,
+    Name,
     NonNegative,
     Positive,
     dataclass,
@@ -21,11 +23,15 @@ from flax_resnet.config.fields import (
 class OptimizerConfig:
     """Optimizer and loss, with PyTorch's definitions (`optim.py`)."""
 
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "lamb"] = "sgd"
     """Name of the optimizer."""
 
     lr: Positive = 0.04
     """Highest learning rate of the schedule."""
+
+    head_lr: Positive | None = None
+    """Highest learning rate of the last linear layer, which follows the same schedule. Default:
+    `lr`."""
 
     momentum: Fraction = 0.9
     """Momentum of sgd and rmsprop."""
@@ -34,10 +40,10 @@ class OptimizerConfig:
     """Nesterov momentum of sgd."""
 
     beta1: Fraction = 0.9
-    """Decay of the mean gradient in adam and adamw."""
+    """Decay of the mean gradient in adam, adamw and lamb."""
 
     beta2: Fraction = 0.999
-    """Decay of the mean squared gradient in adam and adamw."""
+    """Decay of the mean squared gradient in adam, adamw and lamb."""
 
     alpha: Fraction = 0.99
     """Decay of the mean squared gradient in rmsprop."""
@@ -46,7 +52,8 @@ class OptimizerConfig:
     """Subtract the mean gradient in rmsprop."""
 
     eps: Positive = 1e-8
-    """Term added to the square root in the denominator of adam, adamw and rmsprop."""
+    """Term added to the square root in the denominator of adam, adamw, rmsprop
+    and lamb."""
 
     weight_decay: NonNegative = 5e-4
     """Weight decay, coupled (L2, added to the gradient) except in adamw and with
@@ -58,11 +65,25 @@ class OptimizerConfig:
     decay_norm_and_bias: bool = True
     """Decay BatchNorm parameters and biases too, as torch.optim does by default."""
 
+    norm_weight_decay: NonNegative | None = None
+    """Weight decay of BatchNorm's parameters. Default: `weight_decay`."""
+
     l1: NonNegative = 0.0
     """Factor of the sum of absolute weights that is added to the loss."""
 
     label_smoothing: Fraction = 0.1
     """Share of the target spread evenly over all classes."""
+
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    """Loss of the training: softmax cross-entropy, or the mean of binary cross-entropies of all
+    classes, as in timm."""
+
+    bce_threshold: Fraction | None = None
+    """Targets of bce above this become 1, others 0. Default: targets stay as they are."""
+
+    class_weights: Name | None = None
+    """Weights of the classes in the training loss, as those of torch's CrossEntropyLoss: "balanced"
+    (inversely proportional to their images) or a JSON file with {"CLASS": weight}."""
 
     clip_norm: NonNegative = 0.0
     """Largest global norm of the gradients; 0 is off."""
@@ -72,6 +93,20 @@ class OptimizerConfig:
 
     ema_decay: Fraction = 0.0
     """Decay of the exponential moving average of the weights, which evaluation uses; 0 is off."""
+
+    ema_steps: Annotated[int, Field(ge=1, le=INT32)] = 1
+    """Updates between two that enter the moving average, from the first one on."""
+
+    ema_after_warmup: bool = False
+    """Copy the weights until the warm-up ends, and average from there on."""
+
+    def __post_init__(self):
+        if self.optimizer == "lamb" and self.decoupled_weight_decay:
+            raise ValueError("`decoupled_weight_decay`: lamb has none")
+        if self.class_weights and self.loss != "cross_entropy":
+            raise ValueError(f"`class_weights` needs `loss` cross_entropy, got {self.loss}")
+        if self.norm_weight_decay is not None and not self.decay_norm_and_bias:
+            raise ValueError("`norm_weight_decay` needs `decay_norm_and_bias`")
 
 
 @dataclass
@@ -87,6 +122,13 @@ class ScheduleConfig:
     warmup_factor: Factor = 0.01
     """First learning rate of the warm-up, as a share of the schedule's first one (with onecycle,
     `lr` / `div_factor`)."""
+
+    warmup_within: bool = False
+    """Let the warm-up replace the first epochs of the cosine, as in timm, not precede it."""
+
+    schedule_per: Literal["update", "epoch"] = "update"
+    """Time at which the learning rate changes: after every update, or after every epoch as in the
+    reference trainings of torchvision and timm."""
 
     step_epochs: Epochs = 30
     """Epochs between two cuts of the step schedule."""

@@ -98,6 +98,10 @@ class TrainConfig:
                 raise ValueError(f"`{name}` is for fine-tuning: it needs `init_from`")
         if self.augment.random_resized_crop and data.cache == "device":
             raise ValueError("`random_resized_crop` decodes files anew: `cache` device has no use")
+        if self.augment.repeated_augmentation > 1 and data.sampler == "balanced":
+            raise ValueError("`repeated_augmentation` needs `sampler` shuffle")
+        if optimizer.head_lr and self.schedule.min_lr:
+            raise ValueError("`head_lr` needs `min_lr` 0, which would be a rate of both")
         if self.schedule.cycle_momentum and self.schedule.schedule != "onecycle":
             given = self.schedule.schedule
             raise ValueError(f"`cycle_momentum` needs `schedule` onecycle, got {given}")

@@ -7,6 +7,7 @@ of the images, and depend on the example's key alone, never on the rest of the b
 `equivalence_tests/numerics/test_augment.py` compares each transform with torchvision.
 """
 
+import functools
 import math
 
 import jax
@@ -14,9 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_resnet.config import AugmentConfig
+from flax_resnet.config.policies import rand_policy
+from flax_resnet.data import policies
 
 # The number of a transform is folded into the example's key, so that draws are independent.
-_CROP, _FLIP, _ROTATION, _JITTER, _ERASING = range(5)
+_CROP, _FLIP, _ROTATION, _JITTER, _ERASING, _VERTICAL_FLIP, _POLICY = range(7)
+
+_CHOICE, _BOX = range(2)  # as above, in the key of a batch
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's indices in ColorJitter
 
@@ -25,18 +30,32 @@ _ERASING_RATIO = (0.3, 3.3)  # height / width
 _ERASING_TRIES = 10
 
 
-def augment(keys: jax.Array, images: jax.Array, config: AugmentConfig) -> jax.Array:
-    """Apply the transforms that precede normalisation: crop, flip, rotation, colour jitter.
+def augment(
+    keys: jax.Array,
+    images: jax.Array,
+    config: AugmentConfig,
+    *,
+    interpolation: str = "bilinear",
+    mean: tuple[float, ...] = (0.0,),
+) -> jax.Array:
+    """Apply the transforms that precede normalisation: crop, flips, the policy of `auto_augment`,
+    rotation, colour jitter.
 
     Args:
       keys: [B], one per example.
       images: [B, H, W, C], float in [0, 1].
       config: static; a transform that is off leaves nothing in the program.
+      interpolation: filter of the policy; static.
+      mean: of each channel, in [0, 1], with which timm's policies fill; static.
     """
     if config.random_crop:
         images = crop(images, draw_crop(keys, config.random_crop), config.random_crop)
     if config.horizontal_flip:
         images = flip(images, draw_flip(keys, config.horizontal_flip))
+    if config.vertical_flip:
+        images = flip_vertically(images, draw_vertical_flip(keys, config.vertical_flip))
+    if config.auto_augment:
+        images = auto_augment(keys, images, config, interpolation, mean)
     if config.rotation:
         images = rotate(images, draw_rotation(keys, config.rotation))
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
@@ -70,6 +89,48 @@ def draw_flip(keys: jax.Array, probability: float) -> jax.Array:
 def flip(images: jax.Array, mirrored: jax.Array) -> jax.Array:
     """Mirror the images where `mirrored` [B] is true."""
     return jnp.where(_per_image(mirrored), images[:, :, ::-1], images)
+
+
+def draw_vertical_flip(keys: jax.Array, probability: float) -> jax.Array:
+    """Draw whether to turn each image upside down, [B] bool."""
+    return _draw(keys, _VERTICAL_FLIP, 1)[:, 0] < probability
+
+
+def flip_vertically(images: jax.Array, mirrored: jax.Array) -> jax.Array:
+    """Turn the images upside down where `mirrored` [B] is true."""
+    return jnp.where(_per_image(mirrored), images[:, ::-1], images)
+
+
+def auto_augment(
+    keys: jax.Array,
+    images: jax.Array,
+    config: AugmentConfig,
+    interpolation: str,
+    mean: tuple[float, ...],
+) -> jax.Array:
+    """Apply the policy of `auto_augment` to the images, which come from levels of 8 bits."""
+    draws = draw_policy(keys, config, *images.shape[1:3])
+    fill = 0
+    if config.auto_augment.startswith("rand"):  # timm's
+        fill = tuple(min(255, round(255 * value)) for value in mean)
+    levels = jnp.round(images * 255).astype(jnp.int32)
+    levels = policies.transform(levels, *draws, interpolation=interpolation, fill=fill)
+    return levels.astype(images.dtype) / 255
+
+
+def draw_policy(
+    keys: jax.Array, config: AugmentConfig, height: int, width: int
+) -> tuple[jax.Array, jax.Array]:
+    """Draw operations [B, n] int32 and their arguments [B, n] for `policies.transform`."""
+    draw, name = functools.partial(_draw, keys, _POLICY), config.auto_augment
+    if name == "ta_wide":
+        return policies.draw_trivial(draw(3), height, width)
+    if name == "ra":
+        return policies.draw_rand(draw(4), height, width, config.ra_magnitude)
+    if name in policies.AUTO_POLICIES:
+        return policies.draw_auto(draw(5), height, width, name)
+    rand = rand_policy(name)
+    return policies.draw_timm(draw(4 * rand.n), height, width, rand)
 
 
 def draw_rotation(keys: jax.Array, degrees: float) -> jax.Array:
@@ -235,6 +296,46 @@ def erase(images: jax.Array, rectangles: jax.Array) -> jax.Array:
     return jnp.where(inside, 0, images)
 
 
+def draw_mix(
+    key: jax.Array, config: AugmentConfig, height: int, width: int
+) -> tuple[jax.Array, jax.Array]:
+    """Draw the weights of the batch itself in MixUp or CutMix: float32, of its pixels, [] or
+    [1, H, W, 1], and of its targets, []. Where both are on, one is drawn with equal chances.
+
+    Args:
+      key: a single key for the whole batch.
+    """
+    if not config.cutmix:
+        lam = draw_mixup(key, config.mixup)
+        return lam, lam
+    pixels = outside(draw_box(key, config.cutmix, height, width), height, width)
+    if config.mixup:
+        lam = draw_mixup(key, config.mixup)
+        chosen = jax.random.bernoulli(jax.random.fold_in(key, _CHOICE))
+        pixels = jnp.where(chosen, lam, pixels)
+    return pixels, pixels.mean()
+
+
+def draw_box(key: jax.Array, alpha: float, height: int, width: int) -> jax.Array:
+    """Draw torchvision's box for CutMix, [4] int32 (top, left, bottom, right): its centre is
+    uniform, and its area before it is cut at the border a share 1 - Beta(alpha, alpha)."""
+    share, centre = jax.random.split(jax.random.fold_in(key, _BOX))
+    half = 0.5 * jnp.sqrt(1 - draw_mixup(share, alpha))
+    sides = jnp.array([height, width], jnp.float32)
+    middle = jnp.floor(jax.random.uniform(centre, (2,), jnp.float32) * sides)
+    reach = jnp.floor(half * sides)
+    corners = jnp.concatenate([middle - reach, middle + reach])
+    return jnp.clip(corners, 0, jnp.tile(sides, 2)).astype(jnp.int32)
+
+
+def outside(box: jax.Array, height: int, width: int) -> jax.Array:
+    """A box [4] (top, left, bottom, right) -> [1, H, W, 1] float32, 0 inside and 1 outside."""
+    top, left, bottom, right = box
+    y, x = jnp.arange(height).reshape(1, -1, 1, 1), jnp.arange(width).reshape(1, 1, -1, 1)
+    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+    return jnp.where(inside, 0.0, 1.0).astype(jnp.float32)
+
+
 def draw_mixup(key: jax.Array, alpha: float) -> jax.Array:
     """Draw lambda, the weight of the batch itself, from Beta(alpha, alpha); scalar float32.
 
@@ -245,10 +346,12 @@ def draw_mixup(key: jax.Array, alpha: float) -> jax.Array:
 
 
 def mixup(batch: jax.Array, lam: jax.Array, *, axis_name: str | None = None) -> jax.Array:
-    """torchvision's MixUp: lam * x + (1 - lam) * (x rolled by one example).
+    """torchvision's MixUp: lam * x + (1 - lam) * (x rolled by one example). CutMix is the same with
+    a weight for each pixel.
 
     Args:
-      batch: [B, ...], images or targets (one-hot or smoothed); both need the same `lam`.
+      batch: [B, ...], images or targets (one-hot or smoothed).
+      lam: the weight of the batch itself, [], or of its pixels, [1, H, W, 1] (`draw_mix`).
       axis_name: axis that splits the batch; each device then passes one example on.
     """
     lam = lam.astype(batch.dtype)

@@ -38,24 +38,35 @@ class Decoder:
     random_resized_crop: bool = False
     """Whether training takes a crop of random area and aspect ratio instead."""
 
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Bounds of that area, as shares of the image."""
+
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Bounds of that crop's width / height."""
+
+    interpolation: str = "bilinear"
+    """Pillow's filter."""
+
     def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """Convert uint8 `[H, W, C]` to uint8 `[size, size, C]`; a random crop needs `rng`."""
         if self.random_resized_crop and rng is not None:
-            return _resize(_random_area(image, rng), (self.size, self.size))
+            area = _random_area(image, rng, self.scale, self.ratio)
+            return _resize(area, (self.size, self.size), self.interpolation)
         height, width = image.shape[:2]
         short = min(height, width)
         if short != self.resize:
             # torchvision truncates the longer side.
             scaled = [int(self.resize * side / short) for side in (height, width)]
-            image = _resize(image, scaled)
+            image = _resize(image, scaled, self.interpolation)
         return _centre_crop(image, self.size)
 
 
-def _resize(image, shape):
+def _resize(image, shape, interpolation="bilinear"):
     if image.shape[:2] == tuple(shape):
         return image
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    resized = np.asarray(picture.resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+    method = Image.Resampling[interpolation.upper()]
+    resized = np.asarray(picture.resize((shape[1], shape[0]), method))
     return resized.reshape(*shape, image.shape[-1])
 
 
@@ -65,17 +76,17 @@ def _centre_crop(image, size):
     return image[top : top + size, left : left + size]
 
 
-def _random_area(image, rng):
+def _random_area(image, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     """torchvision's RandomResizedCrop before its resize: ten draws, then the largest crop."""
     height, width = image.shape[:2]
     for _ in range(10):
-        area = height * width * rng.uniform(0.08, 1.0)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        area = height * width * rng.uniform(*scale)
+        shape = math.exp(rng.uniform(*map(math.log, ratio)))
+        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
         if 0 < w <= width and 0 < h <= height:
             top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
             return image[top : top + h, left : left + w]
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width / (3 / 4)))
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
     top, left = (height - h) // 2, (width - w) // 2
     return image[top : top + h, left : left + w]
 
@@ -163,12 +174,14 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
     return num_images // batch_size
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class BatchOrder:
     """Random access to the image indices of every step of a run.
 
     Each epoch is a new permutation without its remainder, drawn at once: Grain's own shuffle takes
-    tens of microseconds per image, which slows fast steps.
+    tens of microseconds per image, which slows fast steps. Where an image comes more than once into
+    a batch, its k-th further copy has the index plus k times the number of images, so that each
+    copy has its own random draws.
     """
 
     num_images: int
@@ -183,6 +196,12 @@ class BatchOrder:
     epochs: int
     """Epochs in the run."""
 
+    repeats: int = 1
+    """Copies of each image of the permutation, one after the other."""
+
+    labels: np.ndarray | None = None
+    """Classes of the images, for draws with replacement in which classes are equally frequent."""
+
     rows: slice = dataclasses.field(default_factory=lambda: slice(None))
     """Rows of each batch that this process reads; all processes draw the same permutation."""
 
@@ -193,13 +212,34 @@ class BatchOrder:
         """The indices of a step, int32 `[batch_size]`, or this process's rows of them."""
         epoch, step = divmod(int(step), steps_per_epoch(self.num_images, self.batch_size))
         start = step * self.batch_size
-        whole = _permutation(self.num_images, self.seed, epoch)[start : start + self.batch_size]
+        places = np.arange(start, start + self.batch_size)
+        if self.repeats > 1:
+            # A batch over `repeats` devices of RASampler, the devices' shares one after the other.
+            places = np.concatenate([places[k :: self.repeats] for k in range(self.repeats)])
+        whole = _epoch(self, epoch)[places // self.repeats]
+        if self.repeats > 1 or self.labels is not None:
+            whole = whole + self.num_images * _copies_before(whole)
         return whole[self.rows]
 
 
 @functools.lru_cache(maxsize=4)
-def _permutation(length, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(length).astype(np.int32)
+def _epoch(order, epoch):
+    """The images of an epoch in their order, int32."""
+    rng = np.random.default_rng([order.seed, epoch])
+    if order.labels is None:
+        return rng.permutation(order.num_images).astype(np.int32)
+    shares = 1 / np.bincount(order.labels)[order.labels]
+    drawn = rng.choice(order.num_images, order.num_images, p=shares / shares.sum())
+    return drawn.astype(np.int32)
+
+
+def _copies_before(indices: np.ndarray) -> np.ndarray:
+    """For each index the number of equal ones before it."""
+    order = np.argsort(indices, kind="stable")
+    ranked = indices[order]
+    copies = np.empty_like(indices)
+    copies[order] = np.arange(len(indices)) - np.searchsorted(ranked, ranked)
+    return copies
 
 
 def index_iterator(order: BatchOrder, *, start: int = 0):
@@ -245,12 +285,12 @@ class _DecodedBatches:
         indices = self.order[step]
         images = [self._decode(int(step), int(index)) for index in indices]
         [images] = whole([images], self.source)
-        labels = self.source.labels[indices]
+        labels = self.source.labels[indices % len(self.source)]
         return {"image": np.stack(images), "label": labels.astype(np.int32), "index": indices}
 
     def _decode(self, step, index):
         rng = np.random.default_rng([self.order.seed, step, index])
-        return decoded(self.source, self.decoder, index, rng)
+        return decoded(self.source, self.decoder, index % len(self.source), rng)
 
 
 def evaluation_batches(

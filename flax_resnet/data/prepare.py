@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 from dataclasses import replace
+from pathlib import Path
 from unicodedata import normalize
 
 import numpy as np
@@ -38,12 +40,20 @@ class Prepared:
     images: dict[str, np.ndarray]
     """{split: decoded images, uint8 [N, S, S, C]}; other splits are decoded in every epoch."""
 
+    class_weights: np.ndarray | None = None
+    """Weights of the classes in the loss, float64 [K]; None: all equal."""
+
     @property
     def training_decoder(self) -> Decoder:
         """The decoder of training images."""
-        data = self.config.data
-        crop = self.config.augment.random_resized_crop
-        return Decoder(size=data.image_size, resize=data.resize_size, random_resized_crop=crop)
+        how = self.config.augment
+        return replace(
+            self.decoder,
+            size=self.config.data.train_size or self.config.data.image_size,
+            random_resized_crop=how.random_resized_crop,
+            scale=how.scale,
+            ratio=how.ratio,
+        )
 
     @property
     def decoder(self) -> Decoder:
@@ -59,7 +69,7 @@ class Prepared:
 
 def evaluation_decoder(data: DataConfig) -> Decoder:
     """The decoder of an evaluation, for a config whose sizes are filled in."""
-    return Decoder(size=data.image_size, resize=data.resize_size)
+    return Decoder(size=data.image_size, resize=data.resize_size, interpolation=data.interpolation)
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -95,7 +105,43 @@ def prepare(config: TrainConfig) -> Prepared:
         count = len(getattr(config.data, name))
         if count != dataset.channels:
             raise InputError(f"`{name}` has {count} values, the images {dataset.channels} channels")
-    return Prepared(config, dataset, images)
+    weights = class_weights(config.optimizer.class_weights, dataset)
+    return Prepared(config, dataset, images, weights)
+
+
+def class_weights(given: str | None, dataset: DataSet) -> np.ndarray | None:
+    """Weights of the classes [K]: "balanced" gives each class's images the same sum, and all images
+    the mean 1; else a JSON file {class: weight}.
+
+    Raises:
+      InputError: the file is unreadable, or does not give each class a positive weight.
+    """
+    if given is None:
+        return None
+    if given == "balanced":
+        counts = np.bincount(dataset.train.labels, minlength=len(dataset.class_names))
+        if not counts.all():
+            missing = dataset.class_names[int(counts.argmin())]
+            raise InputError(f"`class_weights` balanced: class {missing} has no training image")
+        return counts.sum() / (len(counts) * counts)
+    try:
+        weights = json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"`class_weights` {given}: {error}") from None
+    return _in_order(weights, dataset.class_names, given)
+
+
+def _in_order(weights, class_names, path) -> np.ndarray:
+    if not isinstance(weights, dict):
+        raise InputError(f"`class_weights` {path}: no JSON object {{class: weight}}")
+    for name in [*class_names, *weights]:
+        if (name in weights) != (name in class_names):
+            fault = "is missing" if name in class_names else "is no class of the data"
+            raise InputError(f"`class_weights` {path}: {name} {fault}")
+        value = weights[name]
+        if type(value) not in (int, float) or not 0 < value < np.inf:
+            raise InputError(f"`class_weights` {path}: {name} has no positive weight: {value!r}")
+    return np.array([weights[name] for name in class_names], float)
 
 
 def _check_steps(config, num_images):

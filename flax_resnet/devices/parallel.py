@@ -260,5 +260,6 @@ def look_up(resident: dict, batch: dict) -> dict:
     """The batch with the resident images and labels of its indices, if there are resident data."""
     if not resident:
         return batch
-    index = batch["index"]
-    return {"image": resident["image"][index], "label": resident["label"][index], "index": index}
+    index = batch["index"] % len(resident["label"])  # copies count on
+    image, label = (resident[name][index] for name in ("image", "label"))
+    return {"image": image, "label": label, "index": batch["index"]}

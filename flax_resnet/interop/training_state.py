@@ -27,6 +27,7 @@ _KINDS = {
     "rmsprop": {"trace": "momentum_buffer", "mu": "grad_avg", "nu": "square_avg"},
     "adam": _ADAM,
     "adamw": _ADAM,
+    "lamb": _ADAM,
 }
 
 

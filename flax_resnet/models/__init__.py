@@ -73,6 +73,7 @@ def create_model(
     shortcut: str | None = None,
     kernels: str = "auto",
     precision: str = "default",
+    stochastic_depth: float = 0.0,
 ) -> nnx.Module:
     """A freshly initialised network in training mode: `[B, H, W, C]` -> `[B, num_classes]`.
 
@@ -92,6 +93,8 @@ def create_model(
         program is compiled for) or "library" (JAX's and Flax's operations alone).
       precision: of float32 products on a GPU or TPU: "default" (PyTorch's on the same card: TF32
         for convolutions, all digits for linear layers), "tf32" (for both) or "highest".
+      stochastic_depth: probability of dropping the last residual block's branch for an image; that
+        of the others rises from 0 in equal steps.
 
     Raises:
       InputError: an unknown name (the nearest valid one is named), stem, shortcut, kernels,
@@ -104,7 +107,8 @@ def create_model(
       (1, 3)
     """
     _check_names(arch, stem, shortcut, kernels=kernels, precision=precision)
-    _check_numbers({"num_classes": num_classes, "in_channels": in_channels}, dropout)
+    chances = {"dropout": dropout, "stochastic_depth": stochastic_depth}
+    _check_numbers({"num_classes": num_classes, "in_channels": in_channels}, chances)
     _check_types({"dtype": dtype, "param_dtype": param_dtype})
     rngs = nnx.Rngs(0) if rngs is None else rngs
     options = dict(dropout=dropout, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -112,8 +116,11 @@ def create_model(
     if arch == "basic_cnn":
         if zero_init_residual:
             raise InputError("`zero_init_residual`: basic_cnn has no residual blocks")
+        if stochastic_depth:
+            raise InputError("`stochastic_depth`: basic_cnn has no residual blocks")
         return layers.named(BasicCNN(num_classes, **options))
     options |= dict(zero_init_residual=zero_init_residual, bn_axis_name=bn_axis_name)
+    options |= dict(stochastic_depth=stochastic_depth)
     if has_stem_choice(arch):
         options |= dict(stem=stem or "imagenet")
     if has_shortcut_choice(arch):
@@ -131,13 +138,14 @@ def _check_names(arch: str, stem: str | None, shortcut: str | None, **choices: s
             raise InputError(f"unknown `{name}` {value!r}{nearest(value, _CHOICES[name])}")
 
 
-def _check_numbers(counts: dict, dropout):
+def _check_numbers(counts: dict, chances: dict):
     for name, value in counts.items():
         whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         if not (whole and 1 <= value <= MOST):
             raise InputError(f"`{name}` is a whole number from 1 to {MOST:,}, got {value!r:.80}")
-    if not (isinstance(dropout, numbers.Real) and 0 <= dropout < 1):
-        raise InputError(f"`dropout` {dropout!r:.80} is not in [0, 1)")
+    for name, value in chances.items():
+        if not (isinstance(value, numbers.Real) and 0 <= value < 1):
+            raise InputError(f"`{name}` {value!r:.80} is not in [0, 1)")
 
 
 def _check_types(types: dict):
@@ -171,4 +179,5 @@ def create_from_config(
         shortcut=config.shortcut,
         kernels=config.kernels,
         precision=config.precision,
+        stochastic_depth=config.stochastic_depth,
     )

@@ -290,6 +290,24 @@ class Dropout(nnx.Module):
         return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
 
 
+class StochasticDepth(nnx.Module):
+    """torchvision's StochasticDepth of mode "row": drops a branch for single images."""
+
+    def __init__(self, rate, *, rngs=None):
+        self.rate = rate
+        self.deterministic = False
+        self.rngs = rngs.fork() if rngs is not None else None
+
+    def __call__(self, x, keys=None):
+        """`[B, H, W, C]`, keys `[B]` (left out: drawn from the module's own stream) -> the same."""
+        if self.deterministic:
+            return x
+        if keys is None:
+            keys = jax.random.split(self.rngs.dropout(), x.shape[0])
+        keep = keep_mask(keys, 1 - self.rate, (1, 1, 1))
+        return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
+
+
 def keep_mask(keys, probability, shape):
     """keys `[B]` -> boolean `[B, *shape]`, True with this probability."""
     return jax.vmap(lambda key: jax.random.bernoulli(key, probability, shape))(keys)

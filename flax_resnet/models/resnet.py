@@ -5,6 +5,7 @@ B batch, H height, W width, C channels. Attribute names are torchvision's.
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -13,6 +14,7 @@ from flax_resnet.models import layers
 
 class BasicBlock(nnx.Module):
     expansion = 1
+    stochastic_depth = None
 
     def __init__(self, in_planes, planes, stride, shortcut, *, conv, norm, groups, base_width):
         del groups, base_width  # bottlenecks only
@@ -22,15 +24,18 @@ class BasicBlock(nnx.Module):
         self.bn2 = norm(planes)
         self.downsample = shortcut(in_planes, planes, stride)
 
-    def __call__(self, x):
-        """`[B, H, W, in_planes]` -> `[B, H / stride, W / stride, planes]`."""
+    def __call__(self, x, keys=None):
+        """`[B, H, W, in_planes]` -> `[B, H / stride, W / stride, planes]`; `keys` is `[B]`."""
         out = layers.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
+        if self.stochastic_depth is not None:
+            out = self.stochastic_depth(out, keys)
         return layers.relu(out + self.downsample(x))
 
 
 class Bottleneck(nnx.Module):
     expansion = 4
+    stochastic_depth = None
 
     def __init__(self, in_planes, planes, stride, shortcut, *, conv, norm, groups, base_width):
         width = int(planes * base_width / 64) * groups
@@ -43,11 +48,13 @@ class Bottleneck(nnx.Module):
         self.bn3 = norm(out_planes)
         self.downsample = shortcut(in_planes, out_planes, stride)
 
-    def __call__(self, x):
-        """`[B, H, W, in_planes]` -> `[B, H / stride, W / stride, 4 * planes]`."""
+    def __call__(self, x, keys=None):
+        """`[B, H, W, in_planes]` -> `[B, H / stride, W / stride, 4 * planes]`; `keys` is `[B]`."""
         out = layers.relu(self.bn1(self.conv1(x)))
         out = layers.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
+        if self.stochastic_depth is not None:
+            out = self.stochastic_depth(out, keys)
         return layers.relu(out + self.downsample(x))
 
 
@@ -98,6 +105,7 @@ class ResNet(nnx.Module):
         projection=True,
         dropout=0.0,
         zero_init_residual=False,
+        stochastic_depth=0.0,
         dtype=None,
         param_dtype=jnp.float32,
         bn_axis_name=None,
@@ -136,6 +144,8 @@ class ResNet(nnx.Module):
         self.num_stages = len(depths)
         self.dropout = layers.Dropout(dropout, rngs=rngs)
         self.fc = layers.linear(in_planes, num_classes, precision=precision, **options)
+        if stochastic_depth:
+            self._drop_branches(stochastic_depth, rngs)
         if zero_init_residual:
             self._zero_init_residual()
 
@@ -144,8 +154,11 @@ class ResNet(nnx.Module):
         x = layers.relu(self.bn1(self.conv1(x)))
         if self.pools:
             x = layers.max_pool(x, 3, 2, padding=1, kernels=self.kernels)
-        for block in self._blocks():
-            x = block(x)
+        for index, block in enumerate(self._blocks(), 1):
+            if block.stochastic_depth is None or dropout_keys is None:
+                x = block(x)
+            else:
+                x = block(x, jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, index))
         x = layers.global_average_pool(x)
         return self.fc(self.dropout(x, dropout_keys))
 
@@ -157,6 +170,13 @@ class ResNet(nnx.Module):
         # Not public where a call goes through it: nnx.tabulate makes a row of every public method,
         # and cannot show modules in it.
         return [b for i in range(self.num_stages) for b in getattr(self, f"layer{i + 1}")]
+
+    def _drop_branches(self, rate, rngs):
+        """The first block is always kept, as in timm."""
+        blocks = self.blocks()
+        for index, block in enumerate(blocks[1:], 1):
+            share = rate * index / (len(blocks) - 1)
+            block.stochastic_depth = layers.StochasticDepth(share, rngs=rngs)
 
     def _zero_init_residual(self):
         for block in self.blocks():

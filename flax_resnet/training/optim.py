@@ -5,6 +5,7 @@ end by multiplying with the learning rate, so schedules and plateau cuts act out
 """
 
 import dataclasses
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,31 @@ def make_optimizer(
         shape of the optimizer's state does not depend on it.
       momentum: scalar that replaces `config.momentum` (and Adam's beta1), for cycled momentum.
     """
-    decay = optax.add_decayed_weights(config.weight_decay, mask=_decay_mask(config))
-    decoupled = config.optimizer == "adamw" or config.decoupled_weight_decay
+    decay = _decay(config)
+    decoupled = config.optimizer in ("adamw", "lamb") or config.decoupled_weight_decay
     direction = _direction(config, momentum)
-    parts = [direction, decay] if decoupled else [decay, direction]
-    clip = [clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.chain(*clip, *parts, optax.scale_by_learning_rate(learning_rate))
+    parts = [direction, *decay] if decoupled else [*decay, direction]
+    if config.optimizer == "lamb":
+        parts.append(optax.masked(optax.scale_by_trust_ratio(), _decayed(config)))
+    clip = [_clip(config)] if config.clip_norm else []
+    head = [_scale_head(config.head_lr / config.lr)] if config.head_lr else []
+    return optax.chain(*clip, *parts, optax.scale_by_learning_rate(learning_rate), *head)
+
+
+def _clip(config: OptimizerConfig) -> optax.GradientTransformation:
+    # timm's LAMB clips by max / norm, as Optax does.
+    lamb = config.optimizer == "lamb"
+    return (optax.clip_by_global_norm if lamb else clip_by_global_norm)(config.clip_norm)
+
+
+def _scale_head(factor: float) -> optax.GradientTransformation:
+    """Multiply the updates of the last linear layer."""
+
+    def scale(updates, params):
+        del params
+        return updates | {"fc": jax.tree.map(lambda u: u * factor, updates["fc"])}
+
+    return optax.stateless(scale)
 
 
 def accumulate(optimizer: optax.GradientTransformation, steps: int, dtype) -> optax.MultiSteps:
@@ -51,7 +71,7 @@ def _direction(config: OptimizerConfig, momentum) -> optax.GradientTransformatio
     """The update before the learning rate and decoupled decay."""
     beta1 = config.beta1 if momentum is None else momentum
     momentum = config.momentum if momentum is None else momentum
-    if config.optimizer in ("adam", "adamw"):
+    if config.optimizer in ("adam", "adamw", "lamb"):
         return optax.scale_by_adam(beta1, config.beta2, config.eps)
     if config.optimizer == "rmsprop":
         # eps outside the root, and momentum before the learning rate: optax.rmsprop has both
@@ -60,6 +80,39 @@ def _direction(config: OptimizerConfig, momentum) -> optax.GradientTransformatio
         scaled = scale(config.alpha, config.eps, eps_in_sqrt=False)
         return optax.chain(scaled, optax.trace(momentum)) if config.momentum else scaled
     return optax.trace(momentum, config.nesterov) if config.momentum else optax.identity()
+
+
+def _decay(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    """The weight decay of BatchNorm's parameters, if it differs, and of the others."""
+    if config.norm_weight_decay is None:
+        return [optax.add_decayed_weights(config.weight_decay, mask=_decay_mask(config))]
+    return [
+        optax.add_decayed_weights(config.norm_weight_decay, mask=_norms),
+        optax.add_decayed_weights(config.weight_decay, mask=_others),
+    ]
+
+
+def _decayed(config: OptimizerConfig):
+    """Parameters -> which of them decay; timm's LAMB adapts the rate of these alone."""
+    if config.norm_weight_decay is not None:
+        norm, other = config.norm_weight_decay > 0, config.weight_decay > 0
+        return lambda params: jax.tree.map(
+            lambda is_norm: norm if is_norm else other, _norms(params)
+        )
+    mask = _decay_mask(config) or (lambda params: jax.tree.map(lambda leaf: True, params))
+    return lambda params: jax.tree.map(
+        lambda decays: decays and config.weight_decay > 0, mask(params)
+    )
+
+
+def _norms(tree) -> dict:
+    """Whether each leaf is BatchNorm's, which alone has a scale."""
+    inside = {k: _norms(v) if isinstance(v, dict) else "scale" in tree for k, v in tree.items()}
+    return inside
+
+
+def _others(tree) -> dict:
+    return jax.tree.map(lambda is_norm: not is_norm, _norms(tree))
 
 
 def _decay_mask(config: OptimizerConfig):
@@ -74,8 +127,12 @@ def make_schedule(config: ScheduleConfig, lr: float, updates_per_epoch: float, e
 
     "plateau" is constant here: its cuts depend on the validation (`plateau`).
     """
+    if config.schedule_per == "epoch":
+        of_epoch = make_schedule(replace(config, schedule_per="update"), lr, 1, epochs)
+        return lambda step: of_epoch(_epoch(step, updates_per_epoch))
     warmup = _in_updates(config.warmup_epochs, updates_per_epoch)
-    total = max(1, round(epochs * updates_per_epoch) - warmup)
+    before = 0 if config.warmup_within else warmup
+    total = max(1, round(epochs * updates_per_epoch) - before)
     main = _main_schedule(config, lr, updates_per_epoch, total)
     if not warmup:
         return main
@@ -84,9 +141,14 @@ def make_schedule(config: ScheduleConfig, lr: float, updates_per_epoch: float, e
 
     def schedule(step):
         ramp = _ramp(config, _float(step) / warmup)
-        return jnp.where(step < warmup, top * ramp, main(jnp.maximum(step - warmup, 0)))
+        return jnp.where(step < warmup, top * ramp, main(jnp.maximum(step - before, 0)))
 
     return schedule
+
+
+def _epoch(step, updates_per_epoch: float):
+    """The epoch, from 0, in which an update is; the rounding of a quotient changes nothing."""
+    return jnp.floor((_float(step) + 1e-3) / updates_per_epoch).astype(jnp.int32)
 
 
 def _in_updates(epochs, updates_per_epoch) -> int:
@@ -100,6 +162,8 @@ def _ramp(config, share):
 
 def warmth(config: ScheduleConfig, update: int, updates_per_epoch: float) -> float:
     """Warm-up multiplier of the learning rate at `update`; 1 after the warm-up."""
+    if config.schedule_per == "epoch":
+        update, updates_per_epoch = int(_epoch(update, updates_per_epoch)), 1
     warmup = _in_updates(config.warmup_epochs, updates_per_epoch)
     return _ramp(config, update / warmup) if update < warmup else 1.0
 
@@ -108,6 +172,9 @@ def make_momentum_schedule(config: ScheduleConfig, updates_per_epoch: float, epo
     """Update number -> momentum of torch's OneCycleLR (0.95 to 0.85 and back), or None."""
     if config.schedule != "onecycle" or not config.cycle_momentum:
         return None
+    if config.schedule_per == "epoch":
+        of_epoch = make_momentum_schedule(replace(config, schedule_per="update"), 1, epochs)
+        return lambda step: of_epoch(_epoch(step, updates_per_epoch))
     warmup = _in_updates(config.warmup_epochs, updates_per_epoch)
     total = max(1, round(epochs * updates_per_epoch) - warmup)
     cycle = _one_cycle(0.95, 0.85, 0.95, config.pct_start, total)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 from flax_resnet.config import TrainConfig
 from flax_resnet.data import pipeline, workers
@@ -149,6 +150,7 @@ def set_up(
             network,
             steps_per_epoch=_steps_per_epoch(prepared),
             resident=bool(resident),
+            class_weights=prepared.class_weights,
         ),
     )
 
@@ -175,6 +177,8 @@ def _batches(prepared: Prepared, engine: Engine, start: int) -> Iterator:
         batch_size=config.batch_size,
         seed=config.seed,
         epochs=config.epochs,
+        repeats=config.augment.repeated_augmentation,
+        labels=train.labels if config.data.sampler == "balanced" else None,
         rows=engine.local_rows(config.batch_size),
     )
     if "train" in prepared.images:
@@ -198,6 +202,7 @@ def functions(
     *,
     steps_per_epoch: int,
     resident: bool,
+    class_weights: np.ndarray | None = None,
 ) -> dict:
     """The compiled functions of a run, as fields of `Run`; XLA compiles each when it is first
     called.
@@ -205,6 +210,7 @@ def functions(
     Args:
       config: resolved for its data.
       resident: whether the training images are on the devices.
+      class_weights: of the classes in the loss, [K]; None: all equal.
     """
     preprocess = Preprocess(config.data.mean, config.data.std)
     num_classes = config.model.num_classes
@@ -216,6 +222,7 @@ def functions(
         steps_per_epoch=steps_per_epoch,
         axis_name=engine.axis_name,
         gather=engine.gather,
+        class_weights=class_weights,
     )
     eval_step = steps.make_eval_step(network, preprocess, num_classes=num_classes)
     count = engine.steps_per_dispatch(resident=resident)

@@ -5,7 +5,8 @@
 `train_step` is `prepare_batch`, `loss_and_gradients` and `apply_gradients`, one after the other.
 
 A batch is {"image": uint8 [B, H, W, C], "label": int32 [B], "index": int32 [B]}; `index` is the
-example's number in the data set. Random draws belong to the example: its key is
+example's number in the data set, to which its k-th copy in a batch adds k times the number of
+images. Random draws belong to the example: its key is
 fold_in(seed, step, index), so the result does not depend on how many devices share a batch.
 """
 
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -85,6 +87,7 @@ def make_train_step(
     steps_per_epoch: int,
     axis_name: str | None = None,
     gather: Callable[[dict], dict] = lambda params: params,
+    class_weights: np.ndarray | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """The step as a pure function (state, batch) -> (state, metrics).
 
@@ -92,23 +95,33 @@ def make_train_step(
       steps_per_epoch: batches an epoch; lengths of schedules are in epochs.
       axis_name: axis over which the batch is split (`Engine.axis_name`), or None.
       gather: parameters as they live between steps -> as a forward pass needs them.
+      class_weights: of the loss, `[K]`.
 
     Returns:
       A function whose metrics are scalars of the global batch: loss (of the training objective
       without penalties), accuracy, gradient_norm, learning_rate, finite.
     """
     rates = _rates(config, steps_per_epoch)
+    copied = 0
+    if config.optimizer.ema_after_warmup:
+        copied = round(config.schedule.warmup_epochs * steps_per_epoch)
 
     def train_step(state: TrainState, batch: dict):
         prepared = prepare_batch(
-            state, batch, config, preprocess, num_classes=num_classes, axis_name=axis_name
+            state,
+            batch,
+            config,
+            preprocess,
+            num_classes=num_classes,
+            axis_name=axis_name,
+            class_weights=class_weights,
         )
         gradients, forward = loss_and_gradients(
             network, state, prepared, config, axis_name=axis_name, gather=gather
         )
         learning_rate, momentum = rates(state)
         new = apply_gradients(
-            state, gradients, forward.batch_stats, config, learning_rate, momentum
+            state, gradients, forward.batch_stats, config, learning_rate, momentum, copied
         )
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(forward.loss)
@@ -138,6 +151,9 @@ class PreparedBatch(NamedTuple):
     dropout_keys: jax.Array
     """One for each example, `[B]`."""
 
+    class_weights: jax.Array | None = None
+    """Factors of the targets in the loss, `[K]`."""
+
 
 def prepare_batch(
     state: TrainState,
@@ -147,6 +163,7 @@ def prepare_batch(
     *,
     num_classes: int,
     axis_name: str | None = None,
+    class_weights: np.ndarray | None = None,
 ) -> PreparedBatch:
     """Augment and normalise the images of a training batch, and smooth and mix its labels.
 
@@ -154,12 +171,19 @@ def prepare_batch(
       state: of it the number of the step, and the type of the parameters, which the images get.
       batch: image uint8 `[B, H, W, C]`, label int32 `[B]`, index int32 `[B]`.
       axis_name: as `make_train_step`; mixup pairs the images of all devices.
+      class_weights: as `make_train_step`.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
     dtype = dtype_of(state.params)
     images = preprocess.to_unit(batch["image"], dtype)
-    images = augment.augment(_purpose(keys, _AUGMENT), images, config.augment)
+    images = augment.augment(
+        _purpose(keys, _AUGMENT),
+        images,
+        config.augment,
+        interpolation=config.data.interpolation,
+        mean=preprocess.mean,
+    )
     images = preprocess.normalize(images)
     if config.augment.random_erasing:
         rectangles = augment.draw_erasing(
@@ -168,18 +192,33 @@ def prepare_batch(
         images = augment.erase(images, rectangles)
     smoothing = config.optimizer.label_smoothing
     targets = losses.soft_targets(batch["label"], num_classes, smoothing, dtype)
-    if config.augment.mixup:
-        lam = augment.draw_mixup(jax.random.fold_in(key, _MIXUP), config.augment.mixup)
-        images = augment.mixup(images, lam, axis_name=axis_name)
-        targets = augment.mixup(targets, lam, axis_name=axis_name)
-    return PreparedBatch(images, targets, _purpose(keys, _DROPOUT))
+    mixes = config.augment.mixup or config.augment.cutmix
+    weights = class_weights
+    if weights is not None:
+        weights = _class_factors(jnp.asarray(weights, dtype), batch["label"], mixes, axis_name)
+    if mixes:
+        mixing = jax.random.fold_in(key, _MIXUP)
+        pixels, share = augment.draw_mix(mixing, config.augment, *images.shape[1:3])
+        images = augment.mixup(images, pixels, axis_name=axis_name)
+        targets = augment.mixup(targets, share, axis_name=axis_name)
+    return PreparedBatch(images, targets, _purpose(keys, _DROPOUT), weights)
+
+
+def _class_factors(weights, labels, mixed, axis_name):
+    """The weights of the classes, `[K]`, divided by their mean over the batch: torch's loss for
+    labels is a weighted mean. Of probabilities, which mixed labels are, torch takes a plain mean.
+    """
+    if mixed:
+        return weights
+    mean = weights[labels].mean()
+    return weights / (lax.pmean(mean, axis_name) if axis_name is not None else mean)
 
 
 class Forward(NamedTuple):
     """Results of a forward pass over a training batch, beside the gradients."""
 
     loss: jax.Array
-    """Cross-entropy without penalties, mean over the global batch, []."""
+    """Training loss without penalties, mean over the global batch, []."""
 
     accuracy: jax.Array
     """Share of the global batch whose most likely class is the target's, []."""
@@ -212,7 +251,10 @@ def loss_and_gradients(
         logits, stats = network.apply(
             variables, batch.images, train=True, dropout_keys=batch.dropout_keys
         )
-        loss = losses.cross_entropy(logits, batch.targets).mean()
+        targets = batch.targets
+        if batch.class_weights is not None:
+            targets = targets * batch.class_weights[None]
+        loss = losses.training_loss(logits, targets, config.optimizer).mean()
         penalty = config.optimizer.l1 * losses.l1_penalty(params) if config.optimizer.l1 else 0
         return loss + penalty, (loss, logits, stats)
 
@@ -231,6 +273,7 @@ def apply_gradients(
     config: TrainConfig,
     learning_rate: jax.Array | float,
     momentum: jax.Array | float | None = None,
+    copied: int = 0,
 ) -> TrainState:
     """The state after one call of the optimizer, and of the moving average where weights changed.
 
@@ -239,6 +282,7 @@ def apply_gradients(
       batch_stats: the new running statistics.
       learning_rate: of this update, [].
       momentum: replaces the config's where it is cycled, []; else None.
+      copied: batches at the start after which the moving average is a copy of the weights.
     """
     optimizer = _optimizer(config, learning_rate, momentum, dtype_of(state.params))
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -252,7 +296,7 @@ def apply_gradients(
     if not config.optimizer.ema_decay:
         return new
     taken = state._replace(step=_batches_taken(state, config.optimizer))
-    return new._replace(ema=_moving_average(taken, params, config.optimizer))
+    return new._replace(ema=_moving_average(taken, params, config.optimizer, copied))
 
 
 def _rates(config: TrainConfig, steps_per_epoch: int):
@@ -316,11 +360,13 @@ def _batches_taken(state, config):
     return state.opt_state.gradient_step * config.accumulate_steps + state.opt_state.mini_step
 
 
-def _moving_average(state, params, config):
-    """torch's AveragedModel with get_ema_multi_avg_fn: the first update copies the weights."""
-    accumulate = config.accumulate_steps
-    first = state.step < accumulate
-    updated = (state.step + 1) % accumulate == 0
+def _moving_average(state, params, config, copied=0):
+    """torch's AveragedModel with get_ema_multi_avg_fn: the first update that enters copies the
+    weights, and so do those of a warm-up, which restarts the average."""
+    update = state.step // config.accumulate_steps
+    first = update < copied + config.ema_steps
+    updated = (state.step + 1) % config.accumulate_steps == 0
+    updated &= update % config.ema_steps == 0
     decay = jnp.where(first, 0.0, config.ema_decay).astype(dtype_of(params))
     return jax.tree.map(
         lambda old, new: jnp.where(updated, decay * old + (1 - decay) * new, old),

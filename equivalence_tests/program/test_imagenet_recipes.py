@@ -1,0 +1,76 @@
+"""Recipes of public weights train alike in both frameworks, and agree with what is published."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torchvision.models
+
+from equivalence_tests.studies import trajectory
+from flax_resnet.commands import cli
+from flax_resnet.config import AugmentConfig, TrainConfig, idle
+from flax_resnet.imagenet_recipes import IMAGENET_RECIPES
+from torch_ref.train import check_supported
+
+STEPS = 21
+KINDS = ("torchvision-resnet50-v2", "timm-a1", "timm-a3", "torchvision-resnet50-v1")
+
+
+def smaller(config: TrainConfig) -> TrainConfig:
+    """The recipe on a few digits with a small network, in float64, without random augmentation:
+    three steps an epoch, with the warm-up and the first averages inside the run."""
+    augment = AugmentConfig(
+        random_crop=0, repeated_augmentation=config.augment.repeated_augmentation
+    )
+    changes = {
+        "epochs": STEPS // 3,
+        "batch_size": 32,
+        "log_steps": 1,
+        "model": {"arch": "resnet20", "stem": None, "dtype": "float64", "stochastic_depth": 0.0},
+        "data": {
+            "dataset": "digits", "image_size": 8, "resize_size": 8, "train_size": None,
+            "train_images": 96, "eval_images": 20, "mean": None, "std": None, "cache": "auto",
+        },
+        "optimizer": {"ema_steps": min(config.optimizer.ema_steps, 2)},
+        "schedule": {"warmup_epochs": min(config.schedule.warmup_epochs, 2)},
+        "parallel": {"devices": 1},
+        "compilation_cache": False,
+    }  # fmt: skip
+    if config.schedule.schedule == "step":
+        changes["schedule"]["step_epochs"] = 3
+    return cli.merge(dataclasses.replace(config, augment=augment), changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_steps_of_a_recipe_are_equal_in_both_frameworks(name):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    got, expected = trajectory.both(smaller(IMAGENET_RECIPES[name].config))
+    assert len(got.losses) == len(expected.losses) == STEPS
+    np.testing.assert_allclose(got.rates, expected.rates, rtol=1e-12)
+    np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-9)
+    assert trajectory.distance(got.weights, expected.weights) < 1e-8
+
+
+@pytest.mark.parametrize("name", IMAGENET_RECIPES)
+def test_every_setting_of_a_recipe_has_an_effect_in_both_frameworks(name):
+    config = IMAGENET_RECIPES[name].config
+    assert not idle(config)
+    check_supported(config)
+
+
+@pytest.mark.parametrize("name", [n for n in IMAGENET_RECIPES if n.startswith("torchvision")])
+def test_published_accuracies_are_torchvisions(name):
+    _, arch, version = name.split("-")
+    weights = torchvision.models.get_model_weights(arch)[f"IMAGENET1K_{version.upper()}"]
+    published = IMAGENET_RECIPES[name].published["validation_accuracy"]
+    assert published == pytest.approx(weights.meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100)
+    config, transforms = IMAGENET_RECIPES[name].config, weights.transforms()
+    assert config.model.arch == arch
+    assert ([config.data.image_size], [config.data.resize_size]) == (
+        transforms.crop_size,
+        transforms.resize_size,
+    )
+    assert (*config.data.mean, *config.data.std) == (*transforms.mean, *transforms.std)
+    assert config.data.interpolation == transforms.interpolation.value
