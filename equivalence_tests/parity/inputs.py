@@ -266,6 +266,8 @@ def _fits(array) -> bool:
 class AsGiven:
     """Preprocessing for images that are already normalised: changes the dtype only."""
 
+    mean = (0.0,)
+
     def to_unit(self, images, dtype):
         return images.astype(dtype)
 
