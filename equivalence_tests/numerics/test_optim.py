@@ -269,7 +269,7 @@ FAULTS = {
     "EMA starts at zero": (
         steps,
         "_moving_average",
-        lambda state, params, config: jax.tree.map(
+        lambda state, params, config, copied: jax.tree.map(
             lambda old, new: 0.9 * old * (state.step > 0) + 0.1 * new, state.ema, params
         ),
         dict(ema_decay=0.9),

@@ -14,7 +14,7 @@ from equivalence_tests.parity import inputs
 from flax_resnet import list_models
 from flax_resnet.commands import cli
 from flax_resnet.config import ParallelConfig, TrainConfig
-from flax_resnet.devices.parallel import Engine
+from flax_resnet.devices.parallel import Engine, look_up
 from flax_resnet.models import create_model
 from flax_resnet.models.layers import BatchNorm
 from flax_resnet.runs.checkpoint import Checkpoints
@@ -135,9 +135,7 @@ def test_a_mesh_of_one_is_plain_jit():
     """Both programs have the same operations, and no collectives."""
     program = Program("basic_cnn", ParallelConfig(devices=1), mixup=0.2)
     plain = jax.jit(
-        lambda state, resident, batch: program.train_step(
-            state, {name: resident[name][batch["index"]] for name in resident} | batch
-        ),
+        lambda state, resident, batch: program.train_step(state, look_up(resident, batch)),
         donate_argnums=0,
         compiler_options=program.engine._options,
     )

@@ -35,6 +35,9 @@ def edges(schema: dict) -> list:
         return [value for option in schema["anyOf"] for value in edges(option)]
     if "enum" in schema:
         return schema["enum"]
+    if "prefixItems" in schema:
+        first, *_, last = zip(*(edges(item) for item in schema["prefixItems"]), strict=True)
+        return [list(first), [first[0], last[-1]], list(last)]
     if schema["type"] == "array":
         low, *_, high = edges(schema["items"])
         return [[low], [low, high]]
