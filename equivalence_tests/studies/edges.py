@@ -121,7 +121,7 @@ def _check_values(config, steps_per_epoch):
     an_epoch = steps_per_epoch / accumulate
     rate = optim.make_schedule(config.schedule, config.optimizer.lr, an_epoch, config.epochs)
     momentum = optim.make_momentum_schedule(config.schedule, an_epoch, config.epochs)
-    zeros = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}
+    zeros = {"fc": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}}
     last = config.epochs * steps_per_epoch // accumulate
     found = {"mixup": augment.draw_mixup(jax.random.key(0), config.augment.mixup or 1.0)}
     for update in {0, 1, last - 1, last}:
