@@ -6,7 +6,10 @@ Every claim has a control: a program in which the fault exists, on which the che
 import importlib.util
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
@@ -445,3 +448,14 @@ def test_pytorch_s_default_is_the_default():
     torch.use_deterministic_algorithms(False)
     assert found == {"tf32": (True, True), "highest": (False, False), "default": (True, False)}
     assert found["default"] == fresh
+
+
+def test_the_compiler_of_gpus_leaves_a_machine_without_a_driver_in_peace():
+    """Without the setting that the package makes, JAX ends in a segmentation fault here."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    program = "import flax_resnet, jax; print(jax.devices()[0].platform)"
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() in ("cpu", "gpu", "tpu")
