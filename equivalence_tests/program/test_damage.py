@@ -399,6 +399,19 @@ def test_configs_at_the_edges_of_the_schema_are_traced():
     assert not found["faults"] and found["traced"] > 0, found
 
 
+def test_an_average_after_a_warm_up_of_more_steps_than_int32_is_traced():
+    config = cli.merge(TrainConfig(), {
+        "model": {"arch": "basic_cnn", "num_classes": 10}, "epochs": 1,
+        "schedule": {"warmup_epochs": 99_999.0}, "optimizer": {"ema_decay": 0.9},
+    })  # fmt: skip
+    edges.trace(config, 40_000)
+
+
+def test_rates_whose_ratio_overflows_are_refused():
+    with pytest.raises(InputError, match="`head_lr` is at most 1e.30 times `lr`"):
+        cli.merge(TrainConfig(), {"optimizer": {"lr": 1e-30, "head_lr": 2.0}})
+
+
 @pytest.mark.control
 @pytest.mark.parametrize(
     "group,name,value",

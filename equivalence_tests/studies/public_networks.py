@@ -67,6 +67,16 @@ def haiku():
     return haiku.transform_with_state(forward)
 
 
+def equinox():
+    """ResNet-18 of the layers of Equinox 0.13.8 at their defaults, written here."""
+    import equinox
+    import jax
+
+    from equivalence_tests.studies.equinox_resnet import ResNet18
+
+    return equinox.nn.make_with_state(ResNet18)(CLASSES, jax.random.key(0))
+
+
 def keras():
     """keras.applications.ResNet50 of Keras 3.15.1 on JAX (`KERAS_BACKEND=jax`), for 64 pixels."""
     import keras

@@ -5,7 +5,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from flax_resnet.config.data import AugmentConfig, DataConfig
-from flax_resnet.config.fields import BatchSize, Count, Epochs, Name, PositiveCount, dataclass
+from flax_resnet.config.fields import (
+    LARGEST,
+    BatchSize,
+    Count,
+    Epochs,
+    Name,
+    PositiveCount,
+    dataclass,
+)
 from flax_resnet.config.model import ModelConfig
 from flax_resnet.config.optimization import EarlyStoppingConfig, OptimizerConfig, ScheduleConfig
 
@@ -102,6 +110,9 @@ class TrainConfig:
             raise ValueError("`repeated_augmentation` needs `sampler` shuffle")
         if optimizer.head_lr and self.schedule.min_lr:
             raise ValueError("`head_lr` needs `min_lr` 0, which would be a rate of both")
+        if optimizer.head_lr and optimizer.head_lr > optimizer.lr * LARGEST:
+            given = f"{optimizer.head_lr:g} and {optimizer.lr:g}"
+            raise ValueError(f"`head_lr` is at most {LARGEST:g} times `lr`, got {given}")
         if self.schedule.cycle_momentum and self.schedule.schedule != "onecycle":
             given = self.schedule.schedule
             raise ValueError(f"`cycle_momentum` needs `schedule` onecycle, got {given}")

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from flax_resnet.config import TrainConfig
+from flax_resnet.config import INT32, TrainConfig
 from flax_resnet.data import augment
 from flax_resnet.training import losses, optim
 from flax_resnet.training.network import Network, Preprocess, Variables, dtype_of, predict_logits
@@ -104,7 +104,8 @@ def make_train_step(
     rates = _rates(config, steps_per_epoch)
     copied = 0
     if config.optimizer.ema_after_warmup:
-        copied = round(config.schedule.warmup_epochs * steps_per_epoch)
+        longest = INT32 - config.optimizer.ema_steps  # of a number that is traced
+        copied = min(round(config.schedule.warmup_epochs * steps_per_epoch), longest)
 
     def train_step(state: TrainState, batch: dict):
         prepared = prepare_batch(

@@ -35,6 +35,7 @@ def adapt(net, image_shape: tuple[int, int, int, int]) -> Network:
       InputError: `net` is something else, or its forward pass raises or returns no logits.
     """
     network = _adapted(net, jax.ShapeDtypeStruct(image_shape, jnp.float32))
+    network = network._replace(variables=jax.tree.map(_typed, network.variables))
     images = jax.ShapeDtypeStruct(image_shape, _precision(network.variables))
     while True:
         checked = _checked(network.apply)
@@ -47,6 +48,12 @@ def adapt(net, image_shape: tuple[int, int, int, int]) -> Network:
             if axis is None:
                 raise
             network = network._replace(apply=_with_axis(network.apply, axis))
+
+
+def _typed(leaf):
+    """The same array without a weak type: a weak int32 becomes an int64 in float64's mode."""
+    weak = getattr(leaf, "weak_type", False)
+    return jax.lax.convert_element_type(leaf, leaf.dtype) if weak else leaf
 
 
 def _precision(variables):

@@ -1,7 +1,7 @@
-"""Moving averages that JAX keeps in several leaves, set so that they agree with PyTorch's one.
+"""State of training beside the statistics that PyTorch has, set as it is after many batches.
 
-Haiku and Equinox keep a running average beside its corrected value and a count of batches; in
-evaluation only the corrected value is read, so only that is matched.
+Haiku keeps a running average beside its corrected value and a count of batches; in evaluation only
+the corrected value is read, so only that is matched. Equinox keeps a flag of the first batch.
 """
 
 import jax.numpy as jnp
@@ -21,14 +21,20 @@ def settle(training: Graph, mapping: Mapping, leaves: dict):
       training: JAX's graph in training mode.
     """
     used = {piece.leaf for parts in mapping.pieces.values() for piece in parts}
-    moving = {p for p, v in training.leaves.items() if training.after[p] != v}
+    moving = training.moved()
+    flags = set()
     for path in used & moving:
         needed = training.leaves_above(training.after[path])
-        if path in needed:
-            continue
         for other in (needed & moving) - used:
-            if np.shape(leaves[other]) == np.shape(leaves[path]):
+            kind = jnp.result_type(leaves[other])
+            if kind == np.bool_:
+                flags.add(other)
+            elif path in needed:
+                continue
+            elif np.shape(leaves[other]) == np.shape(leaves[path]):
                 leaves[other] = leaves[path]
                 mapping.extra.pop(other, None)
-            elif jnp.issubdtype(jnp.result_type(leaves[other]), jnp.integer):
+            elif jnp.issubdtype(kind, jnp.integer):
                 leaves[other] = np.full_like(leaves[other], MANY)
+    for flag in flags:
+        leaves[flag] = np.logical_not(leaves[flag])

@@ -162,34 +162,41 @@ def _wide(written):
     return torch.float64 if written in NARROW else written
 
 
-def batch_norm(x, *leaves, training, momentum, eps, given, biased=False, detached=False) -> tuple:
+def batch_norm(x, *leaves, training, momentum, eps, given, biased=False, by=None) -> tuple:
     """BatchNorm as a pure function: (y, running mean after, running variance after).
 
     Args:
       leaves: weight, bias, running mean and variance, as far as they are given.
       given: which of the four are.
       biased: the running variance takes the biased variance of the batch.
-      detached: the statistics of the batch pass no gradient.
+      by: (x, running mean, running variance) -> the mean and variance that x is normalised by,
+        where these are not PyTorch's.
     """
     arrays = iter(leaves)
     weight, bias, mean, variance = (next(arrays) if part else None for part in given)
-    old = None if variance is None else variance.clone()
-    mean, variance = (None if a is None else a.clone() for a in (mean, variance))
+    old = mean, variance
+    mean, variance = (None if a is None else a.clone() for a in old)
     y = F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
     if biased and training and variance is not None:
         n = x.numel() / x.shape[1]
-        variance = (1 - momentum) * old + (variance - (1 - momentum) * old) * (n - 1) / n
-    if detached:
-        y = _detached_batch_norm(x, weight, bias, eps)
+        kept = (1 - momentum) * old[1]
+        variance = kept + (variance - kept) * (n - 1) / n
+    if by:
+        y = _normalised(x, *by(x, *old), weight, bias, eps)
     return y, mean, variance
 
 
-def _detached_batch_norm(x, weight, bias, eps):
-    axes = [a for a in range(x.ndim) if a != 1]
+def _normalised(x, mean, variance, weight, bias, eps):
+    """As F.batch_norm in evaluation, which passes no gradient to the statistics."""
     shape = [1, -1, *[1] * (x.ndim - 2)]
-    mean, variance = x.mean(axes).detach(), x.var(axes, unbiased=False).detach()
-    scale = weight * (variance + eps).rsqrt()
-    return (x - mean.reshape(shape)) * scale.reshape(shape) + bias.reshape(shape)
+    y = (x - mean.reshape(shape)) * (variance + eps).rsqrt().reshape(shape)
+    return y if weight is None else y * weight.reshape(shape) + bias.reshape(shape)
+
+
+def batch_statistics(x, correction: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of each channel, divided by n - correction."""
+    axes = [a for a in range(x.ndim) if a != 1]
+    return x.mean(axes), x.var(axes, correction=correction)
 
 
 def batch_norm_of(operation: Operation, options: dict):

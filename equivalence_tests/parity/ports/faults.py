@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from equivalence_tests.parity import tolerances
 from equivalence_tests.parity.ports import exported, statistics, traces, variants
 from equivalence_tests.parity.ports.graph import Graph, Operation
@@ -123,6 +125,31 @@ def own_parameters(walk: Walk, mapping: Mapping) -> list[Fault]:
     ]
 
 
+COUNTED = "evaluation depends on a state of training that PyTorch does not have"
+
+
+def counted(evaluation: Walk, training: Walk, mapping: Mapping) -> list[Fault]:
+    """State that evaluation reads, that each training step changes, and that PyTorch has not.
+
+    Equinox's BatchNorm divides its statistics by a function of the number of steps, for example.
+    """
+    graph, after = evaluation.subject, traces.after_step(training)
+    placed = {piece.leaf for parts in mapping.pieces.values() for piece in parts}
+    moved = training.subject.moved() - placed
+    found = sorted(moved & graph.leaves_above(graph.logits))
+    if not found:
+        return []
+    kept = evaluation.leaves
+    leaves = kept | {p: np.asarray(after[p], kept[p].dtype) for p in found}
+    start = {value: leaves[path] for path, value in graph.leaves.items()}
+    start[graph.images] = evaluation.of_jax[graph.images]
+    logits = graph.evaluate(start, graph.needed([graph.logits]))[graph.logits]
+    error = tolerances.relative_error(logits, evaluation.of_jax[graph.logits])
+    if error <= tolerances.PORT:
+        return []
+    return [Fault(path, "evaluation", "forward", error, [COUNTED]) for path in found]
+
+
 def gradient(graph: Graph, given, walk, names, got, wrong, mode: str) -> tuple[Fault, bool]:
     """The fault of gradients that differ although every forward pass agrees.
 
@@ -155,7 +182,7 @@ def _without_gradients(graph: Graph, bad: set[str]) -> Iterator[tuple[str, str, 
         operation = graph.operations[index]
         name = operation.module or operation.name
         if operation.name == exported.BATCH_NORM and operation.options["training"]:
-            run = exported.batch_norm_of(operation, {"detached": True})
+            run = exported.batch_norm_of(operation, {"by": _detached})
             yield name, "the statistics of the batch pass no gradient", _with(graph, index, run)
         for position in range(len(operation.inputs)):
             if tried < MOST_GRADIENTS and bad & _above(graph, operation.inputs[position]):
@@ -163,6 +190,10 @@ def _without_gradients(graph: Graph, bad: set[str]) -> Iterator[tuple[str, str, 
                 run = functools.partial(_stopped, operation.run, position)
                 reason = f"no gradient passes back through {operation.name}"
                 yield name, reason, _with(graph, index, run)
+
+
+def _detached(x, *_):
+    return (statistic.detach() for statistic in exported.batch_statistics(x))
 
 
 def _above(graph: Graph, value: int) -> set[str]:

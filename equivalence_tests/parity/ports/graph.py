@@ -77,21 +77,25 @@ class Graph(NamedTuple):
         read = self._read(value)
         return {name for name, leaf in self.leaves.items() if leaf in read}
 
+    def moved(self) -> set[str]:
+        """Names of the leaves that the forward pass changes."""
+        return {name for name, value in self.leaves.items() if self.after[name] != value}
+
     def reads_images(self, value: Value) -> bool:
         """True if a value is computed from the images."""
         return self.images in self._read(value)
 
     def evaluate(self, values: dict[Value, Any], indices: Iterable[int], replaced=None) -> dict:
-        """Adds the outputs of these operations to `values`, which is returned.
+        """Adds the constants and the outputs of these operations to `values`, which is returned.
 
         Args:
           values: the arrays that the operations start from.
           replaced: {index of an operation: a function in its place}.
         """
+        values.update(self.constants)
         for index in indices:
             operation = self.operations[index]
             run = (replaced or {}).get(index, operation.run)
-            arrays = [self.constants.get(v) if v in self.constants else values[v]
-                      for v in operation.inputs]  # fmt: skip
+            arrays = [values[v] for v in operation.inputs]
             values.update(zip(operation.outputs, run(*arrays), strict=True))
         return values

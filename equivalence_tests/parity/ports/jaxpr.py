@@ -115,7 +115,9 @@ class _Flat:
         env |= {v: self.constant(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
 
         def read(atom):
-            return self.constant(atom.val) if isinstance(atom, core.Literal) else env[atom]
+            if isinstance(atom, core.Literal):
+                return self.constant(np.asarray(atom.val, atom.aval.dtype))
+            return env[atom]
 
         for equation in jaxpr.eqns:
             outputs = self._equation(equation, [read(atom) for atom in equation.invars])

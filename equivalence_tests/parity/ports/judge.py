@@ -156,8 +156,8 @@ class _Pair:
     def _statistics(self) -> tuple[list[str], list[str]]:
         """PyTorch's buffers, and the JAX leaves that training changes."""
         training = self.subject["training"]
-        changed = [p for p, v in training.leaves.items() if training.after[p] != v]
-        return [name for name, _ in self.net.named_buffers()], changed
+        moved = training.moved()
+        return [n for n, _ in self.net.named_buffers()], [p for p in training.leaves if p in moved]
 
     def follow(self, mapping: Mapping):
         """Walks in training mode along the mapping."""
@@ -186,6 +186,7 @@ class _Pair:
             part, rows[mode], whole = _one_mode(self.network, walk, self.given, mapping, mode)
             found, explained = found + part, explained and whole
         found += faults.own_parameters(self.walks["evaluation"], mapping)
+        found += faults.counted(self.walks["evaluation"], self.walks["training"], mapping)
         if explained:  # every tensor agrees, so every assignment is confirmed
             mapping.ambiguous.clear()
         hidden = cases.faults(self.state, self.standard["evaluation"], self.images)

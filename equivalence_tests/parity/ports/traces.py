@@ -13,15 +13,6 @@ from equivalence_tests.parity.ports.graph import Graph
 from equivalence_tests.parity.ports.matching import Mapping
 from equivalence_tests.parity.ports.walk import Walk
 
-UNFUSED = {"xla_disable_hlo_passes": "fusion", "xla_backend_optimization_level": 0}
-"""Compiler options of a gradient.
-
-JAX's gradient of a maximum looks for the values that equal it. A fused program computes such a
-value a second time with another rounding (a fused multiply-add), finds none, and passes no
-gradient: a global max-pool behind a BatchNorm loses a third of its gradient on a CPU. A gradient
-is computed once, so that optimising its code would take longer than running it.
-"""
-
 
 class Inputs(NamedTuple):
     """What both sides run on."""
@@ -111,7 +102,13 @@ def of_jax(
 
 
 def _differentiated(apply, variables, given: Inputs, *, train: bool):
-    """The loss, and its gradients by path and for the images."""
+    """The loss, and its gradients by path and for the images.
+
+    Every operation runs by itself. JAX's gradient of a maximum looks for the values that equal it.
+    A fused program computes such a value a second time with another rounding (a fused
+    multiply-add), finds none, and passes no gradient: a global max-pool behind a BatchNorm loses a
+    third of its gradient on a CPU.
+    """
     tree = jax.tree.structure(variables)
     paths = list(given.leaves)
     floats = {p: jnp.asarray(a) for p, a in given.leaves.items()
@@ -123,8 +120,9 @@ def _differentiated(apply, variables, given: Inputs, *, train: bool):
         chosen = jax.nn.log_softmax(logits.astype(jnp.float64))
         return -chosen[np.arange(len(given.labels)), given.labels].mean()
 
-    run = jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1)), compiler_options=UNFUSED)
-    loss, (found, images) = run(floats, jnp.asarray(given.images))
+    with jax.disable_jit():
+        run = jax.value_and_grad(loss_of, argnums=(0, 1))
+        loss, (found, images) = run(floats, jnp.asarray(given.images))
     return loss, found, images
 
 

@@ -215,20 +215,22 @@ def modes(operation: Operation) -> Iterator[Variant]:
 
 
 def unbiased(operation: Operation) -> Iterator[Variant]:
-    if not operation.options["training"]:
-        return
+    if operation.options["training"]:
+        reason = "BatchNorm normalises by the unbiased variance of the batch"
+        yield _batch_norm(operation, reason, by=lambda x, *_: exported.batch_statistics(x, 1))
 
-    def run(x, *leaves):
-        y, *after = exported.batch_norm(x, None, None, *leaves[2:], **operation.options)
-        n = x.numel() / x.shape[1]
-        variance = x.var((0, 2, 3), unbiased=False) if x.ndim == 4 else x.var(0, unbiased=False)
-        eps = operation.options["eps"]
-        factor = ((variance + eps) / (variance * n / (n - 1) + eps)).sqrt()
-        shape = [1, -1, *[1] * (x.ndim - 2)]
-        y = y * (factor * leaves[0]).reshape(shape) + leaves[1].reshape(shape)
-        return y, *after
 
-    yield Variant("BatchNorm normalises by the unbiased variance of the batch", run)
+def averaged(operation: Operation) -> Iterator[Variant]:
+    """Training that normalises by the running statistics after the batch, as Equinox's does."""
+    if operation.options["training"]:
+        for share in dict.fromkeys((operation.options["momentum"], 0.1, 0.01, 0.001)):
+            reason = f"BatchNorm normalises by averages of which the batch is {share:g}"
+            yield _batch_norm(operation, reason, by=functools.partial(_blended, share))
+
+
+def _blended(share: float, x, *running):
+    pairs = zip(running, exported.batch_statistics(x), strict=True)
+    return [(1 - share) * old + share * new for old, new in pairs]
 
 
 def activations(operation: Operation) -> Iterator[Variant]:
@@ -303,7 +305,7 @@ VARIANTS: dict[str, tuple[Callable[[Operation], Iterator[Variant]], ...]] = {
     "max_pool2d": (max_pools,),
     "avg_pool2d": (average_pools,),
     "adaptive_avg_pool2d": (global_pools,),
-    exported.BATCH_NORM: (epsilons, modes, unbiased),
+    exported.BATCH_NORM: (epsilons, modes, unbiased, averaged),
     "layer_norm": (epsilons,),
     "group_norm": (epsilons,),
     "relu": (activations,),
