@@ -8,6 +8,7 @@ from torch import nn
 from flax_resnet.config import ModelConfig, nearest
 from flax_resnet.errors import InputError
 from torch_ref.cnn import BasicCNN
+from torch_ref.grouped_norm import in_groups
 from torch_ref.resnet import CIFAR, CONSTRUCTORS, projection
 
 __all__ = ["create_model", "list_models"]
@@ -56,6 +57,7 @@ def create_model(
     zero_init_residual: bool = False,
     shortcut: str | None = None,
     stochastic_depth: float = 0.0,
+    batch_norm_images: int | None = None,
 ) -> nn.Module:
     """A freshly initialised network from images [B, in_channels, H, W] to logits [B, num_classes].
 
@@ -69,6 +71,8 @@ def create_model(
         convolution and BatchNorm) for the CIFAR five; the other networks take None only.
       stochastic_depth: probability of dropping the last residual block's branch for an image; that
         of the others rises from 0 in equal steps.
+      batch_norm_images: consecutive images that share BatchNorm's statistics in training; None: all
+        of a batch.
 
     Raises:
       InputError: an unknown name, or a choice that the network does not have.
@@ -83,13 +87,16 @@ def create_model(
             raise InputError("`zero_init_residual`: basic_cnn has no residual blocks")
         if stochastic_depth:
             raise InputError("`stochastic_depth`: basic_cnn has no residual blocks")
+        if batch_norm_images:
+            raise InputError("`batch_norm_images`: basic_cnn has no BatchNorm")
         return BasicCNN(**options)
     if has_stem_choice(name):
         options["stem"] = stem or "imagenet"
     if shortcut == "projection":
         options["shortcut"] = projection
     options |= {"zero_init_residual": zero_init_residual, "stochastic_depth": stochastic_depth}
-    return CONSTRUCTORS[name](**options)
+    model = CONSTRUCTORS[name](**options)
+    return in_groups(model, batch_norm_images) if batch_norm_images else model
 
 
 def create_from_config(config: ModelConfig, in_channels: int) -> nn.Module:
@@ -104,5 +111,6 @@ def create_from_config(config: ModelConfig, in_channels: int) -> nn.Module:
         zero_init_residual=config.zero_init_residual,
         shortcut=config.shortcut,
         stochastic_depth=config.stochastic_depth,
+        batch_norm_images=config.batch_norm_images,
     )
     return model.double() if config.dtype == "float64" else model

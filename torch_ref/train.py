@@ -25,7 +25,7 @@ LACKING = ("weights_key", "ema", "freeze_backbone", "skip_nonfinite", "on_bad_im
 
 WITHOUT_EFFECT = (
     "log_steps", "checkpoint_epochs", "compilation_cache", "cache", "cache_gib",
-    "parallel", "devices", "shard_parameters", "steps_per_dispatch", "kernels",
+    "parallel", "devices", "shard_parameters", "reduce_dtype", "steps_per_dispatch", "kernels",
 )  # fmt: skip
 """Fields that it lacks and that change results by rounding at most."""
 

@@ -67,43 +67,35 @@ def _bars_of(mode: str, rows: list[dict]) -> tuple[list[str], list, list | None,
     return names, [row["images_per_second"] for row in rows], errors, "images/s"
 
 
-def scaling(path: Path, gpus: list[int], rows: list[dict], fabrics: dict[str, str]):
-    """Write predicted efficiency over the number of GPUs, a panel per fabric, a line per network.
+def scaling(path: Path, rows: list[dict], statistics: dict[str, str]):
+    """Write the share of computation over the number of devices, a line per card and statistics.
 
     Args:
-      gpus: numbers of GPUs, in ascending order.
-      rows: arch, efficiency: {fabric: a share for each of gpus}.
-      fabrics: {fabric: title of its panel}.
+      rows: target, devices, statistics, share_of_computation; the devices in ascending order.
+      statistics: {name: whose images they are, in words}.
     """
-    figure, axes = plt.subplots(1, len(fabrics), figsize=(13, 4.8), sharey=True)
-    colours = plt.get_cmap("viridis")
-    for axis, fabric in zip(axes, fabrics, strict=True):
-        ordered = sorted(rows, key=lambda row: -row["efficiency"][fabric][-1])
-        for number, row in enumerate(ordered):
-            colour = colours(number / len(ordered))
-            axis.plot(gpus, row["efficiency"][fabric], color=colour, linewidth=1.5)
-        axis.set_xscale("log", base=2)
-        axis.set_xlim(1, gpus[-1] * 24)  # for the names beside the ends
-        _name_lines(axis, gpus, ordered, fabric)
-        axis.set_xticks(gpus[::2], [f"{count:,}" for count in gpus[::2]])
-        axis.set(xlabel="GPUs", title=fabrics[fabric], ylim=(0, 1.02))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("efficiency (weak scaling)")
-    figure.suptitle("Predicted, not measured: efficiency of a training step on many GPUs")
+    figure, axis = plt.subplots(figsize=(8, 4.8))
+    for card, marker in zip(dict.fromkeys(_card(row) for row in rows), "os^", strict=False):
+        for name, words in statistics.items():
+            own = [r for r in rows if _card(r) == card and (r["statistics"] == name or
+                                                            r["devices"] == 1)]  # fmt: skip
+            axis.plot(
+                [row["devices"] for row in own],
+                [row["share_of_computation"] for row in own],
+                label=f"{card}, statistics of {words}",
+                marker=marker,
+                linestyle="-" if name == "device" else "--",
+            )
+    counts = sorted({row["devices"] for row in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(counts, [f"{count:,}" for count in counts])
+    axis.set(xlabel="devices", ylabel="share of computation in a step", ylim=(0, 1.02))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    axis.set_title("Compiled programs and assumed links, nothing run and nothing overlapped")
     figure.tight_layout()
     save(figure, path)
 
 
-def _name_lines(axis, gpus, rows, fabric):
-    """Write names of networks at the ends of their lines; for close lines, one name and a count."""
-    groups = []
-    for row in rows:
-        end = row["efficiency"][fabric][-1]
-        if groups and groups[-1][0] - end < 0.035:
-            groups[-1][1].append(row["arch"])
-        else:
-            groups.append((end, [row["arch"]]))
-    for end, names in groups:
-        more = f" + {len(names) - 1}" if len(names) > 1 else ""
-        axis.annotate(names[0] + more, (gpus[-1], end), xytext=(4, 0), fontsize=7,
-                      textcoords="offset points", va="center")  # fmt: skip
+def _card(row: dict) -> str:
+    return row["target"].partition(":")[0]

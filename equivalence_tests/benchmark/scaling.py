@@ -1,141 +1,154 @@
-"""Predicts the communication and the scaling efficiency of a training step on many GPUs.
+"""A training step on 1 to 1,024 GPUs and 1 to 256 TPU chips, as XLA compiles it for them.
 
-    python -m equivalence_tests.benchmark.scaling  # results/scaling.json and .png
+    nice python -m equivalence_tests.benchmark.scaling       # results/scaling.json and .png
+    nice python -m equivalence_tests.benchmark.scaling --only h100:8 --again
 
-Bytes and numbers of all-reduces come from the model; `test_compiled.py` checks them in the compiled
-program. Seconds come from the assumptions below; nothing here has run on a GPU.
+Programs, memory, bytes and collectives are compiled facts. Seconds of an exchange follow from the
+assumptions below; no program has run. Each program takes minutes to compile and is written as soon
+as it is there; a second call goes on with those that are missing.
 """
 
-import math
+import argparse
 import sys
-from typing import NamedTuple
-
-import jax
-from flax import nnx
+from collections.abc import Iterator
 
 from equivalence_tests import results
-from equivalence_tests.benchmark import charts, roofline
-from flax_resnet import list_models
-from flax_resnet.models import create_model
-from flax_resnet.models.layers import BatchNorm
+from equivalence_tests.benchmark import charts
+from flax_resnet.commands import cli
+from flax_resnet.config import TrainConfig
+from flax_resnet.devices import program, targets
+from flax_resnet.runs import environment
+from flax_resnet.training import ahead
 
-GPUS = tuple(2**n for n in range(11))
-BATCH_PER_GPU = 128
-GPUS_PER_HOST = 8
-CEILINGS = {"flops": 989e12, "bytes": 3.35e12}  # a second
-NVLINK, INFINIBAND = 450e9, 50e9  # bytes a second and GPU, in each direction
-START, NVLINK_HOP, INFINIBAND_HOP = 10e-6, 2e-6, 8e-6  # seconds
-FABRICS = {
-    "nvlink": "NVLink between all",
-    "infiniband": "InfiniBand between all",
-    "hosts": f"hosts of {GPUS_PER_HOST} with NVLink, InfiniBand between",
+ARCH, SIZE, CLASSES = "resnet50", 224, 1000
+IMAGES = 128  # on each device
+TARGETS = ("h100", "h100:8", "h100:128x8", "h100:8x8", "v5e", "v5e:2x2", "v5e:16x16")
+STATISTICS = {"device": "the images of each device", "batch": "the whole batch"}
+"""BatchNorm's statistics: those of groups of as many images as a device has, or the default."""
+
+LINKS = {
+    "nvlink": (450e9, 2e-6),
+    "infiniband": (50e9, 8e-6),
+    "ici": (100e9, 1e-6),
 }
+"""{link: (bytes a second in each direction of a device, seconds of every doubling of devices)}"""
+
+START = 10e-6  # seconds
 ASSUMPTIONS = {
-    "status": "a prediction from the model and data sheets; nothing of it was measured on GPUs",
-    "scaling": f"weak: {BATCH_PER_GPU} images a GPU however many there are, bfloat16 computation,"
-    " gradients and statistics exchanged in float32",
-    "images": "224 pixels and 1,000 classes for torchvision's ten networks, 32 pixels and 10"
-    " classes for the others",
-    "gpu": "H100 SXM at its data sheet's 989 TFLOP/s (bfloat16, dense) and 3.35 TB/s: a step takes"
-    " its roofline floor (roofline.py). Real steps take longer, which makes real efficiency higher",
-    "nvlink": "450 GB/s a GPU and direction (NVLink 4). As a fabric of its own: all GPUs in one"
-    " NVLink domain, which is built up to 8 GPUs a host and to 256 with NVLink switches",
-    "infiniband": "50 GB/s a GPU and direction: one NDR 400 Gb/s adapter a GPU, no"
-    " oversubscription",
-    "hosts": f"hosts of {GPUS_PER_HOST} GPUs with NVLink inside and InfiniBand between them:"
-    " reduce-scatter inside, all-reduce of the parts between hosts, all-gather inside",
+    "status": "bytes, memory and collectives are those of compiled programs; the seconds of an"
+    " exchange follow from the assumptions here, and nothing was run",
+    "scaling": f"weak: {ARCH}, {SIZE} pixels, {IMAGES} images a device however many there are,"
+    " bfloat16 computation",
+    "bound": "no kernel is faster than its bytes over the bandwidth and its FLOPs over the peak of"
+    " the data sheet. Real steps take longer, which makes the share of the exchange smaller",
+    "nvlink": "450 GB/s in each direction, half of the 900 GB/s of NVIDIA's H100 data sheet",
+    "infiniband": "50 GB/s in each direction: one NDR adapter of 400 Gb/s for every GPU, as in"
+    " NVIDIA's DGX H100 data sheet",
+    "ici": "100 GB/s in each direction, half of the 1,600 Gb/s of Google Cloud's page on TPU v5e",
+    "hosts": "GPUs in hosts of 8: reduce-scatter inside, all-reduce of the parts between hosts,"
+    " all-gather inside",
     "all_reduce": "a ring at full bandwidth: 2 (n - 1) / n times the bytes",
-    "latency_seconds": "of every all-reduce: 10e-6 to start, 2e-6 for every doubling of the GPUs"
-    " over NVLink, 8e-6 over InfiniBand (assumed)",
-    "overlap": "none: gradients are exchanged in one all-reduce after the backward pass, as the"
-    " compiled program does; BatchNorm's sums have to be there before the next layer",
+    "latency_seconds": "of every all-reduce 10e-6 to start, and for every doubling of the devices"
+    " 2e-6 over NVLink, 8e-6 over InfiniBand, 1e-6 between TPU chips; assumed without a source",
+    "overlap": "none, though a compiler may hide the exchange of gradients behind the backward"
+    " pass; BatchNorm's sums have to be there before the next layer",
     "left_out": "reading images, evaluation, checkpoints, processes that wait for the slowest",
 }
 
 
-class Exchange(NamedTuple):
-    """The all-reduces of one training step, on any number of devices."""
-
-    statistics: tuple[int, ...]
-    """Bytes of each all-reduce of BatchNorm: two forward and one backward per layer."""
-
-    gradients: int
-    """Bytes of the last all-reduce: the other gradients, loss and accuracy."""
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all all-reduces."""
-        return sum(self.statistics) + self.gradients
-
-    @property
-    def times(self) -> int:
-        """Number of all-reduces."""
-        return len(self.statistics) + 1
-
-
-def exchange(arch: str, num_classes: int) -> Exchange:
-    """The all-reduces of a network's training step, in float32.
-
-    Each channel of a BatchNorm needs three sums forward and two backward. The forward sums take two
-    all-reduces, because the second needs the result of the first. The backward sums are also the
-    gradients of bias and scale.
-    """
-    model = nnx.eval_shape(lambda: create_model(arch, num_classes))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    layers = [m for _, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)]
-    channels = [math.prod(layer.scale.shape) for layer in layers]
-    statistics = tuple(4 * passes * size for size in channels for passes in (1, 2, 2))
-    return Exchange(statistics, 4 * (parameters - 2 * sum(channels) + 2))
+def row(target: targets.Target, statistics: str) -> dict:
+    """Compile the step for a target."""
+    batch_size = IMAGES * target.num_devices
+    model = {"arch": ARCH, "num_classes": CLASSES, "dtype": "bfloat16", "stem": "imagenet"}
+    model["batch_norm_images"] = IMAGES if statistics == "device" else None
+    config = {"batch_size": batch_size, "data": {"image_size": SIZE}, "model": model}
+    config = cli.merge(TrainConfig(), config | {"augment": {"random_crop": 0}})
+    made = ahead.Plan(config, ahead.Data((SIZE, SIZE, 3), resident=0), target).compile()
+    alone = [k for k in made.kernels if k.kind not in program.COLLECTIVES]
+    found = {
+        "target": target.name,
+        "devices": target.num_devices,
+        "statistics": statistics,
+        "argument_bytes": made.argument_bytes,
+        "temporary_bytes": made.temporary_bytes,
+        "bytes_per_step": made.bytes,
+        "collectives": program.collectives(made.kernels),
+        "bound_seconds_without_exchange": sum(k.times * ahead.bound(k, target.card) for k in alone),
+        "compile_seconds": round(made.seconds),
+        "revision": environment.revision(),
+    }
+    return found | derived(found)
 
 
-def all_reduce_seconds(size: int, gpus: int, fabric: str) -> float:
-    """Seconds of an all-reduce of `size` bytes among `gpus` GPUs, by ASSUMPTIONS."""
-    inside = {"nvlink": gpus, "infiniband": 1, "hosts": min(gpus, GPUS_PER_HOST)}[fabric]
-    between = gpus // inside
-    if gpus == 1:
-        return 0.0
-    latency = START + NVLINK_HOP * math.log2(inside) + INFINIBAND_HOP * math.log2(between)
-    ring = 2 * (inside - 1) / inside * size / NVLINK
-    return latency + ring + 2 * (between - 1) / between * size / inside / INFINIBAND
-
-
-def efficiency(arch: str, image_size: int, num_classes: int) -> dict:
-    """The row of a network: its all-reduces, and {fabric: efficiency for each of GPUS}."""
-    layers = roofline.layers(arch, stem=None, num_classes=num_classes, image_size=image_size)
-    alone = roofline.floor_seconds(layers, "train", BATCH_PER_GPU, 2, CEILINGS)
-    step = exchange(arch, num_classes)
-
-    def share(gpus, fabric):
-        sizes = (*step.statistics, step.gradients)
-        return alone / (alone + sum(all_reduce_seconds(size, gpus, fabric) for size in sizes))
-
+def derived(found: dict) -> dict:
+    """What follows from a compiled row by `ASSUMPTIONS`."""
+    target = targets.parse(found["target"])
+    seconds = sum(
+        each["count"] * latency(target) + each["bytes"] * seconds_of_a_byte(target)
+        for each in found["collectives"]
+    )
+    alone = found["bound_seconds_without_exchange"]
     return {
-        "arch": arch,
-        "image_size": image_size,
-        "num_classes": num_classes,
-        "step_seconds_alone": alone,
-        "all_reduces": step.times,
-        "bytes": step.bytes,
-        "bytes_statistics": sum(step.statistics),
-        "efficiency": {
-            fabric: [round(share(gpus, fabric), 4) for gpus in GPUS] for fabric in FABRICS
-        },
+        "exchange_seconds": seconds,
+        "share_of_computation": round(alone / (alone + seconds), 4),
     }
 
 
-def settings(arch: str) -> tuple[int, int]:
-    """Image size and number of classes of a network."""
-    small = arch in ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "basic_cnn")
-    return (32, 10) if small else (224, 1000)
+def _rings(target: targets.Target) -> Iterator[tuple[int, float, float]]:
+    """(devices, bytes a second, seconds of a doubling) of each ring of an all-reduce. The second
+    one, between hosts, has a part of the bytes for each device of a host."""
+    if target.card.platform == "tpu":
+        yield target.num_devices, *LINKS["ici"]
+        return
+    hosts, inside = target.shape
+    bandwidth, doubling = LINKS["infiniband"]
+    yield inside, *LINKS["nvlink"]
+    yield hosts, bandwidth * inside, doubling
+
+
+def latency(target: targets.Target) -> float:
+    """Seconds of an all-reduce of nothing."""
+    hops = sum((count - 1).bit_length() * doubling for count, _, doubling in _rings(target))
+    return START + hops
+
+
+def seconds_of_a_byte(target: targets.Target) -> float:
+    """Seconds that every byte of an all-reduce adds."""
+    return sum(2 * (count - 1) / count / bandwidth for count, bandwidth, _ in _rings(target))
+
+
+def wanted(only: list[str]) -> Iterator[tuple[targets.Target, str]]:
+    """The programs to compile; one device has one kind of statistics."""
+    for name in only:
+        target = targets.parse(name)
+        for statistics in ("batch",) if target.num_devices == 1 else STATISTICS:
+            yield target, statistics
+
+
+def write(rows: list[dict]):
+    """Write the results file and its picture."""
+    rows = sorted(rows, key=lambda row: (row["target"].partition(":")[0], row["devices"]))
+    results.write("scaling", {"assumptions": ASSUMPTIONS, "rows": rows})
+    charts.scaling(results.FOLDER / "scaling.png", rows, STATISTICS)
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    how = {"nargs": "+", "metavar": "TARGET", "default": TARGETS}
+    parser.add_argument("--only", help="only these targets", **how)
+    parser.add_argument("--again", action="store_true", help="compile what is there already, too")
+    return parser.parse_args()
 
 
 def main():
-    rows = [efficiency(arch, *settings(arch)) for arch in list_models()]
-    results.write("scaling", {"assumptions": ASSUMPTIONS, "gpus": GPUS, "rows": rows})
-    charts.scaling(results.FOLDER / "scaling.png", GPUS, rows, FABRICS)
-    for row in rows:
-        last = {fabric: values[-1] for fabric, values in row["efficiency"].items()}
-        print(f"{row['arch']:16} {row['all_reduces']:4} {row['bytes'] / 1e6:8.1f} MB", last)
+    args = parse()
+    rows = {(row["target"], row["statistics"]): row for row in results.read("scaling")["rows"]}
+    for target, statistics in wanted(args.only):
+        key = target.name, statistics
+        if args.again or key not in rows:
+            rows[key] = row(target, statistics)
+            write(list(rows.values()))
+            print(rows[key], flush=True)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,28 @@ def _count_of_the_shard(self, x):
     return mean, var, math.prod(x.shape[:-1])
 
 
+def _strided_groups(self, x):
+    """Takes every so many-th image into a group instead of consecutive ones."""
+    count = len(x) // self.group_size
+    dealt = jnp.concatenate([x[first::count] for first in range(count)])
+    out, *statistics = _OF_GROUPS(self, dealt)
+    back = out.reshape(count, self.group_size, *x.shape[1:]).swapaxes(0, 1)
+    return back.reshape(x.shape), *statistics
+
+
+def _variance_over_groups(self, x):
+    out, mean, _, count = _OF_GROUPS(self, x)
+    return out, mean, x.var(tuple(range(x.ndim - 1))), count
+
+
+def _count_of_the_batch(self, x):
+    out, mean, var, count = _OF_GROUPS(self, x)
+    return out, mean, var, count * (len(x) // self.group_size)
+
+
+_OF_GROUPS = layers.BatchNorm._of_groups
+
+
 def _conv(edit, **options):
     return LayerFault(kind=nnx.Conv, edit=edit, **options)
 
@@ -422,6 +444,25 @@ MUTANTS = [
         difference="33c",
         what="n / (n - 1) uses the n of one device instead of all devices",
         patches=[(layers.BatchNorm, "_batch_statistics", _count_of_the_shard)],
+    ),
+    Mutant(
+        name="BatchNorm groups of every n-th image",
+        difference="33e",
+        what="a group of BatchNorm's statistics is every n-th image instead of consecutive ones",
+        patches=[(layers.BatchNorm, "_of_groups", _strided_groups)],
+    ),
+    Mutant(
+        name="running variance across groups",
+        difference="33f",
+        what="the running variance of groups is that of the whole batch, distances of their means"
+        " included",
+        patches=[(layers.BatchNorm, "_of_groups", _variance_over_groups)],
+    ),
+    Mutant(
+        name="n of all groups",
+        difference="33g",
+        what="n / (n - 1) uses the n of the whole batch instead of the group",
+        patches=[(layers.BatchNorm, "_of_groups", _count_of_the_batch)],
     ),
     Mutant(
         name="BatchNorm momentum stuck at 0",

@@ -82,6 +82,13 @@ def test_projection_shortcuts_of_the_cifar_nets():
     assert too_large(case) == [] and too_large(case, train=False) == []
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("kernels", ["auto", "library"])
+def test_statistics_of_groups_of_images(kernels):
+    case = make_case("resnet20", batch=6, batch_norm_images=3, kernels=kernels)
+    assert too_large(case) == [] and too_large(case, train=False) == []
+
+
 def without_norm(self, x):
     convolution, norm = self.layers
     out = convolution(x)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from jax import lax
 from scipy import stats
 from torch import nn
 
@@ -20,10 +21,12 @@ import torch_ref
 import torch_ref.losses
 import torch_ref.resnet
 from equivalence_tests.parity import inputs, tolerances
+from flax_resnet.errors import InputError
 from flax_resnet.models import layers, resnet
 from flax_resnet.models.summary import recorded_activations
 from flax_resnet.training import losses
 from torch_ref import checkpoint
+from torch_ref.grouped_norm import GroupedBatchNorm2d
 
 pytestmark = pytest.mark.quick
 
@@ -112,6 +115,43 @@ def test_batch_norm_of_a_batch_on_two_devices(x64):
     np.testing.assert_allclose(mean, theirs.running_mean, rtol=tolerances.FORWARD)
     np.testing.assert_allclose(var, theirs.running_var, rtol=tolerances.FORWARD)
     assert int(count) == int(theirs.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("kernels", ["auto", "library"])
+@pytest.mark.parametrize("devices, group_size", [(1, 4), (2, 2), (2, 4), (4, 4), (4, 8)])
+def test_batch_norm_of_groups_of_images(devices, group_size, kernels, x64):
+    """A device has several groups, one, or a part of one."""
+    x, x_torch = random_images(8, 2, 3, 5)
+    rising = np.arange(8.0).reshape(-1, 1, 1, 1)
+    x, x_torch = x + rising, (x_torch + torch.tensor(rising)).requires_grad_()
+    theirs = GroupedBatchNorm2d(5, group_size).double()
+
+    def ours(x):
+        norm = layers.BatchNorm(
+            5, axis_name="data", group_size=group_size, param_dtype=jnp.float64, kernels=kernels
+        )
+        return norm(x), lax.pmean((norm.mean[...], norm.var[...]), "data")
+
+    mesh, rows = jax.sharding.Mesh(jax.devices()[:devices], ("data",)), jax.P("data")
+    shared = jax.shard_map(
+        ours, mesh=mesh, in_specs=rows, out_specs=(rows, jax.P()), check_vma=False
+    )
+    got, gradient_of, (mean, var) = jax.vjp(jax.jit(shared), x, has_aux=True)
+    expected, weights = theirs(x_torch), np.sin(np.arange(x.size)).reshape(x.shape)
+    expected.backward(torch.tensor(weights.transpose(0, 3, 1, 2)))
+    assert_equal(got, expected)
+    assert_equal(gradient_of(jnp.asarray(weights))[0], x_torch.grad)
+    np.testing.assert_allclose(mean, theirs.running_mean, rtol=tolerances.FORWARD)
+    np.testing.assert_allclose(var, theirs.running_var, rtol=tolerances.FORWARD)
+
+
+def test_groups_that_devices_or_images_cannot_form_are_refused():
+    norm = layers.BatchNorm(3, group_size=3)
+    with pytest.raises(InputError, match="4 images cannot be divided into groups of 3"):
+        norm(jnp.ones((4, 2, 2, 3)))
+    norm = layers.BatchNorm(3, axis_name="data", group_size=3)
+    with pytest.raises(InputError, match="2 devices with 2 images each cannot share groups of 3"):
+        jax.vmap(norm, axis_name="data")(jnp.ones((2, 2, 2, 2, 3)))
 
 
 MANY = 200_000

@@ -52,19 +52,22 @@ def run(
     steps_per_dispatch: int = 1,
     share_statistics=True,
     shard=False,
+    group=None,
 ) -> dict:
     """{name: value} after five steps: every metric of every step and the whole state.
 
     Args:
       depth: blocks in each of the three stages; the whole network has `COLOURS` too.
+      group: images that share BatchNorm's statistics; None: the whole batch.
     """
     config = cli.merge(TrainConfig(), CONFIG)
+    config = cli.merge(config, {"model": {"batch_norm_images": group}} if group else {})
     config = cli.merge(config, {"augment": COLOURS} if depth == WHOLE else {})
     engine = Engine(ParallelConfig(parallel=mode, devices=devices, shard_parameters=shard))
     model = ResNet(
         BasicBlock, (depth,) * 3, 5, planes=16, stem="cifar", projection=False,
         dropout=config.model.dropout, param_dtype=np.float64, rngs=nnx.Rngs(0),
-        bn_axis_name=engine.axis_name if share_statistics else None,
+        bn_axis_name=engine.axis_name if share_statistics else None, batch_norm_images=group,
     )  # fmt: skip
     network = Network(model)
     train_step = steps.make_train_step(
@@ -89,8 +92,8 @@ def run(
 
 
 @functools.cache
-def one_device(depth: int = 1) -> dict:
-    return run("jit", 1, depth)
+def one_device(depth: int = 1, group: int | None = None) -> dict:
+    return run("jit", 1, depth, group=group)
 
 
 @pytest.mark.parametrize("depth", [1, pytest.param(WHOLE, marks=pytest.mark.slow)])
@@ -103,6 +106,30 @@ def test_the_number_of_devices_does_not_matter(depth, mode, devices, x64):
 @pytest.mark.parametrize("devices", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 def test_sharded_parameters_do_not_matter(devices, x64):
     assert largest_error(run("jit", devices, shard=True), one_device()) <= PARALLEL
+
+
+@pytest.mark.parametrize(
+    "group, mode, devices",
+    [
+        (4, "jit", 2),  # two groups a device
+        (4, "pmap", 4),  # one
+        pytest.param(4, "jit", 8, marks=pytest.mark.slow),  # one on two devices
+        pytest.param(8, "pmap", 4, marks=pytest.mark.slow),
+        pytest.param(2, "jit", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_groups_of_images_do_not_depend_on_the_devices(group, mode, devices, x64):
+    assert largest_error(run(mode, devices, group=group), one_device(group=group)) <= PARALLEL
+
+
+@pytest.mark.slow
+def test_groups_of_images_may_lie_anywhere_with_sharded_parameters(x64):
+    assert largest_error(run("jit", 8, shard=True, group=4), one_device(group=4)) <= PARALLEL
+
+
+@pytest.mark.control
+def test_statistics_of_groups_are_not_those_of_the_batch(x64):
+    assert largest_error(one_device(group=4), one_device()) > 1e6 * PARALLEL
 
 
 def test_pmap_of_one_device_is_plain(x64):

@@ -64,6 +64,9 @@ class Case:
 
     num_classes: int = NUM_CLASSES
 
+    batch_norm_images: int | None = None
+    """Images that share BatchNorm's statistics, as `ModelConfig.batch_norm_images`."""
+
     dropout: float = 0.0
 
     masks: np.ndarray | None = None
@@ -89,6 +92,7 @@ def make_case(
     dropout=0.0,
     zero_init=False,
     kernels="auto",
+    batch_norm_images=None,
     seed=0,
     **rule,
 ) -> Case:
@@ -109,6 +113,7 @@ def make_case(
         stem=stem,
         shortcut=shortcut,
         kernels=kernels,
+        batch_norm_images=batch_norm_images,
         arrays=random_state(shapes, rng, zero_init=zero_init),
         images=images,
         labels=rng.integers(0, NUM_CLASSES, (steps, batch)),

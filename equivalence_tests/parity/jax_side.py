@@ -67,6 +67,7 @@ def make_model(case: Case, dtype=np.float64, compute_dtype=None) -> nnx.Module:
             shortcut=case.shortcut,
             dropout=case.dropout,
             kernels=case.kernels,
+            batch_norm_images=case.batch_norm_images,
             dtype=compute_dtype,
             param_dtype=dtype,
         )

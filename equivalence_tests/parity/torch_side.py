@@ -38,6 +38,7 @@ def make_model(case: Case, dtype=np.float64) -> nn.Module:
             stem=case.stem,
             dropout=case.dropout,
             shortcut=case.shortcut,
+            batch_norm_images=case.batch_norm_images,
         )
     model.load_state_dict(checkpoint.to_tensors(case.arrays), assign=True)
     for parameter in model.parameters():

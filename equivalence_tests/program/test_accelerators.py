@@ -116,6 +116,23 @@ def test_a_step_exchanges_what_it_needs_and_nothing_else(bfloat16):
     assert sum(row["in_forward"] for row in rows) == 2 * norms
 
 
+def test_statistics_of_groups_need_no_exchange_before_the_gradients():
+    """One all-reduce of gradients, metrics and running statistics, if a group is on one device."""
+    made = compiled("h100:4", "bfloat16", model={"batch_norm_images": BATCH // 4})
+    [row] = program.collectives(made.kernels)
+    assert (row["kind"], row["dtype"], row["count"]) == ("all-reduce", "f32", 1)
+    assert row["in_forward"] == 0
+
+
+def test_gradients_are_exchanged_in_half_the_bytes_if_asked_for():
+    made = compiled("h100:2", "float32", "basic_cnn", parallel={"reduce_dtype": "bfloat16"})
+    model = nnx.eval_shape(lambda: create_model("basic_cnn"))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    narrow, metrics = program.collectives(made.kernels)
+    assert (narrow["dtype"], narrow["bytes"]) == ("bf16", 2 * parameters)
+    assert (metrics["dtype"], metrics["bytes"]) == ("f32", 2 * 4)  # loss and accuracy
+
+
 @pytest.mark.control
 def test_left_to_the_compiler_gradients_are_summed_in_bfloat16():
     """The reason why a step reduces its gradients itself."""
@@ -231,6 +248,11 @@ HloModule jit_step
   ROOT %gather = f32[4,8]{1,0} gather(%p.0, %p.1), offset_dims={1}
 }
 
+%cut (p: f32[1000,8]) -> f32[2,8] {
+  %p = f32[1000,8]{1,0} parameter(0)
+  ROOT %slice = f32[2,8]{1,0} slice(%p), slice={[4:6], [0:8]}
+}
+
 %body (t: (bf16[4,8])) -> (bf16[4,8]) {
   %t = (bf16[4,8]{1,0}) parameter(0)
   %x = bf16[4,8]{1,0} get-tuple-element(%t), index=0
@@ -243,6 +265,7 @@ ENTRY %main (a: f32[1000,8], i: s32[4], b: f32[8,16]) -> f32[4,16] {
   %i = s32[4]{0} parameter(1)
   %b = f32[8,16]{1,0:T(8,128)S(1)} parameter(2)
   %rows = f32[4,8]{1,0} fusion(%a, %i), kind=kLoop, calls=%looked_up
+  %some = f32[2,8]{1,0} fusion(%a), kind=kLoop, calls=%cut
   %loop = (bf16[4,8]{1,0}) while(%rows), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %sum = (f32[4,8]{1,0}, f32[4,8]{1,0}) all-reduce-start(%rows, %rows), to_apply=%add
   ROOT %dot = f32[4,16]{1,0} dot(%rows, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(f)/jvp(fc)/dot_general"}
@@ -251,8 +274,9 @@ ENTRY %main (a: f32[1000,8], i: s32[4], b: f32[8,16]) -> f32[4,16] {
 
 
 def test_the_text_of_a_program_is_read_as_it_is_written():
-    rows, negated, reduced, dot = program.kernels(program.parse(TEXT), {"fc"})
+    rows, some, negated, reduced, dot = program.kernels(program.parse(TEXT), {"fc"})
     assert rows.bytes == 4 * 8 * 4 + 4 * 4 + 4 * 8 * 4  # four rows of a thousand, their numbers
+    assert some.bytes == 2 * (2 * 8 * 4)  # gradients that were reduced as one array are cut apart
     assert (negated.times, negated.bytes) == (5, 2 * 4 * 8 * 2)
     assert (negated.layer, negated.phase) == ("fc", "backward")
     assert program.collectives([reduced]) == [
@@ -303,6 +327,10 @@ def test_a_compiler_that_is_not_installed_is_named_with_its_extra():
     ("values", "says"),
     [
         ({"batch_size": 8190}, "cannot be divided among 4 devices"),
+        (
+            {"batch_size": 24, "model": {"arch": "resnet20", "batch_norm_images": 4}},
+            "`batch_norm_images` 4: 4 devices with 6 images each",
+        ),
         ({"parallel": {"parallel": "pmap"}}, "pmap"),
         ({"parallel": {"devices": 5}}, "h100:4 has 4"),
     ],
@@ -315,14 +343,18 @@ def test_what_a_target_cannot_run_is_refused(values, says):
 class FakePlan:
     """A plan whose programs take `used(batch)` bytes; beyond `refused` the compiler gives none."""
 
-    def __init__(self, used, *, devices, batch_size, refused=math.inf):
+    def __init__(self, used, *, devices, batch_size, refused=math.inf, groups=1):
         self.used, self.batch_size, self.refused, self.compiled = used, batch_size, refused, 0
+        self.shared_by = devices * groups
         self.engine = SimpleNamespace(devices=range(devices))
         self.target = targets.parse("h100")
 
+    def can_share(self, batch_size):
+        return batch_size % self.shared_by == 0
+
     def compile(self, batch_size):
         self.compiled += 1
-        assert batch_size > 0 and batch_size % len(self.engine.devices) == 0
+        assert batch_size > 0 and self.can_share(batch_size)
         peak, room = self.used(batch_size), self.target.card.memory_bytes
         made = dict(batch_size=batch_size, peak_bytes=peak, fits=peak <= room, target=self.target)
         return None if peak > self.refused else SimpleNamespace(**made, argument_bytes=1e8)
@@ -339,6 +371,15 @@ def test_the_largest_batch_is_found_to_three_percent(refused, batch_size, curve)
     memory = fake.target.card.memory_bytes
     assert fake.used(found) <= memory < fake.used(math.ceil(1.031 * found) + 8)
     assert fake.compiled <= 30  # of 131,072 batches that eight devices can share
+
+
+@pytest.mark.parametrize("largest", [0.5, 3, 300.7])
+def test_the_largest_batch_has_whole_groups_on_every_device(largest):
+    memory = targets.parse("h100").card.memory_bytes
+    used = memory / (largest * 512)
+    fake = FakePlan(lambda b: used * b, devices=8, batch_size=2048, groups=64)
+    found = ahead.largest_batch(fake, fake.compile(2048)) or 0
+    assert found % 512 == 0 and found <= largest * 512 < 1.031 * found + 512
 
 
 def test_no_batch_fits_where_the_parameters_alone_do_not():

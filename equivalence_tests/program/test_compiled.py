@@ -11,9 +11,9 @@ from flax import nnx
 from equivalence_tests import results
 from equivalence_tests.benchmark import scaling
 from equivalence_tests.parity import inputs
-from flax_resnet import list_models
 from flax_resnet.commands import cli
 from flax_resnet.config import ParallelConfig, TrainConfig
+from flax_resnet.devices import targets
 from flax_resnet.devices.parallel import Engine, look_up
 from flax_resnet.models import create_model
 from flax_resnet.models.layers import BatchNorm
@@ -101,17 +101,24 @@ def test_a_step_exchanges_what_it_needs_and_nothing_else(arch):
     # Each channel of a BatchNorm needs three sums forward; the two sums backward are the gradients
     # of its two parameters.
     assert bytes_all_reduced(hlo) == 4 * (3 * channels + parameters + 2)
-    predicted = scaling.exchange(arch, CLASSES)
-    assert (predicted.bytes, predicted.times) == (bytes_all_reduced(hlo), 3 * len(layers) + 1)
 
 
-def test_the_recorded_prediction_is_that_of_the_models():
-    rows = {row["arch"]: row for row in results.read("scaling")["rows"]}
-    assert rows.keys() == set(list_models())
-    for arch in ("basic_cnn", "resnet18"):
-        again = scaling.efficiency(arch, *scaling.settings(arch))
-        assert rows[arch]["bytes"] == again["bytes"]
-        assert rows[arch]["efficiency"] == again["efficiency"]
+def test_the_seconds_of_an_exchange_follow_from_the_assumptions():
+    """On two hosts of eight GPUs, counted by hand."""
+    eight, two_hosts = (targets.parse(word) for word in ("h100:8", "h100:2x8"))
+    assert scaling.latency(eight) == pytest.approx(10e-6 + 3 * 2e-6)
+    assert scaling.latency(two_hosts) == pytest.approx(10e-6 + 3 * 2e-6 + 8e-6)
+    inside = 2 * 7 / 8 / 450e9
+    assert scaling.seconds_of_a_byte(eight) == pytest.approx(inside)
+    assert scaling.seconds_of_a_byte(two_hosts) == pytest.approx(inside + 1 / (8 * 50e9))
+    assert scaling.seconds_of_a_byte(targets.parse("h100")) == 0
+
+
+def test_the_recorded_seconds_are_those_of_the_assumptions():
+    document = results.read("scaling")
+    assert document["assumptions"] == scaling.ASSUMPTIONS and document["rows"]
+    for row in document["rows"]:
+        assert row | scaling.derived(row) == row
 
 
 def test_sharded_parameters_are_gathered_once():

@@ -41,6 +41,21 @@ WRONG_WORDS = [
     (["--cycle-momentum", "--schedule", "cosine"], ["--cycle-momentum", "onecycle", "cosine"]),
     (["--cycle-momentum", "--momentum", "0"], ["--cycle-momentum", "sgd", "--momentum 0"]),
     (["--deterministic", "--parallel", "pmap"], ["--deterministic", "--parallel jit"]),
+    (["--arch", "resnet20", "--batch-norm-images", "48"], ["--batch-norm-images 48", "128"]),
+    (["--batch-norm-images", "32"], ["--batch-norm-images", "basic_cnn", "no BatchNorm"]),
+    (
+        "--arch resnet20 --init-from w.pth --freeze-backbone --batch-norm-images 4".split(),
+        ["--batch-norm-images", "--freeze-backbone"],
+    ),
+    (
+        "--arch resnet20 --devices 2 --batch-size 12 --batch-norm-images 4".split(),
+        ["--batch-norm-images 4", "2 devices with 6 images each"],
+    ),
+    (
+        "--arch resnet20 --image-size 4 --batch-norm-images 1".split(),
+        ["BatchNorm", "more than one value per channel"],
+    ),
+    (["--shard-parameters", "--reduce-dtype", "bfloat16"], ["--reduce-dtype", "--shard-param"]),
     (["--shard-parameters", "--parallel", "pmap"], ["--shard-parameters", "--parallel jit"]),
     (["--cache", "device", "--random-resized-crop"], ["--random-resized-crop", "--cache device"]),
     (["--resume", "--overwrite"], ["--resume", "--overwrite", "exclude"]),

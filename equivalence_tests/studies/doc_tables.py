@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from equivalence_tests import results
+from equivalence_tests.benchmark.scaling import STATISTICS
 from equivalence_tests.studies import criteria, reproduction_page
 
 ROOT = results.FOLDER.parent
@@ -269,15 +270,24 @@ def survival() -> str:
 
 
 def scaling() -> str:
-    """The predicted scaling efficiency of a few networks."""
-    measured = results.read("scaling")
-    places = [measured["gpus"].index(count) for count in (8, 64, 1024)]
+    """Memory and exchange of compiled steps on many devices."""
     lines = []
-    for row in measured["rows"]:
-        shares = [f"{row['efficiency']['hosts'][place]:.0%}" for place in places]
-        lines.append([row["arch"], row["all_reduces"], f"{row['bytes'] / 1e6:.1f}", *shares])
-    header = ["network", "all-reduces a step", "MB a step", "8 GPUs", "64 GPUs", "1,024 GPUs"]
-    return table(header, lines, numbers=5)
+    for row in results.read("scaling")["rows"]:
+        reduced = row["collectives"]
+        lines.append([
+            row["target"],
+            f"{row['devices']:,}",
+            "-" if row["devices"] == 1 else STATISTICS[row["statistics"]],
+            f"{(row['argument_bytes'] + row['temporary_bytes']) / 1e9:.1f}",
+            sum(each["count"] for each in reduced),
+            sum(each["in_forward"] for each in reduced),
+            f"{sum(each['bytes'] for each in reduced) / 1e6:.1f}",
+            f"{1e3 * row['bound_seconds_without_exchange']:.1f}",
+            f"{1e3 * row['exchange_seconds']:.1f}",
+        ])  # fmt: skip
+    header = ["target", "devices", "statistics of", "GB", "all-reduces", "forward", "MB",
+              "bound, ms", "exchange, ms"]  # fmt: skip
+    return table(header, lines, numbers=6)
 
 
 def ports() -> str:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from flax_resnet.config.fields import Fraction, dataclass
+from flax_resnet.config.fields import BatchSize, Fraction, dataclass
 
 Architecture = Literal[
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
@@ -45,6 +45,10 @@ class ModelConfig:
     zero_init_residual: bool = False
     """Start the last BatchNorm scale of every block at zero."""
 
+    batch_norm_images: BatchSize | None = None
+    """Consecutive images of a batch that share BatchNorm's statistics in training. Default: all
+    images of the batch, over all devices."""
+
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the computation. Parameters are float64 with "float64", else float32."""
 
@@ -63,6 +67,8 @@ class ModelConfig:
             raise ValueError("`zero_init_residual`: basic_cnn has no residual blocks")
         if self.stochastic_depth and self.arch == "basic_cnn":
             raise ValueError("`stochastic_depth`: basic_cnn has no residual blocks")
+        if self.batch_norm_images and self.arch == "basic_cnn":
+            raise ValueError("`batch_norm_images`: basic_cnn has no BatchNorm")
         if self.shortcut and self.arch not in WITH_SHORTCUTS:
             raise ValueError(
                 f"`shortcut`: {self.arch} has no choice; {', '.join(WITH_SHORTCUTS)} have"

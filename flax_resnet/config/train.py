@@ -30,6 +30,10 @@ class ParallelConfig:
     """Shard parameters and optimizer state over the devices instead of replicating them (FSDP):
     less memory, the same numbers. Not under pmap."""
 
+    reduce_dtype: Literal["bfloat16"] | None = None
+    """Type in which devices exchange gradients: bfloat16 takes half the bytes and loses digits with
+    every device. Default: the type of the parameters. Not with `shard_parameters`."""
+
     steps_per_dispatch: PositiveCount | None = None
     """Training steps in a dispatch. Default: 20 if the images are on a GPU or TPU, else 1."""
 
@@ -101,9 +105,18 @@ class TrainConfig:
 
     def __post_init__(self):
         data, optimizer = self.data, self.optimizer
+        group = self.model.batch_norm_images
+        if group and self.batch_size % group:
+            raise ValueError(
+                f"`batch_norm_images` {group} does not divide `batch_size` {self.batch_size}"
+            )
         for name in ("weights_key", "ema", "new_head", "freeze_backbone"):
             if getattr(self, name) and not self.init_from:
                 raise ValueError(f"`{name}` is for fine-tuning: it needs `init_from`")
+        if group and self.freeze_backbone:
+            raise ValueError(
+                "`batch_norm_images`: with `freeze_backbone` BatchNorm keeps its statistics"
+            )
         if self.augment.random_resized_crop and data.cache == "device":
             raise ValueError("`random_resized_crop` decodes files anew: `cache` device has no use")
         if self.augment.repeated_augmentation > 1 and data.sampler == "balanced":

@@ -45,6 +45,8 @@ class Engine:
         self.shard_parameters = config.shard_parameters
         if self.pmap and config.shard_parameters:
             raise InputError("`shard_parameters`: pmap keeps whole parameters; use `parallel` jit")
+        if config.reduce_dtype and config.shard_parameters:
+            raise InputError("`reduce_dtype`: the compiler reduces what `shard_parameters` shards")
         if self.pmap and deterministic:
             raise InputError("`deterministic`: pmap takes no such option; use `parallel` jit")
         self.several = jax.process_count() > 1
@@ -71,12 +73,27 @@ class Engine:
         alone = len(self.devices) == 1 or self.shard_parameters
         return AXIS if self.pmap or not alone else None
 
-    def check_batch_size(self, batch_size: int):
-        """Raises InputError unless the devices can share a batch evenly."""
-        if batch_size % len(self.devices):
-            raise InputError(
-                f"batch size {batch_size} cannot be divided among {len(self.devices)} devices"
-            )
+    def can_share(self, batch_size: int, norm_images: int | None = None) -> bool:
+        """Whether every device gets as many images, and those devices that hold a group of
+        `norm_images` (None: there are no groups) hold nothing else. Where the compiler finds out
+        what to reduce, a group may lie anywhere."""
+        each, rest = divmod(batch_size, len(self.devices))
+        if rest or not norm_images:
+            return not rest
+        apart = self.axis_name is None or 0 in (norm_images % each, each % norm_images)
+        return apart and batch_size % norm_images == 0
+
+    def check_batch_size(self, batch_size: int, norm_images: int | None = None):
+        """Raises InputError unless the devices `can_share` a batch."""
+        if self.can_share(batch_size, norm_images):
+            return
+        devices = len(self.devices)
+        if batch_size % devices:
+            raise InputError(f"batch size {batch_size} cannot be divided among {devices} devices")
+        raise InputError(
+            f"`batch_norm_images` {norm_images}: {devices} devices with {batch_size // devices}"
+            " images each cannot share such groups; one number has to divide the other"
+        )
 
     def local_rows(self, batch_size: int) -> slice:
         """The rows of a batch that go to the devices of this process."""

@@ -265,14 +265,14 @@ def _traffic(program, own, i: Instruction) -> int:
 
 
 def _needed(inside: dict, count: int) -> list[float]:
-    """Bytes that a fusion needs of each operand: less than all where it only looks up rows."""
+    """Bytes that a fusion needs of each operand: less than all where it only takes a part."""
     names = {int(i.operands[0]): i.name for i in inside.values() if i.opcode == "parameter"}
-    return [_looked_up(inside, names[number]) for number in range(count)]
+    return [_taken(inside, names[number]) for number in range(count)]
 
 
-def _looked_up(inside: dict, parameter: str) -> float:
+def _taken(inside: dict, parameter: str) -> float:
     users = [i for i in inside.values() if parameter in i.operands]
-    if not all(i.opcode in ("gather", "dynamic-slice") for i in users):
+    if not all(i.opcode in ("gather", "dynamic-slice", "slice") for i in users):
         return math.inf
     return sum(size(i.type) for i in users)
 

@@ -74,6 +74,7 @@ def create_model(
     kernels: str = "auto",
     precision: str = "default",
     stochastic_depth: float = 0.0,
+    batch_norm_images: int | None = None,
 ) -> nnx.Module:
     """A freshly initialised network in training mode: `[B, H, W, C]` -> `[B, num_classes]`.
 
@@ -95,6 +96,8 @@ def create_model(
         for convolutions, all digits for linear layers), "tf32" (for both) or "highest".
       stochastic_depth: probability of dropping the last residual block's branch for an image; that
         of the others rises from 0 in equal steps.
+      batch_norm_images: consecutive images that share BatchNorm's statistics in training; None: all
+        of a batch.
 
     Raises:
       InputError: an unknown name (the nearest valid one is named), stem, shortcut, kernels,
@@ -108,7 +111,9 @@ def create_model(
     """
     _check_names(arch, stem, shortcut, kernels=kernels, precision=precision)
     chances = {"dropout": dropout, "stochastic_depth": stochastic_depth}
-    _check_numbers({"num_classes": num_classes, "in_channels": in_channels}, chances)
+    counts = {"num_classes": num_classes, "in_channels": in_channels}
+    counts |= {} if batch_norm_images is None else {"batch_norm_images": batch_norm_images}
+    _check_numbers(counts, chances)
     _check_types({"dtype": dtype, "param_dtype": param_dtype})
     rngs = nnx.Rngs(0) if rngs is None else rngs
     options = dict(dropout=dropout, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -118,9 +123,11 @@ def create_model(
             raise InputError("`zero_init_residual`: basic_cnn has no residual blocks")
         if stochastic_depth:
             raise InputError("`stochastic_depth`: basic_cnn has no residual blocks")
+        if batch_norm_images:
+            raise InputError("`batch_norm_images`: basic_cnn has no BatchNorm")
         return layers.named(BasicCNN(num_classes, **options))
     options |= dict(zero_init_residual=zero_init_residual, bn_axis_name=bn_axis_name)
-    options |= dict(stochastic_depth=stochastic_depth)
+    options |= dict(stochastic_depth=stochastic_depth, batch_norm_images=batch_norm_images)
     if has_stem_choice(arch):
         options |= dict(stem=stem or "imagenet")
     if has_shortcut_choice(arch):
@@ -180,4 +187,5 @@ def create_from_config(
         kernels=config.kernels,
         precision=config.precision,
         stochastic_depth=config.stochastic_depth,
+        batch_norm_images=config.batch_norm_images,
     )

@@ -130,6 +130,11 @@ class BatchNorm(nnx.Module):
 
     `axis_name` names the devices of a pmap or shard_map; they then share the statistics of the
     global batch, as they do under a sharded jit without it.
+
+    With `group_size` every so many consecutive images of the global batch have statistics of their
+    own, and the running statistics move to the mean of those of the groups. Devices exchange
+    nothing then unless a group lies on several; each has the running statistics of its own groups,
+    which the training step averages.
     """
 
     layer_name = ""
@@ -141,6 +146,7 @@ class BatchNorm(nnx.Module):
         momentum=0.1,
         epsilon=1e-5,
         axis_name=None,
+        group_size=None,
         dtype=None,
         param_dtype=jnp.float32,
         kernels="auto",
@@ -155,6 +161,7 @@ class BatchNorm(nnx.Module):
         self.momentum = momentum
         self.epsilon = epsilon
         self.axis_name = axis_name
+        self.group_size = group_size
         self.dtype = dtype
         self.kernels = kernels
         self.use_running_average = False
@@ -167,17 +174,51 @@ class BatchNorm(nnx.Module):
     def _normalized(self, x):
         dtype = self.dtype or x.dtype
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        scale, bias = self.scale[...], self.bias[...]
         if self.use_running_average:
             rstd = lax.rsqrt(self.var[...] + self.epsilon)
+            scale, bias = self.scale[...], self.bias[...]
             return _normalize(wide, self.mean[...], rstd, scale, bias).astype(dtype)
-        mean, var, count = self._batch_statistics(wide)
+        several = self.group_size is not None and len(x) > self.group_size
+        out, mean, var, count = (self._of_groups if several else self._of_one_group)(wide)
         self._update(mean, var, count)
-        rstd = lax.rsqrt(var + self.epsilon)
+        return out.astype(dtype)
+
+    def _of_groups(self, x):
+        """`_of_one_group` for each group of images, with the means of their statistics."""
+        if len(x) % self.group_size:
+            raise InputError(
+                f"BatchNorm: {len(x)} images cannot be divided into groups of {self.group_size}"
+            )
+        groups = x.reshape(-1, self.group_size, *x.shape[1:])
+        in_turn = jax.vmap(self._of_one_group, out_axes=(0, 0, 0, None))
+        out, mean, var, count = in_turn(groups)
+        return out.reshape(x.shape), mean.mean(0), var.mean(0), count
+
+    def _of_one_group(self, x):
+        """x normalised by statistics of its own, and what `_batch_statistics` finds of it."""
+        mean, var, count = self._batch_statistics(x)
+        rstd, scale, bias = lax.rsqrt(var + self.epsilon), self.scale[...], self.bias[...]
         if self.kernels == "library":
-            return _normalize(wide, mean, rstd, scale, bias).astype(dtype)
-        mean, rstd = lax.stop_gradient((mean, rstd))
-        return _standardize(wide, mean, rstd, scale, bias, self.axis_name).astype(dtype)
+            return _normalize(x, mean, rstd, scale, bias), mean, var, count
+        fixed = lax.stop_gradient((mean, rstd))
+        out = _standardize(x, *fixed, scale, bias, self._peers(len(x)))
+        return out, mean, var, count
+
+    def _peers(self, num_images):
+        """The axis and the groups of devices that share the statistics of so many images each, as
+        `_mean_of_devices` takes them; None if one device has all of them."""
+        if self.axis_name is None or num_images == self.group_size:
+            return None
+        if self.group_size is None:
+            return self.axis_name, None
+        devices = lax.axis_size(self.axis_name)
+        size, rest = divmod(self.group_size, num_images)
+        if rest or devices % size:
+            raise InputError(
+                f"BatchNorm: {devices} devices with {num_images} images each cannot share groups"
+                f" of {self.group_size}"
+            )
+        return self.axis_name, tuple(tuple(range(i, i + size)) for i in range(0, devices, size))
 
     def _batch_statistics(self, x):
         """Mean `[C]`, biased variance `[C]` and the number of values behind each.
@@ -185,9 +226,10 @@ class BatchNorm(nnx.Module):
         The corrected two-pass algorithm (Chan, Golub and LeVeque 1983): what the first mean lost
         to rounding is the mean of the distances from it. torch sums in float64 on the CPU.
         """
+        peers = self._peers(len(x))
         count = math.prod(x.shape[:-1])
-        if self.axis_name is not None:
-            count *= lax.axis_size(self.axis_name)
+        if peers is not None:
+            count *= lax.psum(1, peers[0], axis_index_groups=peers[1])
         if count < 2:
             raise InputError(
                 "BatchNorm in training needs more than one value per channel: take several images"
@@ -201,7 +243,7 @@ class BatchNorm(nnx.Module):
 
     def _mean(self, x):
         mean = _sums(x, kernels=self.kernels)[0] / math.prod(x.shape[:-1])
-        return mean if self.axis_name is None else lax.pmean(mean, self.axis_name)
+        return _mean_of_devices(mean, self._peers(len(x)))
 
     def _update(self, mean, var, count):
         # `variable[...] = x` reads the tracer's sharding, which raises and walks the whole trace
@@ -210,6 +252,14 @@ class BatchNorm(nnx.Module):
         self.mean.set_value(_moving(self.mean[...], mean, self.momentum))
         self.var.set_value(_moving(self.var[...], unbiased, self.momentum))
         self.num_batches_tracked.set_value(self.num_batches_tracked[...] + 1)
+
+
+def _mean_of_devices(x, peers):
+    """The mean over the devices of `BatchNorm._peers`."""
+    if peers is None:
+        return x
+    axis_name, groups = peers
+    return lax.pmean(x, axis_name, axis_index_groups=groups)
 
 
 def _moving(old, new, momentum):
@@ -238,7 +288,7 @@ def _normalize(x, mean, rstd, scale, bias):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _standardize(x, mean, rstd, scale, bias, axis_name):
+def _standardize(x, mean, rstd, scale, bias, peers):
     """`_normalize` with the statistics of x itself, its mean and 1 / standard deviation.
 
     The gradient (Ioffe and Szegedy 2015, section 3) in two sums; differentiating the statistics
@@ -247,17 +297,15 @@ def _standardize(x, mean, rstd, scale, bias, axis_name):
     return _normalize(x, mean, rstd, scale, bias)
 
 
-def _standardize_forward(x, mean, rstd, scale, bias, axis_name):
+def _standardize_forward(x, mean, rstd, scale, bias, peers):
     return _normalize(x, mean, rstd, scale, bias), (x, mean, rstd, scale)
 
 
-def _standardize_backward(axis_name, saved, gradient):
+def _standardize_backward(peers, saved, gradient):
     x, mean, rstd, scale = saved
     standard = (x - _per_channel(mean, x)) * _per_channel(rstd, x)
     sums = _sums(gradient, gradient * standard)
-    means = sums / math.prod(x.shape[:-1])
-    if axis_name is not None:
-        means = lax.pmean(means, axis_name)
+    means = _mean_of_devices(sums / math.prod(x.shape[:-1]), peers)
     rest = gradient - _per_channel(means[0], x) - standard * _per_channel(means[1], x)
     # What the statistics pass on is in `rest`; they themselves are given as constants.
     return (

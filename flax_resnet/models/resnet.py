@@ -109,13 +109,15 @@ class ResNet(nnx.Module):
         dtype=None,
         param_dtype=jnp.float32,
         bn_axis_name=None,
+        batch_norm_images=None,
         kernels="auto",
         precision="default",
         rngs,
     ):
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         conv = partial(layers.conv, kernels=kernels, precision=precision, **options)
-        norm = partial(layers.BatchNorm, axis_name=bn_axis_name, kernels=kernels, **options)
+        shared = dict(axis_name=bn_axis_name, group_size=batch_norm_images)
+        norm = partial(layers.BatchNorm, kernels=kernels, **shared, **options)
         parts = dict(conv=conv, norm=norm)
         size, stride = (7, 2) if stem == "imagenet" else (3, 1)
         self.conv1 = conv(in_channels, planes, size, stride=stride, padding=size // 2)

@@ -152,6 +152,14 @@ class Plan:
         """The config's."""
         return self.config.eval_batch_size if self.evaluation else self.config.batch_size
 
+    @property
+    def _norm_images(self) -> int | None:
+        return None if self.evaluation else self.config.model.batch_norm_images
+
+    def can_share(self, batch_size: int) -> bool:
+        """Whether the devices can share a batch."""
+        return self.engine.can_share(batch_size, self._norm_images)
+
     def compile(self, batch_size: int | None = None) -> Compiled | None:
         """Compile the step, which takes seconds to minutes.
 
@@ -162,7 +170,7 @@ class Plan:
           InputError: the devices cannot share the batch.
         """
         batch_size = batch_size or self.batch_size
-        self.engine.check_batch_size(batch_size)
+        self.engine.check_batch_size(batch_size, self._norm_images)
         start = time.monotonic()
         try:
             lowered = self._step.lower(*self._arguments(batch_size))
@@ -240,8 +248,20 @@ def largest_batch(plan: Plan, first: Compiled | None) -> int | None:
             return low or None
         halve = program is None or (high < math.inf and attempt % 2)
         guess = (low + high) // 2 if halve else _guess(program)
-        tried = int(min(max(guess, low + devices), high - devices)) // devices * devices
+        tried = _shared(plan, guess, low, high)
+        if tried is None:
+            return low or None
         program = plan.compile(tried)
+
+
+def _shared(plan: Plan, guess: int, low: int, high: float) -> int | None:
+    """The batch between `low` and `high` that the devices can share: the first one from the guess
+    downwards, else upwards; None if there is none."""
+    devices = len(plan.engine.devices)
+    guess = int(min(max(guess, low + devices), high - devices)) // devices * devices
+    above = itertools.takewhile(lambda batch: batch < high, itertools.count(guess, devices))
+    candidates = itertools.chain(range(guess, low, -devices), above)
+    return next(filter(plan.can_share, candidates), None)
 
 
 _FULL = 0.97

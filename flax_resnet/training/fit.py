@@ -187,7 +187,7 @@ def _begin(
     engine = Engine(
         config.parallel, deterministic=config.deterministic, kernels=config.model.kernels
     )
-    engine.check_batch_size(config.batch_size)
+    engine.check_batch_size(config.batch_size, config.model.batch_norm_images)
     prepared = prepare(config)
     model = _initial_model(prepared, engine)
     if config.init_from and not begun:
@@ -203,7 +203,8 @@ def _check_images(network: Network, prepared: Prepared, axis_name: str | None):
     """Raises InputError for images and batches too small for the network. Only the smallest are
     tried: a deep network takes seconds to trace."""
     batch_size, size = prepared.config.batch_size, prepared.config.data.image_size
-    if batch_size > 1 and size >= SMALLEST:
+    alone = min(batch_size, prepared.config.model.batch_norm_images or batch_size)
+    if alone > 1 and size >= SMALLEST:
         return
     images = jax.ShapeDtypeStruct((1, batch_size, *prepared.image_shape), jnp.float32)
     apply = functools.partial(network.apply, train=True)

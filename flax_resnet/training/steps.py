@@ -263,8 +263,19 @@ def loss_and_gradients(
     right = logits.argmax(-1) == batch.targets.argmax(-1)
     accuracy = right.mean(dtype=dtype_of(state.params))
     if axis_name is not None:
-        gradients, loss, accuracy = lax.pmean((gradients, loss, accuracy), axis_name)
+        sent = optax.tree.cast(gradients, config.parallel.reduce_dtype)
+        sent, loss, accuracy = lax.pmean((sent, loss, accuracy), axis_name)
+        gradients = jax.tree.map(lambda mean, own: mean.astype(own.dtype), sent, gradients)
+        if config.model.batch_norm_images:
+            stats = _mean_of_floats(stats, axis_name)
     return gradients, Forward(loss, accuracy, stats)
+
+
+def _mean_of_floats(tree, axis_name):
+    """The mean over devices; whole numbers, which are equal on all of them, stay as they are."""
+    return jax.tree.map(
+        lambda x: lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
 
 
 def apply_gradients(
