@@ -78,4 +78,6 @@ def _each_once(pairs: list[tuple]) -> dict:
 def _describe(fault: dict) -> str:
     name = ".".join(str(part) for part in fault["loc"])
     message = fault["msg"].removeprefix("Value error, ")
+    if isinstance(fault["input"], dict):  # the message names the fields, and their values
+        return message
     return f"{name}: {message}, got {fault['input']!r:.80}"

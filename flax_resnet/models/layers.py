@@ -227,7 +227,7 @@ class BatchNorm(nnx.Module):
         to rounding is the mean of the distances from it. torch sums in float64 on the CPU.
         """
         peers = self._peers(len(x))
-        count = math.prod(x.shape[:-1])
+        count = _values(x)
         if peers is not None:
             count *= lax.psum(1, peers[0], axis_index_groups=peers[1])
         if count < 2:
@@ -242,7 +242,7 @@ class BatchNorm(nnx.Module):
         return first + rest, var, count
 
     def _mean(self, x):
-        mean = _sums(x, kernels=self.kernels)[0] / math.prod(x.shape[:-1])
+        mean = _sums(x, kernels=self.kernels)[0] / _values(x)
         return _mean_of_devices(mean, self._peers(len(x)))
 
     def _update(self, mean, var, count):
@@ -252,6 +252,11 @@ class BatchNorm(nnx.Module):
         self.mean.set_value(_moving(self.mean[...], mean, self.momentum))
         self.var.set_value(_moving(self.var[...], unbiased, self.momentum))
         self.num_batches_tracked.set_value(self.num_batches_tracked[...] + 1)
+
+
+def _values(x) -> float:
+    """The number of values of a channel, as a float because it may be larger than an int32."""
+    return float(math.prod(x.shape[:-1]))
 
 
 def _mean_of_devices(x, peers):
@@ -305,7 +310,7 @@ def _standardize_backward(peers, saved, gradient):
     x, mean, rstd, scale = saved
     standard = (x - _per_channel(mean, x)) * _per_channel(rstd, x)
     sums = _sums(gradient, gradient * standard)
-    means = _mean_of_devices(sums / math.prod(x.shape[:-1]), peers)
+    means = _mean_of_devices(sums / _values(x), peers)
     rest = gradient - _per_channel(means[0], x) - standard * _per_channel(means[1], x)
     # What the statistics pass on is in `rest`; they themselves are given as constants.
     return (
