@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flax_resnet.interop.loaded_run import LoadedRun, load_run
     from flax_resnet.models import create_model, list_models
     from flax_resnet.training.fit import fit
+    from flax_resnet.training.restore import pretrained
     from flax_resnet.weights.convert import load_state_dict, state_dict
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "list_models",
     "load_run",
     "load_state_dict",
+    "pretrained",
     "state_dict",
 ]
 
@@ -38,6 +40,7 @@ _MODULES = {
     "list_models": "models",
     "load_run": "interop.loaded_run",
     "load_state_dict": "weights.convert",
+    "pretrained": "training.restore",
     "state_dict": "weights.convert",
 }
 

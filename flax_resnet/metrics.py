@@ -40,6 +40,21 @@ def per_class(confusion) -> dict[str, np.ndarray]:
     }
 
 
+BINS = 15
+"""Bins of the probability of a prediction, (0, 1/15], (1/15, 2/15], ..., (14/15, 1]."""
+
+
+def calibration_error(bins) -> float:
+    """The expected calibration error (Guo et al. 2017): the mean over the images of the difference
+    between the accuracy and the mean probability of the predictions in the image's bin.
+
+    Args:
+      bins: `[3, BINS]`: images, hits and sum of the probabilities of each bin.
+    """
+    images, hits, probabilities = np.asarray(bins, np.float64)
+    return float(_ratio(np.abs(hits - probabilities).sum(), images.sum()))
+
+
 def _ratio(numerator, denominator):
     """The quotient of counts, and 0 where both are 0."""
     return np.asarray(numerator) / np.maximum(np.asarray(denominator), 1)

@@ -66,7 +66,7 @@ def parse():
     parser.add_argument("--arch", metavar="NAME", help="default: recognised from the weights")
     parser.add_argument("--stem", metavar="|".join(STEMS), help="with --arch")
     parser.add_argument("--shortcut", metavar="|".join(SHORTCUTS), help="with --arch")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights file or run directory")
+    parser.add_argument("--checkpoint", metavar="WEIGHTS", help="file, run directory or name")
     parser.add_argument("--weights-key", metavar="KEY", help=cli.WEIGHTS_KEY)
     parser.add_argument("--ema", action="store_true", help=cli.EMA)
     parser.add_argument(

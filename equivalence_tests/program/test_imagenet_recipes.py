@@ -1,15 +1,20 @@
 """Recipes of public weights train alike in both frameworks, and agree with what is published."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 import torchvision.models
+from rich.console import Console
 
+from equivalence_tests.program.command import ROOT, refused, run_script
 from equivalence_tests.studies import trajectory
-from flax_resnet.commands import cli
-from flax_resnet.config import AugmentConfig, TrainConfig, idle
+from flax_resnet.commands import cli, train
+from flax_resnet.config import AugmentConfig, TrainConfig, flat, idle
 from flax_resnet.imagenet_recipes import IMAGENET_RECIPES
+from flax_resnet.runs.display import Display
+from flax_resnet.training import fit
 from torch_ref.train import check_supported
 
 STEPS = 21
@@ -51,6 +56,51 @@ def test_steps_of_a_recipe_are_equal_in_both_frameworks(name):
     np.testing.assert_allclose(got.rates, expected.rates, rtol=1e-12)
     np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-9)
     assert trajectory.distance(got.weights, expected.weights) < 1e-8
+
+
+def smoked(config: TrainConfig, dataset: str = "") -> TrainConfig:
+    """The recipe under --smoke, on small images with a small network."""
+    changes = {
+        "model": {"arch": "resnet20", "stem": None},
+        "data": {"dataset": f"folder:{dataset}", "image_size": 16, "resize_size": 18},
+        "parallel": {"devices": 1},
+    }
+    if config.data.train_size:
+        changes["data"]["train_size"] = 12
+    return cli.merge(cli.merge(config, cli.SMOKE), changes)
+
+
+DISTINCT = {repr(smoked(recipe.config)): name for name, recipe in IMAGENET_RECIPES.items()}
+
+
+def test_the_page_on_a_recipe_names_its_settings(monkeypatch):
+    """The flags in its table make the recipe, but for the place of the data and the decay."""
+    page = (ROOT / "docs/recipe.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| ")]
+    flags = " ".join(" ".join(re.findall("`(--[^`]*)`", row[2])) for row in rows)
+    words = flags.replace("--ema-decay ...", "--ema-decay 0.9").split()
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    made = flat(train.new_config(train.parse()))
+    recipe = flat(IMAGENET_RECIPES["torchvision-resnet50-v2"].config)
+    assert {name for name in made if made[name] != recipe[name]} == {
+        "data.dataset", "data.mean", "data.std", "data.cache", "augment.random_crop",
+        "optimizer.ema_decay", "early_stopping.monitor",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISTINCT.values())
+def test_every_recipe_runs_all_stages_under_smoke(name, folder, tmp_path):
+    """Those of a family differ in the network alone, which is replaced by a small one."""
+    config = smoked(IMAGENET_RECIPES[name].config, folder)
+    report = fit.fit(config, tmp_path / "run", display=Display(Console(quiet=True)))
+    assert np.isfinite(report["splits"]["test"]["loss"])
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(folder, tmp_path):
+    flags = ["--recipe", "torchvision-resnet18-v1", "--dataset", f"folder:{folder}"]
+    outcome = run_script("train.py", *flags, "--devices", 3, "--run-dir", tmp_path / "run")
+    refused(outcome, "batch size 256 cannot be divided among 3 devices")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", IMAGENET_RECIPES)

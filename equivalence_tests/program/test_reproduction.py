@@ -16,6 +16,7 @@ from equivalence_tests.program.insects import write_folder
 from equivalence_tests.studies import paired_training, reproduction, reproduction_page
 from flax_resnet.config import from_dict, to_dict
 from flax_resnet.errors import InputError
+from flax_resnet.imagenet_recipes import IMAGENET_RECIPES
 from flax_resnet.models import create_model
 from flax_resnet.recipes import COMPARISONS, RECIPES
 from flax_resnet.runs import plots
@@ -64,7 +65,9 @@ def test_a_comparison_names_every_setting_in_which_its_recipes_differ():
 
 def test_list_recipes_says_what_each_is():
     lines = run_script("train.py", "--list-recipes").out.splitlines()
-    assert len(lines) == len(RECIPES)
+    assert len(lines) == len(RECIPES | IMAGENET_RECIPES)
+    [line] = [line for line in lines if line.split()[0] == "timm-a1"]
+    assert "arXiv:2110.00476" in line and "validation accuracy 0.8040" in line
     [line] = [line for line in lines if line.split()[0] == "imagenette-cnn"]
     assert "dropout 0.3" in line and "test accuracy 0.6308" in line
 

@@ -102,8 +102,8 @@ def in_jax(config: TrainConfig, folder: Path) -> Course:
         course.losses.append(row["loss"])
         course.rates.append(row["learning_rate"])
 
-    def write_results(self, report, confusion, class_names):
-        course.report, course.confusion = report, np.asarray(confusion)
+    def write_results(self, report, counts, class_names):
+        course.report, course.confusion = report, np.asarray(counts["confusion"])
 
     recorded = {"log_step": log_step, "write_results": write_results}
     with mock.patch.multiple(RunDirectory, **recorded):

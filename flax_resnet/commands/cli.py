@@ -28,8 +28,11 @@ from flax_resnet.runs.display import drop_output
 BAD_IMAGE = "error: unreadable images end the command; skip: they are listed and left out"
 FOLD_BATCHNORM = "fold BatchNorm into the convolutions: faster, equal up to rounding"
 WEIGHTS_KEY = "key or prefix of the network in a file that holds several"
+RUN_OR_NAME = "directory of the run, or torchvision:ARCH, timm:NAME, hf:OWNER/REPO"
 EMA = "take the averaged weights of a file that holds raw ones too"
 
+
+ALL_RECIPES = RECIPES | IMAGENET_RECIPES
 
 SMOKE = {"epochs": "1", "batch_size": "16", "data": {"train_images": "32", "eval_images": "32"}}
 
@@ -153,9 +156,8 @@ def _starting_point(args: argparse.Namespace, otherwise: TrainConfig) -> TrainCo
     if args.config and args.recipe:
         raise InputError("--config and --recipe exclude each other")
     if args.recipe:
-        recipes = RECIPES | IMAGENET_RECIPES
-        check_choice("--recipe", args.recipe, recipes)
-        return recipes[args.recipe].config
+        check_choice("--recipe", args.recipe, ALL_RECIPES)
+        return ALL_RECIPES[args.recipe].config
     return config_from_file(args.config) if args.config else otherwise
 
 
@@ -338,7 +340,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-_METAVARS = {int: "INT", float: "FLOAT", "dataset": "NAME[:PATH]", "init_from": "PATH"}
+_METAVARS = {int: "INT", float: "FLOAT", "dataset": "NAME[:PATH]", "init_from": "WEIGHTS"}
 
 
 def _argument(field: dataclasses.Field, *, with_default: bool) -> dict:

@@ -12,22 +12,23 @@ python scripts/convert.py birds.pt runs/birds --training --config runs/resnet20-
 """
 
 import hashlib
+import os
 import shlex
 from pathlib import Path
 
 import numpy as np
 
 from flax_resnet.commands import cli, convert_torch
-from flax_resnet.config import TrainConfig, config_from_file
+from flax_resnet.config import TrainConfig, config_from_file, from_dict
 from flax_resnet.data import pipeline
 from flax_resnet.errors import InputError
-from flax_resnet.interop import export, loaded_run, training_state, weights_to_run
+from flax_resnet.interop import export, training_state, weights_to_run
 from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.runs import environment
 from flax_resnet.runs.directory import check_usable
 from flax_resnet.runs.views import read_config
 from flax_resnet.training import restore, steps
-from flax_resnet.weights import convert
+from flax_resnet.weights import convert, published
 from flax_resnet.weights.convert import TORCH_SUFFIXES
 
 PROGRAM_SUFFIXES = (".stablehlo", ".onnx")
@@ -38,7 +39,8 @@ DATA_FLAGS = ("dataset", "image_size", "resize_size", "grayscale", "exif_transpo
 
 def parse():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("input", type=Path, metavar="IN", help="run directory or weights file")
+    about = "run directory, weights file, torchvision:ARCH, timm:NAME, hf:OWNER/REPO or URL"
+    parser.add_argument("input", type=source, metavar="IN", help=about)
     parser.add_argument(
         "output",
         type=Path,
@@ -67,7 +69,8 @@ def parse():
     cli.add_config_flags(parser, MODEL_FLAGS + DATA_FLAGS)
     args = parser.parse_args()
     args.suffix = suffix_of(args.output)
-    if args.input.exists() and args.output.exists() and args.input.samefile(args.output):
+    args.is_run = isinstance(args.input, Path) and args.input.is_dir()
+    if _same(args.input, args.output):
         raise InputError(f"IN and OUT are the same, {args.input}, which would lose its training")
     check_output(args.output, args.suffix, args.overwrite)
     check_flags(args)
@@ -76,6 +79,15 @@ def parse():
     if args.fold_batchnorm and args.suffix not in PROGRAM_SUFFIXES:
         raise InputError(f"--fold-batchnorm: only for {' and '.join(PROGRAM_SUFFIXES)}")
     return args
+
+
+def source(text: str) -> str | Path:
+    """The path of weights, or their name as it is."""
+    return text if published.is_name(text) else Path(text)
+
+
+def _same(one: str | Path, other: Path) -> bool:
+    return os.path.exists(one) and other.exists() and other.samefile(one)
 
 
 def suffix_of(path: Path) -> str:
@@ -113,22 +125,25 @@ def check_flags(args):
             raise InputError(f"--{flag}: a {args.suffix} file does not hold it")
 
 
-def requested_config(args) -> TrainConfig:
-    """The config of --config, else of the run, changed by the flags."""
+def requested_config(args, known: dict | None = None) -> TrainConfig:
+    """The config of --config, else of the run, else with what is known of the data of the weights,
+    changed by the flags."""
     if args.config:
         config = config_from_file(args.config)
     else:
-        config = read_config(args.input) if args.input.is_dir() else TrainConfig()
+        config = read_config(args.input) if args.is_run else from_dict({"data": known or {}})
     return cli.merge(config, cli.requested_values(args))
 
 
-def make_run(args, arrays, architecture: convert.Architecture) -> LoadedRun:
-    """A run of these weights; classes and statistics come from the run, the flags or the data."""
-    config, channels = requested_config(args), architecture.in_channels
+def make_run(args, weights, arrays, architecture: convert.Architecture) -> LoadedRun:
+    """A run of these arrays; classes and statistics come with the weights, or from the flags or the
+    data."""
+    config, channels = requested_config(args, weights.data), architecture.in_channels
     config, names = weights_to_run.with_model_of(config, architecture, arrays), ()
     described = args.dataset or args.class_names or args.config
-    if args.input.is_dir() and not described:
-        names = loaded_run.load_run(args.input).class_names
+    if weights.class_names and not described:
+        names = weights.class_names
+        config = config if args.is_run else weights_to_run.without_data(config, None, channels)
     elif args.class_names or (args.suffix and not described):
         config = weights_to_run.without_data(config, args.dataset, channels)
         if args.class_names:
@@ -185,7 +200,8 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
 
 def convert_weights(args):
     out, suffix = args.output, args.suffix
-    arrays = restore.load_weights(args.input, args.weights_key, ema=args.ema, say=print)
+    weights = restore.pretrained(args.input, args.weights_key, ema=args.ema, say=print)
+    arrays = weights.arrays
     arch = args.arch or convert.nearest_architecture(arrays).arch
     architecture = convert.describe(arrays, arch, args.stem, args.shortcut)
     shapes = architecture.shapes()
@@ -202,10 +218,10 @@ def convert_weights(args):
     elif suffix in TORCH_SUFFIXES:
         convert_torch.write_weights(out, arrays)
     elif suffix:
-        write_program(args, make_run(args, arrays, architecture))
+        write_program(args, make_run(args, weights, arrays, architecture))
     else:
-        run = make_run(args, arrays, architecture)
-        write_run(out, run, args.input.name)
+        run = make_run(args, weights, arrays, architecture)
+        write_run(out, run, getattr(args.input, "name", args.input))
         architecture = architecture._replace(num_classes=len(run.class_names))
     print(f"{architecture}{'' if 'fc.bias' in arrays else ', its head new and untrained'}: {out}")
 
@@ -252,9 +268,9 @@ def training_to_run(args) -> int:
 
 
 def convert_a_training(args):
-    if args.input.is_dir() and args.suffix in TORCH_SUFFIXES:
+    if args.is_run and args.suffix in TORCH_SUFFIXES:
         step = convert_torch.write_training(args.output, args.input)
-    elif not args.input.is_dir() and not args.suffix:
+    elif isinstance(args.input, Path) and not args.is_run and not args.suffix:
         step = training_to_run(args)
     else:
         raise InputError("--training goes from a run directory to .pt, or from .pt to a directory")

@@ -2,32 +2,36 @@
 
 python scripts/evaluate.py runs/resnet18-digits
 python scripts/evaluate.py runs/resnet18-birds --dataset folder:/data/new-birds --split all
+python scripts/evaluate.py runs/resnet18-birds --predictions test.csv --worst worst.html
 """
 
-import itertools
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, outcomes
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import SPLITS, check_contents, contents, evaluation_decoder
 from flax_resnet.data.sources import AS_TRAINED, open_dataset
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.errors import InputError
-from flax_resnet.interop.loaded_run import LoadedRun, load_run
+from flax_resnet.interop.loaded_run import LoadedRun
+from flax_resnet.interop.weights_to_run import open_run
 from flax_resnet.runs.display import Display
+from flax_resnet.runs.views import warn
 from flax_resnet.text import listed
 from flax_resnet.training import steps
-from flax_resnet.training.evaluation import evaluate
+from flax_resnet.training.evaluation import evaluate, inputs_of, make_outcomes
+from flax_resnet.weights import published
 
 
 def parse():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of the run")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help=cli.RUN_OR_NAME)
     splits = (*SPLITS, "all")
     parser.add_argument(
         "--split", default="test", metavar="|".join(splits), help="split to use (default: test)"
@@ -38,16 +42,23 @@ def parse():
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the figures to FILE; - is stdout"
     )
+    parser.add_argument(
+        "--predictions", type=Path, metavar="FILE", help="write a row for each image as CSV"
+    )
+    parser.add_argument(
+        "--worst", type=Path, metavar="FILE", help="write an HTML page of the largest losses"
+    )
     args = parser.parse_args()
     cli.check_choice("--split", args.split, splits)
     cli.check_choice("--on-bad-image", args.on_bad_image, ("error", "skip"))
-    cli.check_writable("--json", args.json, [args.run_dir])
+    for flag in ("json", "predictions", "worst"):
+        cli.check_writable(f"--{flag}", getattr(args, flag), [args.run_dir])
     return args
 
 
 def open_data(run: LoadedRun, name: str | None, split: str):
-    """The data set, opened with the run's settings; InputError if its classes or channels differ,
-    or the run's own data have changed, whose new split could have training images in the test."""
+    """The data set, opened with the run's settings; InputError if the run's own data have changed,
+    whose new split could have training images in the test."""
     data = run.config.data
     if name:
         data = replace(data, dataset=name, train_images=None, eval_images=None)
@@ -56,46 +67,92 @@ def open_data(run: LoadedRun, name: str | None, split: str):
     dataset = open_dataset(data)
     if not name:
         check_contents(contents(dataset), run.contents)
-    if sorted(dataset.class_names) != sorted(run.class_names):
-        raise InputError(
-            f"{data.dataset} has the classes {listed(dataset.class_names)}; the run was"
-            f" trained on {listed(run.class_names)}"
-        )
-    if dataset.channels != run.channels:
-        raise InputError(f"{data.dataset} has {dataset.channels} channels, the run {run.channels}")
     return dataset
 
 
-def measure(run: LoadedRun, dataset, split: str, left_out: list | None) -> tuple[dict, int]:
-    """The figures of a split and its number of images; `left_out` takes errors of unreadable
-    ones."""
-    sources = [getattr(dataset, name) for name in (SPLITS if split == "all" else (split,))]
-    num_images = sum(map(len, sources))
+def with_names_of(dataset, run: LoadedRun) -> LoadedRun:
+    """The run with the class names of the data if they have as many other ones: folders of ImageNet
+    are n01440764, n01443537, ... and in the order of the published classes."""
+    names = dataset.class_names
+    if sorted(names) == sorted(run.class_names) or len(names) != len(run.class_names):
+        return run
+    warn(f"the classes have other names in the data: they are taken in order, {listed(names, 2)}")
+    return replace(run, class_names=tuple(names))
+
+
+def check_classes(run: LoadedRun, dataset, name: str):
+    """Raises InputError if the data have other classes or channels than the run."""
+    if sorted(dataset.class_names) != sorted(run.class_names):
+        raise InputError(
+            f"{name} has the classes {listed(dataset.class_names)}; the run was"
+            f" trained on {listed(run.class_names)}"
+        )
+    if dataset.channels != run.channels:
+        raise InputError(f"{name} has {dataset.channels} channels, the run {run.channels}")
+
+
+class Report:
+    """What is known of each image: all rows, and the images of the worst."""
+
+    def __init__(self):
+        self.rows, self.worst = [], outcomes.Worst()
+
+    def add(self, rows: list[dict], batch: dict):
+        self.rows += rows
+        self.worst.add(rows, batch["image"][batch["mask"]])
+
+
+def measure(
+    run: LoadedRun, dataset, split: str, left_out: list | None, each: Report | None = None
+) -> tuple[dict, int]:
+    """The figures of a split and its number of images.
+
+    Args:
+      left_out: takes errors of unreadable images.
+      each: takes what is known of each image.
+    """
+    names = SPLITS if split == "all" else (split,)
+    num_images = sum(len(getattr(dataset, name)) for name in names)
     if not num_images:
         raise InputError(f"the {split} split is empty")
     parallel = replace(run.config.parallel, devices=1)
     engine = Engine(parallel, kernels=run.config.model.kernels)
     eval_step = steps.make_eval_step(run.network, run.preprocess, num_classes=len(run.class_names))
     decoder, size = evaluation_decoder(run.config.data), run.config.eval_batch_size
-    batches = itertools.chain.from_iterable(
-        pipeline.evaluation_batches(source, decoder, size, left_out=left_out) for source in sources
-    )
     order = np.array([run.class_names.index(name) for name in dataset.class_names])
-    batches = (batch | {"label": order[batch["label"]]} for batch in batches)
-    figures, _ = evaluate(engine, engine.compile_eval(eval_step), run.variables, batches)
+    outcome = engine.compile_eval(make_outcomes(run.network, run.preprocess))
+
+    def batches():
+        for name in names:
+            source = getattr(dataset, name)
+            naming = outcomes.naming(source, name)
+            for batch in pipeline.evaluation_batches(source, decoder, size, left_out=left_out):
+                batch["label"] = order[batch["label"]]
+                if each is not None:
+                    found = jax.device_get(outcome(run.variables, inputs_of(batch)))
+                    each.add(outcomes.rows(batch, found, naming, run.class_names), batch)
+                yield batch
+
+    figures, *_ = evaluate(engine, engine.compile_eval(eval_step), run.variables, batches())
     return figures, num_images - len(left_out or ())
 
 
 def main():
     args = parse()
-    run = load_run(args.run_dir)
+    run = open_run(args.run_dir)
+    if published.is_name(args.run_dir) and not args.dataset:
+        raise InputError(f"{args.run_dir} has no data of its own: give --dataset")
     run = run.without_batchnorm() if args.fold_batchnorm else run
     dataset = open_data(run, args.dataset, args.split)
+    if published.is_name(args.run_dir):
+        run = with_names_of(dataset, run)
+    check_classes(run, dataset, args.dataset or run.config.data.dataset)
     left_out = [] if args.on_bad_image == "skip" else None
-    figures, num_images = measure(run, dataset, args.split, left_out)
+    each = Report() if args.predictions or args.worst else None
+    figures, num_images = measure(run, dataset, args.split, left_out, each)
     if not math.isfinite(figures["loss"]):
         raise cli.CheckFailed(f"{args.run_dir}: the loss is {figures['loss']}, not a number")
-    display = Display(stderr=str(args.json) == "-")
+    display = Display(stderr="-" in map(str, (args.json, args.predictions, args.worst)))
     for line in dataset.remarks(AS_TRAINED):
         display.say(line)
     for error in left_out or ():
@@ -103,6 +160,11 @@ def main():
     name = args.dataset or run.config.data.dataset
     display.say(f"{args.split}: {num_images:,} images of {name}")
     display.results({args.split: figures}, len(run.class_names))
+    if args.predictions:
+        outcomes.write_csv(args.predictions, each.rows)
+    if args.worst:
+        title = f"The largest losses of {args.run_dir}, {args.split} split of {name}"
+        outcomes.write_page(args.worst, each.worst, title)
     if args.json:
         figures |= {"split": args.split, "images": num_images, "command": cli.command_line()}
         bad = [*map(": ".join, dataset.bad_images), *map(str, left_out or ())]

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": ("flax_resnet.commands.train", "train a network and write a run directory"),
     "evaluate": ("flax_resnet.commands.evaluate", "evaluate a run on a split of a data set"),
     "predict": ("flax_resnet.commands.predict", "classify images with a run"),
+    "compare": ("flax_resnet.commands.compare", "compare runs: figures, settings, curves"),
     "convert": ("flax_resnet.commands.convert", "convert weights and export programs"),
     "plan": ("flax_resnet.commands.plan", "compile a training for GPUs and TPUs not here"),
     "parity": ("equivalence_tests.parity.command", "compare a network in JAX with PyTorch"),

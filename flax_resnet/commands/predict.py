@@ -22,13 +22,14 @@ from flax_resnet.data.folders import images_below
 from flax_resnet.data.image_files import BadImage, is_turned, reason
 from flax_resnet.data.sources import AS_TRAINED, passed_over_remarks, turned_remark
 from flax_resnet.errors import InputError
-from flax_resnet.interop.loaded_run import load_run, predict_files
+from flax_resnet.interop.loaded_run import predict_files
+from flax_resnet.interop.weights_to_run import open_run
 from flax_resnet.text import printable
 
 
 def parse():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of the run")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help=cli.RUN_OR_NAME)
     parser.add_argument(
         "inputs", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help="image files and folders"
     )
@@ -140,7 +141,7 @@ def write_all(rows: Iterable[dict], json_path: Path | None, csv_path: Path | Non
 
 def main():
     args = parse()
-    run = load_run(args.run_dir)
+    run = open_run(args.run_dir)
     run = run.without_batchnorm() if args.fold_batchnorm else run
     files = args.inputs
     outcomes = predict_files(run, files, skip_bad=args.on_bad_image == "skip")

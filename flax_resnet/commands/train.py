@@ -11,7 +11,6 @@ from flax_resnet.commands import cli
 from flax_resnet.config import TrainConfig, flat
 from flax_resnet.devices import distributed
 from flax_resnet.errors import InputError
-from flax_resnet.recipes import RECIPES
 from flax_resnet.runs.views import (
     damaged_steps,
     differences,
@@ -21,7 +20,7 @@ from flax_resnet.runs.views import (
     read_config,
 )
 from flax_resnet.text import listed
-from flax_resnet.training import fit
+from flax_resnet.training import fit, restore
 
 
 def parse():
@@ -31,6 +30,8 @@ def parse():
     about = "directory of the run (default: runs/ARCH-DATASET[-N])"
     parser.add_argument("--run-dir", metavar="PATH", help=about)
     parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
+    about = "trace so many steps into the run directory, for TensorBoard or XProf"
+    parser.add_argument("--profile", metavar="STEPS", type=int, help=about)
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir")
     several = parser.add_argument_group("several processes, each started with the same flags")
     several.add_argument(
@@ -47,6 +48,7 @@ def parse():
     cli.add_config_flags(parser)
     args = parser.parse_args()
     cli.check_positive("--connect-timeout", args.connect_timeout)
+    cli.check_positive("--profile", args.profile)
     return args
 
 
@@ -62,6 +64,22 @@ def resumed_config(args) -> TrainConfig:
             f" train longer or with other settings, begin a new run with --init-from {args.run_dir}"
         )
     return cli.merge(own, cli.requested_values(args))
+
+
+def new_config(args) -> TrainConfig:
+    """The config of a new run. With --init-from the settings that come with the weights are the
+    defaults, unless --config or --recipe gives all of them."""
+    config = cli.build_config(args, TrainConfig())
+    begun = args.resume and args.run_dir and is_begun(Path(args.run_dir))
+    if begun or args.config or args.recipe or not config.init_from:
+        return config
+    weights = restore.pretrained(config.init_from, config.weights_key, ema=config.ema)
+    model = weights.model
+    data = dict(weights.data)
+    if args.image_size:  # the resize belongs to the size that is replaced
+        data.pop("resize_size", None)
+    known = {"data": data, "model": model if args.arch in (None, model["arch"]) else {}}
+    return cli.build_config(args, cli.merge(TrainConfig(), known))
 
 
 def runs_here() -> str:
@@ -84,23 +102,23 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def described(name: str) -> str:
-    """One line about a recipe: name, method, published figures."""
-    recipe = RECIPES[name]
+    """One line about a recipe: name, method, published figures and their source."""
+    recipe = cli.ALL_RECIPES[name]
     figures = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in recipe.published.items()]
-    published = f" (published: {', '.join(figures)})" if figures else ""
-    return f"{name:28s}{recipe.method}{published}"
+    facts = "; ".join(filter(None, [recipe.source, *figures]))
+    return f"{name:33s}{recipe.method}{f' (published: {facts})' if facts else ''}"
 
 
 def main():
     args = parse()
     if args.list_recipes:
-        print("\n".join(map(described, RECIPES)))
+        print("\n".join(map(described, cli.ALL_RECIPES)))
         return
     if args.resume and not args.run_dir:
         raise InputError(f"--resume needs --run-dir{runs_here()}")
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
-    config = cli.build_config(args, TrainConfig())
+    config = new_config(args)
     processes = (args.coordinator, args.num_processes, args.process_id)
     with distributed.joined(*processes, timeout=args.connect_timeout):
         run(args, config)
@@ -112,6 +130,5 @@ def run(args, config: TrainConfig):
         config = resumed_config(args)
         if is_finished(run_dir):
             return
-    fit.fit(
-        config, run_dir, resume=args.resume, overwrite=args.overwrite, command=cli.command_line()
-    )
+    how = {"resume": args.resume, "overwrite": args.overwrite, "profile": args.profile or 0}
+    fit.fit(config, run_dir, command=cli.command_line(), **how)

@@ -64,8 +64,9 @@ class TrainConfig:
     """Random seed for initialization, data order, augmentation and dropout."""
 
     init_from: Name | None = None
-    """Run directory or weights file to fine-tune. The head is new where the number of classes
-    differs. Only weights are taken: network and normalisation are those of the flags."""
+    """Weights to fine-tune: a file, a run directory, torchvision:ARCH[:WEIGHTS], timm:NAME,
+    hf:OWNER/REPO or a URL. The head is new where the number of classes differs. What comes with the
+    weights (network, normalisation, sizes, interpolation) is the default of the command's flags."""
 
     weights_key: Name | None = None
     """Key or prefix of the network in the file of `init_from`, such as "state_dict" or "encoder_k".

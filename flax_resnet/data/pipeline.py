@@ -309,7 +309,8 @@ def evaluation_batches(
       left_out: list that takes the errors of unreadable images, which are then masked.
 
     Yields:
-      {"image", "label", "mask"} with leading axis `batch_size`, or this process's part of it.
+      {"index", "image", "label", "mask"} with leading axis `batch_size`, or this process's part of
+      it; "index" counts the images of the source.
 
     Raises:
       InputError: images cannot be read, and `left_out` is None.
@@ -337,6 +338,7 @@ def evaluation_batches(
             part = decode_all(source, decoder, own)
         fill = len(indices) - len(own)
         yield {
+            "index": np.asarray(indices, np.int32),
             "image": np.pad(np.asarray(part), ((0, fill), (0, 0), (0, 0), (0, 0))),
             "label": np.pad(source.labels[own.start : own.stop].astype(np.int32), (0, fill)),
             "mask": np.pad(mask, (0, fill)),

@@ -8,14 +8,16 @@ from unicodedata import normalize
 
 import numpy as np
 
-from flax_resnet.config import TrainConfig
+from flax_resnet.config import TrainConfig, from_dict
 from flax_resnet.data.prepare import prepare
 from flax_resnet.errors import InputError
-from flax_resnet.interop.loaded_run import LoadedRun
+from flax_resnet.interop.loaded_run import LoadedRun, load_run
 from flax_resnet.models import create_from_config
+from flax_resnet.runs import environment
 from flax_resnet.text import listed
+from flax_resnet.training import restore
 from flax_resnet.training.network import Network
-from flax_resnet.weights import convert
+from flax_resnet.weights import convert, published
 
 NO_DATA = "folder:left-out"  # data set of a run that was made without data
 
@@ -105,6 +107,29 @@ def class_names(text: str, num_classes: int | None) -> tuple[str, ...]:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"`class_names`: given twice: {listed(twice)}")
     return names
+
+
+def open_run(source: str) -> LoadedRun:
+    """The run in a directory, or weights by name, whose publisher tells their normalisation.
+
+    Raises:
+      InputError: as in `load_run` and `restore.pretrained`, or the publisher tells nothing.
+    """
+    if not published.is_name(source):
+        return load_run(source)
+    weights = restore.pretrained(source)
+    if not weights.data:
+        raise InputError(
+            f"{source}: nothing tells how its images are normalised; make a run of it: convert"
+            f" {source} DIR --class-names FILE --image-size N --mean ... --std ..."
+        )
+    architecture = convert.describe(weights.arrays, **weights.model)
+    arrays = convert.conform(weights.arrays, architecture.shapes())
+    config = with_model_of(from_dict({"data": weights.data}), architecture, arrays)
+    config = without_data(config, None, architecture.in_channels)
+    names = weights.class_names or tuple(map(str, range(architecture.num_classes)))
+    environment.configure_jax(config)
+    return as_run(arrays, config, names, architecture.in_channels)
 
 
 def as_run(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from flax_resnet import metrics
-from flax_resnet.config import TrainConfig, finite, to_dict
+from flax_resnet.config import TrainConfig, finite, flat, to_dict
 from flax_resnet.devices.distributed import RunLost
 from flax_resnet.errors import InputError
 from flax_resnet.runs import tables
@@ -119,14 +119,33 @@ class RunDirectory:
         """The rows of timings.csv so far."""
         return self._tables["timings.csv"].rows()
 
-    def write_results(self, report: dict, confusion: np.ndarray, class_names):
-        """Write per_class.csv, the pictures and, last, report.json."""
+    def log_hparams(self, config: TrainConfig, splits: dict[str, dict]):
+        """Write the settings, and the loss and accuracy of each split, for TensorBoard's tab of
+        hyper-parameters."""
+        from tensorboardX.summary import hparams
+
+        figures = {f"{s}/{n}": splits[s][n] for s in splits for n in ("loss", "accuracy")}
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value)
+        settings = {name: _plain(value) for name, value in flat(config).items()}
+        for summary in hparams(settings, figures):
+            self._writer.file_writer.add_summary(summary)
+        self._writer.flush()
+
+    def write_results(self, report: dict, counts: dict[str, np.ndarray], class_names):
+        """Write per_class.csv, the pictures and, last, report.json.
+
+        Args:
+          counts: "confusion" `[K, K]` and "bins" `[3, metrics.BINS]` of the last split.
+        """
         from flax_resnet.runs import plots  # here, because importing Matplotlib delays the start
 
         self.check()
+        confusion = counts["confusion"]
         write_per_class(self.path / "per_class.csv", confusion, class_names)
         plots.curves(self.path / "curves.png", self.rows(), report["best_epoch"])
         plots.confusion_matrix(self.path / "confusion_matrix.png", confusion, class_names)
+        plots.reliability(self.path / "reliability.png", counts["bins"])
         self.write_report(report)
 
     def write_report(self, report: dict):
@@ -165,7 +184,7 @@ class SharedDirectory(RunDirectory):
         pass
 
     check = write_config = start_logs = marks = _nothing
-    log_step = log_epoch = write_results = close = _nothing
+    log_step = log_epoch = log_hparams = write_results = close = _nothing
 
 
 def reserve(config: TrainConfig) -> Path:
@@ -262,6 +281,11 @@ def _open_lock(path: Path):
         file.close()
         raise InputError(f"{path} is no regular file")
     return file
+
+
+def _plain(value) -> bool | int | float | str:
+    """A setting as TensorBoard takes it."""
+    return value if isinstance(value, bool | int | float | str) else str(value)
 
 
 def as_json(value) -> bytes:

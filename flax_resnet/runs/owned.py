@@ -10,7 +10,7 @@ from flax_resnet.text import listed
 
 LOCK = "run.lock"
 DIGESTS = "SHA256SUMS"
-RESULTS = ("per_class.csv", "curves.png", "confusion_matrix.png")
+RESULTS = ("per_class.csv", "curves.png", "confusion_matrix.png", "reliability.png")
 
 _OF_A_STEP = r"""(
     _CHECKPOINT_METADATA | commit_success\.txt | manifest\.json(\.tmp)?
@@ -23,7 +23,8 @@ _OWN = re.compile(
     run\.lock | SHA256SUMS | {re.escape(LOG)}
   | (config|report)\.json | (metrics|timings|per_class)\.csv
   | (SHA256SUMS|config|report|metrics|timings|per_class)\.tmp
-  | (curves|confusion_matrix)\.png | events\.out\.tfevents\.[^/]+
+  | (curves|confusion_matrix|reliability)\.png | events\.out\.tfevents\.[^/]+
+  | plugins | plugins/profile(/[0-9_]+(/[^/]+\.(xplane\.pb|trace\.json\.gz))?)?
   | checkpoints | checkpoints/(metrics|timings)\.(csv|tmp)
   | checkpoints/[0-9]+(\.orbax-checkpoint-tmp[^/]*)?(/{_OF_A_STEP})*
     """,

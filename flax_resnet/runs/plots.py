@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import font_manager
 
+from flax_resnet import metrics
 from flax_resnet.text import printable
 
 _TRAIN, _VALIDATION = "#4c72b0", "#dd8452"
@@ -83,6 +84,30 @@ def confusion_matrix(path: Path, confusion: np.ndarray, class_names):
     save(figure, path)
 
 
+def reliability(path: Path, bins: np.ndarray):
+    """Plot the accuracy of predictions over their probability, and how many have it.
+
+    Args:
+      bins: `[3, metrics.BINS]`: images, hits and sum of the probabilities of each bin.
+    """
+    images, hits, probabilities = bins
+    some, edges = images > 0, np.linspace(0, 1, len(images) + 1)
+    figure, (top, low) = plt.subplots(
+        2, 1, figsize=(5, 6), layout="constrained", sharex=True, height_ratios=(3, 1)
+    )
+    top.plot([0, 1], [0, 1], ":", color="0.5", label="calibrated")
+    shown = probabilities[some] / images[some], hits[some] / images[some]
+    top.plot(*shown, _line_format(len(images)), color=_TRAIN, label="this network")
+    error = metrics.calibration_error(bins)
+    top.set(ylabel="accuracy", ylim=(0, 1.02), title=f"expected calibration error {error:.4f}")
+    top.legend(loc="upper left", frameon=False)
+    low.bar(edges[:-1], images / images.sum(), np.diff(edges), align="edge", color=_TRAIN)
+    low.set(xlabel="probability of the prediction", ylabel="share of images", xlim=(0, 1))
+    for axis in (top, low):
+        axis.grid(alpha=0.3)
+    save(figure, path)
+
+
 def _writable(names) -> tuple[list[str], list[str]]:
     """The names as a figure can show them, and the installed fonts that have their characters. The
     name of a class without a font becomes its number, from 0."""
@@ -116,15 +141,17 @@ def comparison(path: Path, courses: dict[str, list[dict]], title: str):
     for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
         for number, (label, rows) in enumerate(courses.items()):
             epochs = [row["epoch"] for row in rows]
-            for split, line in (("train", "--"), ("validation", "-")):
+            splits = {"train": "--", "validation": "-"}
+            known = [split for split in splits if f"{split}_{name}" in rows[0]]
+            for split in known:
                 values = [row[f"{split}_{name}"] for row in rows]
-                label_once = label if split == "validation" else None
-                axis.plot(epochs, values, line, color=f"C{number}", label=label_once)
+                label_once = label if split == known[-1] else None
+                axis.plot(epochs, values, splits[split], color=f"C{number}", label=label_once)
         axis.set(xlabel="epoch", ylabel=name + (" (nats)" if name == "loss" else ""))
         axis.grid(alpha=0.3)
     losses = [v for rows in courses.values() for row in rows for k, v in row.items() if "loss" in k]
     _fit_losses(axes[0], losses)
-    axes[1].legend(loc="lower right", frameon=False)
+    axes[1].legend(loc="best", frameon=False)
     figure.suptitle(f"{title} (training dashed)", fontsize=11)
     save(figure, path)
 

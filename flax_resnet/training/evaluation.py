@@ -15,7 +15,9 @@ from flax_resnet.training import steps
 from flax_resnet.training.network import predict_logits
 
 
-def evaluate(engine, eval_fn, variables, batches: Iterable[dict]) -> tuple[dict, np.ndarray]:
+def evaluate(
+    engine, eval_fn, variables, batches: Iterable[dict]
+) -> tuple[dict, np.ndarray, np.ndarray]:
     """Exact metrics of a split, whatever the batch size.
 
     Args:
@@ -24,31 +26,39 @@ def evaluate(engine, eval_fn, variables, batches: Iterable[dict]) -> tuple[dict,
       batches: `pipeline.evaluation_batches`.
 
     Returns:
-      {"loss", "accuracy", "top5_accuracy", "precision_macro", ...} and the confusion matrix
-      `[K, K]`, row = true class. Loss in nats an image.
+      {"loss", "accuracy", "top5_accuracy", "precision_macro", ...}, the confusion matrix
+      `[K, K]`, row = true class, and the bins of `metrics.calibration_error`. Loss in nats an
+      image.
 
     Raises:
       InputError: there is no batch.
     """
     variables = engine.whole(variables)
-    counts, losses = None, []
+    counts, losses, bins = None, [], []
     for batch in batches:
-        sums = eval_fn(variables, engine.shard_eval(batch))
+        sums = eval_fn(variables, engine.shard_eval(inputs_of(batch)))
         losses.append(sums.pop("loss"))
+        bins.append(sums.pop("bins"))
         counts = sums if counts is None else jax.tree.map(jnp.add, counts, sums)
     if counts is None:
         raise InputError("none of the images can be read")
     counts = jax.device_get(counts)
     loss = float(np.sum(jax.device_get(losses), dtype=np.float64)) / int(counts["count"])
+    bins = np.sum(jax.device_get(bins), axis=0, dtype=np.float64)
     summary = metrics.summarize(counts["confusion"])
     top5 = int(counts["top5"]) / int(counts["count"])
     accuracy = summary.pop("accuracy")
-    return {"loss": loss, "accuracy": accuracy, "top5_accuracy": top5, **summary}, counts[
-        "confusion"
-    ]
+    figures = {"loss": loss, "accuracy": accuracy, "top5_accuracy": top5, **summary}
+    figures["expected_calibration_error"] = metrics.calibration_error(bins)
+    return figures, counts["confusion"], bins
 
 
-def evaluate_split(run, split: str, variables=None) -> tuple[dict, np.ndarray]:
+def inputs_of(batch: dict) -> dict:
+    """What a compiled evaluation takes of a batch."""
+    return {name: batch[name] for name in ("image", "label", "mask")}
+
+
+def evaluate_split(run, split: str, variables=None) -> tuple[dict, np.ndarray, np.ndarray]:
     """`evaluate` on a split of a run's data.
 
     Args:
@@ -64,6 +74,23 @@ def evaluate_split(run, split: str, variables=None) -> tuple[dict, np.ndarray]:
     rows = run.engine.local_rows(size)
     batches = pipeline.evaluation_batches(source, run.prepared.decoder, size, images, rows)
     return evaluate(run.engine, run.eval_fn, variables, batches)
+
+
+def make_outcomes(network, preprocess):
+    """(variables, batch) -> the prediction, its probability and the loss of each image, `[B]`
+    each."""
+
+    def outcomes(variables, batch):
+        logits = predict_logits(network, preprocess, variables, batch["image"])
+        log_probabilities = jax.nn.log_softmax(logits)
+        own = jnp.take_along_axis(log_probabilities, batch["label"][:, None], axis=1)
+        return {
+            "prediction": logits.argmax(-1),
+            "probability": jnp.exp(log_probabilities.max(-1)),
+            "loss": -own[:, 0],
+        }
+
+    return outcomes
 
 
 def make_predict(network, preprocess, kernels: str):

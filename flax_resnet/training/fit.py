@@ -30,8 +30,8 @@ from flax_resnet.training.loop import rescue, train
 from flax_resnet.training.network import Network
 from flax_resnet.training.progress import SignalFlag
 from flax_resnet.training.report import report
-from flax_resnet.training.restore import load_weights
-from flax_resnet.training.setup import set_up
+from flax_resnet.training.restore import in_order, pretrained
+from flax_resnet.training.setup import Callback, Run, set_up
 from flax_resnet.weights import convert
 
 
@@ -43,6 +43,8 @@ def fit(
     overwrite: bool = False,
     command: str = "",
     display: Display | None = None,
+    callbacks: Sequence[Callback] = (),
+    profile: int = 0,
 ) -> dict:
     """Train, evaluate and write a run directory. Of several processes all call it, and the first
     alone writes and prints.
@@ -53,6 +55,10 @@ def fit(
       run_dir: a new directory, or that of the run to resume or overwrite; None: a new one,
         runs/ARCH-DATASET with a number where that is taken.
       command: how it was called, for the report.
+      callbacks: functions that are called as `callback(event, step, values)`, in the first process:
+        "step" with the metrics of every logged step, "epoch" with the row of an epoch, "end" with
+        the report. An exception of theirs ends the training, with the work saved.
+      profile: number of steps to trace into the run directory, for TensorBoard or XProf; 0: none.
 
     Returns:
       The report, as in report.json; its "splits" in the other processes.
@@ -69,6 +75,9 @@ def fit(
       >>> sorted(report["splits"])
       ['test', 'train', 'validation']
     """
+    for callback in callbacks:
+        if not callable(callback):
+            raise InputError(f"`callbacks`: {callback!r} is no function")
     display = display or Display(quiet=not distributed.is_first())
     run_dir = None if run_dir is None else Path(run_dir)
     if resume and run_dir is None:
@@ -84,7 +93,8 @@ def fit(
         for line in prepared.dataset.remarks():
             display.say(line)
         _announce(prepared, engine, network, directory, display)
-        return _run(prepared, engine, network, directory, display, command)
+        begin = functools.partial(set_up, callbacks=callbacks, profile=profile)
+        return _run(prepared, engine, network, directory, display, command, begin)
     except Exception:
         directory.check()  # what is written into a directory that is gone fails in many ways
         raise
@@ -142,6 +152,7 @@ def _run(
     directory: RunDirectory,
     display: Display,
     command: str,
+    set_up: Callable[..., Run],
 ) -> dict:
     """Set up or take up, train, report; what a failure would lose is saved first."""
     directory.write_config(prepared.config)
@@ -258,14 +269,30 @@ def _initial_model(prepared: Prepared, engine: Engine) -> nnx.Module:
 
 def _fine_tune(model, config: TrainConfig, class_names: Sequence[str], say: Callable):
     """Weights of another run or file, but for the head where it has to be new."""
-    options = {"ema": config.ema, "class_names": class_names, "say": say}
-    arrays = load_weights(config.init_from, config.weights_key, **options)
+    source = config.init_from
+    weights = pretrained(source, config.weights_key, ema=config.ema, say=say)
+    _say_other_normalisation(weights.data, config, say)
+    arrays = in_order(weights, class_names)
+    if arrays is not None:
+        say(f"{source}: the same classes in another order, matched by name")
+    arrays = weights.arrays if arrays is None else arrays
     own = convert.state_dict(model)
     head = {name: array for name, array in own.items() if name.startswith("fc.")}
     fits = all(n in arrays and np.shape(arrays[n]) == array.shape for n, array in head.items())
-    if config.new_head or not fits:
-        body = {name: array for name, array in arrays.items() if not name.startswith("fc.")}
-        convert.load_state_dict(model, body | head)
-        say(f"the head is new: {config.model.num_classes} classes")
-    else:
+    new = config.new_head or not fits
+    if new:
+        arrays = {n: array for n, array in arrays.items() if not n.startswith("fc.")} | head
+    try:
         convert.load_state_dict(model, arrays)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    if new:
+        say(f"the head is new: {config.model.num_classes} classes")
+
+
+def _say_other_normalisation(known: dict, config: TrainConfig, say: Callable):
+    for name in known.keys() & {"mean", "std"}:
+        taken = getattr(config.data, name)
+        if taken is not None and not np.array_equal(np.round(taken, 4), np.round(known[name], 4)):
+            own, new = (" ".join(f"{x:.4g}" for x in values) for values in (known[name], taken))
+            say(f"warning: `{name}` of {config.init_from} is {own}, this run takes {new}")

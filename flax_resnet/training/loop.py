@@ -38,8 +38,9 @@ def train(run: Run):
         while progress.step_in_epoch < run.steps_per_epoch:
             count = _steps_at_once(run)
             batches = _next_batches(run, count)
-            run.state, metrics = run.train_fns[count](run.state, run.resident, batches)
-            run.in_flight.append(metrics)
+            with run.profiler.dispatch(run.global_step, count, run.in_flight):
+                run.state, metrics = run.train_fns[count](run.state, run.resident, batches)
+                run.in_flight.append(metrics)
             progress.step_in_epoch += count
             jax.block_until_ready(run.in_flight[:-_IN_FLIGHT][-1:])
             run.checkpoints.check()
@@ -48,6 +49,8 @@ def train(run: Run):
                 progress.seconds = time.monotonic() - start
                 stop_if_asked(run)
         finish_epoch(run)
+    if run.profiler.left:
+        run.display.warn([f"`profile`: {run.profiler.left} steps too few were left to trace"])
     run.display.stop()
 
 
@@ -95,6 +98,7 @@ def log_steps(run: Run):
     last = {name: float(value) for name, value in rows[-1].items()}
     progress.learning_rate = last["learning_rate"]
     run.directory.log_step(step, last)
+    run.notify("step", last)
     run.display.step(
         step=step,
         epoch=progress.epoch + 1,
@@ -129,6 +133,8 @@ def finish_epoch(run: Run):
     run.checkpoint_seconds = 0.0
     if improvement or last or progress.epoch % config.checkpoint_epochs == 0:
         save(run, improvement=improvement)
+    run.saveable = progress
+    run.notify("epoch", row | timing)
 
 
 def _rows(run: Run) -> tuple[dict, dict]:
@@ -155,7 +161,7 @@ def _rows(run: Run) -> tuple[dict, dict]:
 def _validate(run: Run, row: dict) -> bool:
     """Add the validation to the row; whether this epoch is the best so far."""
     config, progress = run.config, run.progress
-    values, _ = evaluate_split(run, "validation")
+    values, *_ = evaluate_split(run, "validation")
     row |= {f"validation_{name}": values[name] for name in _LOGGED}
     watched = row[config.early_stopping.monitor]
     progress.selection = selection.update(

@@ -28,11 +28,11 @@ def report(run: Run, command: str) -> dict:
     """
     run.checkpoints.wait()
     variables, epoch = _chosen(run)
-    splits, confusions = {}, {}
+    splits, confusions, bins = {}, {}, {}
     for split in SPLITS:
         stop_if_asked(run)
         if len(getattr(run.dataset, split)):
-            splits[split], confusions[split] = evaluate_split(run, split, variables)
+            splits[split], confusions[split], bins[split] = evaluate_split(run, split, variables)
     _check(run, variables, splits, epoch)
     if not distributed.is_first():
         return {"splits": splits}
@@ -51,13 +51,16 @@ def report(run: Run, command: str) -> dict:
         "environment": environment.describe(len(run.engine.devices)),
     }
     last = list(splits)[-1]
-    run.directory.write_results(values, confusions[last], run.dataset.class_names)
+    counts = {"confusion": confusions[last], "bins": bins[last]}
+    run.directory.write_results(values, counts, run.dataset.class_names)
+    run.directory.log_hparams(run.config, splits)
     run.display.results(splits, run.config.model.num_classes)
     run.display.warn(warnings)
     run.display.say(
         f"{values['seconds']:.0f} s of training, {values['images_per_second']:,.0f} images/s,"
         f" {values['data_wait_share']:.1%} of it waiting for data; {run.directory.path}"
     )
+    run.notify("end", values)
     return values
 
 

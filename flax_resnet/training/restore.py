@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
+from unicodedata import normalize
 
 import jax
 import numpy as np
@@ -15,7 +17,7 @@ from flax_resnet.runs.checkpoint import Checkpoints, steps_in
 from flax_resnet.runs.views import config_faults, own_config, warn
 from flax_resnet.training import steps
 from flax_resnet.training.network import Network
-from flax_resnet.weights import convert, files
+from flax_resnet.weights import convert, files, published
 
 
 def chosen_step(checkpoints: Checkpoints) -> int | None:
@@ -60,41 +62,94 @@ def restore(
         checkpoints.close()
 
 
-def load_weights(
-    path: Path | str,
+class Weights(NamedTuple):
+    """The weights of one network, and what is known about them."""
+
+    arrays: dict[str, np.ndarray]
+    """{name: array} under torchvision's names and in torch's layouts."""
+
+    class_names: tuple[str, ...] = ()
+    """Names of the classes in the order of the logits; () if they are unknown."""
+
+    data: dict = {}
+    """Fields of `DataConfig` that belong to them: mean, std, sizes, interpolation; {} if they are
+    unknown."""
+
+    @property
+    def model(self) -> dict:
+        """Fields of `ModelConfig` that belong to them, found from names and shapes."""
+        kind = convert.nearest_architecture(self.arrays)
+        return {"arch": kind.arch, "stem": kind.stem, "shortcut": kind.shortcut}
+
+
+def pretrained(
+    source: Path | str,
     key: str | None = None,
     *,
     ema: bool = False,
-    class_names: Sequence[str] = (),
     say: Callable[[str], object] = lambda line: None,
-) -> dict[str, np.ndarray]:
-    """Weights of a run directory or a file, under torchvision's names and in torch's layouts.
+) -> Weights:
+    """Weights by name, of a file or of a run directory.
 
     Args:
+      source: a file, a run directory, `torchvision:ARCH[:WEIGHTS]`, `timm:NAME`, `hf:OWNER/REPO` or
+        a URL; what is downloaded is kept in the caches of torch.hub and huggingface_hub.
       key, ema: which of the networks in a file, as `names.choose` takes them.
-      class_names: in whose order the head is wanted, of a run with the same classes in another.
       say: is told in a line what was taken, where there is anything to tell.
 
     Raises:
-      InputError: there are none, or they are damaged.
+      InputError: there are none, they are damaged, or the network gives no answer.
+
+    Example:
+      >>> weights = flax_resnet.pretrained("runs/digits")  # or "torchvision:resnet50"
+      >>> weights.class_names[:3]
+      ('0', '1', '2')
     """
-    path = Path(path)
-    if path.is_dir():
+    if published.is_name(str(source)):
+        found = published.find(str(source), say)
+    elif Path(source).is_dir():
         if key is not None or ema:
-            raise InputError(f"{path} is a run, which has one network: no `weights_key`, no `ema`")
-        with _kept_settings():
-            document, _, network, state = restore(path, chosen_step)
-            model = network.to_model(steps.evaluation_variables(state))
-            arrays, own_names = convert.state_dict(model), document["class_names"]
-        if list(class_names) == own_names or sorted(class_names) != sorted(own_names):
-            return arrays
-        say(f"{path}: the same classes in another order, matched by name")
-        order = [own_names.index(name) for name in class_names]
-        return arrays | {name: arrays[name][order] for name in ("fc.weight", "fc.bias")}
-    arrays, said = files.load(path, key, ema=ema)
+            why = "which has one network: no `weights_key`, no `ema`"
+            raise InputError(f"{source} is a run, {why}")
+        return _of_run(Path(source))
+    else:
+        found = published.Found(Path(source))
+    arrays, said = files.load(found.path, key, ema=ema)
     if said:
         say(said)
-    return arrays
+    fit = len(found.class_names) == len(arrays.get("fc.bias", ()))
+    return Weights(arrays, found.class_names if fit else (), found.data)
+
+
+_OF_DATA = ("mean", "std", "image_size", "resize_size", "interpolation", "grayscale")
+
+
+def _of_run(path: Path) -> Weights:
+    with _kept_settings():
+        document, config, network, state = restore(path, chosen_step)
+        arrays = convert.state_dict(network.to_model(steps.evaluation_variables(state)))
+    names = tuple(normalize("NFC", name) for name in document["class_names"])
+    return Weights(arrays, names, {name: getattr(config.data, name) for name in _OF_DATA})
+
+
+def load_weights(
+    source: Path | str,
+    key: str | None = None,
+    *,
+    ema: bool = False,
+    say: Callable[[str], object] = lambda line: None,
+) -> dict[str, np.ndarray]:
+    """The arrays of `pretrained`."""
+    return pretrained(source, key, ema=ema, say=say).arrays
+
+
+def in_order(weights: Weights, class_names: Sequence[str]) -> dict[str, np.ndarray] | None:
+    """The arrays with the head in the order of these names; None if they have it or other names."""
+    own_names = weights.class_names
+    if tuple(class_names) == own_names or sorted(class_names) != sorted(own_names):
+        return None
+    order = [own_names.index(name) for name in class_names]
+    return weights.arrays | {name: weights.arrays[name][order] for name in ("fc.weight", "fc.bias")}
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The set-up of a training: state, data and compiled functions before the first step."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -17,7 +17,11 @@ from flax_resnet.runs.directory import RunDirectory
 from flax_resnet.runs.display import Display
 from flax_resnet.training import steps
 from flax_resnet.training.network import Network, Preprocess
+from flax_resnet.training.profiling import Profiler
 from flax_resnet.training.progress import Progress
+
+Callback = Callable[[str, int, dict], object]
+"""Called with "step", "epoch" or "end", the number of steps done, and {name: value}."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -71,6 +75,12 @@ class Run:
     signum: int | None = None
     """The signal that asked the run to stop."""
 
+    callbacks: Sequence[Callback] = ()
+    """Functions that are told of steps, epochs and the end."""
+
+    profiler: Profiler
+    """Traces steps, if it was asked to."""
+
     @property
     def config(self):
         """The resolved `TrainConfig`."""
@@ -91,8 +101,15 @@ class Run:
         """Steps done since the first epoch."""
         return self.progress.epoch * self.steps_per_epoch + self.progress.step_in_epoch
 
+    def notify(self, event: str, values: dict):
+        """Call the callbacks; of several processes, in the first alone."""
+        if distributed.is_first():
+            for callback in self.callbacks:
+                callback(event, self.global_step, values)
+
     def close(self):
-        """End the worker processes."""
+        """End the trace and the worker processes."""
+        self.profiler.close()
         if isinstance(self.batches, workers.InTurn):
             self.batches.close()
 
@@ -104,6 +121,8 @@ def set_up(
     directory: RunDirectory,
     display: Display,
     checkpoints: Checkpoints,
+    callbacks: Sequence[Callback] = (),
+    profile: int = 0,
 ) -> Run:
     """A fresh run, or one that goes on from its newest sound checkpoint; nothing is compiled yet.
 
@@ -144,6 +163,8 @@ def set_up(
         state=engine.place_state(state),
         batches=batches,
         resident=resident,
+        callbacks=callbacks,
+        profiler=Profiler(directory.path, profile),
         **functions(
             config,
             engine,

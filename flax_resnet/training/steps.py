@@ -21,6 +21,7 @@ from jax import lax
 
 from flax_resnet.config import INT32, TrainConfig
 from flax_resnet.data import augment
+from flax_resnet.metrics import BINS
 from flax_resnet.training import losses, optim
 from flax_resnet.training.network import Network, Preprocess, Variables, dtype_of, predict_logits
 
@@ -334,8 +335,9 @@ def make_eval_step(
     """(variables, batch) -> sums over the batch; "mask" [B] leaves out what only fills it up.
 
     Returns:
-      A function that returns loss, count and top5 (scalars) and confusion `[K, K]` int32 with
-      the true class as row.
+      A function that returns loss, count and top5 (scalars), confusion `[K, K]` int32 with the
+      true class as row, and bins `[3, metrics.BINS]`: images, hits and sum of the probabilities of
+      the predictions whose probability is in each bin.
     """
 
     def eval_step(variables: Variables, batch: dict):
@@ -345,15 +347,27 @@ def make_eval_step(
         each = losses.cross_entropy(logits, targets)
         hits = label_rank(logits, labels) < TOP_K
         confusion = jnp.zeros((num_classes, num_classes), jnp.int32)
-        confusion = confusion.at[labels, logits.argmax(-1)].add(mask.astype(jnp.int32))
+        predicted, weight = logits.argmax(-1), mask.astype(jnp.int32)
+        confusion = confusion.at[labels, predicted].add(weight)
         return {
             "loss": jnp.where(mask, each, 0).sum(),
             "count": mask.sum(),
             "top5": (hits & mask).sum(),
             "confusion": confusion,
+            "bins": _bins(logits, predicted == labels, mask),
         }
 
     return eval_step
+
+
+def _bins(logits, hits, mask):
+    """The images, hits and sums of probabilities by the probability of the prediction."""
+    probability = jnp.where(mask, jax.nn.softmax(logits).max(-1), 1)
+    bins = jnp.clip(jnp.ceil(probability * BINS).astype(jnp.int32) - 1, 0, None)
+    values = jnp.stack([jnp.ones_like(probability), hits.astype(probability.dtype), probability])
+    # Sums of a product rather than a scatter, whose order of additions is open on a GPU.
+    in_bin = jax.nn.one_hot(bins, BINS, dtype=logits.dtype)
+    return (jnp.where(mask, values, 0)[:, :, None] * in_bin[None]).sum(1)
 
 
 def label_rank(logits, labels):

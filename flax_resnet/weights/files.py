@@ -16,6 +16,7 @@ _UNSUPPORTED = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file: git lfs pull",
     b"\x89HDF": "an HDF5 file; weights of Keras are not read",
     b"\x80": "a pickle, but not of torch.save",
+    b"<": "a web page",
 }
 
 
@@ -92,13 +93,28 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _checked_by_name(path: Path) -> str:
-    """A remark about the SHA-256 in a file's name, as torch.hub's files have it; "" without one."""
-    hashes = re.findall(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.", path.name)
-    if not hashes:
+def digest_in_name(name: str) -> str:
+    """The start of the SHA-256 in a file's name, as torch.hub's files have it; "" without one."""
+    return next(reversed(re.findall(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.", name)), "")
+
+
+def fault_by_name(path: Path, name: str) -> str:
+    """Why the content of a file is not that of the digest in its name; "" if it is, or without
+    one."""
+    wanted = digest_in_name(name)
+    if not wanted or (digest := sha256(path)).startswith(wanted):
         return ""
+    return f"its name says SHA-256 {wanted}, it has {digest[:8]}"
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest.startswith(hashes[-1]):
-        return "its SHA-256 is that of its name"
-    return f"DAMAGED OR RENAMED: its name says SHA-256 {hashes[-1]}, it has {digest[:8]}"
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checked_by_name(path: Path) -> str:
+    """A remark about the SHA-256 in a file's name; "" without one."""
+    if fault := fault_by_name(path, path.name):
+        return f"DAMAGED OR RENAMED: {fault}"
+    return "its SHA-256 is that of its name" if digest_in_name(path.name) else ""

@@ -1,0 +1,154 @@
+"""Compare runs: figures with the best marked, settings that differ, curves in one picture.
+
+python scripts/compare.py runs/birds runs/birds-2 runs/birds-3
+python scripts/compare.py runs/* --plot curves.png --json runs.json
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.table import Table
+
+from flax_resnet.commands import cli
+from flax_resnet.config import TrainConfig, finite, flat
+from flax_resnet.errors import InputError
+from flax_resnet.runs.display import Display
+from flax_resnet.runs.tables import read_rows
+from flax_resnet.runs.views import read_config
+from flax_resnet.text import printable
+
+FIGURES = {
+    "validation_accuracy": max,
+    "validation_loss": min,
+    "test_accuracy": max,
+    "test_loss": min,
+    "test_expected_calibration_error": min,
+    "images_per_second": max,
+}
+"""{figure: the function that gives the best}"""
+
+_BY_DEFINITION = ("compilation_cache", "log_steps")  # they change no result
+
+
+class Course(NamedTuple):
+    """A run, finished or not."""
+
+    config: TrainConfig
+    report: dict
+    """What report.json holds; {} of a run that is not finished."""
+
+    rows: list[dict]
+    """The rows of metrics.csv."""
+
+    def figures(self) -> dict[str, float]:
+        """The run's values of `FIGURES`; those of the reported weights if it is finished."""
+        found = {
+            f"{split}_{name}": value
+            for split, values in self.report.get("splits", {}).items()
+            for name, value in values.items()
+        }
+        found |= {"images_per_second": self.report.get("images_per_second")}
+        found = (self.rows[-1] if self.rows and not self.report else {}) | found
+        return {name: found[name] for name in FIGURES if _is_number(found.get(name))}
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def parse():
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="two or more")
+    about = "write the curves of loss and accuracy into one picture"
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help=about)
+    about = "also write figures and differing settings to FILE; - is stdout"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=about)
+    args = parser.parse_args()
+    if len(set(args.run_dirs)) < 2:
+        raise InputError(f"two or more runs are compared, got {args.run_dirs[0]} alone")
+    if args.plot and args.plot.suffix != ".png":
+        raise InputError(f"--plot: a picture ends in .png, got {args.plot}")
+    for flag in ("plot", "json"):
+        cli.check_writable(f"--{flag}", getattr(args, flag), args.run_dirs)
+    return args
+
+
+def read(run_dir: Path) -> Course:
+    """The course of a run; InputError if there is none, or a file of it is damaged."""
+    config, path = read_config(run_dir), run_dir / "report.json"
+    try:
+        report = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        return Course(config, report, read_rows(run_dir / "metrics.csv"))
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def differing(configs: dict[str, TrainConfig]) -> dict[str, dict]:
+    """{setting: {run: value}} of the settings that are not the same in all runs."""
+    values = {name: flat(config) for name, config in configs.items()}
+    settings = [name for name in flat(TrainConfig()) if name not in _BY_DEFINITION]
+    found = {name: {run: values[run][name] for run in values} for name in settings}
+    return {n: of for n, of in found.items() if any(v != [*of.values()][0] for v in of.values())}
+
+
+def best(figures: dict[str, dict[str, float]]) -> dict[str, float]:
+    """{figure: its best value over the runs}"""
+    of = {name: [f[name] for f in figures.values() if name in f] for name in FIGURES}
+    return {name: FIGURES[name](values) for name, values in of.items() if values}
+
+
+def table_of_figures(courses: dict[str, Course]) -> Table:
+    """A row for each run; the best of a column has a star."""
+    figures = {name: course.figures() for name, course in courses.items()}
+    tops = best(figures)
+    table = Table(caption="*: best of its column", caption_justify="left")
+    for header in ("run", "epochs", *(name.replace("_", " ") for name in tops)):
+        table.add_column(header, justify="left" if header == "run" else "right")
+    for name, course in courses.items():
+        cells = [_cell(figures[name].get(figure), tops[figure]) for figure in tops]
+        done = f"{len(course.rows)}/{course.config.epochs}"
+        table.add_row(printable(name), done + ("" if course.report else " unfinished"), *cells)
+    return table
+
+
+def _cell(value: float | None, top: float) -> str:
+    if value is None:
+        return "-"
+    return (f"{value:,.0f}" if value >= 100 else f"{value:.4f}") + ("*" if value == top else " ")
+
+
+def table_of_settings(settings: dict[str, dict]) -> Table:
+    """A row for each setting that differs, a column for each run."""
+    table = Table(title="settings that differ", title_justify="left")
+    table.add_column("setting")
+    for run in next(iter(settings.values())):
+        table.add_column(printable(run))
+    for name, values in settings.items():
+        table.add_row(name, *(printable(str(value), 40) for value in values.values()))
+    return table
+
+
+def main():
+    args = parse()
+    courses = {str(path): read(path) for path in dict.fromkeys(args.run_dirs)}
+    settings = differing({name: course.config for name, course in courses.items()})
+    display = Display(stderr=str(args.json) == "-")
+    display.show(table_of_figures(courses))
+    if settings:
+        display.show(table_of_settings(settings))
+    else:
+        display.say("all settings are the same")
+    if args.plot:
+        from flax_resnet.runs import plots  # here, because importing Matplotlib takes a second
+
+        shared = os.path.dirname(os.path.commonprefix([f"{name}/" for name in courses])) + "/"
+        drawn = {n.removeprefix(shared): c.rows for n, c in courses.items() if c.rows}
+        plots.comparison(args.plot, drawn, "Runs")
+    if args.json:
+        figures = {name: course.figures() for name, course in courses.items()}
+        values = {"figures": figures, "best": best(figures), "settings": settings}
+        with cli.output(args.json) as file:
+            file.write(json.dumps(finite(values), indent=2, allow_nan=False) + "\n")
