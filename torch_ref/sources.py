@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch.utils.data import Dataset
 
 from flax_resnet.config import DataConfig
@@ -71,6 +71,8 @@ def open_dataset(config: DataConfig) -> DataSet:
         )
     dataset = openers[scheme](place, config)
     splits = dict(dataset.splits)
+    if config.folds:
+        splits["train"], splits["test"] = _fold(splits["train"], config)
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")  # the only held-out folder is the test split
     fractions = {"test": config.test_fraction, "validation": config.validation_fraction}
@@ -112,6 +114,16 @@ def _cut(train: Images, field: str, value: float, seed: int) -> tuple[Images, Im
         raise InputError(f"`{field}` {value}: {error}") from None
     if len(np.unique(train.labels[stay])) < len(np.unique(train.labels)):
         raise InputError(f"`{field}` {value} leaves no image of a class for the training")
+    return train.subset(stay), train.subset(off)
+
+
+def _fold(train: Images, config: DataConfig) -> tuple[Images, Images]:
+    """All folds but one, and that one."""
+    fewest = np.bincount(train.labels).min()
+    if fewest < config.folds:
+        raise InputError(f"`folds` {config.folds} is more than the {fewest} images of a class")
+    folds = StratifiedKFold(config.folds, shuffle=True, random_state=config.split_seed)
+    stay, off = list(folds.split(train.labels, train.labels))[config.fold]
     return train.subset(stay), train.subset(off)
 
 

@@ -61,7 +61,8 @@ def open_data(run: LoadedRun, name: str | None, split: str):
     whose new split could have training images in the test."""
     data = run.config.data
     if name:
-        data = replace(data, dataset=name, train_images=None, eval_images=None)
+        whole = dict.fromkeys(("train_images", "eval_images", "folds", "fold"))
+        data = replace(data, dataset=name, **whole)
     if name and split == "all":  # nothing is cut off, however few images there are
         data = replace(data, test_fraction=0.0, validation_fraction=0.0)
     dataset = open_dataset(data)

@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": ("flax_resnet.commands.evaluate", "evaluate a run on a split of a data set"),
     "predict": ("flax_resnet.commands.predict", "classify images with a run"),
     "compare": ("flax_resnet.commands.compare", "compare runs: figures, settings, curves"),
+    "cross-validate": ("flax_resnet.commands.cross_validate", "train on each of several folds"),
     "convert": ("flax_resnet.commands.convert", "convert weights and export programs"),
     "plan": ("flax_resnet.commands.plan", "compile a training for GPUs and TPUs not here"),
     "parity": ("equivalence_tests.parity.command", "compare a network in JAX with PyTorch"),
@@ -41,5 +42,5 @@ def _no_subcommand(name: str):
         cli.check_choice("SUBCOMMAND", name, COMMANDS)
     print("flax-resnet SUBCOMMAND [flags]\n")
     for command, (_, purpose) in COMMANDS.items():
-        print(f"  {command:12s}{purpose}")
+        print(f"  {command:16s}{purpose}")
     print("\nflax-resnet SUBCOMMAND --help lists the flags of a subcommand")

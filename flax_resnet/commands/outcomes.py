@@ -52,10 +52,10 @@ def naming(source, split: str) -> Callable[[int], str]:
     return lambda index: os.fspath(names[int(index)])
 
 
-def write_csv(path: Path, table: list[dict]):
+def write_csv(path: Path, table: list[dict], columns: Sequence[str] = COLUMNS):
     """Write the rows; "-" is standard output."""
     with cli.output(path) as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
 

@@ -55,15 +55,20 @@ def parse():
 def resumed_config(args) -> TrainConfig:
     """The run's config; flags may only change devices, workers and the path of the data."""
     own = read_config(args.run_dir, say=lambda line: None)
-    asked = fit.as_begun(own, cli.build_config(args, own))
+    check_settings(args.run_dir, cli.build_config(args, own), own)
+    return cli.merge(own, cli.requested_values(args))
+
+
+def check_settings(run_dir: Path | str, config: TrainConfig, own: TrainConfig):
+    """Raises InputError if a config asks for other results than the run of config `own`."""
+    asked = fit.as_begun(own, config)
     left_open = {name for name, value in flat(asked).items() if value is None}
     if other := [line for name, line in differences(asked, own).items() if name not in left_open]:
         raise InputError(
-            f"{args.run_dir} was begun with other flags: {listed(other)}; --resume takes only"
+            f"{run_dir} was begun with other flags: {listed(other)}; --resume takes only"
             " those of devices, --num-workers and --dataset where the same data have moved; to"
-            f" train longer or with other settings, begin a new run with --init-from {args.run_dir}"
+            f" train longer or with other settings, begin a new run with --init-from {run_dir}"
         )
-    return cli.merge(own, cli.requested_values(args))
 
 
 def new_config(args) -> TrainConfig:

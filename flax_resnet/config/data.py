@@ -7,6 +7,8 @@ import pydantic
 from pydantic import Field
 
 from flax_resnet.config.fields import (
+    INT32,
+    Count,
     Fraction,
     Name,
     NonNegative,
@@ -52,6 +54,14 @@ class DataConfig:
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Random seed of the validation and test splits."""
 
+    folds: Annotated[int, Field(ge=2, le=INT32)] | None = None
+    """Folds of a cross-validation: stratified parts of the training split, shuffled by
+    `split_seed`. Needs `fold`."""
+
+    fold: Count | None = None
+    """The fold that is the test split, from 0 to `folds` - 1; the others are the training split. A
+    test split of the data set's own is left out."""
+
     train_images: PositiveCount | None = None
     """Use at most this many training images (stratified where it is enough for every class)."""
 
@@ -96,6 +106,10 @@ class DataConfig:
                         f"`{name}` {value:g} is outside [0, 1]: pixels are divided by 255 first, so"
                         f" divide `{name}` by 255 too"
                     )
+        if (self.folds is None) != (self.fold is None):
+            raise ValueError("`folds` and `fold` are given together or not at all")
+        if self.folds is not None and self.fold >= self.folds:
+            raise ValueError(f"`fold` {self.fold} does not exist: there are 0 to {self.folds - 1}")
         if self.resize_size and self.image_size and self.resize_size < self.image_size:
             raise ValueError("`resize_size` is smaller than `image_size`")
         scheme, colon, place = self.dataset.partition(":")

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from textwrap import shorten
 from typing import BinaryIO, Protocol
@@ -14,7 +14,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from flax_resnet.config import DataConfig
 from flax_resnet.data import cifar10
@@ -190,7 +190,8 @@ def open_dataset(config: DataConfig) -> DataSet:
     """Open the data set `config.dataset` and make its splits.
 
     A single split besides training is the test. Missing splits are cut from the training images,
-    stratified, the test first. Then at most `train_images` and `eval_images` are used.
+    stratified, the test first; with `folds` the test is one of the folds of the training images.
+    Then at most `train_images` and `eval_images` are used.
 
     A folder holds class folders, which are one split, or the folders `train` and `test`, `val` or
     both of them. The usual other names of splits are understood in any case, and all this may be in
@@ -203,6 +204,8 @@ def open_dataset(config: DataConfig) -> DataSet:
     scheme, _, place = config.dataset.partition(":")
     openers = {"digits": _digits, "folder": _folder, "cifar10": _cifar10, "tfds": _tfds}
     splits, facts = openers[scheme](place, config)
+    if config.folds:
+        splits["train"], splits["test"] = _fold(splits["train"], config)
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
 
@@ -256,6 +259,20 @@ def _cut(train: Source, config: DataConfig, field: str) -> tuple[Subset, Subset]
             "images as there are classes, and every class needs two images, one of them left over"
         )
     return Subset(train, np.sort(stay)), Subset(train, np.sort(off))
+
+
+def _fold(train: Source, config: DataConfig) -> tuple[Subset, Subset]:
+    """The training images without a fold, and the fold; InputError if a class has too few."""
+    classes, counts = np.unique(train.labels, return_counts=True)
+    if counts.min() < config.folds:
+        raise InputError(
+            f"{config.dataset}: `folds` {config.folds} is more than the {counts.min()} images of"
+            f" the smallest class (number {classes[counts.argmin()]})"
+        )
+    cutter = StratifiedKFold(config.folds, shuffle=True, random_state=config.split_seed)
+    parts = cutter.split(np.zeros(len(train)), train.labels)
+    stay, off = next(islice(parts, config.fold, None))
+    return Subset(train, stay), Subset(train, off)
 
 
 def _digits(_: str, config: DataConfig) -> tuple[dict, dict]:

@@ -187,11 +187,16 @@ class SharedDirectory(RunDirectory):
     log_step = log_epoch = log_hparams = write_results = close = _nothing
 
 
-def reserve(config: TrainConfig) -> Path:
-    """Make a new directory runs/ARCH-DATASET, or runs/ARCH-DATASET-N if that exists."""
+def default_name(config: TrainConfig) -> str:
+    """ARCH-DATASET, the name of a run's directory."""
     scheme, _, place = config.data.dataset.partition(":")
     own = {"folder": Path(os.path.expanduser(place)).resolve().name, "tfds": place}
-    name = re.sub(r"\W+", "-", f"{config.model.arch}-{own.get(scheme, scheme)}")
+    return re.sub(r"\W+", "-", f"{config.model.arch}-{own.get(scheme, scheme)}")
+
+
+def reserve(config: TrainConfig) -> Path:
+    """Make a new directory runs/ARCH-DATASET, or runs/ARCH-DATASET-N if that exists."""
+    name = default_name(config)
     for number in itertools.count(1):
         path = Path("runs") / (name + (f"-{number}" if number > 1 else ""))
         path.parent.mkdir(exist_ok=True)

@@ -149,6 +149,7 @@ def comparison(path: Path, courses: dict[str, list[dict]], title: str):
                 axis.plot(epochs, values, splits[split], color=f"C{number}", label=label_once)
         axis.set(xlabel="epoch", ylabel=name + (" (nats)" if name == "loss" else ""))
         axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     losses = [v for rows in courses.values() for row in rows for k, v in row.items() if "loss" in k]
     _fit_losses(axes[0], losses)
     axes[1].legend(loc="best", frameon=False)

@@ -40,7 +40,7 @@ def of_settings(config: TrainConfig, channels: int, own_splits: Sequence[str]) -
     found = _beyond_the_end(config)
     for name in (f"{split}_fraction" for split in own_splits):
         if getattr(config.data, name) != getattr(DataConfig(), name):
-            found.append(f"`{name}` has no effect: the data set has such a split of its own")
+            found.append(f"`{name}` has no effect: {_why_whole(config.data, name)}")
     for name in ("saturation", "hue"):
         if channels == 1 and getattr(config.augment, name):
             found.append(f"`{name}` has no effect: the images are gray")
@@ -52,6 +52,12 @@ def of_settings(config: TrainConfig, channels: int, own_splits: Sequence[str]) -
             f"`min_lr` {schedule.min_lr:g} is above `lr` {optimizer.lr:g}, which cannot fall"
         )
     return found
+
+
+def _why_whole(data: DataConfig, name: str) -> str:
+    if data.folds and name == "test_fraction":
+        return "a fold is the test split"
+    return "the data set has such a split of its own"
 
 
 def _beyond_the_end(config: TrainConfig) -> list[str]:

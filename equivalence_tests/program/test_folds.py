@@ -1,0 +1,99 @@
+"""Cross-validation: the folds of both frameworks, and the command that trains on all of them."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.model_selection import StratifiedKFold
+
+import torch_ref.sources
+from equivalence_tests.program.image_folder import fill
+from flax_resnet.commands import cross_validate
+from flax_resnet.config import DataConfig
+from flax_resnet.data.sources import open_dataset
+from flax_resnet.errors import InputError
+
+
+def config(fold, folds=4, **settings):
+    return DataConfig(folds=folds, fold=fold, split_seed=3, validation_fraction=0.0, **settings)
+
+
+def test_folds_are_those_of_scikit_learn():
+    labels = load_digits().target
+    expected = StratifiedKFold(4, shuffle=True, random_state=3).split(labels, labels)
+    for fold, (stay, off) in enumerate(expected):
+        dataset = open_dataset(config(fold))
+        np.testing.assert_array_equal(dataset.train.indices, stay)
+        np.testing.assert_array_equal(dataset.test.indices, off)
+
+
+@pytest.mark.control
+def test_another_seed_gives_other_folds():
+    other = open_dataset(DataConfig(folds=4, fold=0, split_seed=4, validation_fraction=0.0))
+    assert not np.array_equal(other.test.indices, open_dataset(config(0)).test.indices)
+
+
+def test_both_frameworks_have_the_same_folds():
+    ours, theirs = open_dataset(config(1)), torch_ref.sources.open_dataset(config(1))
+    for split, source in ("train", ours.train), ("test", ours.test):
+        np.testing.assert_array_equal(source.labels, theirs.splits[split].labels)
+        images = [np.asarray(theirs.splits[split][index]) for index in range(5)]
+        np.testing.assert_array_equal([source[index][..., 0] for index in range(5)], images)
+
+
+def test_a_test_split_of_the_data_set_is_left_out(tmp_path):
+    for place in "train/a", "train/b", "test/a", "test/b":
+        fill(tmp_path / place, 4)
+    dataset = open_dataset(config(1, folds=2, dataset=f"folder:{tmp_path}"))
+    assert all("train" in name for name in dataset.test.names)
+    assert len(dataset.test) == len(dataset.train)
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"folds": 3}, "`folds` and `fold` are given together"),
+        ({"fold": 0}, "`folds` and `fold` are given together"),
+        ({"folds": 3, "fold": 3}, "`fold` 3 does not exist: there are 0 to 2"),
+    ],
+)
+def test_a_fold_that_does_not_exist_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**settings)
+
+
+@pytest.mark.parametrize("framework", [open_dataset, torch_ref.sources.open_dataset])
+def test_more_folds_than_images_of_a_class_are_refused(framework):
+    with pytest.raises(InputError, match="`folds` 175 is more than the 174 images"):
+        framework(config(0, folds=175))
+
+
+def run(monkeypatch, folder, *flags):
+    small = ("--arch", "basic_cnn", "--epochs", "1", "--train-images", "64", "--batch-size", "32")
+    command = ["cross_validate.py", "--folds", "2", "--run-dir", str(folder), *small, *flags]
+    monkeypatch.setattr("sys.argv", command)
+    cross_validate.main()
+
+
+def test_the_command_pools_the_predictions_of_all_folds(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, tmp_path / "cv")
+    found = json.loads((tmp_path / "cv/cross_validation.json").read_text())
+    with (tmp_path / "cv/predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert found["images"] == len(rows) == len(load_digits().target)
+    right = np.mean([row["label"] == row["prediction"] for row in rows])
+    assert found["pooled"]["accuracy"] == pytest.approx(right, abs=1e-12)
+    assert np.trace(found["confusion"]) == round(right * len(rows))
+    accuracies = [fold["accuracy"] for fold in found["folds"]]
+    assert found["mean"]["accuracy"] == pytest.approx(np.mean(accuracies), abs=1e-12)
+    assert found["deviation"]["accuracy"] == pytest.approx(np.std(accuracies, ddof=1), abs=1e-12)
+
+    monkeypatch.setattr(cross_validate.fit, "fit", None)  # finished folds are not trained again
+    run(monkeypatch, tmp_path / "cv")
+    assert (
+        json.loads((tmp_path / "cv/cross_validation.json").read_text())["folds"] == found["folds"]
+    )
+    with pytest.raises(InputError, match="was begun with other flags: .*lr"):
+        run(monkeypatch, tmp_path / "cv", "--lr", "0.01")

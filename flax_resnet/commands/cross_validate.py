@@ -1,0 +1,133 @@
+"""Train once for each fold of a cross-validation and pool what the runs predict on their folds.
+
+python scripts/cross_validate.py --folds 5 --arch resnet20 --epochs 20
+python scripts/cross_validate.py --folds 5 --dataset folder:DIR --run-dir runs/birds-cv
+
+The images of a fold are the test split of its run and are seen by no other part of it. An
+interrupted command goes on where it was. Writes fold-0, fold-1, ... and, of all folds together,
+cross_validation.json, predictions.csv, curves.png and confusion_matrix.png.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from flax_resnet import metrics
+from flax_resnet.commands import cli, evaluate, outcomes, train
+from flax_resnet.config import TrainConfig, finite
+from flax_resnet.errors import InputError
+from flax_resnet.interop.loaded_run import load_run
+from flax_resnet.runs import environment
+from flax_resnet.runs.directory import default_name
+from flax_resnet.runs.display import Display
+from flax_resnet.runs.tables import read_rows
+from flax_resnet.runs.views import is_begun, read_config
+from flax_resnet.training import fit
+
+SHOWN = ("loss", "accuracy", "precision_macro", "recall_macro", "f1_macro")
+
+
+def parse():
+    parser = cli.Parser(description=__doc__)
+    cli.add_starting_points(parser)
+    about = "directory of all runs (default: runs/ARCH-DATASET-K-folds)"
+    parser.add_argument("--run-dir", metavar="PATH", type=Path, help=about)
+    cli.add_config_flags(parser)
+    args = parser.parse_args()
+    if args.fold is not None:
+        raise InputError("--fold is for train.py: this command runs all folds")
+    args.fold = "0"
+    return args
+
+
+def configs(args) -> list[TrainConfig]:
+    """The config of each fold's run."""
+    config = cli.build_config(args, TrainConfig())
+    folds = range(config.data.folds)
+    return [replace(config, data=replace(config.data, fold=fold)) for fold in folds]
+
+
+def trained(config: TrainConfig, run_dir: Path):
+    """Train a fold's run, or the rest of it."""
+    begun = is_begun(run_dir)
+    if begun:
+        train.check_settings(run_dir, config, read_config(run_dir, say=lambda line: None))
+        if train.is_finished(run_dir):
+            return
+    fit.fit(config, run_dir, resume=begun, command=cli.command_line())
+
+
+def predictions(run_dir: Path) -> tuple[list[dict], dict, tuple[str, ...]]:
+    """A row for each image of a run's fold, the figures of the fold, and the class names."""
+    run, each = load_run(run_dir), evaluate.Report()
+    dataset = evaluate.open_data(run, None, "test")
+    figures, _ = evaluate.measure(run, dataset, "test", None, each)
+    return each.rows, figures, run.class_names
+
+
+def confusion(rows: list[dict], names: tuple[str, ...]) -> np.ndarray:
+    """Counts `[K, K]` of the rows, row = true class."""
+    number = {name: index for index, name in enumerate(names)}
+    counts = np.zeros((len(names), len(names)), np.int64)
+    for row in rows:
+        counts[number[row["label"]], number[row["prediction"]]] += 1
+    return counts
+
+
+def pooled(rows: list[dict], counts: np.ndarray) -> dict[str, float]:
+    """The figures of all predictions together."""
+    return {"loss": float(np.mean([row["loss"] for row in rows]))} | metrics.summarize(counts)
+
+
+def spread(figures: list[dict]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation (n - 1) over the folds."""
+    columns = {name: [fold[name] for fold in figures] for name in SHOWN}
+    return {
+        "mean": {name: float(np.mean(values)) for name, values in columns.items()},
+        "deviation": {name: float(np.std(values, ddof=1)) for name, values in columns.items()},
+    }
+
+
+def table(figures: list[dict], whole: dict[str, dict]) -> Table:
+    """A row for each fold, then mean, deviation and pooled figures."""
+    found = Table(caption="pooled: of all predictions together", caption_justify="left")
+    for header in ("fold", *(name.removesuffix("_macro") for name in SHOWN)):
+        found.add_column(header, justify="left" if header == "fold" else "right")
+    for name, values in (dict(enumerate(figures)) | whole).items():
+        found.add_row(str(name), *(f"{values[column]:.4f}" for column in SHOWN))
+    return found
+
+
+def main():
+    args = parse()
+    if args.folds is None:
+        raise InputError("--folds is missing: the number of parts, such as 5")
+    runs = configs(args)
+    root = args.run_dir or Path("runs") / f"{default_name(runs[0])}-{len(runs)}-folds"
+    folders = [root / f"fold-{number}" for number in range(len(runs))]
+    for config, folder in zip(runs, folders, strict=True):
+        trained(config, folder)
+    each = [predictions(folder) for folder in folders]
+    rows = [{**row, "fold": n} for n, (part, *_) in enumerate(each) for row in part]
+    figures, names = [part[1] for part in each], each[0][2]
+    counts = confusion(rows, names)
+    whole = spread(figures) | {"pooled": pooled(rows, counts)}
+    Display().show(table(figures, whole))
+    write(root, {"folds": figures, **whole, "images": len(rows)}, rows, counts, names)
+
+
+def write(root: Path, values: dict, rows: list[dict], counts: np.ndarray, names):
+    """Write the files about all folds."""
+    from flax_resnet.runs import plots  # here, because importing Matplotlib takes a second
+
+    facts = {"class_names": names, "confusion": counts.tolist()}
+    facts |= {"command": cli.command_line(), "environment": environment.describe(1)}
+    text = json.dumps(finite(values | facts), indent=2, allow_nan=False)
+    (root / "cross_validation.json").write_text(text + "\n", encoding="utf-8")
+    outcomes.write_csv(root / "predictions.csv", rows, (*outcomes.COLUMNS, "fold"))
+    plots.confusion_matrix(root / "confusion_matrix.png", counts, names)
+    courses = {f.name: read_rows(f / "metrics.csv") for f in sorted(root.glob("fold-*"))}
+    plots.comparison(root / "curves.png", courses, f"{len(courses)} folds")
