@@ -58,7 +58,7 @@ def test_steps_of_a_recipe_are_equal_in_both_frameworks(name):
     assert trajectory.distance(got.weights, expected.weights) < 1e-8
 
 
-def smoked(config: TrainConfig, dataset: str = "") -> TrainConfig:
+def smoked(config: TrainConfig, dataset: str = "none") -> TrainConfig:
     """The recipe under --smoke, on small images with a small network."""
     changes = {
         "model": {"arch": "resnet20", "stem": None},

@@ -129,7 +129,7 @@ def test_per_class_table_agrees_with_the_report(finished, report):
 
 
 def test_written_pictures_have_content(finished):
-    for name in ("curves.png", "confusion_matrix.png"):
+    for name in ("curves.png", "confusion_matrix.png", "reliability.png"):
         with Image.open(finished[0] / name) as image:
             assert min(image.size) > 300
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20

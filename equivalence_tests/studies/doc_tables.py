@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from equivalence_tests import results
-from equivalence_tests.benchmark.scaling import STATISTICS
 from equivalence_tests.studies import criteria, reproduction_page
 
 ROOT = results.FOLDER.parent
@@ -271,13 +270,14 @@ def survival() -> str:
 
 def scaling() -> str:
     """Memory and exchange of compiled steps on many devices."""
+    whose = {"batch": "the whole batch", "device": "each device"}
     lines = []
     for row in results.read("scaling")["rows"]:
         reduced = row["collectives"]
         lines.append([
             row["target"],
             f"{row['devices']:,}",
-            "-" if row["devices"] == 1 else STATISTICS[row["statistics"]],
+            "-" if row["devices"] == 1 else whose[row["statistics"]],
             f"{(row['argument_bytes'] + row['temporary_bytes']) / 1e9:.1f}",
             sum(each["count"] for each in reduced),
             sum(each["in_forward"] for each in reduced),
@@ -288,6 +288,17 @@ def scaling() -> str:
     header = ["target", "devices", "statistics of", "GB", "all-reduces", "forward", "MB",
               "bound, ms", "exchange, ms"]  # fmt: skip
     return table(header, lines, numbers=6)
+
+
+def gradient_sums() -> str:
+    """Errors of gradients that devices have summed."""
+    rows = results.read("gradient-sums")["rows"]
+    lines = {}
+    for row in rows:
+        line = lines.setdefault(row["devices"], {"devices": f"{row['devices']:,}"})
+        line[f"{row['dtype']}, {row['way']}"] = f"{row['median_error']:.1e}"
+    header, *_ = map(list, lines.values())
+    return table(header, [list(line.values()) for line in lines.values()], numbers=len(header))
 
 
 def ports() -> str:
@@ -315,7 +326,7 @@ TABLES = {
     function.__name__: function
     for function in (
         headline, faults_found, localiser, paired_trainings, error_growth, speeds,
-        whole_trainings, recipes, recipe_pairs, survival, scaling, ports, maxvit,
+        whole_trainings, recipes, recipe_pairs, survival, scaling, gradient_sums, ports, maxvit,
     )
 }  # fmt: skip
 

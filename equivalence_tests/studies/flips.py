@@ -26,6 +26,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.runs import views
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in
 from flax_resnet.runs.directory import TABLES
+from flax_resnet.runs.owned import RESULTS
 from flax_resnet.runs.tables import Table
 
 FLAGS = "--arch resnet20 --train-images 64 --epochs 3 --batch-size 16 --devices 1".split()
@@ -137,7 +138,7 @@ def unfinished(run_dir: Path):
     """Turn a finished run into one that was cut off after its second checkpoint."""
     newest = steps_in(run_dir / "checkpoints")[-1]
     shutil.rmtree(run_dir / "checkpoints" / str(newest))
-    for name in ("report.json", "per_class.csv", "curves.png", "confusion_matrix.png"):
+    for name in ("report.json", *RESULTS):
         (run_dir / name).unlink()
 
 
