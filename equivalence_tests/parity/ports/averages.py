@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from equivalence_tests.parity.ports.graph import Graph
-from equivalence_tests.parity.ports.matching import Mapping
+from equivalence_tests.parity.ports.mapping import Mapping
 
 MANY = 10**6
 """A count of batches after which no correction for the start at zero is left."""

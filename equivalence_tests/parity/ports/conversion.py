@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import torch
 
-from equivalence_tests.parity.ports.matching import Mapping, Piece
+from equivalence_tests.parity.ports.mapping import Mapping, Piece
 from flax_resnet.errors import InputError
 from flax_resnet.text import listed
 

@@ -30,6 +30,7 @@ def graph(net: nn.Module, image_shape: tuple[int, ...], *, train: bool) -> Graph
       InputError: the network raises, or `torch.export` cannot follow it.
     """
     net = copy.deepcopy(net).train(train)
+    net.register_forward_hook(lambda module, inputs, output: _logits(output))
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # attention as one opaque operation
     images = torch.zeros(image_shape, dtype=torch.float64)
@@ -45,6 +46,15 @@ def graph(net: nn.Module, image_shape: tuple[int, ...], *, train: bool) -> Graph
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     return _Builder(program).graph()
+
+
+def _logits(output):
+    """The logits in an output: its `logits`, or the first of several values."""
+    if hasattr(output, "logits"):
+        return output.logits
+    if isinstance(output, dict) and "logits" in output:
+        return output["logits"]
+    return output[0] if isinstance(output, tuple | list) and output else output
 
 
 class _Builder:

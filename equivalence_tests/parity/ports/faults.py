@@ -4,12 +4,13 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from equivalence_tests.parity import tolerances
 from equivalence_tests.parity.ports import exported, statistics, traces, variants
 from equivalence_tests.parity.ports.graph import Graph, Operation
-from equivalence_tests.parity.ports.matching import Mapping
+from equivalence_tests.parity.ports.mapping import Mapping
 from equivalence_tests.parity.ports.walk import Walk
 
 
@@ -30,6 +31,9 @@ class Fault(NamedTuple):
     """Known faults, each of which gives what JAX has; [] if none does."""
 
 
+LOGITS = "logits"
+"""Stands for a module where the logits differ after the last layer."""
+
 Changes = dict[int, list[variants.Variant]]
 """{index of an operation of PyTorch: the variants that make it JAX's}."""
 
@@ -41,10 +45,21 @@ def forward(walk: Walk, mode: str) -> tuple[list[Fault], Changes]:
         if step.error <= tolerances.PORT:
             continue
         causes = variants.explain(walk, step, walk.of_jax[step.subject])
+        if not step.operations:
+            found.append(Fault(LOGITS, mode, "forward", step.error, _after_logits(walk)))
+            continue
         for index, variant in causes[0].items() if causes else ():
             changes.setdefault(index, []).append(variant)
         found += _named(walk.standard.operations, step, causes, mode)
     return found, changes
+
+
+def _after_logits(walk: Walk) -> list[str]:
+    """What JAX's network does to its logits, which were compared before, and then returns."""
+    logits, end = (np.asarray(walk.of_jax[step.subject]) for step in walk.steps[-2:])
+    functions = {"softmax": jax.nn.softmax, "log-softmax": jax.nn.log_softmax}
+    names = [n for n, f in functions.items() if variants.nearly(end, np.asarray(f(logits)))]
+    return [f"the network returns the {name} of its logits" for name in names]
 
 
 def _named(operations, step, causes, mode) -> list[Fault]:

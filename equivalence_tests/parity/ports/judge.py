@@ -24,15 +24,17 @@ from equivalence_tests.parity.ports import (
     exported,
     faults,
     jaxpr,
+    kernel_orders,
     layers,
     mapping_file,
     matching,
     optimizers,
     traces,
 )
-from equivalence_tests.parity.ports.matching import Mapping
+from equivalence_tests.parity.ports.mapping import Mapping
 from equivalence_tests.parity.ports.verdict import Report
 from equivalence_tests.parity.ports.walk import Walk
+from flax_resnet.errors import InputError
 
 MODES = {"evaluation": False, "training": True}
 
@@ -165,17 +167,19 @@ class _Pair:
         standard, subject = self._layers("training")
         pairs = matching.mapped(standard, subject, mapping)
         for stage in matching.stages(standard, subject, pairs):
-            if stage.subject:
-                walk.anchor(stage.standard[-1].output, stage.subject[-1].output)
+            matching.anchor(walk, stage, mapping)
         walk.anchor(walk.standard.logits, walk.subject.logits)
         matching.place_statistics(walk, mapping, *self._statistics())
         self.leaves = walk.leaves
-        turned = matching.turned(mapping, self.state, self.leaves)
+        turned = kernel_orders.turned(mapping, self.state, self.leaves)
         self.remarks += turned
 
     def _given(self, mapping: Mapping, rng) -> traces.Inputs:
-        logits = self.walks["training"].of_jax[self.subject["training"].logits]
-        labels = rng.integers(0, np.shape(logits)[1], len(self.images))
+        walk = self.walks["training"]
+        classes, ours = (shape[1] for shape in walk.steps[-1].shapes)
+        if classes != ours:
+            raise InputError(f"PyTorch's network has {classes} classes, JAX's {ours}")
+        labels = rng.integers(0, classes, len(self.images))
         trained = [name for name, _ in self.net.named_parameters() if name in mapping.pieces]
         return traces.Inputs(self.state, self.leaves, self.images, labels, trained)
 
@@ -229,7 +233,8 @@ def _one_mode(network, walk: Walk, given: traces.Inputs, mapping: Mapping, mode:
     names = traces.names_of(walk)
     got = traces.of_jax(network, given, walk, names, mapping, train=MODES[mode])
     rows = _rows(got, traces.of_torch(walk.standard, given, walk, names))
-    if not all(fault.causes for fault in found):
+    # What is done to the logits after the last layer is not put into PyTorch's network.
+    if not all(fault.causes and fault.module != faults.LOGITS for fault in found):
         return found, rows, False
     graph = faults.changed(walk.standard, changes)
     left = _rows(got, traces.of_torch(graph, given, walk, names)) if changes else rows

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from equivalence_tests.parity.ports.matching import Mapping, Piece
+from equivalence_tests.parity.ports.mapping import Mapping, Piece
 from flax_resnet.errors import InputError
 
 

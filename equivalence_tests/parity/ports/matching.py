@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from equivalence_tests.parity.ports import layers
+from equivalence_tests.parity.ports.kernel_orders import flattened
 from equivalence_tests.parity.ports.layers import Layer
+from equivalence_tests.parity.ports.mapping import Mapping, Piece, filled, pieces_of
 from equivalence_tests.parity.ports.walk import LARGEST, Walk, closest
 from equivalence_tests.parity.tolerances import relative_error
 
@@ -26,18 +28,6 @@ CLEAR = 0.5
 MOST_TRIALS = 5000
 
 
-class Piece(NamedTuple):
-    """Elements of a PyTorch tensor that are elements of a JAX leaf."""
-
-    leaf: str
-
-    ours: np.ndarray
-    """Their numbers in the leaf, flat."""
-
-    theirs: np.ndarray
-    """Their numbers in the tensor, flat."""
-
-
 class Tie(NamedTuple):
     """Kernels that stand at equal places, so that their order is a guess."""
 
@@ -46,39 +36,6 @@ class Tie(NamedTuple):
     standard: list[int]
 
     subject: list[int]
-
-
-class Mapping(NamedTuple):
-    """The place of every tensor of PyTorch in JAX."""
-
-    pieces: dict[str, list[Piece]]
-
-    unplaced: dict[str, tuple[int, ...]]
-    """Tensors of PyTorch, with shapes, that have no place in JAX."""
-
-    extra: dict[str, tuple[int, ...]]
-    """Float leaves of JAX, with shapes, that no tensor of PyTorch fills."""
-
-    ambiguous: list[str]
-    """Sentences that name what could be matched otherwise."""
-
-    def has(self, name: str, numbers: np.ndarray) -> bool:
-        """Returns True if any of these elements of a tensor has a place."""
-        return any(np.isin(numbers, piece.theirs).any() for piece in self.pieces.get(name, ()))
-
-    def read(self, name: str, leaves: dict, shape) -> np.ndarray | None:
-        """A tensor of PyTorch, read from leaves of JAX; None if a part of it is not there."""
-        found = np.full(int(np.prod(shape)), np.nan)
-        for piece in self.pieces.get(name, ()):
-            found[piece.theirs] = np.asarray(leaves[piece.leaf]).reshape(-1)[piece.ours]
-        return None if name not in self.pieces else found.reshape(shape)
-
-
-def put(leaves: dict, piece: Piece, tensor):
-    """Writes the elements of one piece into its leaf."""
-    flat = leaves[piece.leaf].reshape(-1)
-    flat[piece.ours] = np.asarray(tensor).reshape(-1)[piece.theirs]
-    leaves[piece.leaf] = flat.reshape(leaves[piece.leaf].shape)
 
 
 class Stage(NamedTuple):
@@ -139,13 +96,14 @@ def match(
     mapping = Mapping({n: list(p) for n, p in given.items()}, {}, {}, [])
     for stage in stages(standard, subject, pairs):
         pieces = (
-            _kernel(stage, mapping) if stage.kernel else _group(walk, stage, mapping, statistics)
+            _kernel(walk, stage, mapping)
+            if stage.kernel
+            else _group(walk, stage, mapping, statistics)
         )
         for name, parts in pieces.items():
             mapping.pieces.setdefault(name, []).extend(parts)
         _fill(walk, pieces)
-        if stage.subject:
-            walk.anchor(stage.standard[-1].output, stage.subject[-1].output)
+        anchor(walk, stage, mapping)
     walk.anchor(walk.standard.logits, walk.subject.logits)
     used = {piece.leaf for pieces in mapping.pieces.values() for piece in pieces}
     for name, leaf in walk.leaves.items():
@@ -158,10 +116,22 @@ def match(
 
 
 def _fill(walk: Walk, pieces: dict[str, list[Piece]]):
-    for name, parts in pieces.items():
-        for piece in parts:
-            walk.leaves[piece.leaf] = np.array(walk.leaves[piece.leaf])
-            put(walk.leaves, piece, walk.state[name])
+    walk.leaves.update(filled(walk, pieces))
+
+
+def anchor(walk: Walk, stage: Stage, mapping: Mapping):
+    """Compares the outputs of the last layers of a stage that have a parameter in common.
+
+    In training PyTorch's BatchNorm reads its running statistics and JAX's may not.
+    """
+    theirs = [{p.leaf for n in layer.parameters for p in mapping.pieces.get(n, ())}
+              for layer in stage.standard]  # fmt: skip
+    ours = [set(layer.parameters) for layer in stage.subject]
+    common = set().union(*theirs) & set().union(*ours)
+    sides = zip((stage.standard, stage.subject), (theirs, ours), strict=True)
+    if common:
+        walk.anchor(*([layer.output for layer, held in zip(side, leaves, strict=True)
+                       if held & common][-1] for side, leaves in sides))  # fmt: skip
 
 
 def tied(standard: list[Layer], ties: list[Tie]) -> list[str]:
@@ -201,11 +171,11 @@ def fused(standard: list[Layer], subject: list[Layer]) -> dict[str, int]:
     return found
 
 
-def _kernel(stage: Stage, mapping: Mapping) -> dict[str, list[Piece]]:
+def _kernel(walk: Walk, stage: Stage, mapping: Mapping) -> dict[str, list[Piece]]:
     if not stage.subject:
         return {}
-    theirs, ours = stage.standard[0].parameters, stage.subject[0].parameters
-    found = pieces_of(theirs, ours)
+    theirs, ours = stage.standard[0], stage.subject[0]
+    found = pieces_of(flattened(walk, theirs, ours), ours.parameters)
     return {n: p for n, p in found.items() if not mapping.has(n, p[0].theirs)}
 
 
@@ -219,12 +189,8 @@ def _group(walk: Walk, stage: Stage, mapping: Mapping, statistics) -> dict[str, 
     expected = walk.in_torch(stage.standard[-1].output)
     trials = []
     for pieces in itertools.islice(assignments(theirs, ours, statistics), MOST_TRIALS):
-        leaves = dict(walk.leaves)
-        for name, parts in pieces.items():
-            for piece in parts:
-                leaves[piece.leaf] = np.array(leaves[piece.leaf])
-                put(leaves, piece, walk.state[name])
-        trials.append((closest(expected, walk.in_jax(stage.subject[-1].output, leaves))[0], pieces))
+        got = walk.in_jax(stage.subject[-1].output, filled(walk, pieces))
+        trials.append((closest(expected, got)[0], pieces))
     trials.sort(key=lambda trial: trial[0])
     if not trials or trials[0][0] >= LARGEST:
         return {}
@@ -307,17 +273,6 @@ def _by_colour(found: list[Layer], radius: int, taken) -> dict[int, list[int]]:
     return groups
 
 
-def pieces_of(theirs: dict, ours: dict) -> dict[str, list[Piece]]:
-    """Pieces of two layers whose positions are the same."""
-    found = {}
-    for name, left in theirs.items():
-        for leaf, right in ours.items():
-            both = (left >= 0) & (right >= 0)
-            if both.any():
-                found.setdefault(name, []).append(Piece(leaf, right[both], left[both]))
-    return found
-
-
 def mapped(standard: list[Layer], subject: list[Layer], mapping: Mapping) -> dict[int, int]:
     """{kernel of PyTorch: kernel of JAX} in other graphs of the same networks, by the mapping."""
     ours = {}
@@ -364,23 +319,3 @@ def place_statistics(walk: Walk, mapping: Mapping, buffers: list[str], changed: 
             used.add(leaf)
             mapping.extra.pop(leaf, None)
             mapping.unplaced.pop(name)
-
-
-def turned(mapping: Mapping, state: dict, leaves: dict) -> list[str]:
-    """Kernels whose pixels lie in their leaf in another order than PyTorch's, one sentence each."""
-    found = []
-    for name, pieces in mapping.pieces.items():
-        shape = np.shape(state[name])
-        if len(shape) != 4 or len(pieces) != 1 or min(shape[2:]) < 2:
-            continue
-        order = np.empty(len(pieces[0].ours), int)
-        order[np.argsort(np.argsort(pieces[0].ours))] = pieces[0].theirs
-        rows = order.reshape(np.shape(leaves[pieces[0].leaf])) // shape[3] % shape[2]
-        columns = order.reshape(rows.shape) % shape[3]
-        down, across = (np.flatnonzero([np.ptp(a, i).any() for i in range(a.ndim)])
-                        for a in (rows, columns))  # fmt: skip
-        if len(down) == len(across) == 1 and down[0] > across[0]:
-            found.append(f"{name} lies in its leaf with height and width swapped")
-        elif rows.flat[0] > 0 or columns.flat[0] > 0:
-            found.append(f"{name} lies in its leaf rotated by 180 degrees")
-    return found

@@ -11,7 +11,7 @@ import optax
 import torch
 
 from equivalence_tests.parity.engine import Row, compare
-from equivalence_tests.parity.ports.matching import Mapping, put
+from equivalence_tests.parity.ports.mapping import Mapping, put
 from equivalence_tests.parity.ports.traces import Inputs
 from flax_resnet.errors import InputError
 

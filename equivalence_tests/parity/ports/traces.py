@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from equivalence_tests.parity.engine import Trace
 from equivalence_tests.parity.ports.graph import Graph
-from equivalence_tests.parity.ports.matching import Mapping
+from equivalence_tests.parity.ports.mapping import Mapping
 from equivalence_tests.parity.ports.walk import Walk
 
 

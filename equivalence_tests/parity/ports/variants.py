@@ -244,6 +244,7 @@ def activations(operation: Operation) -> Iterator[Variant]:
         "leaky": ("the ReLU is leaky, with slope 0.01", lambda x: F.leaky_relu(x, 0.01)),
         "relu6": ("the activation is ReLU6", F.relu6),
         "elu": ("the activation is ELU", F.elu),
+        "hardswish": ("the activation is hard-swish", F.hardswish),
     }
     approximate = operation.options.get("kwargs", {}).get("approximate", "none")
     own = {"gelu": {"none": "gelu", "tanh": "tanh"}[approximate]}.get(
@@ -251,6 +252,20 @@ def activations(operation: Operation) -> Iterator[Variant]:
     )
     for name, (reason, function) in others.items():
         if name != own:
+            yield Variant(reason, lambda x, f=function: (f(x),))
+
+
+def gates(operation: Operation) -> Iterator[Variant]:
+    """A sigmoid, or one that is piecewise linear."""
+    others = {
+        "sigmoid": ("the gate is a sigmoid", torch.sigmoid),
+        "hardsigmoid": ("the gate is relu6(x + 3) / 6", F.hardsigmoid),
+        "clip": ("the gate is clip(0.2 x + 0.5, 0, 1)", lambda x: (0.2 * x + 0.5).clamp(0, 1)),
+        "tanh": ("the gate is a tanh", torch.tanh),
+        "none": (f"there is no {operation.name} here", lambda x: x),
+    }
+    for name, (reason, function) in others.items():
+        if name != operation.name:
             yield Variant(reason, lambda x, f=function: (f(x),))
 
 
@@ -312,6 +327,13 @@ VARIANTS: dict[str, tuple[Callable[[Operation], Iterator[Variant]], ...]] = {
     "gelu": (activations,),
     "silu": (activations,),
     "hardswish": (activations,),
+    "leaky_relu": (activations,),
+    "relu6": (activations,),
+    "hardtanh": (activations,),
+    "elu": (activations,),
+    "sigmoid": (gates,),
+    "hardsigmoid": (gates,),
+    "tanh": (gates,),
     "add": (additions,),
     "add_bias": (biases,),
     "mul": (scales,),

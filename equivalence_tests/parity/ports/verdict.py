@@ -5,7 +5,7 @@ from typing import NamedTuple
 from equivalence_tests.parity import tolerances
 from equivalence_tests.parity.engine import Row
 from equivalence_tests.parity.ports.faults import Fault
-from equivalence_tests.parity.ports.matching import Mapping
+from equivalence_tests.parity.ports.mapping import Mapping
 from flax_resnet.text import listed
 
 UNKNOWN = "no known cause"

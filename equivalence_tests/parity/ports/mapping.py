@@ -1,0 +1,71 @@
+"""Where each element of a PyTorch tensor is in JAX."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Piece(NamedTuple):
+    """Elements of a PyTorch tensor that are elements of a JAX leaf."""
+
+    leaf: str
+
+    ours: np.ndarray
+    """Their numbers in the leaf, flat."""
+
+    theirs: np.ndarray
+    """Their numbers in the tensor, flat."""
+
+
+class Mapping(NamedTuple):
+    """The place of every tensor of PyTorch in JAX."""
+
+    pieces: dict[str, list[Piece]]
+
+    unplaced: dict[str, tuple[int, ...]]
+    """Tensors of PyTorch, with shapes, that have no place in JAX."""
+
+    extra: dict[str, tuple[int, ...]]
+    """Float leaves of JAX, with shapes, that no tensor of PyTorch fills."""
+
+    ambiguous: list[str]
+    """Sentences that name what could be matched otherwise."""
+
+    def has(self, name: str, numbers: np.ndarray) -> bool:
+        """Returns True if any of these elements of a tensor has a place."""
+        return any(np.isin(numbers, piece.theirs).any() for piece in self.pieces.get(name, ()))
+
+    def read(self, name: str, leaves: dict, shape) -> np.ndarray | None:
+        """A tensor of PyTorch, read from leaves of JAX; None if a part of it is not there."""
+        found = np.full(int(np.prod(shape)), np.nan)
+        for piece in self.pieces.get(name, ()):
+            found[piece.theirs] = np.asarray(leaves[piece.leaf]).reshape(-1)[piece.ours]
+        return None if name not in self.pieces else found.reshape(shape)
+
+
+def put(leaves: dict, piece: Piece, tensor):
+    """Writes the elements of one piece into its leaf."""
+    flat = leaves[piece.leaf].reshape(-1)
+    flat[piece.ours] = np.asarray(tensor).reshape(-1)[piece.theirs]
+    leaves[piece.leaf] = flat.reshape(leaves[piece.leaf].shape)
+
+
+def filled(walk, pieces: dict[str, list[Piece]]) -> dict:
+    """The walk's leaves with some pieces of PyTorch's tensors in them."""
+    leaves = dict(walk.leaves)
+    for name, parts in pieces.items():
+        for piece in parts:
+            leaves[piece.leaf] = np.array(leaves[piece.leaf])
+            put(leaves, piece, walk.state[name])
+    return leaves
+
+
+def pieces_of(theirs: dict, ours: dict) -> dict[str, list[Piece]]:
+    """Pieces of two layers whose positions are the same."""
+    found = {}
+    for name, left in theirs.items():
+        for leaf, right in ours.items():
+            both = (left >= 0) & (right >= 0)
+            if both.any():
+                found.setdefault(name, []).append(Piece(leaf, right[both], left[both]))
+    return found
