@@ -8,14 +8,15 @@ import functools
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from equivalence_tests.numerics import ddp
 from equivalence_tests.parity import engine, inputs, tolerances
-from equivalence_tests.program.command import ROOT
 
+ROOT = Path(__file__).parents[2]
 PROCESSES = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 

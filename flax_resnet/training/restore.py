@@ -94,7 +94,8 @@ def pretrained(
     Args:
       source: a file, a run directory, `torchvision:ARCH[:WEIGHTS]`, `timm:NAME`, `hf:OWNER/REPO` or
         a URL; what is downloaded is kept in the caches of torch.hub and huggingface_hub.
-      key, ema: which of the networks in a file, as `names.choose` takes them.
+      key: key or prefix of one of several networks in a file.
+      ema: take the averaged weights of a file that holds raw ones too.
       say: is told in a line what was taken, where there is anything to tell.
 
     Raises:
