@@ -81,7 +81,7 @@ def row(target: targets.Target, statistics: str) -> dict:
 
 
 def derived(found: dict) -> dict:
-    """What follows from a compiled row by `ASSUMPTIONS`."""
+    """Seconds that follow from a compiled row by `ASSUMPTIONS`."""
     target = targets.parse(found["target"])
     seconds = sum(
         each["count"] * latency(target) + each["bytes"] * seconds_of_a_byte(target)

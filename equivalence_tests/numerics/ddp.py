@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from equivalence_tests.parity import inputs, torch_side
 
 KINDS = ("own", "all")
-"""Whose statistics BatchNorm takes: those of the own process or of all processes."""
+"""BatchNorm takes the statistics of its own process, or of all processes."""
 
 
 def case(**options) -> inputs.Case:
@@ -29,8 +29,9 @@ def case(**options) -> inputs.Case:
 
 
 class OfAllProcesses(nn.BatchNorm2d):
-    """What nn.SyncBatchNorm defines, which itself refuses the tensors of a CPU: mean, variance and
-    n of the batch of all processes. The gradient passes through both all-reduces."""
+    """BatchNorm with mean, variance and n of the batch of all processes, as nn.SyncBatchNorm has.
+
+    nn.SyncBatchNorm refuses the tensors of a CPU. The gradient passes through both all-reduces."""
 
     def forward(self, x):
         """`[B, C, H, W]` -> the same shape."""

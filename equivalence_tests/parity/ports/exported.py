@@ -197,7 +197,7 @@ def batch_norm(x, *leaves, training, momentum, eps, given, biased=False, by=None
 
 
 def _normalised(x, mean, variance, weight, bias, eps):
-    """As F.batch_norm in evaluation, which passes no gradient to the statistics."""
+    """F.batch_norm in evaluation; unlike it, this passes a gradient to the statistics."""
     shape = [1, -1, *[1] * (x.ndim - 2)]
     y = (x - mean.reshape(shape)) * (variance + eps).rsqrt().reshape(shape)
     return y if weight is None else y * weight.reshape(shape) + bias.reshape(shape)

@@ -44,10 +44,10 @@ def forward(walk: Walk, mode: str) -> tuple[list[Fault], Changes]:
     for step in walk.steps:
         if step.error <= tolerances.PORT:
             continue
-        causes = variants.explain(walk, step, walk.of_jax[step.subject])
         if not step.operations:
             found.append(Fault(LOGITS, mode, "forward", step.error, _after_logits(walk)))
             continue
+        causes = variants.explain(walk, step, walk.of_jax[step.subject])
         for index, variant in causes[0].items() if causes else ():
             changes.setdefault(index, []).append(variant)
         found += _named(walk.standard.operations, step, causes, mode)
@@ -55,7 +55,7 @@ def forward(walk: Walk, mode: str) -> tuple[list[Fault], Changes]:
 
 
 def _after_logits(walk: Walk) -> list[str]:
-    """What JAX's network does to its logits, which were compared before, and then returns."""
+    """Name the function of its logits that JAX's network returns; [] if none is known."""
     logits, end = (np.asarray(walk.of_jax[step.subject]) for step in walk.steps[-2:])
     functions = {"softmax": jax.nn.softmax, "log-softmax": jax.nn.log_softmax}
     names = [n for n, f in functions.items() if variants.nearly(end, np.asarray(f(logits)))]

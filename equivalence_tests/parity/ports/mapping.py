@@ -1,4 +1,4 @@
-"""Where each element of a PyTorch tensor is in JAX."""
+"""The mapping tells where in JAX each element of a PyTorch tensor is."""
 
 from typing import NamedTuple
 

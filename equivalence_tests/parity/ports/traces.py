@@ -15,7 +15,7 @@ from equivalence_tests.parity.ports.walk import Walk
 
 
 class Inputs(NamedTuple):
-    """What both sides run on."""
+    """The numbers on which both sides run."""
 
     state: dict[str, np.ndarray]
     """PyTorch's parameters and statistics."""

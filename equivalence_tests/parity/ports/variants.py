@@ -24,7 +24,7 @@ class Variant(NamedTuple):
     """Another way to run an operation."""
 
     reason: str
-    """What is different in JAX, as part of a sentence."""
+    """A sentence about the difference, without its layer."""
 
     run: Callable[..., tuple] | None
 
