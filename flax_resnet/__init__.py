@@ -12,6 +12,7 @@ if not os.path.exists("/proc/driver/nvidia"):
 if TYPE_CHECKING:
     from flax_resnet.config import TrainConfig
     from flax_resnet.errors import InputError
+    from flax_resnet.interop.ensemble import ensemble
     from flax_resnet.interop.loaded_run import LoadedRun, load_run
     from flax_resnet.models import create_model, list_models
     from flax_resnet.training.fit import fit
@@ -23,6 +24,7 @@ __all__ = [
     "LoadedRun",
     "TrainConfig",
     "create_model",
+    "ensemble",
     "fit",
     "list_models",
     "load_run",
@@ -36,6 +38,7 @@ _MODULES = {
     "LoadedRun": "interop.loaded_run",
     "TrainConfig": "config",
     "create_model": "models",
+    "ensemble": "interop.ensemble",
     "fit": "training.fit",
     "list_models": "models",
     "load_run": "interop.loaded_run",

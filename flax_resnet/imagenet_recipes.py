@@ -88,7 +88,7 @@ _V2 = Recipe(
 def _timm(name, accuracy, *, epochs, lr, policy, optimizer, augment, **groups) -> Recipe:
     """A recipe of "ResNet strikes back" (arXiv:2110.00476, table 2), with timm's defaults."""
     config = _config(
-        resize=236,  # 224 / 0.95
+        resize=235,  # timm rounds 224 / 0.95 down
         batch_size=2048,
         epochs=epochs,
         model=dict(

@@ -36,7 +36,7 @@ class Recipe:
     """Name of the recipe whose weights are fine-tuned."""
 
     gpu: bool = False
-    """Whether the recipe takes hours on a CPU, minutes on a GPU."""
+    """True if the recipe takes hours on a CPU, minutes on a GPU."""
 
 
 FLIP = dict(horizontal_flip=0.5, random_crop=0)

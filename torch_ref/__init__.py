@@ -23,7 +23,7 @@ def list_models() -> list[str]:
 
 
 def has_stem_choice(arch: str) -> bool:
-    """Whether the network takes both stems: torchvision's ten do."""
+    """True if the network takes both stems: torchvision's ten do."""
     return arch in CONSTRUCTORS and arch not in CIFAR
 
 
@@ -36,7 +36,7 @@ def check_stem(arch: str, stem: str | None) -> None:
 
 
 def has_shortcut_choice(arch: str) -> bool:
-    """Whether the network takes both shortcuts: He's five for CIFAR do."""
+    """True if the network takes both shortcuts: He's five for CIFAR do."""
     return arch in CIFAR
 
 

@@ -89,7 +89,7 @@ def _check_no_splits(folder: Path, root: Path, folders: list[Path]) -> None:
 
 
 def _hold_the_same(folders: list[Path], root: Path) -> bool:
-    """Whether they have no images of their own, and several have folders of one name."""
+    """True if they have no images of their own, and several have folders of one name."""
     inside = [_entries(folder, root) for folder in folders]
     if any(entry.name.lower().endswith(SUFFIXES) for found in inside for entry in found):
         return False

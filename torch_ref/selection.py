@@ -23,7 +23,7 @@ class Selection:
     """Epochs since the reference."""
 
     def should_stop(self, patience: int) -> bool:
-        """Whether the patience is exhausted; a patience of 0 never is."""
+        """True if the patience is exhausted; a patience of 0 never is."""
         return patience > 0 and self.bad_epochs >= patience
 
 
@@ -38,7 +38,7 @@ def update(state: Selection, value: float, epoch: int, config: EarlyStoppingConf
 
 
 def improves(value: float, before: float | None, mode: str, min_delta: float = 0.0) -> bool:
-    """Whether a value is better than the one before by more than `min_delta`; NaN and infinities
+    """True if a value is better than the one before by more than `min_delta`; NaN and infinities
     never are."""
     if not math.isfinite(value):
         return False

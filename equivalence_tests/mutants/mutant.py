@@ -19,7 +19,7 @@ class LayerFault:
     """Changes a module in place."""
 
     eligible: Callable[[nnx.Module], bool] = lambda module: True
-    """Whether a module of this type has the part that the fault changes."""
+    """True if a module of this type has the part that the fault changes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -185,7 +185,7 @@ def theirs(space, bins, size):
 
 
 def close(ours, other):
-    """Whether two sets of (operation, argument) are the same but for rounding."""
+    """True if two sets of (operation, argument) are the same but for rounding."""
     for name in P.OPERATIONS:
         mine, theirs = (sorted({v for n, v in pairs if n == name}) for pairs in (ours, other))
         grid = np.abs(np.subtract.outer(mine, theirs)) <= 1e-4

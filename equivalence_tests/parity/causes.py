@@ -62,7 +62,7 @@ class Evidence:
         return before, got, expected
 
     def has(self, prediction) -> bool:
-        """Whether the subject's array equals the prediction."""
+        """True if the subject's array equals the prediction."""
         return same(prediction, self.got)
 
     def inputs(self) -> Iterator[np.ndarray]:
@@ -76,7 +76,7 @@ class Evidence:
 
 
 def same(a, b) -> bool:
-    """Whether two arrays are equal up to rounding."""
+    """True if two arrays are equal up to rounding."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return a.shape == b.shape and np.linalg.norm(a - b) <= SAME * np.linalg.norm(b)
 

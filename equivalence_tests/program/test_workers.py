@@ -22,7 +22,7 @@ def pids(in_turn) -> list[int]:
 
 
 def is_there(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """True if a process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

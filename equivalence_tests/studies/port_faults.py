@@ -64,7 +64,7 @@ def judged(framework: str, faults: dict[str, str], seed: int = 0, **settings) ->
 
 
 def right(row: dict, layer: str, fault: str) -> bool:
-    """Whether a row names the layer and its cause, and no other layer for another cause."""
+    """True if a row names the layer and its cause, and no other layer for another cause."""
     words, names = CAUSES[fault], [module(layer)]
     if not row["causes"]:
         return any(words in note and layer in note for note in row["notes"])

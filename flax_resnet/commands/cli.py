@@ -29,6 +29,7 @@ BAD_IMAGE = "error: unreadable images end the command; skip: they are listed and
 FOLD_BATCHNORM = "fold BatchNorm into the convolutions: faster, equal up to rounding"
 WEIGHTS_KEY = "key or prefix of the network in a file that holds several"
 RUN_OR_NAME = "directory of the run, or torchvision:ARCH, timm:NAME, hf:OWNER/REPO"
+AVERAGE = "what several runs average: probabilities (default) or logits"
 EMA = "take the averaged weights of a file that holds raw ones too"
 
 

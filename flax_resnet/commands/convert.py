@@ -4,6 +4,7 @@ python scripts/convert.py resnet50.pth resnet50.safetensors
 python scripts/convert.py runs/resnet20-birds birds.pth                 # the best weights
 python scripts/convert.py runs/resnet20-birds birds.stablehlo           # with its preprocessing
 python scripts/convert.py runs/resnet20-birds birds.onnx --fold-batchnorm
+python scripts/convert.py runs/resnet20-birds birds.onnx --int8         # with training images
 python scripts/convert.py resnet20.th runs/pretrained --dataset folder:DIR
 python scripts/convert.py resnet50.pth runs/imagenet --class-names NAMES.txt --image-size 224 \\
     --resize-size 256 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resnet.commands import cli, convert_torch
+from flax_resnet.commands import cli, convert_int8, convert_torch
 from flax_resnet.config import TrainConfig, config_from_file, from_dict
 from flax_resnet.data import pipeline
 from flax_resnet.errors import InputError
@@ -33,6 +34,7 @@ from flax_resnet.weights.convert import TORCH_SUFFIXES
 
 PROGRAM_SUFFIXES = (".stablehlo", ".onnx")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *PROGRAM_SUFFIXES)
+CALIBRATION_IMAGES = 256
 MODEL_FLAGS = ("arch", "stem", "shortcut")
 DATA_FLAGS = ("dataset", "image_size", "resize_size", "grayscale", "exif_transpose", "mean", "std")
 
@@ -52,6 +54,12 @@ def parse():
     parser.add_argument("--ema", action="store_true", help=cli.EMA)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument("--fold-batchnorm", action="store_true", help=cli.FOLD_BATCHNORM)
+    about = "write an .onnx file with int8 weights and activations, BatchNorm folded"
+    parser.add_argument("--int8", action="store_true", help=about)
+    about = "data set whose training images calibrate the activations (default: the run's)"
+    parser.add_argument("--calibrate", metavar="DATASET", help=about)
+    about = f"number of these images (default: {CALIBRATION_IMAGES})"
+    parser.add_argument("--calibration-images", metavar="INT", type=int, help=about)
     parser.add_argument(
         "--training",
         action="store_true",
@@ -76,9 +84,22 @@ def parse():
     check_flags(args)
     if args.training and (args.weights_key or args.ema):
         raise InputError("--weights-key and --ema choose weights; --training takes the whole file")
+    check_int8(args)
     if args.fold_batchnorm and args.suffix not in PROGRAM_SUFFIXES:
         raise InputError(f"--fold-batchnorm: only for {' and '.join(PROGRAM_SUFFIXES)}")
     return args
+
+
+def check_int8(args):
+    """Raises InputError for flags of --int8 that do not fit."""
+    if args.int8 and (args.suffix != ".onnx" or args.training):
+        raise InputError("--int8: only for .onnx")
+    for flag in ("calibrate", "calibration_images"):
+        if getattr(args, flag) is not None and not args.int8:
+            raise InputError(f"--{flag.replace('_', '-')} is for --int8")
+    cli.check_positive("--calibration-images", args.calibration_images)
+    if args.int8 and not (args.is_run or args.calibrate):
+        raise InputError(f"--int8: {args.input} has no images of its own; give --calibrate DATASET")
 
 
 def source(text: str) -> str | Path:
@@ -227,7 +248,10 @@ def convert_weights(args):
 
 
 def write_program(args, run: LoadedRun):
-    if args.suffix == ".onnx":
+    if args.int8:
+        count = args.calibration_images or CALIBRATION_IMAGES
+        convert_int8.write(args.output, run, args.calibrate, count)
+    elif args.suffix == ".onnx":
         convert_torch.write_onnx(args.output, run, fold_batchnorm=args.fold_batchnorm)
     else:
         served = run.without_batchnorm() if args.fold_batchnorm else run

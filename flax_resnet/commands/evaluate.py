@@ -1,6 +1,9 @@
 """Evaluate a run on a split of its own data set or of another one with the same classes.
 
+Several runs are evaluated each by itself and as an ensemble, which averages what they predict.
+
 python scripts/evaluate.py runs/resnet18-digits
+python scripts/evaluate.py runs/digits-1 runs/digits-2 runs/digits-3
 python scripts/evaluate.py runs/resnet18-birds --dataset folder:/data/new-birds --split all
 python scripts/evaluate.py runs/resnet18-birds --predictions test.csv --worst worst.html
 """
@@ -16,9 +19,10 @@ import numpy as np
 from flax_resnet.commands import cli, outcomes
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import SPLITS, check_contents, contents, evaluation_decoder
-from flax_resnet.data.sources import AS_TRAINED, open_dataset
+from flax_resnet.data.sources import AS_TRAINED, DataSet, open_dataset
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.errors import InputError
+from flax_resnet.interop.ensemble import AVERAGES, ensemble
 from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.interop.weights_to_run import open_run
 from flax_resnet.runs.display import Display
@@ -31,7 +35,8 @@ from flax_resnet.weights import published
 
 def parse():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("run_dir", metavar="RUN_DIR", help=cli.RUN_OR_NAME)
+    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help=cli.RUN_OR_NAME)
+    parser.add_argument("--average", default=AVERAGES[0], metavar="KIND", help=cli.AVERAGE)
     splits = (*SPLITS, "all")
     parser.add_argument(
         "--split", default="test", metavar="|".join(splits), help="split to use (default: test)"
@@ -50,9 +55,10 @@ def parse():
     )
     args = parser.parse_args()
     cli.check_choice("--split", args.split, splits)
+    cli.check_choice("--average", args.average, AVERAGES)
     cli.check_choice("--on-bad-image", args.on_bad_image, ("error", "skip"))
     for flag in ("json", "predictions", "worst"):
-        cli.check_writable(f"--{flag}", getattr(args, flag), [args.run_dir])
+        cli.check_writable(f"--{flag}", getattr(args, flag), args.run_dirs)
     return args
 
 
@@ -104,7 +110,7 @@ class Report:
 
 
 def measure(
-    run: LoadedRun, dataset, split: str, left_out: list | None, each: Report | None = None
+    run: LoadedRun, dataset: DataSet, split: str, left_out: list | None, each: Report | None = None
 ) -> tuple[dict, int]:
     """The figures of a split and its number of images.
 
@@ -138,21 +144,49 @@ def measure(
     return figures, num_images - len(left_out or ())
 
 
-def main():
-    args = parse()
-    run = open_run(args.run_dir)
-    if published.is_name(args.run_dir) and not args.dataset:
-        raise InputError(f"{args.run_dir} has no data of its own: give --dataset")
-    run = run.without_batchnorm() if args.fold_batchnorm else run
+def opened(name: str, args) -> tuple[LoadedRun, DataSet]:
+    """A run, and the data set as the run divides it."""
+    run = open_run(name)
+    if published.is_name(name) and not args.dataset:
+        raise InputError(f"{name} has no data of its own: give --dataset")
     dataset = open_data(run, args.dataset, args.split)
-    if published.is_name(args.run_dir):
+    if published.is_name(name):
         run = with_names_of(dataset, run)
     check_classes(run, dataset, args.dataset or run.config.data.dataset)
-    left_out = [] if args.on_bad_image == "skip" else None
+    return run.without_batchnorm() if args.fold_batchnorm else run, dataset
+
+
+def opened_all(names: list[str], args) -> tuple[dict[str, LoadedRun], DataSet]:
+    """The runs and their common data; InputError if the runs divide their data differently."""
+    found = {name: opened(name, args) for name in names}
+    first = found[names[0]][1]
+    for name, (_, dataset) in found.items():
+        if not args.dataset and contents(dataset) != contents(first):
+            raise InputError(
+                f"{name} divides its data otherwise than {names[0]}, whose test images may be"
+                " training images there; give --dataset"
+            )
+    return {name: run for name, (run, _) in found.items()}, first
+
+
+def main():
+    args = parse()
+    names = list(dict.fromkeys(args.run_dirs))
+    runs, dataset = opened_all(names, args)
+    several = len(runs) > 1
+    skip = args.on_bad_image == "skip"
     each = Report() if args.predictions or args.worst else None
+    table = {
+        name: measure(run, dataset, args.split, [] if skip else None)[0]
+        for name, run in (runs.items() if several else ())
+    }
+    run, left_out = ensemble(runs, args.average), [] if skip else None
     figures, num_images = measure(run, dataset, args.split, left_out, each)
-    if not math.isfinite(figures["loss"]):
-        raise cli.CheckFailed(f"{args.run_dir}: the loss is {figures['loss']}, not a number")
+    table["ensemble" if several else args.split] = figures
+    for row, values in table.items():
+        if not math.isfinite(values["loss"]):
+            subject = row if several else names[0]
+            raise cli.CheckFailed(f"{subject}: the loss is {values['loss']}, not a number")
     display = Display(stderr="-" in map(str, (args.json, args.predictions, args.worst)))
     for line in dataset.remarks(AS_TRAINED):
         display.say(line)
@@ -160,15 +194,17 @@ def main():
         display.say(f"left out: {error}")
     name = args.dataset or run.config.data.dataset
     display.say(f"{args.split}: {num_images:,} images of {name}")
-    display.results({args.split: figures}, len(run.class_names))
+    display.results(table, len(run.class_names))
     if args.predictions:
         outcomes.write_csv(args.predictions, each.rows)
     if args.worst:
-        title = f"The largest losses of {args.run_dir}, {args.split} split of {name}"
+        title = f"The largest losses of {listed(names)}, {args.split} split of {name}"
         outcomes.write_page(args.worst, each.worst, title)
     if args.json:
-        figures |= {"split": args.split, "images": num_images, "command": cli.command_line()}
         bad = [*map(": ".join, dataset.bad_images), *map(str, left_out or ())]
-        figures |= {"left_out_images": len(bad), "left_out": bad}
+        facts = {"split": args.split, "images": num_images, "command": cli.command_line()}
+        facts |= {"left_out_images": len(bad), "left_out": bad}
+        if several:
+            facts |= {"average": args.average, "members": {n: table[n] for n in names}}
         with cli.output(args.json) as file:
-            file.write(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+            file.write(json.dumps(figures | facts, indent=2, allow_nan=False) + "\n")

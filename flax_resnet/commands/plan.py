@@ -96,7 +96,7 @@ class Row(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether the program was compiled and is within the memory of the card."""
+        """True if the program was compiled and is within the memory of the card."""
         return self.program is not None and self.program.fits
 
 

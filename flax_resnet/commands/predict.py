@@ -1,12 +1,14 @@
-"""Classify image files, and those in folders, with a run.
+"""Classify image files, and those in folders, with a run, or with the average of several.
 
 python scripts/predict.py runs/resnet18-birds sparrow.jpg --top-k 3
 python scripts/predict.py runs/resnet18-birds photos/ --json predictions.json
+python scripts/predict.py runs/birds-1 runs/birds-2 photos/
 python scripts/predict.py runs/resnet18-birds photos/ --on-bad-image skip --csv - | head
 """
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import sys
@@ -22,17 +24,20 @@ from flax_resnet.data.folders import images_below
 from flax_resnet.data.image_files import BadImage, is_turned, reason
 from flax_resnet.data.sources import AS_TRAINED, passed_over_remarks, turned_remark
 from flax_resnet.errors import InputError
+from flax_resnet.interop.ensemble import AVERAGES, ensemble
 from flax_resnet.interop.loaded_run import predict_files
 from flax_resnet.interop.weights_to_run import open_run
-from flax_resnet.text import printable
+from flax_resnet.runs.views import is_begun
+from flax_resnet.text import listed, printable
+from flax_resnet.weights import published
 
 
 def parse():
     parser = cli.Parser(description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", help=cli.RUN_OR_NAME)
-    parser.add_argument(
-        "inputs", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help="image files and folders"
-    )
+    about = "more runs, then image files and folders"
+    parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_FOLDER", help=about)
+    parser.add_argument("--average", default=AVERAGES[0], metavar="KIND", help=cli.AVERAGE)
     parser.add_argument(
         "--top-k", type=int, default=5, metavar="INT", help="classes for each image (default: 5)"
     )
@@ -45,15 +50,26 @@ def parse():
     if args.top_k < 1:
         raise InputError("--top-k: at least 1")
     cli.check_choice("--on-bad-image", args.on_bad_image, ("error", "skip"))
+    cli.check_choice("--average", args.average, AVERAGES)
+    more = list(itertools.takewhile(is_run, args.inputs))
+    args.runs = list(dict.fromkeys([args.run_dir, *more]))
+    args.inputs = [Path(name) for name in args.inputs[len(more) :]]
+    if not args.inputs:
+        raise InputError(f"no image or folder follows the runs {listed(args.runs)}")
     outputs = (("--json", args.json), ("--csv", args.csv))
     for flag, path in outputs:
-        cli.check_writable(flag, path, [args.run_dir])
+        cli.check_writable(flag, path, args.runs)
     args.inputs, args.passed_over = image_files(args.inputs)
     for flag, path in outputs:
         cli.check_writable(flag, path, args.inputs)
     if args.json and args.csv and os.path.realpath(args.json) == os.path.realpath(args.csv):
         raise InputError(f"--json and --csv both name {args.json}")
     return args
+
+
+def is_run(name: str) -> bool:
+    """Returns True for the directory of a run, and for the name of published weights."""
+    return published.is_name(name) or is_begun(Path(name))
 
 
 def image_files(inputs: list[Path]) -> tuple[list[Path], Counter[str]]:
@@ -141,8 +157,10 @@ def write_all(rows: Iterable[dict], json_path: Path | None, csv_path: Path | Non
 
 def main():
     args = parse()
-    run = open_run(args.run_dir)
-    run = run.without_batchnorm() if args.fold_batchnorm else run
+    runs = {name: open_run(name) for name in args.runs}
+    if args.fold_batchnorm:
+        runs = {name: run.without_batchnorm() for name, run in runs.items()}
+    run = ensemble(runs, args.average)
     files = args.inputs
     outcomes = predict_files(run, files, skip_bad=args.on_bad_image == "skip")
     rows = (as_row(path, outcome, run.class_names, args.top_k) for path, outcome in outcomes)

@@ -94,7 +94,7 @@ def runs_here() -> str:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether the run is finished; then its damaged files are printed. A run counts as unfinished
+    """True if the run is finished; then its damaged files are printed. A run counts as unfinished
     if only files that can be written anew are damaged."""
     if not (run_dir / "report.json").exists():
         return False

@@ -191,5 +191,5 @@ class EarlyStoppingConfig:
 
     @property
     def mode(self) -> Literal["min", "max"]:
-        """Whether less or more is better."""
+        """The direction in which the figure improves."""
         return "min" if self.monitor == "validation_loss" else "max"

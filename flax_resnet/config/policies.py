@@ -29,7 +29,7 @@ class RandPolicy:
     """Highest level."""
 
     inc: int = 0
-    """Whether (1) every operation gets stronger with the level."""
+    """True if (1) every operation gets stronger with the level."""
 
 
 def rand_policy(notation: str) -> RandPolicy:

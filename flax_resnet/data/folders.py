@@ -37,7 +37,7 @@ PassedOver = dict[str, str]
 
 
 def is_passed_over(name: str) -> bool:
-    """Whether a file or folder of this name is hidden or made by an operating system."""
+    """True if a file or folder of this name is hidden or made by an operating system."""
     return name.startswith(".") or name.lower() in _OF_THE_SYSTEM
 
 

@@ -189,7 +189,7 @@ def _check_samples(image: Image.Image):
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether the samples have 16 bits and the file states no unused ones."""
+    """True if the samples have 16 bits and the file states no unused ones."""
     layout = str(image.tile[0].args) if image.tile else ""
     return ";16" in layout or ", 65535)" in layout
 
@@ -252,7 +252,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def is_turned(file: str | os.PathLike | BinaryIO) -> bool:
-    """Whether the header of an image has an EXIF orientation that `exif_transpose` would apply;
+    """True if the header of an image has an EXIF orientation that `exif_transpose` would apply;
     False for a file that is no image."""
     if isinstance(file, str | os.PathLike) and not os.path.isfile(file):
         return False  # opening a pipe would wait for ever

@@ -36,7 +36,7 @@ class Decoder:
     """Pixels of the shorter side before the centre crop."""
 
     random_resized_crop: bool = False
-    """Whether training takes a crop of random area and aspect ratio instead."""
+    """True if training takes a crop of random area and aspect ratio instead."""
 
     scale: tuple[float, float] = (0.08, 1.0)
     """Bounds of that area, as shares of the image."""

@@ -239,7 +239,7 @@ def natural_size(dataset: DataSet) -> int:
 
 
 def _is_tiny(size, model) -> bool:
-    """Whether images are enlarged for the large stem. On the digits of 8 pixels this is four times
+    """True if images are enlarged for the large stem. On the digits of 8 pixels this is four times
     cheaper than the small stem without enlargement, and more accurate in the same time."""
     return size < TINY and model.stem is None and has_stem_choice(model.arch)
 

@@ -41,7 +41,7 @@ class _Place:
 
 
 def _has_places() -> bool:
-    """Whether other processes can open a file that has no name."""
+    """True if other processes can open a file that has no name."""
     return os.path.isdir("/proc/self/fd")
 
 

@@ -238,7 +238,7 @@ def _limit(source: Source, count: int | None, seed: int) -> Source:
 
 
 def _can_stratify(labels: np.ndarray, off: int) -> bool:
-    """Whether scikit-learn can cut `off` images and keep the classes' shares."""
+    """True if scikit-learn can cut `off` images and keep the classes' shares."""
     counts = np.unique(labels, return_counts=True)[1]
     return min(off, len(labels) - off) >= len(counts) and counts.min() >= 2
 

@@ -125,7 +125,7 @@ def _connect(coordinator, num_processes, process_id, timeout):
 
 
 def _started_by_a_cluster() -> bool:
-    """Whether srun or mpirun started several processes."""
+    """True if srun or mpirun started several processes."""
     for tasks, others in _CLUSTERS.items():
         if os.environ.get(tasks) and _number(tasks, tasks) > 1:
             for name in others:
@@ -210,7 +210,7 @@ def _wait_for(coordinator, timeout):
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which writes and prints."""
+    """True if this is process 0, which writes and prints."""
     return jax.process_index() == 0
 
 

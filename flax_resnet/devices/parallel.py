@@ -74,7 +74,7 @@ class Engine:
         return AXIS if self.pmap or not alone else None
 
     def can_share(self, batch_size: int, norm_images: int | None = None) -> bool:
-        """Whether every device gets as many images, and those devices that hold a group of
+        """True if every device gets as many images, and those devices that hold a group of
         `norm_images` (None: there are no groups) hold nothing else. Where the compiler finds out
         what to reduce, a group may lie anywhere."""
         each, rest = divmod(batch_size, len(self.devices))

@@ -62,7 +62,7 @@ class Kernel(NamedTuple):
     """Type of the operands of a product, of the data of a collective, else that of the result."""
 
     full_precision: bool
-    """Whether a product asks for all digits of its float32 operands."""
+    """True if a product asks for all digits of its float32 operands."""
 
     layer: str
     """A layer's name, `BETWEEN` or `OUTSIDE`."""
@@ -278,7 +278,7 @@ def _taken(inside: dict, parameter: str) -> float:
 
 
 def is_product(i: Instruction) -> bool:
-    """Whether an instruction is a convolution or a matrix product."""
+    """True if an instruction is a convolution or a matrix product."""
     if i.opcode == "custom-call":
         return bool(re.search(r"conv|cublas", _attribute(i, "custom_call_target")))
     return i.opcode in ("convolution", "dot")

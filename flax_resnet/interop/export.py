@@ -69,7 +69,7 @@ def write_verified(
     load: Callable[[Path], Arrays],
 ):
     """Save to a temporary file, load it, compare bit for bit, and rename it to `path`."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save(temporary, arrays)
         _compare(load(temporary), arrays, path)
 
@@ -105,7 +105,7 @@ def write_program(
     Raises:
       DamagedExport: the logits are not those of the run; the file is deleted then.
     """
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save(temporary)
         program, random = load(temporary), np.random.default_rng(0)
         for size in BATCH_SIZES:
@@ -224,7 +224,7 @@ def _compare(got: Arrays, expected: Arrays, path: Path):
 
 
 @contextlib.contextmanager
-def _replacing(path: Path):
+def replacing(path: Path):
     """Yields a temporary file's path; the file replaces `path` unless the body fails."""
     temporary = _beside(path)
     try:

@@ -33,7 +33,7 @@ def list_models() -> list[str]:
 
 
 def has_stem_choice(arch: str) -> bool:
-    """Whether the network takes both stems: torchvision's ten do."""
+    """True if the network takes both stems: torchvision's ten do."""
     return arch in CONSTRUCTORS and "stem" not in CONSTRUCTORS[arch].keywords
 
 
@@ -46,7 +46,7 @@ def check_stem(arch: str, stem: str | None):
 
 
 def has_shortcut_choice(arch: str) -> bool:
-    """Whether the network takes both shortcuts: He's five for CIFAR do."""
+    """True if the network takes both shortcuts: He's five for CIFAR do."""
     return arch in CONSTRUCTORS and "projection" in CONSTRUCTORS[arch].keywords
 
 

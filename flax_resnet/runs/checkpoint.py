@@ -291,7 +291,7 @@ def _described(leaf) -> jax.ShapeDtypeStruct:
 
 
 def _is_addressable(state) -> bool:
-    """Whether this process can read every array."""
+    """True if this process can read every array."""
     return all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(state))
 
 

@@ -28,7 +28,7 @@ def warn(line: str):
 
 
 def is_begun(run_dir: Path) -> bool:
-    """Whether there is a run to resume."""
+    """True if there is a run to resume."""
     return (run_dir / "config.json").exists() or bool(steps_in(run_dir / "checkpoints"))
 
 
@@ -76,7 +76,7 @@ def own_config(path: Path) -> TrainConfig:
 
 
 def is_trained(run_dir: Path) -> bool:
-    """Whether the training of a run is complete; False for a run of converted weights."""
+    """True if the training of a run is complete; False for a run of converted weights."""
     document = newest_document(run_dir / "checkpoints", lambda line: None) or {}
     progress = document.get("progress", {})
     return bool(progress) and (

@@ -61,7 +61,7 @@ class Compiled(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the memory of the card."""
+        """True if the peak is within the memory of the card."""
         return self.peak_bytes <= self.target.card.memory_bytes
 
     @property
@@ -157,7 +157,7 @@ class Plan:
         return None if self.evaluation else self.config.model.batch_norm_images
 
     def can_share(self, batch_size: int) -> bool:
-        """Whether the devices can share a batch."""
+        """True if the devices can share a batch."""
         return self.engine.can_share(batch_size, self._norm_images)
 
     def compile(self, batch_size: int | None = None) -> Compiled | None:

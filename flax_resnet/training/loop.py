@@ -70,7 +70,7 @@ def _next_batches(run: Run, count: int):
 
 
 def at_log_step(run: Run, count: int) -> bool:
-    """Whether the last `count` steps passed a multiple of `log_steps`, or ended the epoch."""
+    """True if the last `count` steps passed a multiple of `log_steps`, or ended the epoch."""
     step, every = run.progress.step_in_epoch, run.config.log_steps
     return step // every != (step - count) // every or step == run.steps_per_epoch
 

@@ -67,7 +67,7 @@ class Network:
 
 def predict_logits(network: Network, preprocess: Preprocess, variables: Variables, images):
     """uint8 `[B, H, W, C]` -> logits `[B, K]` in evaluation mode, float32 or wider."""
-    images = preprocess.to_unit(images, dtype_of(variables.batch_stats or variables.params))
+    images = preprocess.to_unit(images, dtype_of((variables.batch_stats, variables.params)))
     logits, _ = network.apply(variables, preprocess.normalize(images), train=False)
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 

@@ -106,7 +106,7 @@ def _decayed(config: OptimizerConfig):
 
 
 def _norms(tree) -> dict:
-    """Whether each leaf is BatchNorm's, which alone has a scale."""
+    """True for each leaf of a BatchNorm, which alone has a scale."""
     inside = {k: _norms(v) if isinstance(v, dict) else "scale" in tree for k, v in tree.items()}
     return inside
 

@@ -58,7 +58,7 @@ class Progress:
     """State of the plateau schedule."""
 
     stopped_early: bool = False
-    """Whether early stopping ended the run."""
+    """True if early stopping ended the run."""
 
     @classmethod
     def from_document(cls, values: dict) -> "Progress":

@@ -23,7 +23,7 @@ class Selection:
     """Epochs since the reference."""
 
     def should_stop(self, patience: int) -> bool:
-        """Whether the patience is exhausted; a patience of 0 never is."""
+        """True if the patience is exhausted; a patience of 0 never is."""
         return 0 < patience <= self.bad_epochs
 
 
@@ -37,7 +37,7 @@ def update(state: Selection, value: float, epoch: int, config: EarlyStoppingConf
 
 
 def improves(value: float, before: float | None, mode: str, min_delta: float = 0.0) -> bool:
-    """Whether a value is better than the one before by more than `min_delta`; anything finite is
+    """True if a value is better than the one before by more than `min_delta`; anything finite is
     better than None."""
     if not math.isfinite(value) or before is None:
         return math.isfinite(value)

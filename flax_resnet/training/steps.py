@@ -75,7 +75,7 @@ def evaluation_variables(state: TrainState) -> Variables:
 
 @jax.jit
 def is_finite(tree) -> jax.Array:
-    """Whether all numbers of all arrays are finite, bool []."""
+    """True if all numbers of all arrays are finite, bool []."""
     return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 

@@ -186,12 +186,12 @@ class Architecture(NamedTuple):
 
 
 def has_head(arrays: dict[str, np.ndarray]) -> bool:
-    """Whether the arrays (torchvision's names) include the last linear layer."""
+    """True if the arrays (torchvision's names) include the last linear layer."""
     return any(name.startswith("fc.") for name in arrays)
 
 
 def has_body(arrays: dict[str, np.ndarray], shapes: dict[str, tuple]) -> bool:
-    """Whether the arrays include more than half of a network's entries."""
+    """True if the arrays include more than half of a network's entries."""
     return 2 * len(shapes.keys() & arrays.keys()) > len(shapes)
 
 

@@ -66,7 +66,7 @@ class Choice(NamedTuple):
     """Averages of the same network that were not chosen."""
 
     headless: bool
-    """Whether a projection head, which is no classifier, was left out."""
+    """True if a projection head, which is no classifier, was left out."""
 
     def __str__(self):
         dropped = f"prefix {printable(self.prefix)!r} dropped" if self.prefix else ""

@@ -47,7 +47,7 @@ class Found(NamedTuple):
 
 
 def is_name(source: str) -> bool:
-    """Whether weights are named, rather than a path: torchvision:, timm:, hf: or a URL."""
+    """True if weights are named, rather than a path: torchvision:, timm:, hf: or a URL."""
     return source.partition(":")[0] in _FINDERS
 
 

@@ -78,7 +78,7 @@ def _gives(walk: Walk, known, step: Step, got, runs) -> bool:
 
 
 def nearly(a, b) -> bool:
-    """Whether two arrays are equal up to rounding."""
+    """True if two arrays are equal up to rounding."""
     return np.linalg.norm(a - b) <= SAME * max(np.linalg.norm(b), 1e-12)
 
 

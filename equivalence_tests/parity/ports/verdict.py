@@ -37,7 +37,7 @@ class Report(NamedTuple):
     """(H, W) of the images."""
 
     explained: bool
-    """Whether PyTorch's network computes what JAX's computes once the causes are put into it."""
+    """True if PyTorch's network computes what JAX's computes once the causes are put into it."""
 
     notes: list[str] = []
     """Anything else that a reader should know, one sentence each."""

@@ -189,7 +189,7 @@ def _same(permuted, subject) -> bool:
 
 
 def _joined(permuted, subject) -> bool:
-    """Whether the axes of one shape are neighbouring axes of the other, joined."""
+    """True if the axes of one shape are neighbouring axes of the other, joined."""
     first, second = (set(np.cumprod(_without_ones(shape))) for shape in (permuted, subject))
     return np.prod(permuted) == np.prod(subject) and (first <= second or second <= first)
 

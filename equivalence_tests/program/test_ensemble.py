@@ -1,0 +1,113 @@
+"""Several runs that average what they predict."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax, softmax
+
+from equivalence_tests.program.command import refused, run_script
+from equivalence_tests.program.insects import train_on
+from flax_resnet.errors import InputError
+from flax_resnet.interop.ensemble import ensemble
+from flax_resnet.interop.loaded_run import load_run
+
+
+@pytest.fixture(scope="module")
+def other(folder, tmp_path_factory):
+    """A run on the same images with other weights."""
+    run_dir = tmp_path_factory.mktemp("other") / "insects"
+    assert train_on(folder, run_dir, "--epochs", 1, "--seed", 1).status == 0
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def runs(insects, other):
+    return {"first": load_run(insects), "second": load_run(other)}
+
+
+@pytest.fixture(scope="module")
+def images(runs):
+    shape = (5, *runs["first"].image_shape)
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def test_probabilities_are_averaged(runs, images):
+    expected = np.mean([run.predict(images) for run in runs.values()], axis=0)
+    np.testing.assert_allclose(ensemble(runs).predict(images), expected, atol=1e-6)
+
+
+def test_logits_are_averaged(runs, images):
+    expected = softmax(np.mean([run.logits(images) for run in runs.values()], axis=0), axis=-1)
+    np.testing.assert_allclose(ensemble(runs, "logits").predict(images), expected, atol=1e-6)
+
+
+def test_each_run_normalises_by_its_own_statistics(runs, images):
+    darker = replace(runs["second"].config.data, mean=(0.1,) * 3, std=(0.9,) * 3)
+    config = replace(runs["second"].config, data=darker)
+    both = {"first": runs["first"], "second": replace(runs["second"], config=config)}
+    expected = np.mean([run.predict(images) for run in both.values()], axis=0)
+    np.testing.assert_allclose(ensemble(both).predict(images), expected, atol=1e-6)
+
+
+def test_classes_in_another_order_are_matched_by_name(runs, images):
+    swapped = replace(runs["second"], class_names=runs["second"].class_names[::-1])
+    first, second = runs["first"].predict(images), swapped.predict(images)[:, ::-1]
+    found = ensemble({"first": runs["first"], "second": swapped}).predict(images)
+    np.testing.assert_allclose(found, (first + second) / 2, atol=1e-6)
+
+
+def test_runs_that_do_not_fit_are_refused_by_name(runs):
+    renamed = replace(runs["second"], class_names=("ant", "wasp"))
+    with pytest.raises(InputError, match="second has the classes ant, wasp, first has ant, bee"):
+        ensemble({"first": runs["first"], "second": renamed})
+    data = replace(runs["second"].config.data, image_size=32, resize_size=32)
+    larger = replace(runs["second"], config=replace(runs["second"].config, data=data))
+    with pytest.raises(InputError, match="second takes images of size 32, first of 12"):
+        ensemble({"first": runs["first"], "second": larger})
+    with pytest.raises(InputError, match="`average` is probabilities, logits, got 'votes'"):
+        ensemble(runs, "votes")
+
+
+def test_evaluate_tells_what_each_run_reaches_alone(insects, other, tmp_path):
+    alone, together, rows = (tmp_path / name for name in ("alone.json", "all.json", "rows.csv"))
+    outcome = run_script("evaluate.py", other, "--json", alone)
+    assert outcome.status == 0, outcome.err
+    outcome = run_script("evaluate.py", insects, other, "--json", together, "--predictions", rows)
+    assert outcome.status == 0 and "ensemble" in outcome.out, outcome.err
+    found, single = json.loads(together.read_text()), json.loads(alone.read_text())
+    assert found["members"][str(other)]["loss"] == pytest.approx(single["loss"], abs=1e-6)
+    assert list(found["members"]) == [str(insects), str(other)] and found["images"] == 24
+    with rows.open() as file:
+        right = [row["label"] == row["prediction"] for row in csv.DictReader(file)]
+    assert found["accuracy"] == pytest.approx(np.mean(right), abs=1e-12)
+
+
+def test_predict_takes_runs_and_then_images(insects, other, folder, tmp_path):
+    out, bees = tmp_path / "out.json", folder / "test" / "bee"
+    outcome = run_script("predict.py", insects, other, bees, "--json", out)
+    assert outcome.status == 0, outcome.err
+    rows = json.loads(out.read_text())
+    runs = [load_run(path) for path in (insects, other)]
+    expected = np.mean([run.predict([row["image"] for row in rows]) for run in runs], axis=0)
+    found = [{p["class"]: p["probability"] for p in row["predictions"]} for row in rows]
+    found = [[row[name] for name in runs[0].class_names] for row in found]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    refused(run_script("predict.py", insects, other), "no image or folder follows")
+
+
+def test_runs_that_divide_their_data_otherwise_are_refused(insects, folder, tmp_path):
+    flags = ["--epochs", 1, "--split-seed", 7]
+    assert train_on(folder, tmp_path / "run", *flags).status == 0
+    refused(run_script("evaluate.py", insects, tmp_path / "run"), "divides its data otherwise")
+
+
+def test_the_loss_of_an_ensemble_is_that_of_the_mean_probability(runs, images):
+    labels = np.array([0, 1, 0, 1, 0])
+    logits = ensemble(runs).logits(images)
+    mean = np.mean([run.predict(images) for run in runs.values()], axis=0)
+    rows = np.arange(len(labels))
+    losses = -log_softmax(np.asarray(logits), axis=-1)[rows, labels]
+    np.testing.assert_allclose(losses, -np.log(mean[rows, labels]), atol=1e-6)

@@ -1,0 +1,113 @@
+"""Several runs as one, which averages what they predict."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import logsumexp
+
+from flax_resnet.data.prepare import evaluation_decoder
+from flax_resnet.errors import InputError
+from flax_resnet.interop.loaded_run import LoadedRun
+from flax_resnet.text import listed
+from flax_resnet.training.network import Network, Preprocess, Variables
+
+AVERAGES = ("probabilities", "logits")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    network: Network
+    preprocess: Preprocess
+    order: np.ndarray
+    """Numbers of the member's classes in the order of the first member's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Networks:
+    """Has the `apply` of a `Network`; its logits are the logarithms of the mean probabilities, or
+    the mean logits."""
+
+    members: tuple[_Member, ...]
+    average: str
+
+    def apply(self, variables: Variables, images, *, train: bool):
+        """Images `[B, H, W, C]` in [0, 1] -> (logits `[B, K]`, the statistics as they were)."""
+        found = [
+            member.network.apply(
+                Variables(*(part[number] for part in variables)),
+                member.preprocess.normalize(images),
+                train=train,
+            )[0][:, member.order]
+            for number, member in enumerate(self.members)
+        ]
+        kind = jnp.result_type(jnp.float32, *found)  # members may compute in different types
+        logits = jnp.stack(found).astype(kind)
+        if self.average == "logits":
+            return logits.mean(0), variables.batch_stats
+        total = logsumexp(jax.nn.log_softmax(logits), axis=0)
+        return total - jnp.log(len(found)), variables.batch_stats
+
+
+def ensemble(runs: dict[str, LoadedRun], average: str = "probabilities") -> LoadedRun:
+    """A run whose probabilities are the means of those of several runs, or of their logits. One run
+    is returned as it is.
+
+    Each image is decoded once and normalised for each run as in its training.
+
+    Args:
+      runs: {name for messages: run}; the class names of the first are those of the ensemble.
+      average: "probabilities" or "logits".
+
+    Raises:
+      InputError: the runs have other classes, channels or image sizes than the first.
+
+    Example:
+      >>> runs = {name: flax_resnet.load_run(name) for name in ["runs/digits"]}  # and others
+      >>> flax_resnet.ensemble(runs).class_names[:3]
+      ('0', '1', '2')
+    """
+    if average not in AVERAGES:
+        raise InputError(f"`average` is {listed(AVERAGES)}, got {average!r}")
+    (first_name, first), *others = runs.items()
+    if not others:
+        return first
+    for name, run in others:
+        _check(name, run, first_name, first)
+    members = tuple(
+        _Member(run.network, run.preprocess, _order(run, first.class_names))
+        for run in runs.values()
+    )
+    parts = zip(*(run.variables for run in runs.values()), strict=True)
+    channels = first.channels
+    data = dataclasses.replace(first.config.data, mean=(0.0,) * channels, std=(1.0,) * channels)
+    return dataclasses.replace(
+        first,
+        config=dataclasses.replace(first.config, data=data),
+        network=_Networks(members, average),
+        variables=Variables(*map(list, parts)),
+    )
+
+
+def _order(run: LoadedRun, names: Sequence[str]) -> np.ndarray:
+    return np.array([run.class_names.index(name) for name in names])
+
+
+def _check(name: str, run: LoadedRun, first_name: str, first: LoadedRun):
+    if sorted(run.class_names) != sorted(first.class_names):
+        raise InputError(
+            f"{name} has the classes {listed(run.class_names)}, {first_name} has"
+            f" {listed(first.class_names)}"
+        )
+    own, other = (
+        {"channels": each.channels} | dataclasses.asdict(evaluation_decoder(each.config.data))
+        for each in (run, first)
+    )
+    for what, value in own.items():
+        if value != other[what]:
+            raise InputError(
+                f"{name} takes images of {what} {value}, {first_name} of {other[what]}: they cannot"
+                " share them"
+            )
