@@ -155,3 +155,22 @@ def test_other_numbers_of_classes_are_refused():
     port = Linen(lambda x, train: linen.Dense(5)(linen.relu(conv(x)).mean((1, 2))))
     with pytest.raises(InputError, match="PyTorch's network has 4 classes, JAX's 5"):
         compare_models(port, net)
+
+
+def test_a_pool_of_another_size_is_named_and_the_layers_behind_are_still_compared():
+    def body(x, train):
+        x = linen.max_pool(linen.relu(conv(x)), (3, 3), (2, 2))
+        x = linen.relu(x + linen.Conv(6, (3, 3), padding=1)(x))
+        return linen.Dense(4)(x.mean((1, 2)))
+
+    def in_torch(net, x):
+        x = net.pool(F.relu(net.first(x)))
+        return net.head(F.relu(x + net.second(x)))
+
+    torch_net = Torch(
+        in_torch,
+        first=nn.Conv2d(3, 6, 3, padding=1), pool=nn.MaxPool2d(3, 2, padding=1),
+        second=nn.Conv2d(6, 6, 3, padding=1), head=nn.Sequential(*pooled()),
+    )  # fmt: skip
+    report = compare_models(Linen(body), torch_net, image_size=(11, 11))
+    assert report.groups() == {"the max-pool has no padding": ["pool"]}

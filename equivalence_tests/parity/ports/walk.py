@@ -102,10 +102,20 @@ class Walk:
         return found[value]
 
     def in_torch(self, value: Value, replaced=None) -> torch.Tensor:
-        """A value of PyTorch, computed from the anchors above it."""
+        """A value of PyTorch, computed from the anchors above it, or from the images.
+
+        The images are taken where the shapes of JAX's anchors do not fit.
+        """
+        start = (*self.standard.leaves.values(), self.standard.images)
+        try:
+            return self._evaluated(value, self.of_torch, replaced)
+        except (RuntimeError, ValueError):
+            return self._evaluated(value, {v: self.of_torch[v] for v in start}, replaced)
+
+    def _evaluated(self, value: Value, known: dict, replaced=None) -> torch.Tensor:
         with torch.no_grad():
-            indices = self.standard.needed([value], self.of_torch)
-            return self.standard.evaluate(dict(self.of_torch), indices, replaced)[value]
+            indices = self.standard.needed([value], known)
+            return self.standard.evaluate(dict(known), indices, replaced)[value]
 
     def _applied(self, vector: Value, size: int) -> Value:
         """The first value of this size that a vector of a batch's statistics leads to.
@@ -121,21 +131,10 @@ class Walk:
                     return operation.outputs[0]
         return vector
 
-    def _alone(self, value: Value) -> torch.Tensor:
-        """A value of PyTorch, computed from the images."""
-        start = (*self.standard.leaves.values(), self.standard.images)
-        with torch.no_grad():
-            known = {v: self.of_torch[v] for v in start}
-            return self.standard.evaluate(known, self.standard.needed([value], known))[value]
-
     def anchor(self, standard: Value, subject: Value) -> Step:
         """Compares an activation that both have; PyTorch goes on from JAX's."""
         operations = tuple(self.standard.needed([standard], self.of_torch))
-        got = self.in_jax(subject)
-        try:
-            expected = self.in_torch(standard)
-        except (RuntimeError, ValueError):  # JAX's shapes do not fit here
-            expected = self._alone(standard)
+        got, expected = self.in_jax(subject), self.in_torch(standard)
         if len(_without_ones(np.shape(got))) < 2 < expected.ndim:
             subject = self._applied(subject, expected.numel())
             got = self.in_jax(subject)
