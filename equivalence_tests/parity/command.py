@@ -32,7 +32,8 @@ from flax_resnet.training import restore
 from flax_resnet.weights import convert
 
 try:
-    from equivalence_tests.parity import causes, engine, localise, own_model, predictions, report
+    from equivalence_tests.parity import engine, localise, own_model, predictions, report
+    from equivalence_tests.parity.causes.evidence import module_of
     from equivalence_tests.parity.inputs import (
         case_of_weights,
         make_case,
@@ -224,7 +225,7 @@ def by_layer(rows: list[dict]) -> dict[str, list[dict]]:
     layers = {}
     for row in rows:
         if row["phase"] in COLUMNS:
-            name = causes.module_of(engine.Row(**{k: row[k] for k in engine.Row._fields}))
+            name = module_of(engine.Row(**{k: row[k] for k in engine.Row._fields}))
             layers.setdefault(name or row["name"], []).append(row)
     return layers
 

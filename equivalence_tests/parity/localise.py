@@ -6,7 +6,8 @@ It reads arrays only: the traces of both sides and the case that both ran on.
 from typing import Literal, NamedTuple
 
 from equivalence_tests.parity import tolerances
-from equivalence_tests.parity.causes import causes, module_of
+from equivalence_tests.parity.causes import causes
+from equivalence_tests.parity.causes.evidence import module_of
 from equivalence_tests.parity.engine import Row, Trace, compare
 from equivalence_tests.parity.inputs import Case
 

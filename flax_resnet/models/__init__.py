@@ -94,14 +94,11 @@ def create_model(
         program is compiled for) or "library" (JAX's and Flax's operations alone).
       precision: of float32 products on a GPU or TPU: "default" (PyTorch's on the same card: TF32
         for convolutions, all digits for linear layers), "tf32" (for both) or "highest".
-      stochastic_depth: probability of dropping the last residual block's branch for an image; that
-        of the others rises from 0 in equal steps.
-      batch_norm_images: consecutive images that share BatchNorm's statistics in training; None: all
-        of a batch.
+      stochastic_depth: probability of dropping the last residual branch; the others' rise to it.
+      batch_norm_images: consecutive images that share BatchNorm's statistics; None: the batch.
 
     Raises:
-      InputError: an unknown name (the nearest valid one is named), stem, shortcut, kernels,
-        precision or type, or a number out of range.
+      InputError: an unknown name (the nearest one is named) or type, or a number out of range.
 
     Example:
       >>> model = flax_resnet.create_model("resnet18", num_classes=3, stem="cifar")
@@ -110,29 +107,32 @@ def create_model(
       (1, 3)
     """
     _check_names(arch, stem, shortcut, kernels=kernels, precision=precision)
-    chances = {"dropout": dropout, "stochastic_depth": stochastic_depth}
-    counts = {"num_classes": num_classes, "in_channels": in_channels}
-    counts |= {} if batch_norm_images is None else {"batch_norm_images": batch_norm_images}
-    _check_numbers(counts, chances)
-    _check_types({"dtype": dtype, "param_dtype": param_dtype})
-    rngs = nnx.Rngs(0) if rngs is None else rngs
-    options = dict(dropout=dropout, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    options |= dict(in_channels=in_channels, kernels=kernels, precision=precision)
+    options = dict(num_classes=num_classes, in_channels=in_channels, dropout=dropout)
+    options |= dict(kernels=kernels, precision=precision, dtype=dtype, param_dtype=param_dtype)
+    residual = dict(zero_init_residual=zero_init_residual, stochastic_depth=stochastic_depth)
+    residual |= dict(batch_norm_images=batch_norm_images)
+    _check_values(options | residual)
+    options |= dict(rngs=nnx.Rngs(0) if rngs is None else rngs)
     if arch == "basic_cnn":
-        if zero_init_residual:
-            raise InputError("`zero_init_residual`: basic_cnn has no residual blocks")
-        if stochastic_depth:
-            raise InputError("`stochastic_depth`: basic_cnn has no residual blocks")
-        if batch_norm_images:
-            raise InputError("`batch_norm_images`: basic_cnn has no BatchNorm")
-        return layers.named(BasicCNN(num_classes, **options))
-    options |= dict(zero_init_residual=zero_init_residual, bn_axis_name=bn_axis_name)
-    options |= dict(stochastic_depth=stochastic_depth, batch_norm_images=batch_norm_images)
-    if has_stem_choice(arch):
-        options |= dict(stem=stem or "imagenet")
+        _check_plain(arch, residual)
+        return layers.named(BasicCNN(**options))
+    options |= residual | _choices(arch, stem, shortcut)
+    return layers.named(CONSTRUCTORS[arch](bn_axis_name=bn_axis_name, **options))
+
+
+def _choices(arch: str, stem: str | None, shortcut: str | None) -> dict:
+    """The arguments of a constructor that only some networks take."""
+    found = {"stem": stem or "imagenet"} if has_stem_choice(arch) else {}
     if has_shortcut_choice(arch):
-        options |= dict(projection=shortcut == "projection")
-    return layers.named(CONSTRUCTORS[arch](num_classes=num_classes, **options))
+        found["projection"] = shortcut == "projection"
+    return found
+
+
+def _check_plain(arch: str, residual: dict):
+    for name, value in residual.items():
+        if value:
+            lacks = "BatchNorm" if name == "batch_norm_images" else "residual blocks"
+            raise InputError(f"`{name}`: {arch} has no {lacks}")
 
 
 def _check_names(arch: str, stem: str | None, shortcut: str | None, **choices: str):
@@ -145,24 +145,27 @@ def _check_names(arch: str, stem: str | None, shortcut: str | None, **choices: s
             raise InputError(f"unknown `{name}` {value!r}{nearest(value, _CHOICES[name])}")
 
 
-def _check_numbers(counts: dict, chances: dict):
-    for name, value in counts.items():
+def _check_values(given: dict):
+    if given["batch_norm_images"] is None:
+        given = given | {"batch_norm_images": 1}
+    for name in ("num_classes", "in_channels", "batch_norm_images"):
+        value = given[name]
         whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         if not (whole and 1 <= value <= MOST):
             raise InputError(f"`{name}` is a whole number from 1 to {MOST:,}, got {value!r:.80}")
-    for name, value in chances.items():
-        if not (isinstance(value, numbers.Real) and 0 <= value < 1):
-            raise InputError(f"`{name}` {value!r:.80} is not in [0, 1)")
+    for name in ("dropout", "stochastic_depth"):
+        if not (isinstance(given[name], numbers.Real) and 0 <= given[name] < 1):
+            raise InputError(f"`{name}` {given[name]!r:.80} is not in [0, 1)")
+    for name in ("dtype", "param_dtype"):
+        if not _is_float(given[name]):
+            raise InputError(f"`{name}` is a floating-point type, got {given[name]!r:.80}")
 
 
-def _check_types(types: dict):
-    for name, value in types.items():
-        try:
-            floating = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
-        except TypeError:
-            floating = False
-        if not floating:
-            raise InputError(f"`{name}` is a floating-point type, got {value!r:.80}")
+def _is_float(dtype) -> bool:
+    try:
+        return dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
 
 
 _COMPUTE_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16, "float64": jnp.float64}

@@ -75,17 +75,11 @@ def fit(
       >>> sorted(report["splits"])
       ['test', 'train', 'validation']
     """
-    for callback in callbacks:
-        if not callable(callback):
-            raise InputError(f"`callbacks`: {callback!r} is no function")
+    _check_callbacks(callbacks)
     display = display or Display(quiet=not distributed.is_first())
     run_dir = None if run_dir is None else Path(run_dir)
-    if resume and run_dir is None:
-        raise InputError("a run to resume has a directory")
-    if resume and is_begun(run_dir):
-        for fault in faults(run_dir):
-            display.say(f"{fault}; it is written anew")
-        config = as_begun(config, read_config(run_dir, say=lambda line: None))
+    if resume:
+        config = _resumed(config, run_dir, display)
     how = {"resume": resume, "overwrite": overwrite}
     engine, prepared, network = _begin_together(config, run_dir, display, how)
     directory = _open_directory(run_dir, config, **how, say=display.say)
@@ -101,6 +95,23 @@ def fit(
     finally:
         display.stop()
         directory.close()
+
+
+def _check_callbacks(callbacks: Sequence[Callback]):
+    for callback in callbacks:
+        if not callable(callback):
+            raise InputError(f"`callbacks`: {callback!r} is no function")
+
+
+def _resumed(config: TrainConfig, run_dir: Path | None, display: Display) -> TrainConfig:
+    """The config with which a run goes on; its damaged files are named."""
+    if run_dir is None:
+        raise InputError("a run to resume has a directory")
+    if not is_begun(run_dir):
+        return config
+    for fault in faults(run_dir):
+        display.say(f"{fault}; it is written anew")
+    return as_begun(config, read_config(run_dir, say=lambda line: None))
 
 
 def _begin_together(

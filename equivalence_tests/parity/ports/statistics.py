@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from equivalence_tests.parity.causes import biased_count, constant
+from equivalence_tests.parity.causes.evidence import constant
+from equivalence_tests.parity.causes.in_statistics import biased_count
 
 
 def causes(mean: tuple, variance: tuple, momentum: float) -> tuple[list[str], dict]:

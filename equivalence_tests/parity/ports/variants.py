@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from equivalence_tests.parity.causes import SAME, interleaved, padded_same
+from equivalence_tests.parity.causes.evidence import SAME
+from equivalence_tests.parity.causes.in_layers import interleaved, padded_same
 from equivalence_tests.parity.ports import exported
 from equivalence_tests.parity.ports.graph import Operation
 from equivalence_tests.parity.ports.walk import Step, Walk, closest, error_in
