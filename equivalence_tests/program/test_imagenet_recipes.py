@@ -88,7 +88,14 @@ def test_the_page_on_a_recipe_names_its_settings(monkeypatch):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DISTINCT.values())
+QUICKEST = ("timm-a2", "torchvision-resnet50-v2", "he2015-imagenet")
+"""One of each family; the others take a minute each and are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in QUICKEST else pytest.mark.slow) for n in DISTINCT.values()],
+)
 def test_every_recipe_runs_all_stages_under_smoke(name, folder, tmp_path):
     """Those of a family differ in the network alone, which is replaced by a small one."""
     config = smoked(IMAGENET_RECIPES[name].config, folder)
