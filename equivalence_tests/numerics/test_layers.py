@@ -99,6 +99,18 @@ def test_one_value_per_channel_cannot_be_normalised():
     assert norm(jnp.ones((1, 1, 1, 3))).shape == (1, 1, 1, 3)
 
 
+@pytest.mark.parametrize("mean, first, most", [(0, 0, 2), (1e4, 0, 2), (0, 1e3, 2 * 64)])
+def test_the_variance_keeps_its_digits_whatever_the_mean(mean, first, most):
+    """Even a first image far from the others costs no more than B times the rounding."""
+    numbers = np.random.default_rng(0).standard_normal((64, 14, 14, 16)) + mean
+    numbers[0] += first
+    x = numbers.astype(np.float32)
+    _, var, _ = layers.BatchNorm(16)._batch_statistics(jnp.asarray(x))
+    rounding = 1e-6  # of a sum of 12,544 squares
+    expected = x.astype(np.float64).var((0, 1, 2))
+    np.testing.assert_allclose(var, expected, rtol=most * rounding)
+
+
 def test_batch_norm_of_a_batch_on_two_devices(x64):
     """Mean, variance and n are those of the whole batch on all devices."""
     x, x_torch = random_images(4, 2, 3, 5)

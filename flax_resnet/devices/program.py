@@ -266,15 +266,23 @@ def _traffic(program, own, i: Instruction) -> int:
 
 def _needed(inside: dict, count: int) -> list[float]:
     """Bytes that a fusion needs of each operand: less than all where it only takes a part."""
-    names = {int(i.operands[0]): i.name for i in inside.values() if i.opcode == "parameter"}
-    return [_taken(inside, names[number]) for number in range(count)]
+    given = {int(i.operands[0]): i for i in inside.values() if i.opcode == "parameter"}
+    return [
+        _taken(inside, given[number].name) * _width(_dtype(given[number].type))
+        for number in range(count)
+    ]
 
 
-def _taken(inside: dict, parameter: str) -> float:
-    users = [i for i in inside.values() if parameter in i.operands]
-    if not all(i.opcode in ("gather", "dynamic-slice", "slice") for i in users):
-        return math.inf
-    return sum(size(i.type) for i in users)
+def _taken(inside: dict, name: str) -> float:
+    """The number of an array's values that a fusion needs, or infinity: all of them."""
+    users = [i for i in inside.values() if name in i.operands]
+    return sum(_taken_by(inside, i) for i in users)
+
+
+def _taken_by(inside: dict, i: Instruction) -> float:
+    if i.opcode in ("gather", "dynamic-slice", "slice"):
+        return math.prod(_shape(i.type))
+    return _taken(inside, i.name) if i.opcode in ("convert", "bitcast") else math.inf
 
 
 def is_product(i: Instruction) -> bool:

@@ -221,10 +221,12 @@ class BatchNorm(nnx.Module):
         return self.axis_name, tuple(tuple(range(i, i + size)) for i in range(0, devices, size))
 
     def _batch_statistics(self, x):
-        """Mean `[C]`, biased variance `[C]` and the number of values behind each.
+        """Mean `[C]`, biased variance `[C]` and the number of values behind each, in one pass.
 
-        The corrected two-pass algorithm (Chan, Golub and LeVeque 1983): what the first mean lost
-        to rounding is the mean of the distances from it. torch sums in float64 on the CPU.
+        Distances are taken from the mean of the first image (shifted data: Chan, Golub and LeVeque
+        1983). No square of that mean's distance from the batch's is larger than B times the
+        variance, so the variance loses at most log2(B) bits, whatever the mean. torch sums in
+        float64 on the CPU.
         """
         peers = self._peers(len(x))
         count = _values(x)
@@ -235,15 +237,12 @@ class BatchNorm(nnx.Module):
                 "BatchNorm in training needs more than one value per channel: take several images"
                 " at once, or larger ones, or call model.eval() first"
             )
-        first = self._mean(x)
-        distance = x - _per_channel(first, x)
-        rest = self._mean(distance)
-        var = self._mean(jnp.square(distance)) - jnp.square(rest)
-        return first + rest, var, count
-
-    def _mean(self, x):
-        mean = _sums(x, kernels=self.kernels)[0] / _values(x)
-        return _mean_of_devices(mean, self._peers(len(x)))
+        of_one_image = x[0].mean(tuple(range(x.ndim - 2)))
+        shift = lax.stop_gradient(_mean_of_devices(of_one_image, peers))
+        distance = x - _per_channel(shift, x)
+        sums = _sums(distance, jnp.square(distance), kernels=self.kernels)
+        rest, square = _mean_of_devices(sums / _values(x), peers)
+        return shift + rest, square - jnp.square(rest), count
 
     def _update(self, mean, var, count):
         # `variable[...] = x` reads the tracer's sharding, which raises and walks the whole trace
