@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from equivalence_tests.benchmark import (
+    decoding,
     end_to_end,
     fresh_process,
     gpu,
@@ -36,6 +37,12 @@ FIELDS = {
     "framework", "variant", "mode", "arch", "dtype", "device", "batch_size",
     "images_per_second", "ms_per_step", "compile_seconds", "peak_memory_bytes",
 }  # fmt: skip
+
+
+def test_the_clock_of_decoding_starts_when_reading_ahead_is_over():
+    batches, seen = iter(range(9)), []
+    images = decoding.rate(batches, 3, 4, clock=lambda: seen.append(next(batches)) or len(seen) / 2)
+    assert seen == [3, 8] and images == 4 * decoding.BATCH_SIZE / 0.5
 
 
 @pytest.mark.slow  # six processes, each with its imports and compilations

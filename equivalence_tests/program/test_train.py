@@ -258,6 +258,7 @@ def test_several_steps_a_dispatch_are_the_same_steps(tmp_path):
 @pytest.mark.parametrize("dataset, name", [
     ("digits", "digits"), ("folder:/data/birds_v2/", "birds_v2"), ("tfds:a/b-v2", "a-b-v2"),
     ("cifar10:/x/cifar-10-python.tar.gz", "cifar10"), ("folder:~nobody/a b", "a-b"),
+    ("arrayrecord:/data/shards-256/train-*", "shards-256"), ("arrayrecord:/usr", "usr"),
 ])  # fmt: skip
 def test_a_run_is_named_after_its_data(dataset, name, tmp_path, monkeypatch):
     """The directory is reserved while it is still empty."""

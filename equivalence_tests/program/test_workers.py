@@ -1,10 +1,12 @@
 """Decoding processes deliver in order and end with their parent."""
 
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,16 @@ def test_signals_are_left_to_the_parent(signum):
     everything = InTurn(jobs.counts, 1)
     os.kill(*pids(everything), signum)
     assert [next(everything) for _ in range(3)] == [0, 1, 2]
+    everything.close()
+
+
+def test_what_they_map_lives_as_long_as_they_do():
+    """A pickled source refers to files of this process, which end with the source."""
+    make = functools.partial(jobs.counts)
+    held = weakref.ref(make)
+    everything = InTurn(make, 1)
+    del make
+    assert held() is not None
     everything.close()
 
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": ("flax_resnet.commands.predict", "classify images with a run"),
     "compare": ("flax_resnet.commands.compare", "compare runs: figures, settings, curves"),
     "cross-validate": ("flax_resnet.commands.cross_validate", "train on each of several folds"),
+    "shards": ("flax_resnet.commands.shards", "write a data set as ArrayRecord shards"),
     "convert": ("flax_resnet.commands.convert", "convert weights and export programs"),
     "plan": ("flax_resnet.commands.plan", "compile a training for GPUs and TPUs not here"),
     "parity": ("equivalence_tests.parity.command", "compare a network in JAX with PyTorch"),

@@ -21,11 +21,15 @@ from flax_resnet.config.fields import (
 )
 from flax_resnet.config.policies import check_policy
 
+PLACES = {"folder": "DIR", "cifar10": "PATH", "tfds": "NAME", "arrayrecord": "GLOB", "hf": "NAME"}
+"""{kind of data set: what stands after its colon}"""
+
 
 @dataclass
 class DataConfig:
     dataset: Name = "digits"
-    """Data set: digits | folder:DIR | cifar10:PATH | tfds:NAME."""
+    """Data set: digits | folder:DIR | cifar10:PATH | tfds:NAME | arrayrecord:GLOB |
+    hf:NAME."""
 
     image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Pixels a side of the network's input. Default: the size of the first image if it is square
@@ -113,14 +117,14 @@ class DataConfig:
         if self.resize_size and self.image_size and self.resize_size < self.image_size:
             raise ValueError("`resize_size` is smaller than `image_size`")
         scheme, colon, place = self.dataset.partition(":")
-        if self.dataset != "digits" and not (scheme in ("folder", "cifar10", "tfds") and place):
-            hint = nearest(scheme + colon, ("digits", "folder:", "cifar10:", "tfds:"))
+        if self.dataset != "digits" and not (scheme in PLACES and place):
+            hint = nearest(scheme + colon, ("digits", *(f"{each}:" for each in PLACES)))
             if os.path.exists(os.path.expanduser(self.dataset)) or "/" in scheme:
                 kind = "cifar10" if self.dataset.endswith(".gz") else "folder"
                 hint = f"; did you mean {f'{kind}:{self.dataset}'!r}?"
             raise ValueError(
-                f"unknown data set {self.dataset!r}{hint} (digits, folder:DIR, cifar10:PATH or"
-                " tfds:NAME)"
+                f"unknown data set {self.dataset!r}{hint} (digits,"
+                f" {', '.join(f'{each}:{what}' for each, what in PLACES.items())})"
             )
 
 

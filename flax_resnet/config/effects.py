@@ -36,8 +36,8 @@ USED_WITH = {
     "ra_magnitude": ("auto_augment", "ra"),
     "cache_gib": ("cache", "auto"),
     "on_bad_image": ("dataset", "folder"),
-    "exif_transpose": ("dataset", "folder", "tfds"),
-    "grayscale": ("dataset", "folder", "cifar10", "tfds"),
+    "exif_transpose": ("dataset", "folder", "tfds", "arrayrecord", "hf"),
+    "grayscale": ("dataset", "folder", "cifar10", "tfds", "arrayrecord", "hf"),
 }
 """{field: (another field, the values of it with which the first has an effect; none: all but 0)}"""
 

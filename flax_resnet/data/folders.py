@@ -69,9 +69,8 @@ def images_below(folder: Path) -> tuple[list[str], Counter[str]]:
       InputError: a symbolic link to a folder that contains it.
     """
     passed_over = {}
-    files = list(_files(folder, Path("/"), passed_over))
-    passed_over |= {file: _suffix(file) for file in files if not _is_image(file)}
-    return list(filter(_is_image, files)), Counter(passed_over.values())
+    files = _images(folder, Path("/"), passed_over)
+    return files, Counter(passed_over.values())
 
 
 def _split_folders(root: Path, passed_over: PassedOver) -> dict[str, Path]:
@@ -145,9 +144,7 @@ def _list_classes(folder: Path, root: Path, passed_over: PassedOver) -> Listing:
         name = _class_name(class_folder)
         if name in classes:
             raise InputError(f"{folder}: two folders look alike: {printable(ascii(name))}")
-        files = list(_files(class_folder, root, passed_over))
-        classes[name] = [file for file in files if _is_image(file)]
-        passed_over |= {file: _suffix(file) for file in files if not _is_image(file)}
+        classes[name] = _images(class_folder, root, passed_over)
     return dict(sorted(classes.items()))
 
 
@@ -190,6 +187,17 @@ def _folders_in(folder: Path, root: Path, passed_over: PassedOver | None = None)
     """The folders in a folder that are not passed over, sorted by name."""
     entries = _entries(folder, root, passed_over)
     return [Path(entry.path) for entry in entries if entry.is_dir()]
+
+
+def _images(folder: Path, root: Path, passed_over: PassedOver) -> list[str]:
+    """The images in a folder and in those below it, sorted."""
+    images = []
+    for file in _files(folder, root, passed_over):
+        if _is_image(file):
+            images.append(file)
+        else:
+            passed_over[file] = _suffix(file)
+    return images
 
 
 def _files(

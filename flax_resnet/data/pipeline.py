@@ -52,13 +52,14 @@ class Decoder:
         if self.random_resized_crop and rng is not None:
             area = _random_area(image, rng, self.scale, self.ratio)
             return _resize(area, (self.size, self.size), self.interpolation)
-        height, width = image.shape[:2]
-        short = min(height, width)
-        if short != self.resize:
-            # torchvision truncates the longer side.
-            scaled = [int(self.resize * side / short) for side in (height, width)]
-            image = _resize(image, scaled, self.interpolation)
-        return _centre_crop(image, self.size)
+        return _centre_crop(resized(image, self.resize, self.interpolation), self.size)
+
+
+def resized(image: np.ndarray, side: int, interpolation: str) -> np.ndarray:
+    """Resize uint8 `[H, W, C]` so that the shorter side has `side` pixels."""
+    short = min(image.shape[:2])
+    # torchvision truncates the longer side.
+    return _resize(image, [int(side * s / short) for s in image.shape[:2]], interpolation)
 
 
 def _resize(image, shape, interpolation="bilinear"):

@@ -169,14 +169,18 @@ def _decode(source, decoder, indices) -> np.ndarray:
 
 
 def contents(dataset: DataSet) -> dict:
-    """Facts about a data set that a resumed run compares: its classes, and for each split the
-    number of images and a digest of labels and file names (without the folder's path)."""
+    """Facts about a data set that a resumed run compares: its classes, the checksum of its files if
+    it has one, and for each split the number of images and a digest of labels and file names
+    (without the folder's path)."""
     facts = {"classes": ", ".join(dataset.class_names)}
+    if dataset.checksum:
+        facts["files"] = f"SHA-256 {dataset.checksum[:16]}"
     for split in SPLITS:
         source = getattr(dataset, split)
         digest = hashlib.sha256(np.asarray(source.labels, np.int32).tobytes())
-        for name in source.names or ():
-            digest.update(os.fsencode(os.path.basename(name)) + b"/")
+        names = source.names  # a subset makes them anew at every access
+        if names is not None:
+            digest.update(b"".join(name.rpartition(b"/")[2] + b"/" for name in names.encoded()))
         facts[f"{split} images"] = f"{len(source)}, SHA-256 {digest.hexdigest()[:16]}"
     return facts
 

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from flax_resnet.config import DataConfig
-from flax_resnet.data import cifar10
+from flax_resnet.data import cifar10, hugging_face, shards
 from flax_resnet.data.folders import HIDDEN_FOLDER, Listing, list_splits
 from flax_resnet.data.image_files import bad_images, decode_image, is_turned, read_image
 from flax_resnet.data.shared import Names, SharedArrays
@@ -40,7 +40,7 @@ class Source(Protocol):
     labels: np.ndarray
     """Class of each image, int32 [N]."""
 
-    names: Sequence[str] | None
+    names: Names | None
     """File names for messages, or None."""
 
     def __len__(self) -> int: ...
@@ -86,10 +86,10 @@ class FolderSource(SharedArrays):
 
 
 @dataclass(frozen=True, eq=False)
-class TfdsSource(SharedArrays):
-    """A source of the encoded images `records[i]["image"]` of a prepared TFDS split."""
+class EncodedSource(SharedArrays):
+    """A source of image files in `records`, which are not files of their own."""
 
-    records: Sequence[dict]
+    records: Sequence[bytes]
     labels: np.ndarray
     channels: int
     name: str
@@ -107,7 +107,7 @@ class TfdsSource(SharedArrays):
 
     def file(self, index: int) -> BinaryIO:
         """The encoded image as an open file."""
-        return io.BytesIO(self.records[int(index)]["image"])
+        return io.BytesIO(self.records[int(index)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +123,9 @@ class Subset(SharedArrays):
         object.__setattr__(self, "labels", self.source.labels[self.indices])
 
     @property
-    def names(self) -> tuple[str, ...] | None:
+    def names(self) -> Names | None:
         names = self.source.names
-        return None if names is None else tuple(names[index] for index in self.indices)
+        return None if names is None else names.at(self.indices.tolist())
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -155,6 +155,9 @@ class DataSet:
 
     turned: tuple[int, int] = (0, 0)
     """Numbers of training images with an unapplied EXIF rotation and of those examined."""
+
+    checksum: str | None = None
+    """SHA-256 of all images and labels, where the data set has one."""
 
     own_splits: tuple[str, ...] = ()
     """Splits besides training that the data set brings with it."""
@@ -202,7 +205,14 @@ def open_dataset(config: DataConfig) -> DataSet:
         broken file raises later, when it is read.
     """
     scheme, _, place = config.dataset.partition(":")
-    openers = {"digits": _digits, "folder": _folder, "cifar10": _cifar10, "tfds": _tfds}
+    openers = {
+        "digits": _digits,
+        "folder": _folder,
+        "cifar10": _cifar10,
+        "tfds": _tfds,
+        "arrayrecord": _array_record,
+        "hf": _hugging_face,
+    }
     splits, facts = openers[scheme](place, config)
     if config.folds:
         splits["train"], splits["test"] = _fold(splits["train"], config)
@@ -342,7 +352,7 @@ def evenly_spaced(length: int, count: int) -> np.ndarray:
     return np.linspace(0, length - 1, min(length, count)).astype(int)
 
 
-def _turned(source: FolderSource | TfdsSource) -> tuple[int, int]:
+def _turned(source: FolderSource | EncodedSource) -> tuple[int, int]:
     """The numbers of images with an EXIF rotation that is not applied and of those examined."""
     if source.exif_transpose or not len(source):
         return 0, 0
@@ -367,18 +377,45 @@ def _tfds(name: str, config: DataConfig) -> tuple[dict, dict]:
             f"tfds:{name} is no image classification set: it has the features "
             f"{', '.join(sorted(features))}, and needs image (Image) and label (ClassLabel)"
         )
-    channels = 1 if config.grayscale or features["image"].shape[-1] == 1 else 3
     splits = {}
     for split in sorted({"train", "validation", "test"} & set(builder.info.splits)):
-        source = _tfds_source(tfds, builder, split, channels, config.exif_transpose)
-        if len(source) and source.labels.min() >= 0:  # unlabelled test splits have label -1
-            splits[split] = source
-    if "train" not in splits:
-        raise InputError(f"tfds:{name}: no train split among {', '.join(builder.info.splits)}")
+        records, labels = _tfds_split(tfds, builder, split)
+        if len(labels) and labels.min() >= 0:  # unlabelled test splits have label -1
+            splits[split] = records, labels
     label = features["label"]
     class_names = tuple(map(label.int2str, range(label.num_classes)))
-    facts = {"class_names": class_names, "channels": channels, "turned": _turned(splits["train"])}
-    return splits, facts
+    channels = 1 if features["image"].shape[-1] == 1 else 3
+    return _encoded(f"tfds:{builder.info.full_name}", splits, class_names, channels, config)
+
+
+def _array_record(place: str, config: DataConfig) -> tuple[dict, dict]:
+    index, splits, checksum = shards.read(place)
+    name, class_names = f"arrayrecord:{place}", tuple(index.class_names)
+    splits, facts = _encoded(name, splits, class_names, index.channels, config)
+    return splits, facts | {"checksum": checksum}
+
+
+def _hugging_face(place: str, config: DataConfig) -> tuple[dict, dict]:
+    return _encoded(f"hf:{place}", *hugging_face.read(place), 3, config)
+
+
+def _encoded(
+    name: str,
+    splits: dict[str, tuple[Sequence[bytes], np.ndarray]],
+    class_names: tuple[str, ...],
+    channels: int,
+    config: DataConfig,
+) -> tuple[dict, dict]:
+    """The sources of {split: its records, and their classes}, and the facts about them."""
+    if "train" not in splits:
+        raise InputError(f"{name}: no train split with labels, only {listed(splits) or 'none'}")
+    channels = 1 if config.grayscale else channels
+    sources = {
+        split: EncodedSource(records, labels, channels, f"{name}/{split}", config.exif_transpose)
+        for split, (records, labels) in splits.items()
+    }
+    facts = {"class_names": class_names, "channels": channels, "turned": _turned(sources["train"])}
+    return sources, facts
 
 
 def _prepared(tfds, name: str):
@@ -397,10 +434,22 @@ def _prepared(tfds, name: str):
     raise InputError(f"tfds:{name}: {reason}; prepare it with: {command}")
 
 
-def _tfds_source(tfds, builder, split: str, channels: int, exif_transpose: bool) -> TfdsSource:
+def _tfds_split(tfds, builder, split: str) -> tuple["_Images", np.ndarray]:
     # Encoded images are kept: TFDS's own decoder gives gray JPEGs the wrong shape.
     decoders = {"image": tfds.decode.SkipDecoding()}
     records = builder.as_data_source(split, decoders=decoders)
     labels = [records[index]["label"] for index in range(len(records))]
-    name = f"tfds:{builder.info.full_name}/{split}"
-    return TfdsSource(records, np.array(labels, np.int32), channels, name, exif_transpose)
+    return _Images(records), np.array(labels, np.int32)
+
+
+@dataclass(frozen=True)
+class _Images(Sequence):
+    """The image files in the records of a TFDS split."""
+
+    records: Sequence[dict]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.records[index]["image"]

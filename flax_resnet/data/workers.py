@@ -45,6 +45,7 @@ class InTurn(Iterator):
     """
 
     def __init__(self, make: Callable[[int], Iterable], count: int):
+        self._make = make  # its arrays are in files of this process, which the others map
         job = pickle.dumps(make)
         # A child inherits blocked signals: Ctrl-C in a terminal goes to all processes, and this one
         # has to end the others.

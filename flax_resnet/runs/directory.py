@@ -190,7 +190,9 @@ class SharedDirectory(RunDirectory):
 def default_name(config: TrainConfig) -> str:
     """ARCH-DATASET, the name of a run's directory."""
     scheme, _, place = config.data.dataset.partition(":")
-    own = {"folder": Path(os.path.expanduser(place)).resolve().name, "tfds": place}
+    folder = Path(os.path.expanduser(place)).resolve()
+    own = {"folder": folder.name, "tfds": place, "hf": place}
+    own["arrayrecord"] = (folder if folder.is_dir() else folder.parent).name
     return re.sub(r"\W+", "-", f"{config.model.arch}-{own.get(scheme, scheme)}")
 
 

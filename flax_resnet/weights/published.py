@@ -164,7 +164,7 @@ def _hub_file(source: str, repo: str, name: str) -> Path | None:
     if hub.try_to_load_from_cache(repo, name) is hub._CACHED_NO_EXIST:
         return None  # which it says without a network too
     try:
-        with _quiet("huggingface_hub"):  # it logs every retry
+        with quiet("huggingface_hub"):  # it logs every retry
             return Path(hub.hf_hub_download(repo, name))
     except errors.RepositoryNotFoundError:
         raise InputError(f"{source}: the Hub has no such repository, or a private one") from None
@@ -185,7 +185,7 @@ def _hub_file(source: str, repo: str, name: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def _quiet(name: str):
+def quiet(name: str):
     """Inside the context a library logs errors alone."""
     logger = logging.getLogger(name)
     level = logger.level

@@ -1,0 +1,100 @@
+"""Reads image classification sets of the Hugging Face Hub, or of a folder, by `datasets`."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_resnet.data.image_files import BadImage
+from flax_resnet.errors import InputError
+from flax_resnet.text import listed, printable
+from flax_resnet.weights.published import quiet
+
+_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "test": "test"}
+"""{name of a split: its meaning here}"""
+
+
+@dataclass(frozen=True)
+class _Images(Sequence):
+    """The image files in a column of a split, whose images are not decoded."""
+
+    rows: Any
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> bytes:
+        [image] = self.rows[index].values()
+        if image is None or image["bytes"] is not None:
+            return image["bytes"] if image else b""
+        if not os.path.isfile(image["path"]):
+            raise BadImage(f"{printable(image['path'], 1000)}: not a readable image (no such file)")
+        return Path(image["path"]).read_bytes()
+
+
+def read(place: str) -> tuple[dict[str, tuple[Sequence[bytes], np.ndarray]], tuple[str, ...]]:
+    """Open a data set: `OWNER/NAME`, `OWNER/NAME:CONFIG`, or a folder that `save_to_disk` wrote.
+
+    Returns:
+      {split: its image files, and their classes int32 [N]} without the splits that have no labels,
+      and the names of the classes.
+
+    Raises:
+      InputError: `datasets` is not installed or cannot open the set, or the set has not one column
+        of images and one of classes.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            f"hf:{place} needs datasets: `uv run --extra datasets ...`, or"
+            ' `pip install -e ".[datasets]"`'
+        ) from None
+    splits = _loaded(datasets, place)
+    features = next(iter(splits.values())).features
+    image = _column(place, features, datasets.Image, "image")
+    label = _column(place, features, datasets.ClassLabel, "label")
+    encoded = datasets.Image(decode=False)
+    found = {}
+    for name in filter(splits.__contains__, _SPLITS):
+        labels = _labels(splits[name].select_columns([label])[:][label])
+        if len(labels) and labels.min() >= 0:  # unlabelled test splits have label -1
+            rows = splits[name].select_columns([image]).cast_column(image, encoded)
+            found[_SPLITS[name]] = _Images(rows), labels
+    return found, tuple(features[label].names)
+
+
+def _loaded(datasets, place: str) -> dict:
+    """{split: its rows}"""
+    folder = os.path.expanduser(place)
+    name, _, config = place.partition(":")
+    try:
+        with quiet("huggingface_hub"):  # it logs every retry
+            if os.path.exists(os.path.join(folder, "dataset_dict.json")):
+                return datasets.load_from_disk(folder)
+            return datasets.load_dataset(folder if os.path.isdir(folder) else name, config or None)
+    except Exception as error:  # a set's own reader may raise anything
+        if isinstance(error, OSError) and error.errno:
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"hf:{place}: {printable(reason)}") from None
+
+
+def _column(place: str, features: dict, kind: type, usual: str) -> str:
+    """The name of the only column of a kind, or of the one with the usual name."""
+    names = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if usual in names:
+        return usual
+    if len(names) != 1:
+        raise InputError(
+            f"hf:{place} is no image classification set: it has the columns {listed(features)},"
+            f" {len(names)} of them of the kind {kind.__name__}; one is needed"
+        )
+    return names[0]
+
+
+def _labels(column: list) -> np.ndarray:
+    return np.array([-1 if label is None else label for label in column], np.int32)
