@@ -8,9 +8,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def on_files(files, config):
-    """Add results/ to the site, without the files of single runs."""
+    """Add results/ to the site; of single runs the pictures alone."""
     for path in sorted((ROOT / "results").rglob("*")):
-        if path.is_file() and "recipes" not in path.relative_to(ROOT).parts:
+        of_a_run = "recipes" in path.relative_to(ROOT).parts
+        if path.is_file() and (path.suffix == ".png" or not of_a_run):
             name = path.relative_to(ROOT).as_posix()
             files.append(File(name, ROOT, config.site_dir, config.use_directory_urls))
     return files

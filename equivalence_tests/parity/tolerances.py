@@ -71,6 +71,9 @@ explained. Rounding gives 2e-14 in the public ResNets; the smallest fault that w
 PARALLEL = 1e-11
 """Float64: one program on different numbers of devices. Only the order of summation differs."""
 
+MEMBERS = 1e-11
+"""Float64: a run that shares its program with runs of other seeds, after tens of steps."""
+
 TRAINING = 1e-12
 """Float64: weights after 120 steps at a learning rate of 0.01. Rounding grows with every step, to a
 few times 1e-15."""

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -126,10 +127,41 @@ def test_predict_files_keeps_few_images_in_memory(insects, folder):
     with mock.patch.object(sources, "read_image", wraps=sources.read_image) as read:
         outcomes = predict_files(run, [picture] * 200)
         next(outcomes)
-        assert read.call_count <= 8
+        assert read.call_count <= 12
         assert len(list(outcomes)) == 199
     with pytest.raises(InputError, match="takes a list of paths"):
         next(predict_files(run, picture))
+
+
+def test_predict_files_decodes_in_parallel(insects, folder):
+    """Four images are read at the same time, or the barrier breaks."""
+    run, picture = load_run(insects), folder / "test" / "bee" / "00.png"
+    read, four = sources.read_image, threading.Barrier(4, timeout=20)
+
+    def read_together(*args, **kwargs):
+        four.wait()
+        return read(*args, **kwargs)
+
+    with mock.patch.object(sources, "read_image", read_together):
+        assert len(list(predict_files(run, [picture] * 8))) == 8
+
+
+def test_the_network_computes_a_batch_while_the_one_before_is_used(insects, folder):
+    run, picture, events = load_run(insects), folder / "test" / "bee" / "00.png", []
+    run = replace(run, config=cli.merge(run.config, {"eval_batch_size": 2}))
+
+    class Computed:
+        def __init__(self, batch):
+            events.append("start")
+            self.rows = np.full((len(batch), 2), 0.5)
+
+        def __array__(self, *args, **kwargs):
+            events.append("fetch")
+            return self.rows
+
+    with mock.patch.object(type(run), "_probabilities", Computed):
+        assert len(list(predict_files(run, [picture] * 6))) == 6
+    assert events == ["start", "start", "fetch", "start", "fetch", "fetch"]
 
 
 @pytest.mark.parametrize("images, word", [

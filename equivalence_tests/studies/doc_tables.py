@@ -12,6 +12,7 @@ import numpy as np
 
 from equivalence_tests import results
 from equivalence_tests.studies import criteria, reproduction_page
+from flax_resnet.recipes import RECIPES
 
 ROOT = results.FOLDER.parent
 MARKED = re.compile(r"(<!-- begin table: (\w+) -->\n).*?(<!-- end table -->)", re.DOTALL)
@@ -219,6 +220,59 @@ def recipes() -> str:
     return reproduction_page.markdown(rows)
 
 
+def regularization() -> str:
+    """What regularised networks and plain ones reach."""
+    return _question(
+        "resnet18-regularized", "resnet18-regularized-base", "resnet18-regularized-decay",
+        "resnet18-224", "resnet18-224-plain", "cifar10-resnet18-dropout", "imagenette-cnn",
+        "imagenette-cnn-plain", "cifar10-resnet18", "cifar10-resnet18-64px",
+    )  # fmt: skip
+
+
+def transfer() -> str:
+    """What fine-tuned networks and those from random weights reach."""
+    return _question(
+        "transfer-source", "transfer", "transfer-12-epochs", "transfer-scratch",
+        "cifar10-resnet18-64px",
+    )  # fmt: skip
+
+
+def depth() -> str:
+    """What networks of different depth reach."""
+    he = (f"cifar10-resnet{layers}" for layers in (20, 32, 44, 56, 110))
+    return _question(
+        "imagenette-cnn", "imagenette-cnn-plain", "imagenette-resnet18", "cifar10-resnet50-224",
+        "cifar10-resnet101-224", *he,
+    )  # fmt: skip
+
+
+def _question(*recipes: str) -> str:
+    """The runs of some recipes in JAX, on a subset only where none is on all images."""
+    ours = [row for row in results.read("recipes")["rows"] if row["framework"] == "jax"]
+    whole = {row["recipe"] for row in ours if not row["subset"]}
+    lines = []
+    for name in recipes:
+        own = [row for row in ours if row["recipe"] == name]
+        lines += [_reached(row) for row in own if not row["subset"] or name not in whole]
+    header = ["recipe", "method", "images", "seeds", "epochs", "training", "test", "gap", "loss"]
+    return table(header, lines, numbers=4)
+
+
+def _reached(row: dict) -> list[str]:
+    figures, epochs = row["figures"], sorted({min(row["epochs"]), max(row["epochs"])})
+    train, test, loss = (figures[f] for f in ("train_accuracy", "test_accuracy", "test_loss"))
+    return [
+        f"`{row['recipe']}`",
+        RECIPES[row["recipe"]].method,
+        f"{row['subset']} images" if row["subset"] else "all",
+        ", ".join(map(str, row["seeds"])),
+        "-".join(map(str, epochs)),
+        *(reproduction_page.reached(each) for each in (train, test)),
+        f"{100 * (train['mean'] - test['mean']):.1f}",
+        f"{loss['mean']:.2f}",
+    ]
+
+
 def recipe_pairs() -> str:
     """Recipes that ran in both frameworks."""
     return reproduction_page.pairs_markdown(results.read("recipes")["rows"])
@@ -326,7 +380,8 @@ TABLES = {
     function.__name__: function
     for function in (
         headline, faults_found, localiser, paired_trainings, error_growth, speeds,
-        whole_trainings, recipes, recipe_pairs, survival, scaling, gradient_sums, ports, maxvit,
+        whole_trainings, recipes, recipe_pairs, regularization, transfer, depth, survival, scaling,
+        gradient_sums, ports, maxvit,
     )
 }  # fmt: skip
 

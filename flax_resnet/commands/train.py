@@ -3,6 +3,7 @@
 python scripts/train.py --arch resnet18                        # on scikit-learn's digits: a minute
 python scripts/train.py --arch resnet20 --dataset folder:DIR --epochs 20 --horizontal-flip 0.5
 python scripts/train.py --resume --run-dir runs/resnet18-digits
+python scripts/train.py --members 8 --run-dir runs/digits         # runs/digits/member-0 to member-7
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ from flax_resnet.runs.views import (
     read_config,
 )
 from flax_resnet.text import listed
-from flax_resnet.training import fit, restore
+from flax_resnet.training import fit, members, restore
 
 
 def parse():
@@ -30,6 +31,8 @@ def parse():
     about = "directory of the run (default: runs/ARCH-DATASET[-N])"
     parser.add_argument("--run-dir", metavar="PATH", help=about)
     parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
+    about = "train so many runs at once, with the seeds SEED, SEED + 1, ..."
+    parser.add_argument("--members", metavar="INT", type=int, help=about)
     about = "trace so many steps into the run directory, for TensorBoard or XProf"
     parser.add_argument("--profile", metavar="STEPS", type=int, help=about)
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir")
@@ -49,13 +52,24 @@ def parse():
     args = parser.parse_args()
     cli.check_positive("--connect-timeout", args.connect_timeout)
     cli.check_positive("--profile", args.profile)
+    cli.check_positive("--members", args.members)
+    if args.members and args.profile:
+        raise InputError("--members and --profile exclude each other")
     return args
 
 
-def resumed_config(args) -> TrainConfig:
+def run_dirs(args) -> list[Path]:
+    """The directory of the run, or those of the members; [] if they are not given."""
+    if not args.run_dir:
+        return []
+    root = Path(args.run_dir)
+    return members.folders(root, args.members) if args.members else [root]
+
+
+def resumed_config(args, run_dir: Path) -> TrainConfig:
     """The run's config; flags may only change devices, workers and the path of the data."""
-    own = read_config(args.run_dir, say=lambda line: None)
-    check_settings(args.run_dir, cli.build_config(args, own), own)
+    own = read_config(run_dir, say=lambda line: None)
+    check_settings(run_dir, cli.build_config(args, own), own)
     return cli.merge(own, cli.requested_values(args))
 
 
@@ -75,7 +89,7 @@ def new_config(args) -> TrainConfig:
     """The config of a new run. With --init-from the settings that come with the weights are the
     defaults, unless --config or --recipe gives all of them."""
     config = cli.build_config(args, TrainConfig())
-    begun = args.resume and args.run_dir and is_begun(Path(args.run_dir))
+    begun = args.resume and args.run_dir and is_begun(run_dirs(args)[0])
     if begun or args.config or args.recipe or not config.init_from:
         return config
     weights = restore.pretrained(config.init_from, config.weights_key, ema=config.ema)
@@ -130,10 +144,14 @@ def main():
 
 
 def run(args, config: TrainConfig):
-    run_dir = Path(args.run_dir) if args.run_dir else None
-    if args.resume and is_begun(run_dir):
-        config = resumed_config(args)
-        if is_finished(run_dir):
+    places = run_dirs(args)
+    if args.resume and is_begun(places[0]):
+        config = resumed_config(args, places[0])
+        ended = all((place / "report.json").exists() for place in places)
+        if ended and all([is_finished(place) for place in places]):
             return
-    how = {"resume": args.resume, "overwrite": args.overwrite, "profile": args.profile or 0}
-    fit.fit(config, run_dir, command=cli.command_line(), **how)
+    how = {"resume": args.resume, "overwrite": args.overwrite, "command": cli.command_line()}
+    if args.members:
+        members.fit_members(config, args.run_dir or None, args.members, **how)
+    else:
+        fit.fit(config, args.run_dir or None, profile=args.profile or 0, **how)

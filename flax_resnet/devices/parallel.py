@@ -5,13 +5,18 @@ batch, and the step reduces over the axis `axis_name`: gradients in the type of 
 BatchNorm's statistics to those of the global batch. A mesh may span processes; each then holds its
 rows of the batch.
 
+Several runs of one config that differ in their seeds alone can share a program of one device.
+
 With shard_parameters every large array of the state (parameters, optimizer state, moving average)
 is sharded over the devices between steps. A step all-gathers the parameters for the forward and
 backward pass, and each device updates its shard. The compiler then finds out what to reduce, as it
 does in an evaluation.
 """
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -56,6 +61,7 @@ class Engine:
         self._whole = NamedSharding(self.mesh, PartitionSpec())
         self._by_row = NamedSharding(self.mesh, PartitionSpec(AXIS))
         platform = self.devices[0].platform
+        self.members_in_turn = platform == "cpu"
         self._steps_per_dispatch = config.steps_per_dispatch
         self._options = compiler_options(platform, kernels)
         if deterministic and platform == "gpu":
@@ -94,6 +100,16 @@ class Engine:
             f"`batch_norm_images` {norm_images}: {devices} devices with {batch_size // devices}"
             " images each cannot share such groups; one number has to divide the other"
         )
+
+    def check_members(self):
+        """Raises InputError unless several runs can share a program: one process and one device,
+        without pmap."""
+        if self.several:
+            raise InputError("`members`: several processes train one run")
+        if self.pmap:
+            raise InputError("`members` need `parallel` jit")
+        if len(self.devices) > 1:
+            raise InputError(f"`members` share one device of {len(self.devices)}: give `devices` 1")
 
     def local_rows(self, batch_size: int) -> slice:
         """The rows of a batch that go to the devices of this process."""
@@ -210,16 +226,7 @@ class Engine:
           train_step: made by `steps.make_train_step` with `gather` and `axis_name` of this engine.
           num_steps: steps of one dispatch; with more than 1 each metric is `[K]`.
         """
-
-        def step(state, resident, batch):
-            new, metrics = train_step(state, look_up(resident, batch))
-            return (self._sharded(new) if self.axis_name is None else new), metrics
-
-        def run(state, resident, batches):
-            if num_steps == 1:
-                return step(state, resident, batches)
-            return lax.scan(lambda s, batch: step(s, resident, batch), state, batches)
-
+        run = self._dispatch(train_step, num_steps)
         if self.pmap:
             return jax.pmap(run, AXIS, donate_argnums=0, devices=self.devices)
         if self.axis_name is not None:
@@ -234,6 +241,46 @@ class Engine:
                 check_vma=False,
             )
         return jax.jit(run, donate_argnums=0, compiler_options=self._options)
+
+    def compile_members(self, train_step, num_steps: int):
+        """Compile (states, resident data, batches, seeds) -> (states, metrics) of N runs.
+
+        States, batches and metrics are tuples of N, seeds are int32 `[N]`, and all runs share the
+        resident data; the states are donated.
+
+        A GPU computes all runs at once (`jax.vmap`). A CPU computes one after the other: XLA has no
+        fast kernel there for the grouped convolutions that `vmap` makes.
+
+        Args:
+          train_step: as `compile_train`.
+          num_steps: as `compile_train`.
+        """
+
+        def run(states, resident, batches, seeds):
+            def one(member):
+                state, batch, seed = member
+                step = partial(train_step, seed=seed)
+                return self._dispatch(step, num_steps)(state, resident, batch)
+
+            members = _stacked(states), _stacked(batches), seeds
+            found = lax.map(one, members) if self.members_in_turn else jax.vmap(one)(members)
+            return tuple(zip(*(_unstacked(found, i) for i in range(len(seeds))), strict=True))
+
+        return jax.jit(run, donate_argnums=0, compiler_options=self._options)
+
+    def _dispatch(self, train_step, num_steps: int):
+        """(state, resident data, batches) -> (state, metrics) of one dispatch."""
+
+        def step(state, resident, batch):
+            new, metrics = train_step(state, look_up(resident, batch))
+            return (self._sharded(new) if self.axis_name is None else new), metrics
+
+        def run(state, resident, batches):
+            if num_steps == 1:
+                return step(state, resident, batches)
+            return lax.scan(lambda s, batch: step(s, resident, batch), state, batches)
+
+        return run
 
     def compile_eval(self, eval_step):
         """Compile (variables, batch) -> sums over the batch; evaluation never uses pmap."""
@@ -252,6 +299,16 @@ class Engine:
     def fetch_metrics(self, metrics) -> dict[str, np.ndarray]:
         """Fetch the metrics of one dispatch as `[K]` arrays on the host."""
         return {k: np.atleast_1d(v) for k, v in jax.device_get(self.single(metrics)).items()}
+
+
+def _stacked(trees):
+    """N trees of `[...]` as one of `[N, ...]`."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _unstacked(tree, number: int):
+    """The tree with this number of those that `_stacked` joined."""
+    return jax.tree.map(lambda leaf: leaf[number], tree)
 
 
 def _like(x, sharding: NamedSharding):

@@ -1,5 +1,6 @@
 """Loads a run for use: its network, weights, preprocessing and class names."""
 
+import collections
 import dataclasses
 import functools
 import os
@@ -176,7 +177,8 @@ def predict_files(
 ) -> Iterator[tuple[Path | str, np.ndarray | BadImage]]:
     """Yield (path, probabilities `[K]`) for image files, in their order.
 
-    Threads decode a few batches ahead of the network.
+    Threads decode a few batches ahead of the network, which computes a batch while the caller uses
+    the one before.
 
     Args:
       skip_bad: whether an unreadable image gives (path, error) instead of raising.
@@ -194,12 +196,22 @@ def predict_files(
     parts = [range(len(paths))[start : start + size] for start in range(0, len(paths), size)]
     decode = functools.partial(decoded, source, evaluation_decoder(data))
     images = ahead(decode, parts) if skip_bad else whole(ahead(decode, parts), source)
+    for indices, part, probabilities in _computed(run, parts, images, size):
+        for index, image, row in zip(indices, part, np.asarray(probabilities), strict=False):
+            if not np.isfinite(row).all():
+                raise NonFiniteLoss(f"the run gives no finite probabilities for {paths[index]}")
+            yield paths[index], image if isinstance(image, BadImage) else row
+
+
+def _computed(run: LoadedRun, parts: Sequence, images: Iterable[list], size: int) -> Iterator:
+    """Yields each part, its images and their probabilities `[size, K]`, which may still be being
+    computed: the next batch is on its way by then."""
+    waiting = collections.deque()
     for indices, part in zip(parts, images, strict=True):
         batch = np.zeros((size, *run.image_shape), np.uint8)
         for row, image in enumerate(part):
             batch[row] = 0 if isinstance(image, BadImage) else image
-        probabilities = np.asarray(run._probabilities(batch))
-        for index, image, row in zip(indices, part, probabilities, strict=False):
-            if not np.isfinite(row).all():
-                raise NonFiniteLoss(f"the run gives no finite probabilities for {paths[index]}")
-            yield paths[index], image if isinstance(image, BadImage) else row
+        waiting.append((indices, part, run._probabilities(batch)))
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting

@@ -50,14 +50,22 @@ class _Console(Console):
 class Display:
     """Prints the progress of a run. A training goes on without output if printing fails."""
 
+    name = ""
+
     def __init__(self, console: Console | None = None, *, quiet: bool = False, stderr=False):
         plain = {"soft_wrap": True, "highlight": False, "emoji": False, "markup": False}
         self.console = console or _Console(**plain, quiet=quiet, stderr=stderr)
-        self._bar, self._training = None, False
+        self._bar, self._training, self._silent = None, False, False
+
+    def of_member(self, name: str) -> "Display":
+        """A display of one of several runs, on the same console; its lines begin with the name."""
+        display = Display(self.console)
+        display.name = name
+        return display
 
     def say(self, text: str):
         """Print one line with control characters escaped."""
-        self.show(Text(text))
+        self.show(Text(f"{self.name}: {text}" if self.name else text))
 
     def warn(self, warnings: Iterable[str]):
         """Print a line for each warning."""
@@ -74,12 +82,12 @@ class Display:
             self.console.quiet = True
             drop_output(self.console.file)
 
-    def start(self, *, total_steps: int, done_steps: int, batch_size: int):
-        """Start the bar of a run."""
-        self._training = True
+    def start(self, *, total_steps: int, done_steps: int, batch_size: int, silent: bool = False):
+        """Start the bar of a run; a silent one shows nothing between the epochs."""
+        self._training, self._silent = True, silent
         self._batch_size, self._total, self._from = batch_size, total_steps, done_steps
         self._since = self._last_line = time.monotonic()
-        if not self.console.is_terminal:
+        if silent or not self.console.is_terminal:
             return
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -95,6 +103,8 @@ class Display:
 
     def step(self, *, step: int, epoch: int, epochs: int, loss: float, accuracy: float):
         """Update the bar, or print a line once a minute."""
+        if self._silent:
+            return
         now = time.monotonic()
         rate = (step - self._from) * self._batch_size / (now - self._since)
         numbers = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {rate:,.0f} images/s"
@@ -129,7 +139,9 @@ class Display:
 
     def results(self, splits: dict[str, dict], num_classes: int | None = None):
         """Print the final table."""
-        self.show(results_table(splits, num_classes))
+        table = results_table(splits, num_classes)
+        table.title = self.name or None
+        self.show(table)
 
 
 def drop_output(file: TextIO):

@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from flax_resnet.training.network import Network
 from flax_resnet.training.progress import SignalFlag
 from flax_resnet.training.report import report
 from flax_resnet.training.restore import in_order, pretrained
-from flax_resnet.training.setup import Callback, Run, set_up
+from flax_resnet.training.setup import Callback, set_up
 from flax_resnet.weights import convert
 
 
@@ -84,14 +85,10 @@ def fit(
     engine, prepared, network = _begin_together(config, run_dir, display, how)
     directory = _open_directory(run_dir, config, **how, say=display.say)
     try:
-        for line in prepared.dataset.remarks():
-            display.say(line)
-        _announce(prepared, engine, network, directory, display)
-        begin = functools.partial(set_up, callbacks=callbacks, profile=profile)
-        return _run(prepared, engine, network, directory, display, command, begin)
-    except Exception:
-        directory.check()  # what is written into a directory that is gone fails in many ways
-        raise
+        announce(prepared, engine, network, directory.path, display)
+        start = Start(prepared, engine, network, directory, display)
+        options = {"callbacks": callbacks, "profile": profile}
+        return run_all([start], directory.path, command, **options)[0]
     finally:
         display.stop()
         directory.close()
@@ -117,23 +114,23 @@ def _resumed(config: TrainConfig, run_dir: Path | None, display: Display) -> Tra
 def _begin_together(
     config: TrainConfig, run_dir: Path | None, display: Display, how: dict
 ) -> tuple[Engine, Prepared, Network]:
-    """`_begin` in every process; raises InputError where they disagree on anything."""
+    """`begin` in every process; raises InputError where they disagree on anything."""
     several = jax.process_count() > 1
     if several:
         asked = how | {"run_dir": str(run_dir)}
         distributed.check_agreement(asked | environment.code() | flat(config))
-    begun = distributed.run_on_all(lambda: _begin(config, run_dir, how["resume"], display))
+    begun = distributed.run_on_all(lambda: begin(config, run_dir, how["resume"], display))
     if several:
         _, prepared, network = begun
         distributed.check_agreement(fingerprint(prepared) | _weights_digest(network))
     return begun
 
 
-def _announce(
-    prepared: Prepared, engine: Engine, network: Network, directory: RunDirectory, display: Display
-):
+def announce(prepared: Prepared, engine: Engine, network: Network, run_dir: Path, display: Display):
     """Print what is about to be trained."""
     config, dataset = prepared.config, prepared.dataset
+    for line in dataset.remarks():
+        display.say(line)
     model, data = config.model, config.data
     sizes = [len(getattr(dataset, split)) for split in SPLITS]
     stages = stage_rows(network.to_model(network.initial), prepared.image_shape)
@@ -151,37 +148,49 @@ def _announce(
         display.warn(["`num_workers` has no effect: the training images are cached"])
     device = engine.devices[0]
     display.say(
-        f"on {len(engine.devices)} x {device.device_kind}, run {directory.path};"
+        f"on {len(engine.devices)} x {device.device_kind}, run {run_dir};"
         f" {environment.products(model, device.platform)}"
     )
 
 
-def _run(
-    prepared: Prepared,
-    engine: Engine,
-    network: Network,
-    directory: RunDirectory,
-    display: Display,
-    command: str,
-    set_up: Callable[..., Run],
-) -> dict:
-    """Set up or take up, train, report; what a failure would lose is saved first."""
-    directory.write_config(prepared.config)
-    checkpoints, run = Checkpoints(directory.checkpoints, say=display.say), None
-    try:
-        run = set_up(prepared, engine, network, directory, display, checkpoints)
-        with SignalFlag(run):
-            train(run)
-            return report(run, command)
-    except Exception as error:
-        with contextlib.suppress(AttributeError):  # a few exceptions take no notes
-            error.run_dir = directory.path
-            error.saved = run is not None and rescue(run, error)
-        raise
-    finally:
-        if run is not None:
-            run.close()
-        checkpoints.close()
+class Start(NamedTuple):
+    """What a run begins with."""
+
+    prepared: Prepared
+    engine: Engine
+    network: Network
+    directory: RunDirectory
+    display: Display
+
+
+def run_all(starts: Sequence[Start], place: Path, command: str, **options) -> list[dict]:
+    """Set up or take up, train together, report; what a failure would lose is saved first.
+
+    Args:
+      starts: of runs that differ in their seeds alone.
+      place: the directory of the run, or of all.
+      options: of `set_up`.
+    """
+    for start in starts:
+        start.directory.write_config(start.prepared.config)
+    runs = []
+    with contextlib.ExitStack() as closing:
+        try:
+            for start in starts:
+                checkpoints = Checkpoints(start.directory.checkpoints, say=start.display.say)
+                closing.callback(checkpoints.close)
+                runs.append(set_up(*start, checkpoints, like=runs[0] if runs else None, **options))
+                closing.callback(runs[-1].close)
+            with SignalFlag(*runs):
+                train(*runs)
+                return [report(run, command) for run in runs]
+        except Exception as error:
+            with contextlib.suppress(AttributeError):  # a few exceptions take no notes
+                error.run_dir = place
+                error.saved = bool(runs) and all([rescue(run, error) for run in runs])
+            for start in starts:
+                start.directory.check()  # writing where it is gone fails in many ways
+            raise
 
 
 def as_begun(config: TrainConfig, own: TrainConfig) -> TrainConfig:
@@ -198,10 +207,18 @@ def _kind(config: TrainConfig) -> str:
     return config.data.dataset.partition(":")[0]
 
 
-def _begin(
-    config: TrainConfig, run_dir: Path | None, resume: bool, display: Display
+def begin(
+    config: TrainConfig,
+    run_dir: Path | None,
+    resume: bool,
+    display: Display,
+    members: int | None = None,
 ) -> tuple[Engine, Prepared, Network]:
-    """Devices, data and network; nothing is written."""
+    """Devices, data and network; nothing is written.
+
+    Args:
+      members: number of runs that share a program; None: the run is alone.
+    """
     begun = resume and steps_in(run_dir / "checkpoints")
     if not begun and (faults := idle(config)):
         raise InputError("; ".join(faults.values()))
@@ -210,15 +227,26 @@ def _begin(
         config.parallel, deterministic=config.deterministic, kernels=config.model.kernels
     )
     engine.check_batch_size(config.batch_size, config.model.batch_norm_images)
+    if members:
+        engine.check_members()
     prepared = prepare(config)
-    model = _initial_model(prepared, engine)
-    if config.init_from and not begun:
-        _fine_tune(model, prepared.config, prepared.dataset.class_names, display.say)
-    network = Network(model, freeze_backbone=config.freeze_backbone)
+    network = initial_network(prepared, engine, begun, display)
     _check_images(network, prepared, engine.axis_name)
     state = jax.eval_shape(lambda: steps.make_state(network.initial, config))
-    check_space(run_dir or Path("runs"), state)
+    check_space(run_dir or Path("runs"), [state] * (members or 1))
     return engine, prepared, network
+
+
+def initial_network(prepared: Prepared, engine: Engine, begun, display: Display) -> Network:
+    """The network with its first weights, which come from the seed or from `init_from`.
+
+    Args:
+      begun: true if the run has checkpoints, whose weights replace the first.
+    """
+    config, model = prepared.config, _initial_model(prepared, engine)
+    if config.init_from and not begun:
+        _fine_tune(model, config, prepared.dataset.class_names, display.say)
+    return Network(model, freeze_backbone=config.freeze_backbone)
 
 
 def _check_images(network: Network, prepared: Prepared, axis_name: str | None):

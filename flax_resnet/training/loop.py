@@ -2,9 +2,11 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_resnet.config import to_dict
 from flax_resnet.devices import distributed
@@ -19,39 +21,89 @@ _IN_FLIGHT = 4
 _LOGGED = ("loss", "accuracy", "top5_accuracy", "precision_macro", "recall_macro", "f1_macro")
 
 
-def train(run: Run):
-    """Train until the last epoch, or until early stopping ends the run.
+def train(*runs: Run):
+    """Train every run until its last epoch, or until early stopping ends it.
+
+    Several runs take their steps together, in one program. A run that has done fewer steps than the
+    others, because its last checkpoint was older, first catches up; one that has stopped early
+    leaves the others.
 
     Raises:
       NonFiniteLoss: more steps in a row than the config allows were not finite.
-      Interrupted: a signal asked the run to stop; it is saved.
+      Interrupted: a signal asked the runs to stop; they are saved.
     """
-    config, progress = run.config, run.progress
-    run.display.start(
-        total_steps=config.epochs * run.steps_per_epoch,
-        done_steps=run.global_step,
-        batch_size=config.batch_size,
-    )
-    while progress.epoch < config.epochs and not progress.stopped_early:
-        run.saveable = progress
-        start = time.monotonic() - progress.seconds
-        while progress.step_in_epoch < run.steps_per_epoch:
-            count = _steps_at_once(run)
-            batches = _next_batches(run, count)
-            with run.profiler.dispatch(run.global_step, count, run.in_flight):
-                run.state, metrics = run.train_fns[count](run.state, run.resident, batches)
-                run.in_flight.append(metrics)
-            progress.step_in_epoch += count
-            jax.block_until_ready(run.in_flight[:-_IN_FLIGHT][-1:])
-            run.checkpoints.check()
-            if at_log_step(run, count) or (run.signum and not run.engine.several):
-                log_steps(run)
-                progress.seconds = time.monotonic() - start
-                stop_if_asked(run)
-        finish_epoch(run)
-    if run.profiler.left:
-        run.display.warn([f"`profile`: {run.profiler.left} steps too few were left to trace"])
-    run.display.stop()
+    for run in runs:
+        run.saveable = run.progress
+    _start_display(runs)
+    while going := [run for run in runs if _goes_on(run)]:
+        fewest = min(run.global_step for run in going)
+        together = [run for run in going if run.global_step == fewest]
+        if ended := [run for run in together if _ends_epoch(run)]:
+            for run in ended:
+                finish_epoch(run)
+        elif advance(together):
+            stop_if_asked(*runs)
+    for run in runs:
+        if run.profiler.left:
+            run.display.warn([f"`profile`: {run.profiler.left} steps too few were left to trace"])
+    runs[0].display.stop()
+
+
+def _start_display(runs: Sequence[Run]):
+    """Start the display of each run; that of the first shows the course of all."""
+    config, steps_per_epoch = runs[0].config, runs[0].steps_per_epoch
+    for run in runs:
+        run.display.start(
+            total_steps=config.epochs * steps_per_epoch,
+            done_steps=run.global_step,
+            batch_size=config.batch_size * len(runs),
+            silent=run is not runs[0],
+        )
+
+
+def _goes_on(run: Run) -> bool:
+    return run.progress.epoch < run.config.epochs and not run.progress.stopped_early
+
+
+def _ends_epoch(run: Run) -> bool:
+    return run.progress.step_in_epoch == run.steps_per_epoch
+
+
+def advance(runs: Sequence[Run]) -> bool:
+    """Take the next steps of runs that have done equally many; whether they are logged now."""
+    start, first = time.monotonic(), runs[0]
+    count = _steps_at_once(first)
+    batches = [_next_batches(run, count) for run in runs]
+    with first.profiler.dispatch(first.global_step, count, first.in_flight):
+        _dispatch(runs, count, batches)
+    for run in runs:
+        run.progress.step_in_epoch += count
+        jax.block_until_ready(run.in_flight[:-_IN_FLIGHT][-1:])
+        run.checkpoints.check()
+    logged = at_log_step(first, count) or bool(first.signum and not first.engine.several)
+    if logged:
+        for run in runs:
+            log_steps(run)
+    seconds = time.monotonic() - start
+    for run in runs:
+        run.progress.seconds += seconds
+    return logged
+
+
+def _dispatch(runs: Sequence[Run], count: int, batches: Sequence):
+    """Start the next steps: those of several runs in one program."""
+    first, *others = runs
+    states = tuple(run.state for run in runs)
+    if others:
+        seeds = np.array([run.config.seed for run in runs], np.int32)
+        together = first.member_fns[count]
+        states, metrics = together(states, first.resident, tuple(batches), seeds)
+    else:
+        state, found = first.train_fns[count](first.state, first.resident, batches[0])
+        states, metrics = (state,), (found,)
+    for run, state, found in zip(runs, states, metrics, strict=True):
+        run.state = state
+        run.in_flight.append(found)
 
 
 def _steps_at_once(run: Run) -> int:
@@ -108,12 +160,15 @@ def log_steps(run: Run):
     )
 
 
-def stop_if_asked(run: Run):
+def stop_if_asked(*runs: Run):
     """Save and raise `Interrupted` in all processes if a signal has reached one of them."""
-    signum = distributed.agreed_signal(run.signum)
+    signum = distributed.agreed_signal(runs[0].signum)
     if signum:
-        save(run, improvement=False)
-        run.checkpoints.wait()
+        for run in runs:
+            if run.in_flight:  # it has done other steps than those that were logged
+                log_steps(run)
+            save(run, improvement=False)
+            run.checkpoints.wait()
         raise Interrupted(signum)
 
 

@@ -93,8 +93,8 @@ class SignalFlag:
     at once, even within a compilation, where Python's handlers do not run. In a thread nothing is
     noted: signals go to the main one."""
 
-    def __init__(self, run):
-        self._run = run
+    def __init__(self, *runs):
+        self._runs = runs
 
     def __enter__(self):
         self._old = {s: signal.signal(s, self._note) for s in _signals()}
@@ -104,7 +104,8 @@ class SignalFlag:
             signal.signal(signum, handler)
 
     def _note(self, signum, frame):
-        self._run.signum = signum
+        for run in self._runs:
+            run.signum = signum
         for number in self._old:
             signal.signal(number, signal.SIG_DFL)
 

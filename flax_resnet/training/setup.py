@@ -57,6 +57,9 @@ class Run:
     train_fns: dict
     """{steps a dispatch: compiled function}."""
 
+    member_fns: dict
+    """{steps a dispatch: compiled function of several runs at once}."""
+
     eval_fn: object
     """The compiled evaluation of a batch."""
 
@@ -123,8 +126,13 @@ def set_up(
     checkpoints: Checkpoints,
     callbacks: Sequence[Callback] = (),
     profile: int = 0,
+    like: Run | None = None,
 ) -> Run:
     """A fresh run, or one that goes on from its newest sound checkpoint; nothing is compiled yet.
+
+    Args:
+      like: a run that differs in its seed alone; the images on the devices and the compiled
+        evaluation are shared with it.
 
     Raises:
       InputError: the data are others than before, or no checkpoint of a fine-tuning is sound.
@@ -150,8 +158,8 @@ def set_up(
     checkpoints.delete_after(step)
     batches = _batches(prepared, engine, start=step or 0)
     directory.start_logs(document, step or 0)
-    resident = _resident(prepared, engine)
-    return Run(
+    resident = like.resident if like else _resident(prepared, engine)
+    run = Run(
         prepared=prepared,
         contents=found,
         engine=engine,
@@ -174,6 +182,9 @@ def set_up(
             class_weights=prepared.class_weights,
         ),
     )
+    if like:
+        run.eval_fn = like.eval_fn
+    return run
 
 
 def _steps_per_epoch(prepared: Prepared) -> int:
@@ -250,6 +261,7 @@ def functions(
     return {
         "steps_per_dispatch": count,
         "train_fns": {k: engine.compile_train(train_step, k) for k in {1, count}},
+        "member_fns": {k: engine.compile_members(train_step, k) for k in {1, count}},
         "eval_fn": engine.compile_eval(eval_step),
     }
 

@@ -99,7 +99,8 @@ def make_train_step(
       class_weights: of the loss, `[K]`.
 
     Returns:
-      A function whose metrics are scalars of the global batch: loss (of the training objective
+      A function that also takes `seed`, a number that may be traced, instead of the config's. Its
+      metrics are scalars of the global batch: loss (of the training objective
       without penalties), accuracy, gradient_norm, learning_rate, finite.
     """
     rates = _rates(config, steps_per_epoch)
@@ -108,7 +109,7 @@ def make_train_step(
         longest = INT32 - config.optimizer.ema_steps  # of a number that is traced
         copied = min(round(config.schedule.warmup_epochs * steps_per_epoch), longest)
 
-    def train_step(state: TrainState, batch: dict):
+    def train_step(state: TrainState, batch: dict, seed: jax.Array | int = config.seed):
         prepared = prepare_batch(
             state,
             batch,
@@ -117,6 +118,7 @@ def make_train_step(
             num_classes=num_classes,
             axis_name=axis_name,
             class_weights=class_weights,
+            seed=seed,
         )
         gradients, forward = loss_and_gradients(
             network, state, prepared, config, axis_name=axis_name, gather=gather
@@ -166,6 +168,7 @@ def prepare_batch(
     num_classes: int,
     axis_name: str | None = None,
     class_weights: np.ndarray | None = None,
+    seed: jax.Array | int | None = None,
 ) -> PreparedBatch:
     """Augment and normalise the images of a training batch, and smooth and mix its labels.
 
@@ -174,8 +177,10 @@ def prepare_batch(
       batch: image uint8 `[B, H, W, C]`, label int32 `[B]`, index int32 `[B]`.
       axis_name: as `make_train_step`; mixup pairs the images of all devices.
       class_weights: as `make_train_step`.
+      seed: of the random draws; None: the config's.
     """
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    key = jax.random.key(config.seed if seed is None else seed)
+    key = jax.random.fold_in(key, state.step)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
     dtype = dtype_of(state.params)
     images = preprocess.to_unit(batch["image"], dtype)
