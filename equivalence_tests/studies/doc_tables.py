@@ -344,6 +344,18 @@ def scaling() -> str:
     return table(header, lines, numbers=6)
 
 
+def step_bytes() -> str:
+    """Bytes of compiled training steps on one H100, and the floor that their shapes allow."""
+    rows = results.read("step-bytes")["rows"]
+    cells = [
+        [network, variant, f"{row['bytes'] / 1e9:.2f}", f"{row['floor'] / 1e9:.2f}",
+         f"{row['bytes'] / row['floor']:.3f}"]
+        for network, variants in rows.items()
+        for variant, row in variants.items()
+    ]  # fmt: skip
+    return table(["network", "variant", "GB a step", "floor", "of the floor"], cells, numbers=3)
+
+
 def gradient_sums() -> str:
     """Errors of gradients that devices have summed."""
     rows = results.read("gradient-sums")["rows"]
@@ -381,7 +393,7 @@ TABLES = {
     for function in (
         headline, faults_found, localiser, paired_trainings, error_growth, speeds,
         whole_trainings, recipes, recipe_pairs, regularization, transfer, depth, survival, scaling,
-        gradient_sums, ports, maxvit,
+        gradient_sums, step_bytes, ports, maxvit,
     )
 }  # fmt: skip
 
