@@ -282,6 +282,7 @@ def survival() -> str:
     """Outcomes of killed runs and damaged files."""
     faults, flips = results.read("faults"), results.read("flips")
     weights, growth = results.read("weight-flips"), results.read("growth")
+    configs = results.read("edges")
     kills, stops, pth = faults["SIGKILL"], faults["SIGTERM"], weights[".pth"]
     cost, million = faults["checkpoint_cost"], growth["sizes"][-1]
     return table(
@@ -306,6 +307,12 @@ def survival() -> str:
                 f"{weights['flips']:,} flips: {pth['refused']:,} refused,"
                 f" {pth['same weights']} read as the same weights,"
                 f" {pth['other weights']} as others",
+            ],
+            [
+                "[random configs with fields at the edges of their ranges, traced]"
+                "(../results/edges.json)",
+                f"{configs['traced'] + configs['refused']:,} configs: {configs['traced']:,} traced,"
+                f" {configs['refused']:,} refused, {len(configs['faults'])} other errors",
             ],
             [
                 "[checkpoints of ResNet-18, one an epoch](../results/faults.json)",
