@@ -264,7 +264,7 @@ def test_targets_of_mixup_are_wide_in_mixed_precision():
 
 
 def test_stochastic_depth_is_torchvisions_in_every_block(x64):
-    """For equal draws the twin gives the same logits, and timm has the same chances."""
+    """The twin gives the same logits for equal draws, and timm has the same chances."""
     masks, drawn = inputs.random_numbers().random((9, 6)) < 0.5, []
     theirs = torch_ref.create_model("resnet20", 4, stochastic_depth=0.6).double().train()
     network = flax_resnet.create_model(

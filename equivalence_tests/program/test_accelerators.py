@@ -76,7 +76,7 @@ def test_every_convolution_is_the_library_s_in_each_direction(made, arch, reques
 
 
 FOREIGN = r"callback|\bf64\[|infeed|outfeed|send\(|recv\("
-"""What stands in no program: calls of the host, and float64."""
+"""Operations that stand in no program: calls of the host, and float64."""
 
 
 @pytest.mark.parametrize("made", ["bfloat16", "float32"])

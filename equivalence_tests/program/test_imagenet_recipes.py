@@ -97,7 +97,7 @@ QUICKEST = ("timm-a2", "torchvision-resnet50-v2", "he2015-imagenet")
     [pytest.param(n, marks=[] if n in QUICKEST else pytest.mark.slow) for n in DISTINCT.values()],
 )
 def test_every_recipe_runs_all_stages_under_smoke(name, folder, tmp_path):
-    """Those of a family differ in the network alone, which is replaced by a small one."""
+    """The recipes of a family differ in the network alone, which is replaced by a small one."""
     config = smoked(IMAGENET_RECIPES[name].config, folder)
     report = fit.fit(config, tmp_path / "run", display=Display(Console(quiet=True)))
     assert np.isfinite(report["splits"]["test"]["loss"])

@@ -221,7 +221,7 @@ def recipes() -> str:
 
 
 def regularization() -> str:
-    """What regularised networks and plain ones reach."""
+    """The accuracies of regularised networks and of plain ones."""
     return _question(
         "resnet18-regularized", "resnet18-regularized-base", "resnet18-regularized-decay",
         "resnet18-224", "resnet18-224-plain", "cifar10-resnet18-dropout", "imagenette-cnn",
@@ -230,7 +230,7 @@ def regularization() -> str:
 
 
 def transfer() -> str:
-    """What fine-tuned networks and those from random weights reach."""
+    """The accuracies of fine-tuned networks and of those from random weights."""
     return _question(
         "transfer-source", "transfer", "transfer-12-epochs", "transfer-scratch",
         "cifar10-resnet18-64px",
@@ -238,7 +238,7 @@ def transfer() -> str:
 
 
 def depth() -> str:
-    """What networks of different depth reach."""
+    """The accuracies of networks of different depth."""
     he = (f"cifar10-resnet{layers}" for layers in (20, 32, 44, 56, 110))
     return _question(
         "imagenette-cnn", "imagenette-cnn-plain", "imagenette-resnet18", "cifar10-resnet50-224",

@@ -99,7 +99,7 @@ def check_classes(run: LoadedRun, dataset, name: str):
 
 
 class Report:
-    """What is known of each image: all rows, and the images of the worst."""
+    """The rows of all images, and the pictures of the worst."""
 
     def __init__(self):
         self.rows, self.worst = [], outcomes.Worst()

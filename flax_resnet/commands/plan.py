@@ -83,7 +83,7 @@ def of_data(config: TrainConfig) -> tuple[TrainConfig, ahead.Data]:
 
 
 class Row(NamedTuple):
-    """What is known of one target."""
+    """The compiled program and the largest batch of one target."""
 
     target: targets.Target
     num_devices: int

@@ -33,7 +33,7 @@ _Number = Annotated[int, pydantic.Field(ge=0)]
 
 @dataclass(frozen=True)
 class Shard:
-    """What the index knows of a shard."""
+    """A shard as the index describes it."""
 
     split: Literal["train", "validation", "test"]
     size: _Number

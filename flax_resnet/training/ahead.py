@@ -34,7 +34,7 @@ _STEPS_PER_EPOCH = 100  # a constant of the learning rate's schedule
 
 
 class Data(NamedTuple):
-    """What a program has to know of its data."""
+    """The properties of the data that a program depends on."""
 
     image_shape: tuple[int, int, int]
     """`(H, W, C)`"""

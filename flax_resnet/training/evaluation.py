@@ -54,7 +54,7 @@ def evaluate(
 
 
 def inputs_of(batch: dict) -> dict:
-    """What a compiled evaluation takes of a batch."""
+    """The arrays of a batch that a compiled evaluation takes."""
     return {name: batch[name] for name in ("image", "label", "mask")}
 
 

@@ -154,7 +154,7 @@ def announce(prepared: Prepared, engine: Engine, network: Network, run_dir: Path
 
 
 class Start(NamedTuple):
-    """What a run begins with."""
+    """The parts with which a run begins."""
 
     prepared: Prepared
     engine: Engine

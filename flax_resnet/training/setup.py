@@ -142,23 +142,20 @@ def set_up(
     distributed.check_agreement({"checkpoint": step})
     state, progress = steps.make_state(network.initial, config), Progress()
     document, found = None, contents(prepared.dataset)
-    if step is not None:
+    if step is None:
+        _check_fresh(config, directory, checkpoints, display)
+    else:
         document = checkpoints.document(step)
         check_contents(found, document.get("contents", {}))
         progress = Progress.from_document(document["progress"])
         _say_resumed(display, step, document, engine)
         state = checkpoints.restore(step, engine.state_like(state))
-    elif config.init_from and steps_in(checkpoints.directory):
-        raise InputError(
-            f"{directory.path}: none of its checkpoints is sound, and its weights came"
-            f" from {config.init_from}: begin again with `overwrite`"
-        )
-    elif (table := directory.path / "metrics.csv").exists():
-        display.say(f"no checkpoint belongs to {table}: the run begins again at step 0")
     checkpoints.delete_after(step)
     batches = _batches(prepared, engine, start=step or 0)
     directory.start_logs(document, step or 0)
     resident = like.resident if like else _resident(prepared, engine)
+    of_data = {"class_weights": prepared.class_weights, "resident": bool(resident)}
+    of_data["steps_per_epoch"] = _steps_per_epoch(prepared)
     run = Run(
         prepared=prepared,
         contents=found,
@@ -173,18 +170,24 @@ def set_up(
         resident=resident,
         callbacks=callbacks,
         profiler=Profiler(directory.path, profile),
-        **functions(
-            config,
-            engine,
-            network,
-            steps_per_epoch=_steps_per_epoch(prepared),
-            resident=bool(resident),
-            class_weights=prepared.class_weights,
-        ),
+        **functions(config, engine, network, **of_data),
     )
     if like:
         run.eval_fn = like.eval_fn
     return run
+
+
+def _check_fresh(
+    config: TrainConfig, directory: RunDirectory, checkpoints: Checkpoints, display: Display
+):
+    """Raises InputError where a run without a sound checkpoint may not begin again."""
+    if config.init_from and steps_in(checkpoints.directory):
+        raise InputError(
+            f"{directory.path}: none of its checkpoints is sound, and its weights came"
+            f" from {config.init_from}: begin again with `overwrite`"
+        )
+    if (table := directory.path / "metrics.csv").exists():
+        display.say(f"no checkpoint belongs to {table}: the run begins again at step 0")
 
 
 def _steps_per_epoch(prepared: Prepared) -> int:

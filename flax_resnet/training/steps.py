@@ -104,10 +104,7 @@ def make_train_step(
       without penalties), accuracy, gradient_norm, learning_rate, finite.
     """
     rates = _rates(config, steps_per_epoch)
-    copied = 0
-    if config.optimizer.ema_after_warmup:
-        longest = INT32 - config.optimizer.ema_steps  # of a number that is traced
-        copied = min(round(config.schedule.warmup_epochs * steps_per_epoch), longest)
+    copied = _steps_without_average(config, steps_per_epoch)
 
     def train_step(state: TrainState, batch: dict, seed: jax.Array | int = config.seed):
         prepared = prepare_batch(
@@ -141,6 +138,14 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def _steps_without_average(config: TrainConfig, steps_per_epoch: int) -> int:
+    """The number of steps after which the moving average begins; before, it is a copy."""
+    if not config.optimizer.ema_after_warmup:
+        return 0
+    longest = INT32 - config.optimizer.ema_steps  # of a number that is traced
+    return min(round(config.schedule.warmup_epochs * steps_per_epoch), longest)
 
 
 class PreparedBatch(NamedTuple):

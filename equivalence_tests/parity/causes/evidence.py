@@ -1,4 +1,4 @@
-"""What an explanation of a divergence may look at."""
+"""The arrays of both sides that an explanation of a divergence may look at."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What a comparison of two networks found, as data and as text."""
+"""The findings of a comparison of two networks, as data and as text."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ MOST_NAMES = 4
 
 
 class Report(NamedTuple):
-    """What a comparison found."""
+    """The findings of a comparison."""
 
     verdict: str
     """"equal", "divergent", or "undecided": equal on inputs that would hide a fault, or with
@@ -31,7 +31,7 @@ class Report(NamedTuple):
     """{"evaluation" or "training": differences of all tensors}, each side running freely."""
 
     mapping: Mapping
-    """Where each tensor of PyTorch is in JAX."""
+    """The place in JAX of each tensor of PyTorch."""
 
     image_size: tuple[int, int]
     """(H, W) of the images."""

@@ -19,7 +19,7 @@ LARGEST = 1e3
 
 
 class Layout(NamedTuple):
-    """How an activation of PyTorch lies in JAX."""
+    """The order of axes in which an activation of PyTorch lies in JAX."""
 
     shape: tuple[int, ...]
     """PyTorch's."""
