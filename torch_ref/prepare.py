@@ -1,16 +1,14 @@
 """A config and its data set brought together: what was left open is chosen here."""
 
 import dataclasses
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torchvision.transforms import v2
 
-from flax_resnet.config import TrainConfig
+from flax_resnet.config import TrainConfig, class_weights_from_file
 from flax_resnet.errors import InputError
 from torch_ref import has_stem_choice
 from torch_ref.augment import augment, erase
@@ -95,7 +93,7 @@ def class_weights(given: str | None, dataset: DataSet) -> torch.Tensor | None:
     if given == "balanced":
         labels = dataset.splits["train"].labels
         return torch.tensor(compute_class_weight("balanced", classes=np.unique(labels), y=labels))
-    weights = json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
+    weights = class_weights_from_file(given, dataset.class_names)
     return torch.tensor([weights[name] for name in dataset.class_names], dtype=torch.float64)
 
 

@@ -413,7 +413,7 @@ MUTANTS = [
         difference="14",
         what="the gradient of ReLU at 0 is 1/2",
         phase="gradient",
-        patches=[(layers, "relu", half_at_zero)],
+        patches=[(layers, "relu", half_at_zero), (layers, "relu_of_sum", half_at_zero)],
     ),
     Mutant(
         name="dropout not rescaled",

@@ -75,7 +75,7 @@ def replayed_jax(decisions):
         flat = indices.reshape(batch, -1, channels)
         return jnp.take_along_axis(x.reshape(batch, -1, channels), flat, 1).reshape(indices.shape)
 
-    return mock.patch.multiple(layers, relu=relu, max_pool=max_pool)
+    return mock.patch.multiple(layers, relu=relu, relu_of_sum=relu, max_pool=max_pool)
 
 
 def channels_last(decisions: Decisions) -> Decisions:

@@ -14,7 +14,7 @@ from torch import nn
 from equivalence_tests.parity import inputs
 from equivalence_tests.program.weight_files import same, saved
 from flax_resnet.errors import InputError
-from flax_resnet.weights import convert, files, names
+from flax_resnet.weights import convert, files, names, torch_file
 
 
 class Net(nn.Linear):
@@ -120,6 +120,35 @@ def test_networks_whose_names_collapse_are_refused(tmp_path):
     torch.save({1: {"w": torch.zeros(1)}, "1": {"w": torch.ones(1)}}, tmp_path / "a.pth")
     with pytest.raises(InputError, match="two entries are called '1/w'"):
         files.load(tmp_path / "a.pth")
+
+
+def one_tensor_of_many_names(key: str, number: int) -> dict:
+    """A content that is small in a file, where the key and the tensor stand once."""
+    return {key: dict.fromkeys(map(str, range(number)), torch.zeros(1))}
+
+
+def test_names_that_grow_out_of_a_small_file_are_refused(tmp_path):
+    path = saved(tmp_path, one_tensor_of_many_names("k" * 100_000, 300))
+    with pytest.raises(InputError, match=r"a name of more than 1,000 characters: k{50,}\.\.\.$"):
+        files.read(path)
+    path = saved(tmp_path, one_tensor_of_many_names("k", torch_file.MOST_TENSORS + 1))
+    with pytest.raises(InputError, match="more than 100,000 entries"):
+        files.read(path)
+
+
+def test_a_long_key_without_tensors_is_read(tmp_path):
+    path = saved(tmp_path, {"fc.bias": torch.zeros(3), "k" * 100_000: "text"})
+    assert list(files.read(path)[0]) == ["fc.bias"]
+
+
+def test_many_networks_are_told_apart_at_once():
+    averages = {f"ema.{i}.layer1.0.conv1.weight": None for i in range(20_000)}
+    more = {"model.fc.bias": 1, "model.layer1.0.conv1.weight": 2, "epoch": 3}
+    started = time.monotonic()
+    choice = names.choose(averages | more)
+    assert time.monotonic() - started < 5
+    assert choice.arrays == {"fc.bias": 1, "layer1.0.conv1.weight": 2}
+    assert choice.left_out == ["epoch"] and len(choice.averaged) == 20_000
 
 
 STRANGE = {

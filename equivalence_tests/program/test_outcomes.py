@@ -1,11 +1,13 @@
 """Ends of a command: errors, exit status, output that is closed, full disks."""
 
+import contextlib
 import errno
 import io
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -14,10 +16,11 @@ from rich.table import Table
 
 from equivalence_tests.program.command import ROOT, refused, run_script, train
 from flax_resnet import errors
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, predict
 from flax_resnet.data.workers import WorkerDied
 from flax_resnet.errors import InputError
-from flax_resnet.runs.display import Display
+from flax_resnet.runs.display import Display, drop_output
+from flax_resnet.runs.views import warn
 from flax_resnet.training.guard import NonFiniteLoss
 from flax_resnet.training.progress import Interrupted
 
@@ -52,6 +55,7 @@ def no_place(number):
         (no_place(errno.EMFILE), 1, "Too many open files"),
         (no_place(errno.ENOLCK), 1, "No locks available"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "not in UTF-8"),
+        (no_place(errno.EPIPE), 1, "Broken pipe"),
         (WorkerDied("killed"), 1, "failed: killed"),
         (RuntimeError("Unable to initialize backend 'cuda': no"), 2, "error: Unable"),
     ],
@@ -96,6 +100,51 @@ def piped(*arguments, shell: str) -> subprocess.CompletedProcess:
 def test_a_closed_pipe_is_no_error(shell):
     outcome = piped("--list-recipes", shell=shell)
     assert (outcome.returncode, outcome.stderr) == (0, "")
+
+
+@contextlib.contextmanager
+def unread():
+    """Standard output and error are pipes that nobody reads."""
+    with contextlib.ExitStack() as closing:
+        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+            reader, writer = os.pipe()
+            os.close(reader)
+            stream = closing.enter_context(open(writer, "w"))
+            closing.callback(drop_output, stream)
+            closing.enter_context(redirect(stream))
+        yield
+
+
+def test_a_command_goes_on_when_nobody_reads_it():
+    done = []
+
+    def main():
+        print("a line", flush=True)
+        warn("a warning that nobody reads")
+        print("x" * 100_000, file=sys.stderr, flush=True)
+        done.append("the work after the lines")
+        return 1
+
+    with pytest.raises(SystemExit) as left, unread():
+        cli.run_command(main)
+    assert (left.value.code, done) == (1, ["the work after the lines"])
+
+
+@pytest.mark.parametrize("to_a_file", [True, False])
+def test_predictions_go_on_without_a_reader_only_to_a_file(tmp_path, to_a_file):
+    asked = []
+
+    def rows():
+        for number in range(1000):
+            asked.append(number)
+            yield {"image": "a" * 100, "error": "broken"}
+
+    table = tmp_path / "table.csv"
+    with pytest.raises(SystemExit) as left, unread():
+        cli.run_command(lambda: predict.write_all(rows(), Path("-"), table if to_a_file else None))
+    assert left.value.code == (1000 if to_a_file else 0)  # images left out
+    assert len(asked) == 1000 if to_a_file else len(asked) < 1000
+    assert not to_a_file or len(table.read_text().splitlines()) == 1001
 
 
 def test_a_training_goes_on_without_its_output(tmp_path):

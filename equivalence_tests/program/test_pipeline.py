@@ -65,6 +65,9 @@ def test_class_weights_are_balanced_or_of_a_file(tmp_path):
     path = tmp_path / "weights.json"
     path.write_text('{"owl": 3, "cat": 1, "dog": 0.5}')
     assert prepare.class_weights(str(path), labelled([0])).tolist() == [1, 0.5, 3]
+    path.write_text('{"cafe\u0301": 2, "cat": 1}', encoding="utf-8-sig")
+    weights = prepare.class_weights(str(path), labelled([0], ("caf\u00e9", "cat")))
+    assert weights.tolist() == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,10 @@ def test_class_weights_are_balanced_or_of_a_file(tmp_path):
         ('{"owl": NaN, "cat": 1, "dog": 1}', "owl has no positive weight"),
         ("[1, 2, 3]", "no JSON object"),
         ("{", "Expecting"),
+        ("[" * 100_000, "not readable as JSON"),
+        ('{"owl": 1%s, "cat": 1, "dog": 1}' % ("0" * 400), "owl has no positive weight"),
+        ('{"owl": 3, "cat": 1, "dog": 1, "owl": 2}', "owl is given twice"),
+        ('{"\u00e9": 3, "e\u0301": 1}', "\u00e9 is given twice"),
     ],
 )
 def test_a_file_of_class_weights_is_checked(text, word, tmp_path):
@@ -83,6 +90,8 @@ def test_a_file_of_class_weights_is_checked(text, word, tmp_path):
     path.write_text(text)
     with pytest.raises(InputError, match=word):
         prepare.class_weights(str(path), labelled([0, 1, 2]))
+    with pytest.raises(InputError, match=r"`class_weights` ~no-such-user/w\.json does not exist"):
+        prepare.class_weights("~no-such-user/w.json", labelled([0, 1, 2]))
     with pytest.raises(InputError, match="owl has no training image"):
         prepare.class_weights("balanced", labelled([0, 1]))
 

@@ -114,7 +114,8 @@ def relu_trials(arch: str, most: int | None) -> Iterator[Trial]:
     shapes = inputs.state_shapes(arch)
     for end in list(_ends_with_ties(arch, shapes))[:most]:
         calls = _calls_until(end, shapes)
-        with mock.patch.object(layers, "relu", _one_faulty(layers.relu, calls)):
+        relu = _one_faulty(layers.relu, calls)
+        with mock.patch.multiple(layers, relu=relu, relu_of_sum=relu):
             yield localised(mutant, arch, end, zero_init=True)
 
 

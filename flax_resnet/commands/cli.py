@@ -52,6 +52,12 @@ class Stopped(KeyboardInterrupt):
         self.exit_status = 128 + signum
 
 
+class NoReader(Exception):
+    """Nobody reads standard output, to which alone the command writes: its work is done."""
+
+    exit_status = DONE
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises InputError, with the nearest valid name, for a mistake."""
 
@@ -222,7 +228,8 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
     """Call a command's main and end the process with the exit status of its outcome."""
     _open_closed_streams()
     sys.stdout.reconfigure(errors=_BYTES_OR_ESCAPED)  # names of files are bytes, UTF-8 or not
-    with _ended_by_signals():
+    out, err = _Stream(sys.stdout), _Stream(sys.stderr)
+    with _ended_by_signals(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status, line = _outcome(main)
     try:
         sys.stdout.flush()
@@ -234,6 +241,37 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
         with contextlib.suppress(OSError):  # stderr has no reader
             print(line, file=sys.stderr)
     sys.exit(status)
+
+
+class _Stream:
+    """A standard stream whose output is dropped when nobody reads it: what else a command does
+    goes on, as after `| head -1`."""
+
+    def __init__(self, stream: typing.TextIO):
+        self._stream, self.is_read = stream, True
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text) or 0
+
+    def flush(self):
+        self._try(self._stream.flush)
+
+    def _try(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except BrokenPipeError:
+            self.is_read = False
+            drop_output(self._stream)
+
+
+def check_read():
+    """Raises NoReader if the reader of standard output has closed it; for commands that write long
+    results nowhere else."""
+    if not getattr(sys.stdout, "is_read", True):
+        raise NoReader
 
 
 @contextlib.contextmanager
@@ -268,8 +306,6 @@ def _outcome(main) -> tuple[int, str]:
         return main() or DONE, ""
     except SystemExit as left:  # argparse has printed its help
         return left.code or DONE, ""
-    except BrokenPipeError:  # the reader of stdout has closed it
-        return DONE, ""
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, pydantic.ValidationError):  # a field of a config, replaced by a flag
             error = InputError(_faults(error))

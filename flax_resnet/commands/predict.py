@@ -143,7 +143,12 @@ def csv_rows(path: Path) -> Iterator[Callable[[dict], None]]:
 
 
 def write_all(rows: Iterable[dict], json_path: Path | None, csv_path: Path | None) -> int:
-    """Write each row to the given files, or print it, as it comes; returns the number of errors."""
+    """Write each row to the given files, or print it, as it comes; returns the number of errors.
+
+    Raises:
+      NoReader: all rows go to standard output, and nobody reads it.
+    """
+    to_a_file = any(path and str(path) != "-" for path in (json_path, csv_path))
     with contextlib.ExitStack() as files:
         outputs = ((json_rows, json_path), (csv_rows, csv_path))
         write = [files.enter_context(rows_of(path)) for rows_of, path in outputs if path]
@@ -152,6 +157,8 @@ def write_all(rows: Iterable[dict], json_path: Path | None, csv_path: Path | Non
             left_out += "error" in row
             for function in write or [print_row]:
                 function(row)
+            if not to_a_file:
+                cli.check_read()
     return left_out
 
 

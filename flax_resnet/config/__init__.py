@@ -7,7 +7,14 @@ line (`cli.py`) makes its flags from these fields, so a name must be unique acro
 from flax_resnet.config.data import AugmentConfig, DataConfig
 from flax_resnet.config.effects import USED_WITH, idle
 from flax_resnet.config.fields import INT32, LARGEST, SMALLEST, nearest
-from flax_resnet.config.files import config_from_file, finite, flat, from_dict, to_dict
+from flax_resnet.config.files import (
+    class_weights_from_file,
+    config_from_file,
+    finite,
+    flat,
+    from_dict,
+    to_dict,
+)
 from flax_resnet.config.model import WITH_SHORTCUTS, Architecture, ModelConfig
 from flax_resnet.config.optimization import EarlyStoppingConfig, OptimizerConfig, ScheduleConfig
 from flax_resnet.config.train import ParallelConfig, TrainConfig
@@ -27,6 +34,7 @@ __all__ = [
     "TrainConfig",
     "USED_WITH",
     "WITH_SHORTCUTS",
+    "class_weights_from_file",
     "config_from_file",
     "finite",
     "flat",

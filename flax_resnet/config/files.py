@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 import pydantic
 
@@ -45,25 +49,51 @@ def from_dict(values: dict) -> TrainConfig:
         raise InputError("; ".join(_describe(fault) for fault in error.errors())) from None
 
 
-_LONGEST_CONFIG = 2**24  # characters: a device has no end
+_LONGEST = 2**24  # characters: a device has no end
 
 
 def config_from_file(path: Path | str) -> TrainConfig:
     """Read a config from a JSON file, strictly: known keys, each given once, with valid values."""
-    path = Path(path)
+    values = _read_object(path)
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            values = json.loads(file.read(_LONGEST_CONFIG), object_pairs_hook=_each_once)
+        return from_dict(values)
+    except (InputError, RecursionError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def class_weights_from_file(path: str, class_names: Sequence[str]) -> dict[str, float]:
+    """Read {class: weight} from a JSON file; names are compared in Unicode's NFC.
+
+    Raises:
+      InputError: the file is unreadable, or does not give each class a positive weight.
+    """
+    try:
+        pairs = _read_object(os.path.expanduser(path)).items()
+        weights = _each_once([(normalize("NFC", name), value) for name, value in pairs])
+    except ValueError as error:  # an InputError is one
+        raise InputError(f"`class_weights` {error}") from None
+    for name in [*class_names, *weights]:
+        if (name in weights) != (name in class_names):
+            fault = "is missing" if name in class_names else "is no class of the data"
+            raise InputError(f"`class_weights` {path}: {printable(name)} {fault}")
+        value = weights[name]
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+            what = f"{printable(name)} has no positive weight: {value!r:.80}"
+            raise InputError(f"`class_weights` {path}: {what}")
+    return {name: float(value) for name, value in weights.items()}
+
+
+def _read_object(path: Path | str) -> dict:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            values = json.loads(file.read(_LONGEST), object_pairs_hook=_each_once)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable as JSON: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no JSON object")
-    try:
-        return from_dict(values)
-    except (InputError, RecursionError) as error:
-        raise InputError(f"{path}: {error}") from None
+    return values
 
 
 def _each_once(pairs: list[tuple]) -> dict:

@@ -3,15 +3,13 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 from dataclasses import replace
-from pathlib import Path
 from unicodedata import normalize
 
 import numpy as np
 
-from flax_resnet.config import INT32, DataConfig, TrainConfig
+from flax_resnet.config import INT32, DataConfig, TrainConfig, class_weights_from_file
 from flax_resnet.data import pipeline
 from flax_resnet.data.pipeline import Decoder
 from flax_resnet.data.sources import DataSet, evenly_spaced, open_dataset
@@ -124,24 +122,8 @@ def class_weights(given: str | None, dataset: DataSet) -> np.ndarray | None:
             missing = dataset.class_names[int(counts.argmin())]
             raise InputError(f"`class_weights` balanced: class {missing} has no training image")
         return counts.sum() / (len(counts) * counts)
-    try:
-        weights = json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"`class_weights` {given}: {error}") from None
-    return _in_order(weights, dataset.class_names, given)
-
-
-def _in_order(weights, class_names, path) -> np.ndarray:
-    if not isinstance(weights, dict):
-        raise InputError(f"`class_weights` {path}: no JSON object {{class: weight}}")
-    for name in [*class_names, *weights]:
-        if (name in weights) != (name in class_names):
-            fault = "is missing" if name in class_names else "is no class of the data"
-            raise InputError(f"`class_weights` {path}: {name} {fault}")
-        value = weights[name]
-        if type(value) not in (int, float) or not 0 < value < np.inf:
-            raise InputError(f"`class_weights` {path}: {name} has no positive weight: {value!r}")
-    return np.array([weights[name] for name in class_names], float)
+    weights = class_weights_from_file(given, dataset.class_names)
+    return np.array([weights[name] for name in dataset.class_names])
 
 
 def _check_steps(config, num_images):

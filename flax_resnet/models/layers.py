@@ -370,6 +370,25 @@ def relu(x):
     return nnx.relu(x)
 
 
+@jax.custom_vjp
+def relu_of_sum(x):
+    """`relu` whose gradient looks at the output, which the next layer keeps, and not at the sum."""
+    return nnx.relu(x)
+
+
+def _relu_forward(x):
+    out = nnx.relu(x)
+    return out, out
+
+
+def _relu_backward(out, gradient):
+    kept = lax.optimization_barrier(out)  # else the compiler goes back to the sum
+    return (jnp.where(kept > 0, gradient, jnp.zeros_like(gradient)),)
+
+
+relu_of_sum.defvjp(_relu_forward, _relu_backward)
+
+
 def max_pool(x, window, stride, *, padding=0, kernels="auto"):
     """torch.nn.MaxPool2d: padded with -inf on every side, never "SAME".
 

@@ -30,7 +30,7 @@ class BasicBlock(nnx.Module):
         out = self.bn2(self.conv2(out))
         if self.stochastic_depth is not None:
             out = self.stochastic_depth(out, keys)
-        return layers.relu(out + self.downsample(x))
+        return layers.relu_of_sum(out + self.downsample(x))
 
 
 class Bottleneck(nnx.Module):
@@ -55,7 +55,7 @@ class Bottleneck(nnx.Module):
         out = self.bn3(self.conv3(out))
         if self.stochastic_depth is not None:
             out = self.stochastic_depth(out, keys)
-        return layers.relu(out + self.downsample(x))
+        return layers.relu_of_sum(out + self.downsample(x))
 
 
 class Identity(nnx.Module):

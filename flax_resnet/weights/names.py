@@ -18,6 +18,7 @@ _ROOT = re.compile(
     r"(?P<prefix>(?:[^\n]*?[./])??)(?P<part>conv[1-3]|bn1|layer\d{1,2}|fc1?|linear|classifier\.1|"
     r"(?:resnet\.)?embedder|(?:resnet\.)?encoder\.stages)\."
 )
+_SEPARATOR = re.compile("[./]")
 _LONGEST = 200
 """Characters of a name that are examined; the names of networks here have at most 70."""
 
@@ -91,15 +92,16 @@ def choose(arrays: dict, key: str | None = None, *, ema: bool = False) -> Choice
     prefixes = _networks(arrays)
     chosen = _one(prefixes, key, ema) if prefixes or key or ema else ""
     others = [prefix for prefix in prefixes if prefix != chosen]
-    within = tuple(prefix for prefix in others if prefix.startswith(chosen))
-    own = [n for n in arrays if n.startswith(chosen) and not n.startswith(within)]
+    within = {prefix for prefix in others if prefix.startswith(chosen)}
+    own = [n for n in arrays if n.startswith(chosen) and not _begins(n, within)]
     if len(own) > MOST_ENTRIES:
         raise InputError(f"{len(own):,} entries are more than any network here has")
     taken = {name.removeprefix(chosen): arrays[name] for name in own}
     headless = bool(_CONTRASTIVE.search(chosen)) and any(n.startswith("fc.") for n in taken)
     taken = {n: a for n, a in taken.items() if not (headless and n.startswith("fc."))}
     where, slash, prefix = chosen.rpartition("/")
-    rest = (n for n in arrays if not n.startswith((chosen, *others)))
+    networks = {chosen, *others}
+    rest = (n for n in arrays if not _begins(n, networks))
     left_out = dict.fromkeys(name.removeprefix(where + slash).partition("/")[0] for name in rest)
     average = [_shown(p) for p in others if _is_average(p) and not _is_average(chosen)]
     return Choice(translated(taken), where, prefix, list(left_out), average, headless)
@@ -138,6 +140,13 @@ def _networks(names) -> list[str]:
         p for p, of_it in parts.items() if _BASIC_CNN <= of_it or any(map(_STAGES.match, of_it))
     }
     return [prefix for prefix, _ in counts.most_common() if prefix in ours]
+
+
+def _begins(name: str, prefixes: set[str]) -> bool:
+    """True if the name begins with one of these prefixes of networks. Each ends with a separator,
+    so that the time does not depend on their number."""
+    ends = (match.end() for match in _SEPARATOR.finditer(name[:_LONGEST]))
+    return "" in prefixes or any(name[:end] in prefixes for end in ends)
 
 
 def _one(prefixes: list[str], key: str | None, ema: bool) -> str:

@@ -33,6 +33,9 @@ MOST_TENSORS = 100_000
 DEEPEST = 100
 """Most levels of nested mappings."""
 
+LONGEST_NAME = 1_000
+"""Most characters of a name; a long key of a mapping would be copied for each tensor in it."""
+
 _ADVICE = (
     "no code in a file is run; save the weights alone with the program that wrote it:"
     " torch.save(model.state_dict(), FILE)"
@@ -175,21 +178,35 @@ def _strided(tensor: _Tensor, values: np.ndarray) -> np.ndarray:
 
 def _tensors_in(content) -> dict[str, _Tensor]:
     """{path: tensor} of all tensors in the content; a tensor in two places has its first path."""
-    found, seen, waiting = {}, set(), [("", 0, content)]
+    found, seen, waiting = {}, set(), [("", "", 0, content)]
     while waiting:
-        name, depth, value = waiting.pop()
+        above, key, depth, value = waiting.pop()
+        name = _joined(above, key, depth)
         if isinstance(value, _Tensor):
             if name in found:
                 raise InputError(f"two entries are called {printable(name)!r}")
+            if len(found) == MOST_TENSORS:  # one tensor of the file may have many names
+                raise InputError(f"more than {MOST_TENSORS:,} entries")
             found[name] = value
-        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+        elif id(value) not in seen:
             seen.add(id(value))
             if depth == DEEPEST:
                 raise InputError(f"nested more than {DEEPEST} deep")
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            below = [(f"{name}/{key}" if depth else str(key), depth + 1, v) for key, v in items]
-            waiting += reversed(below)  # the list is a stack: the first item is taken next
+            items = list(value.items() if isinstance(value, dict) else enumerate(value))
+            # The list is a stack: the first item is taken next.
+            waiting += [(name, k, depth + 1, v) for k, v in reversed(items) if _holds_tensors(v)]
     return found
+
+
+def _holds_tensors(value) -> bool:
+    return isinstance(value, dict | list | tuple)  # a tensor here is a tuple
+
+
+def _joined(above: str, key, depth: int) -> str:
+    name = f"{above}/{key}" if depth > 1 else str(key)
+    if len(name) > LONGEST_NAME:
+        raise InputError(f"a name of more than {LONGEST_NAME:,} characters: {printable(name, 60)}")
+    return name
 
 
 def _tensor(storage, offset, shape, strides, *_) -> _Tensor:
