@@ -68,7 +68,7 @@ REMEDIES = {
     "remedies-resnet50": "--arch resnet50 --image-size 224 --batch-size 256",
     "remedies-resnet18": "--arch resnet18 --stem cifar --image-size 32 --batch-size 512",
 }
-WAYS = "two-pass one-pass shifted running library-max-pool differentiated library"
+WAYS = "relu-keeps-input two-pass one-pass shifted running library-max-pool differentiated library"
 STARTUP = "-m equivalence_tests.benchmark.startup --arch resnet18"
 CIFAR10_RECIPES = [
     name

@@ -58,6 +58,8 @@ class Compiled(NamedTuple):
     peak_bytes: int
     seconds: float
     text: str
+    executable: jax.stages.Compiled
+    """Runs where the plan's devices are at hand."""
 
     @property
     def fits(self) -> bool:
@@ -111,12 +113,16 @@ class Plan:
     Args:
       config: its model and data are resolved but for mean and std, which change no program.
       evaluation: the step of an evaluation instead of that of the training.
+      devices: devices of the target that are at hand; None: the target's as its compiler knows
+        them.
 
     Raises:
       InputError: the target has no such devices or no compiler here, or pmap was asked for.
     """
 
-    def __init__(self, config: TrainConfig, data: Data, target: Target, *, evaluation=False):
+    def __init__(
+        self, config: TrainConfig, data: Data, target: Target, *, evaluation=False, devices=None
+    ):
         if config.parallel.parallel == "pmap":
             raise InputError("`parallel` pmap: it compiles only for devices that are here")
         self.target, self.data, self.evaluation = target, data, evaluation
@@ -127,8 +133,9 @@ class Plan:
             config.parallel,
             deterministic=config.deterministic,
             kernels=config.model.kernels,
-            devices=_first(targets.devices(target), config.parallel.devices, target),
+            devices=_first(devices or targets.devices(target), config.parallel.devices, target),
         )
+        self._options = {} if devices else _OPTIONS[target.card.platform]
         model = create_from_config(
             config.model,
             in_channels=channels,
@@ -174,7 +181,7 @@ class Plan:
         start = time.monotonic()
         try:
             lowered = self._step.lower(*self._arguments(batch_size))
-            compiled = lowered.compile(_OPTIONS[self.target.card.platform])
+            compiled = lowered.compile(self._options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 return None
@@ -194,6 +201,7 @@ class Plan:
             peak_bytes=peak,
             seconds=time.monotonic() - start,
             text=text,
+            executable=compiled,
         )
 
     def _arguments(self, batch_size: int) -> tuple:
