@@ -181,6 +181,53 @@ def _speed(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
+def gpu_speeds() -> str:
+    """Training steps of both frameworks on one GPU."""
+    lines = []
+    for row in results.read("benchmark-h200")["rows"]:
+        seconds = np.median(row["seconds_per_step"])
+        speed, memory = row["batch_size"] / seconds, row["peak_memory_bytes"] / 1e9
+        first = f"{row['first_step_seconds']:.0f}"
+        lines.append(
+            [row["network"], row["program"], f"{1e3 * seconds:.2f}", f"{speed:,.0f}", first,
+             f"{memory:.2f}"]
+        )  # fmt: skip
+    header = ["network, bfloat16", "program", "ms a step", "images/s", "first step, s", "GB"]
+    return table(header, lines, numbers=4)
+
+
+def gpu_bounds() -> str:
+    """Programs on one GPU beside what `plan` said of them."""
+    lines = []
+    for name, row in results.read("measured-h200")["programs"].items():
+        planned = row["planned"]
+        lines.append(
+            [
+                f"`{name}`, batch {row['batch_size']:,}",
+                f"{row['images_per_second']:,.0f}",
+                f"{row['batch_size'] / row['bound_seconds']:,.0f}",
+                f"{row['measured_over_bound']:.2f}",
+                f"{planned['bytes'] / 1e9:.2f}, {row['bytes'] / 1e9:.2f}",
+                f"{planned['peak_bytes'] / 1e9:.2f}, {row['peak_bytes'] / 1e9:.2f}",
+            ]
+        )
+    header = [
+        "training step", "images/s", "bound", "times the bound's time",
+        "GB moved: planned, on the card", "GB of memory: planned, on the card",
+    ]  # fmt: skip
+    return table(header, lines, numbers=5)
+
+
+def gpu_ways() -> str:
+    """Parts of the step in other ways, on one GPU."""
+    rows = results.read("remedies-h200-resnet50")["rows"]
+    lines = [
+        [f"`{way}`", f"{row['milliseconds']:.1f}", f"{row['times_as_long']:.3f}"]
+        for way, row in rows.items()
+    ]
+    return table(["way", "ms a step", "times as long"], lines, numbers=2)
+
+
 def whole_trainings() -> str:
     """Speed from image files, seconds to an accuracy and seconds to the first step."""
     from_files = results.read("benchmark-cpu-end-to-end")["rows"]
@@ -224,8 +271,8 @@ def regularization() -> str:
     """The accuracies of regularised networks and of plain ones."""
     return _question(
         "resnet18-regularized", "resnet18-regularized-base", "resnet18-regularized-decay",
-        "resnet18-224", "resnet18-224-plain", "cifar10-resnet18-dropout", "imagenette-cnn",
-        "imagenette-cnn-plain", "cifar10-resnet18", "cifar10-resnet18-64px",
+        "resnet18-224", "resnet18-224-plain", "resnet18-48px", "resnet18-48px-plain",
+        "cifar10-resnet18-dropout", "imagenette-cnn", "imagenette-cnn-plain", "cifar10-resnet18", "cifar10-resnet18-64px",
     )  # fmt: skip
 
 
@@ -242,20 +289,16 @@ def depth() -> str:
     he = (f"cifar10-resnet{layers}" for layers in (20, 32, 44, 56, 110))
     return _question(
         "imagenette-cnn", "imagenette-cnn-plain", "imagenette-resnet18", "cifar10-resnet50-224",
-        "cifar10-resnet101-224", *he,
+        "cifar10-resnet50-64px", "cifar10-resnet101-224", *he,
     )  # fmt: skip
 
 
 def _question(*recipes: str) -> str:
-    """The runs of some recipes in JAX, on a subset only where none is on all images."""
-    ours = [row for row in results.read("recipes")["rows"] if row["framework"] == "jax"]
-    whole = {row["recipe"] for row in ours if not row["subset"]}
-    lines = []
-    for name in recipes:
-        own = [row for row in ours if row["recipe"] == name]
-        lines += [_reached(row) for row in own if not row["subset"] or name not in whole]
-    header = ["recipe", "method", "images", "seeds", "epochs", "training", "test", "gap", "loss"]
-    return table(header, lines, numbers=4)
+    """The runs of some recipes in JAX on whole data sets."""
+    rows = [row for row in results.read("recipes")["rows"] if not row["subset"]]
+    ours = {row["recipe"]: row for row in rows if row["framework"] == "jax"}
+    header = ["recipe", "method", "seeds", "epochs", "training", "test", "gap", "loss"]
+    return table(header, [_reached(ours[name]) for name in recipes if name in ours], numbers=4)
 
 
 def _reached(row: dict) -> list[str]:
@@ -264,7 +307,6 @@ def _reached(row: dict) -> list[str]:
     return [
         f"`{row['recipe']}`",
         RECIPES[row["recipe"]].method,
-        f"{row['subset']} images" if row["subset"] else "all",
         ", ".join(map(str, row["seeds"])),
         "-".join(map(str, epochs)),
         *(reproduction_page.reached(each) for each in (train, test)),
@@ -399,7 +441,7 @@ TABLES = {
     function.__name__: function
     for function in (
         headline, faults_found, localiser, paired_trainings, error_growth, speeds,
-        whole_trainings, recipes, recipe_pairs, regularization, transfer, depth, survival, scaling,
+        gpu_speeds, gpu_bounds, gpu_ways, whole_trainings, recipes, recipe_pairs, regularization, transfer, depth, survival, scaling,
         gradient_sums, step_bytes, ports, maxvit,
     )
 }  # fmt: skip
