@@ -51,7 +51,17 @@ def test_every_name_and_shape_is_the_twins(arch, stem):
     assert ours == inputs.state_shapes(arch, stem)
 
 
-@pytest.mark.parametrize("arch", flax_resnet.list_models())
+LARGE = re.compile("101|152|34|wide|56|44|32$")
+"""Networks that differ from others only in depth or width."""
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(arch, marks=[pytest.mark.slow] if LARGE.search(arch) else [])
+        for arch in flax_resnet.list_models()
+    ],
+)
 def test_the_round_trip_is_exact(arch):
     case = inputs.make_case(arch)
     exported = flax_resnet.state_dict(jax_side.make_model(case, np.float32))

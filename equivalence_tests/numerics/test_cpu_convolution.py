@@ -87,7 +87,7 @@ def product(images, kernel, stride, padding):
         (3, 3, 2, 1),
         (4, 3, 2, 1),
         (4, 3, 1, 1),
-        (4, 7, 2, 3),
+        pytest.param(4, 7, 2, 3, marks=pytest.mark.slow),
         (5, 5, 2, 2),
     ],
 )

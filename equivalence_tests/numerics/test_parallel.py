@@ -97,8 +97,15 @@ def one_device(depth: int = 1, group: int | None = None) -> dict:
 
 
 @pytest.mark.parametrize("depth", [1, pytest.param(WHOLE, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mode", ["jit", "pmap"])
-@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize(
+    "devices, mode",
+    [
+        (2, "jit"),
+        (8, "pmap"),
+        *(pytest.param(*way, marks=pytest.mark.slow)
+          for way in ((2, "pmap"), (4, "jit"), (4, "pmap"), (8, "jit"))),
+    ],
+)  # fmt: skip
 def test_the_number_of_devices_does_not_matter(depth, mode, devices, x64):
     assert largest_error(run(mode, devices, depth), one_device(depth)) <= PARALLEL
 
@@ -112,7 +119,7 @@ def test_sharded_parameters_do_not_matter(devices, x64):
     "group, mode, devices",
     [
         (4, "jit", 2),  # two groups a device
-        (4, "pmap", 4),  # one
+        pytest.param(4, "pmap", 4, marks=pytest.mark.slow),  # one
         pytest.param(4, "jit", 8, marks=pytest.mark.slow),  # one on two devices
         pytest.param(8, "pmap", 4, marks=pytest.mark.slow),
         pytest.param(2, "jit", 2, marks=pytest.mark.slow),
@@ -150,7 +157,7 @@ def test_nan_exceeds_every_bound():
 
 
 @pytest.mark.control
-@pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.parametrize("mode", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_statistics_of_a_shard_are_noticed(mode, x64):
     """Negative control: BatchNorm without the other devices."""
     assert largest_error(run(mode, 2, share_statistics=False), one_device()) > 1e6 * PARALLEL

@@ -1,5 +1,6 @@
 """The twin's nets are torchvision's and He et al.'s: same keys, same numbers, same start."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,13 @@ def test_same_keys_order_and_shapes_as_torchvision(name):
             assert {k: tuple(v.shape) for k, v in ours.items()} == shapes
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if re.search("18|50_", name) else pytest.mark.slow)
+        for name in TORCHVISION
+    ],
+)
 def test_bit_for_bit_equal_to_torchvision(name):
     assert differences(*pair(name)) == []
 

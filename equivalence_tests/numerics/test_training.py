@@ -43,7 +43,9 @@ def assert_same(got: trajectory.Course, expected: trajectory.Course, weights: fl
     assert trajectory.distance(got.weights, expected.weights) <= weights
 
 
-@pytest.mark.parametrize("course", COURSES)
+@pytest.mark.parametrize(
+    "course", [pytest.param(c, marks=[] if "plateau" in c else pytest.mark.slow) for c in COURSES]
+)
 def test_a_training_of_120_steps(course):
     got, expected = trajectory.both(trajectory.config(**COURSES[course]))
     assert_same(got, expected, tolerances.TRAINING)

@@ -67,7 +67,7 @@ class Pruned(Exception):
     """An exception as Optuna's."""
 
 
-@pytest.mark.parametrize("where", ["step", "epoch"])
+@pytest.mark.parametrize("where", ["step", pytest.param("epoch", marks=pytest.mark.slow)])
 def test_an_exception_of_a_callback_ends_the_training_with_the_work_saved(tmp_path, where):
     def callback(event, step, values):
         if (event, step) == (where, {"step": 11, "epoch": 8}[where]):

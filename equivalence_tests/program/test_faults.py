@@ -130,7 +130,9 @@ def broken_at(step, monkeypatch, where):
     monkeypatch.setattr(loop, where, failing)
 
 
-@pytest.mark.parametrize("where", ["_next_batches", "_validate"])
+@pytest.mark.parametrize(
+    "where", ["_next_batches", pytest.param("_validate", marks=pytest.mark.slow)]
+)
 def test_a_run_that_fails_is_saved_and_ends_the_same(tmp_path, monkeypatch, where):
     """The run fails within an epoch or in its validation, with steps not yet logged."""
     config = small(**EVERYTHING, log_steps="50")
@@ -238,6 +240,7 @@ def test_the_number_of_devices_may_change_and_is_said(tmp_path, monkeypatch):
         np.testing.assert_allclose(value, expected[name], rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_run_with_parameters_in_parts_is_taken_up(tmp_path, monkeypatch):
     """The resumed run shards parameters equally and ends with the same bits."""
     in_parts = {"devices": "2", "shard_parameters": True}

@@ -97,7 +97,11 @@ def assert_equal_pair(net, model, *, turned=True, with_state=lambda variables, s
 
 
 @pytest.mark.parametrize("framework", ["nnx", "linen", "haiku"])
-@pytest.mark.parametrize("settings", [{}, {"activation": "gelu", "stem": 7}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"activation": "gelu", "stem": 7}, marks=pytest.mark.slow)],
+    ids=["plain", "gelu"],
+)
 def test_a_foreign_resnet_equals_pytorch(framework, settings):
     unplaced = assert_equal_pair(in_jax(framework, **settings), in_torch.Net(**settings))
     assert unplaced == 0

@@ -123,6 +123,7 @@ def test_members_are_cut_off_and_resumed_together(together, tmp_path, monkeypatc
     assert list(map(digest, places)) == list(map(digest, together[0]))
 
 
+@pytest.mark.slow
 def test_a_member_whose_newest_checkpoint_is_lost_catches_up(together, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         cut_at(6, patch)
@@ -159,6 +160,7 @@ def test_several_steps_of_members_are_one_dispatch():
     assert [list(map(int, found["loss"])) for found in metrics] == [[0, 2, 4], [1, 11, 21]]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_all(tmp_path):
     config = cli.merge(CONFIG, {"optimizer": {"lr": "1e30"}, "model": {"dtype": "float32"}})
     with pytest.raises(NonFiniteLoss, match="step"):

@@ -16,6 +16,7 @@ def run(monkeypatch, *words):
     return lowerings.main()
 
 
+@pytest.mark.slow
 def test_a_step_is_timed_as_it_is_and_in_another_way(tmp_path, monkeypatch):
     words = "library-convolution --arch basic_cnn --image-size 8 --batch-size 4 --blocks 2"
     run(monkeypatch, *words.split(), "--json", str(tmp_path / "steps.json"))

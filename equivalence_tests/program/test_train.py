@@ -202,7 +202,7 @@ def cut_at(step, monkeypatch):
     monkeypatch.setattr(loop, "at_log_step", at_log_step)
 
 
-@pytest.mark.parametrize("cache", ["device", "none"])
+@pytest.mark.parametrize("cache", ["none", pytest.param("device", marks=pytest.mark.slow)])
 def test_a_run_cut_off_at_any_step_ends_the_same(tmp_path, monkeypatch, cache):
     """The cuts are within an epoch and at its last step; all random and stateful parts are used."""
     config = small(**EVERYTHING, data={"train_images": "640", "cache": cache})
@@ -298,6 +298,7 @@ def test_early_stopping_ends_the_run_and_restores_the_best(tmp_path):
     assert report["stopped_early"] and report["epochs"] == best + 2 == len(rows)
 
 
+@pytest.mark.slow
 def test_the_last_weights_are_served_where_the_best_are_not_restored(tmp_path):
     config = small(
         epochs="40",
@@ -314,6 +315,7 @@ def test_the_last_weights_are_served_where_the_best_are_not_restored(tmp_path):
         assert same == all(map(np.array_equal, served, stored))
 
 
+@pytest.mark.slow
 def test_weights_of_a_wide_run_leave_the_types_alone(tmp_path):
     """A float32 run that starts from float64 weights stays float32, and the reverse."""
     for dtype in ("float64", "float32"):
@@ -385,7 +387,13 @@ def test_float64_is_float64(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "optimizer,lr", [("sgd", "0.03"), ("adam", "0.003"), ("adamw", "0.003"), ("rmsprop", "0.0003")]
+    "optimizer,lr",
+    [
+        ("sgd", "0.03"),
+        ("adamw", "0.003"),
+        pytest.param("adam", "0.003", marks=pytest.mark.slow),
+        pytest.param("rmsprop", "0.0003", marks=pytest.mark.slow),
+    ],
 )
 def test_every_optimizer_learns(tmp_path, optimizer, lr):
     config = small(optimizer={"optimizer": optimizer, "lr": lr}, seed="1")

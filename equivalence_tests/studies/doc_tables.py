@@ -272,7 +272,8 @@ def regularization() -> str:
     return _question(
         "resnet18-regularized", "resnet18-regularized-base", "resnet18-regularized-decay",
         "resnet18-224", "resnet18-224-plain", "resnet18-48px", "resnet18-48px-plain",
-        "cifar10-resnet18-dropout", "imagenette-cnn", "imagenette-cnn-plain", "cifar10-resnet18", "cifar10-resnet18-64px",
+        "cifar10-resnet18-dropout", "imagenette-cnn", "imagenette-cnn-plain", "cifar10-resnet18",
+        "cifar10-resnet18-64px",
     )  # fmt: skip
 
 
@@ -441,8 +442,8 @@ TABLES = {
     function.__name__: function
     for function in (
         headline, faults_found, localiser, paired_trainings, error_growth, speeds,
-        gpu_speeds, gpu_bounds, gpu_ways, whole_trainings, recipes, recipe_pairs, regularization, transfer, depth, survival, scaling,
-        gradient_sums, step_bytes, ports, maxvit,
+        gpu_speeds, gpu_bounds, gpu_ways, whole_trainings, recipes, recipe_pairs, regularization,
+        transfer, depth, survival, scaling, gradient_sums, step_bytes, ports, maxvit,
     )
 }  # fmt: skip
 
