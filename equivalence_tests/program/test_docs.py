@@ -1,5 +1,6 @@
 """Documentation: tables match the results, the site builds, the notebook runs."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -11,8 +12,10 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from equivalence_tests import results
 from equivalence_tests.program.command import ROOT, run_installed
-from equivalence_tests.studies import doc_tables
+from equivalence_tests.results import FOLDER
+from equivalence_tests.studies import doc_tables, growth
 
 PAGES = {path.name: path for path in doc_tables.pages()}
 
@@ -31,6 +34,34 @@ def test_every_table_stands_in_a_page():
         for _, name, _ in doc_tables.MARKED.findall(path.read_text())
     ]
     assert sorted(used) == sorted(doc_tables.TABLES)
+
+
+def named_modules(text: str) -> set[str]:
+    """Modules and scripts that the commands of a text start."""
+    return set(re.findall(r"python3? (?:-m ([\w.]*\w)|(scripts/\w+\.py))", text))
+
+
+def test_every_command_names_what_exists():
+    files = (p for p in FOLDER.rglob("*") if p.suffix in (".json", ".md"))
+    named = set().union(*(named_modules(p.read_text()) for p in (*PAGES.values(), *files)))
+    modules, scripts = ({pair[i] for pair in named} - {""} for i in (0, 1))
+    assert "scripts/train.py" in scripts and "torch_ref.train" in modules
+    assert [s for s in scripts if not (ROOT / s).is_file()] == []
+    assert [m for m in modules if importlib.util.find_spec(m) is None] == []
+
+
+def test_a_million_files_stay_within_the_bounds_that_were_set():
+    measured = results.read("growth")
+    large, rates = measured["sizes"][-1], measured["growth"]
+    assert growth.over(large, rates) == []
+    (line,) = growth.over(large, rates | {"training": 2.0})
+    assert line == "growth of training is 2, over 1.5"
+
+
+@pytest.mark.control
+def test_a_command_of_a_module_that_has_moved_is_noticed():
+    ((module, _),) = named_modules('"python -m equivalence_tests.growth"')
+    assert importlib.util.find_spec(module) is None
 
 
 @pytest.mark.control

@@ -4,7 +4,7 @@ python -m equivalence_tests.studies.growth  # 10 minutes, 1.2 million links
 
 Measured are the time per image in training and in evaluation, the bytes sent to a worker process,
 and time and memory until the first step. The files are links to a few small JPEGs. Writes
-results/growth.json.
+results/growth.json. Exit status: 1 if a bound is exceeded.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from equivalence_tests import results
+from flax_resnet.commands import cli
 
 ROOT = Path(__file__).parents[2]
 SIZES = (20_000, 1_000_000)
@@ -50,6 +51,17 @@ def main():
     }
     results.write("growth", {"sizes": rows, "growth": growth, "bounds": BOUNDS})
     print(json.dumps(growth | rows[1], indent=1))
+    if lines := over(rows[1], growth):
+        raise cli.CheckFailed("; ".join(lines))
+
+
+def over(large: dict, growth: dict) -> list[str]:
+    """What exceeds its bound, in the row of the large folder or in the growth: a line each."""
+    found = {f"growth of {name}": (value, BOUNDS["growth"]) for name, value in growth.items()}
+    found |= {name: (large[name], bound) for name, bound in BOUNDS.items() if name != "growth"}
+    return [
+        f"{name} is {x:.3g}, over {bound:.3g}" for name, (x, bound) in found.items() if x > bound
+    ]
 
 
 def measured(size: int) -> dict:
@@ -145,4 +157,4 @@ PARTS = {"costs": costs, "first_step": first_step}
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_command(main)
