@@ -88,6 +88,9 @@ def stages(cifar10: str, out: Path) -> dict[str, list[str]]:
         for name, flags in jobs.items()
     }
     startup = {"startup": f"{STARTUP} --json {out}/startup-gpu.json"}
+    # These two write into results/.
+    startup |= {"bounds": "-m equivalence_tests.benchmark.measured"}
+    startup |= {"precision": "-m equivalence_tests.studies.card_precision"}
     remedies = {
         name: f"-m equivalence_tests.benchmark.lowerings {WAYS} {flags} --dtype bfloat16 --steps 20"
         f" --json {out}/{name}.json"

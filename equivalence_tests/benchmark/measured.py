@@ -1,7 +1,7 @@
 """Times the programs that `flax-resnet plan` bounds, on the card at hand, beside their bounds.
 
-    python -m equivalence_tests.benchmark.measured h200          # results/measured-h200.json
-    python -m equivalence_tests.benchmark.measured h200 --only resnet50-bfloat16 --again
+    python -m equivalence_tests.benchmark.measured               # on an H200: measured-h200.json
+    python -m equivalence_tests.benchmark.measured --only resnet50-bfloat16 --again
 
 Each program is compiled twice: for the target, as `plan` does without a card, and for the card
 itself, where the compiler also chooses kernels by timing them. The second is run. Its bound is that
@@ -134,16 +134,28 @@ def row(case: Case, target: targets.Target) -> dict:
     }
 
 
+def card_of(device_kind: str) -> str:
+    """The name of a card as `plan --target` has it, from that which JAX has: "NVIDIA H200".
+
+    Raises:
+      InputError: `plan` does not know the card.
+    """
+    for name in targets.CARDS:
+        if name in device_kind.lower().split():
+            return name
+    raise InputError(f"{device_kind} is none of {', '.join(targets.CARDS)}: name the card")
+
+
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("card", help="the card at hand, as `plan --target` names it")
+    parser.add_argument("card", nargs="?", help="as `plan --target` names it; default: by its name")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--again", action="store_true", help="also what is measured already")
     args = parser.parse_args()
-    target = targets.parse(args.card)
     here = jax.devices()[0]
+    target = targets.parse(args.card or card_of(here.device_kind))
     if here.platform != {"cuda": "gpu"}.get(target.card.platform, target.card.platform):
-        raise InputError(f"there is no {args.card} here: JAX sees {here.device_kind}")
+        raise InputError(f"there is no {target.name} here: JAX sees {here.device_kind}")
     return args, target
 
 

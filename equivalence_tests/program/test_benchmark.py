@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,15 +20,19 @@ from equivalence_tests.benchmark import (
     fresh_process,
     gpu,
     lowerings,
+    measured,
     startup,
     throughput,
     timing,
 )
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.test_throughput import evaluated
+from equivalence_tests.studies import card_precision
 from flax_resnet.commands import cli
 from flax_resnet.commands.main import COMMANDS
 from flax_resnet.config import TrainConfig
+from flax_resnet.devices import targets
+from flax_resnet.errors import InputError
 from flax_resnet.runs import environment
 from torch_ref import train as torch_train
 
@@ -200,6 +205,38 @@ def test_every_stage_for_a_gpu_is_understood(tmp_path, monkeypatch):
             else:
                 assert script["chosen"](args)
     assert programs == {"-m", "scripts/benchmark.py", "scripts/reproduce.py"}
+
+
+def test_a_program_is_compiled_for_a_card_and_runs_where_it_is():
+    """The card is a CPU here: steps change the state, and each gets that of the one before."""
+    case = measured.Case("basic_cnn", None, 10, 32, 2, "float32")
+    plan = measured.plan(case, targets.parse("h200"), jax.devices()[:1])
+    made = plan.compile()
+    taken = []
+
+    def executable(state, *batch):
+        taken.append(int(state.step))
+        return made.executable(state, *batch)
+
+    step, wait = measured.stepper(plan, executable)
+    seconds = measured.seconds_of_a_step(step, wait, plan.num_steps)
+    assert taken == list(range(measured.WARM_UP + measured.BLOCKS * measured.STEPS))
+    assert len(seconds) == measured.BLOCKS and min(seconds) > 0
+
+
+def test_the_card_is_known_by_its_name():
+    assert measured.card_of("NVIDIA H200") == "h200"
+    assert measured.card_of("NVIDIA H100 80GB HBM3") == "h100"
+    with pytest.raises(InputError, match="cpu is none of"):
+        measured.card_of("cpu")
+
+
+def test_errors_of_two_sizes_are_no_equal_rounding():
+    same = {"jax": {"logits": 1e-4}, "torch": {"logits": 1.5e-4}}
+    assert card_precision.unequal({"net": {"default": same}}) == []
+    other = same | {"torch": {"logits": 1e-7}}
+    (line,) = card_precision.unequal({"net": {"default": other}})
+    assert line.startswith("net, default, logits")
 
 
 def test_without_a_gpu_no_stage_runs(tmp_path, monkeypatch, capsys):

@@ -26,7 +26,7 @@ from torch_ref.environment import configure_torch
 from torch_ref.steps import autocast
 
 NETWORKS = ("resnet18", "resnet20", "resnet50")
-BATCH = 16
+BATCH = 8
 SETTINGS = {
     "highest": ("highest", "float32"),
     "default": ("default", "float32"),
