@@ -207,8 +207,9 @@ def test_every_stage_for_a_gpu_is_understood(tmp_path, monkeypatch):
     assert programs == {"-m", "scripts/benchmark.py", "scripts/reproduce.py"}
 
 
-def test_a_program_is_compiled_for_a_card_and_runs_where_it_is():
+def test_a_program_is_compiled_for_a_card_and_runs_where_it_is(monkeypatch):
     """The card is a CPU here: steps change the state, and each gets that of the one before."""
+    monkeypatch.setattr(measured, "STEPS", 2)
     case = measured.Case("basic_cnn", None, 10, 32, 2, "float32")
     plan = measured.plan(case, targets.parse("h200"), jax.devices()[:1])
     made = plan.compile()
