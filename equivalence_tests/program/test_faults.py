@@ -130,6 +130,22 @@ def broken_at(step, monkeypatch, where):
     monkeypatch.setattr(loop, where, failing)
 
 
+def test_processes_of_a_group_are_counted_until_they_end():
+    parent = "import subprocess, sys; subprocess.Popen(['sleep', '60']); print(flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    process.stdout.readline()
+    assert len(faults.group_of(process.pid)) == 2
+    process.kill()
+    process.wait()
+    (left,) = faults.group_of(process.pid)
+    os.kill(left, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     "where", ["_next_batches", pytest.param("_validate", marks=pytest.mark.slow)]
 )

@@ -3,11 +3,14 @@
     python -m equivalence_tests.studies.faults --dataset folder:CIFAR10     # a quarter of an hour
 
 25 runs get SIGKILL, at least 7 of them during a save, and 10 get SIGTERM, at random moments of the
-whole run; each is resumed. With --dataset, the cost of one checkpoint per epoch is measured for a
-ResNet-18 on that data set. Writes results/faults.json; exit status 1 if a resumed run differs.
+whole run; each is resumed. Runs with worker processes get SIGKILL too, and what is left of them
+10 s later is counted. With --dataset, the cost of one checkpoint per epoch is measured for a
+ResNet-18 on that data set. Writes results/faults.json; exit status 1 if a resumed run differs or
+something is left.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +30,7 @@ import jax
 import numpy as np
 
 from equivalence_tests import results
+from equivalence_tests.studies import growth
 from flax_resnet.runs.checkpoint import Checkpoints
 from flax_resnet.runs.tables import read_rows
 from flax_resnet.training import restore
@@ -41,14 +46,18 @@ FLAGS = (
 ).split()
 """Uses all random and stateful parts of a training; early stopping may end the run."""
 
-KILLS, KILLS_IN_A_SAVE, TERMS = 18, 7, 10
+KILLS, KILLS_IN_A_SAVE, TERMS, ORPHANED = 18, 7, 10, 5
 
 Moment = Callable[[Path], bool]
 """Run directory -> whether the moment has come."""
 
 
-def start(run_dir: Path, *flags: str) -> subprocess.Popen:
-    """`python scripts/train.py` as a process of its own, on one CPU device."""
+def start(run_dir: Path, *flags: str, group=False) -> subprocess.Popen:
+    """`python scripts/train.py` as a process of its own, on one CPU device.
+
+    Args:
+      group: the process leads a process group, of which its workers are members.
+    """
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--run-dir", str(run_dir)]
     environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     return subprocess.Popen(
@@ -57,6 +66,7 @@ def start(run_dir: Path, *flags: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=group,
     )
 
 
@@ -193,6 +203,44 @@ def moments(seconds: float) -> list[tuple[Moment, int]]:
     return rows + [(in_an_epoch(), signal.SIGTERM) for _ in range(TERMS)]
 
 
+def orphans(folder: Path) -> dict:
+    """Kill runs that decode images in two worker processes.
+
+    Returns:
+      {"killed", "workers", "processes_left", "segments_left"}: numbers of runs, of their workers at
+      that moment, and of processes and segments of shared memory that are there 10 s later.
+    """
+    (folder / "images").mkdir()
+    growth.write_folder(folder / "images", 2000)
+    flags = f"--arch basic_cnn --dataset folder:{folder / 'images'} --num-workers 2 --cache none"
+    draw, counts = random.Random(0), Counter(killed=ORPHANED)
+    for number in range(ORPHANED):
+        run_dir, shared = folder / f"orphaned{number}", set(os.listdir("/dev/shm"))
+        process, moment = start(run_dir, *flags.split(), group=True), after(1, draw.uniform(0, 2))
+        while process.poll() is None and not moment(run_dir):
+            time.sleep(0.01)
+        if process.poll() is not None:
+            raise RuntimeError(f"it ended by itself: {process.communicate()[0][-2000:]}")
+        counts["workers"] += len(group_of(process.pid)) - 1
+        process.kill()
+        process.wait()
+        time.sleep(10)
+        counts["processes_left"] += len(group_of(process.pid))
+        counts["segments_left"] += len(set(os.listdir("/dev/shm")) - shared)
+    return dict(counts)
+
+
+def group_of(leader: int) -> list[int]:
+    """Numbers of the living processes of a group."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, _, group = entry.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == leader and state != "Z":
+                found.append(int(entry.parent.name))
+    return found
+
+
 def checkpoint_cost(folder: Path, dataset: str) -> dict:
     """Cost of one checkpoint per epoch for ResNet-18.
 
@@ -247,11 +295,13 @@ def main() -> int:
         for task in tasks:
             rows.append(task.result())
             print(rows[-1], flush=True)
+        left = orphans(Path(folder))
         cost = checkpoint_cost(Path(folder), args.dataset) if args.dataset else "not run"
-    measured = {"flags": " ".join(FLAGS), **summary(rows), "checkpoint_cost": cost, "rows": rows}
-    results.write("faults", measured)
-    print(summary(rows), cost)
-    return int(any(row["different"] for row in rows))
+    measured = {"flags": " ".join(FLAGS), **summary(rows), "workers": left}
+    results.write("faults", measured | {"checkpoint_cost": cost, "rows": rows})
+    print(summary(rows), left, cost)
+    bad = any(row["different"] for row in rows)
+    return int(bad or left["processes_left"] > 0 or left["segments_left"] > 0)
 
 
 if __name__ == "__main__":
