@@ -99,9 +99,9 @@ def test_a_program_can_be_made_of_a_file_of_weights(run_dir, weights, tmp_path):
     assert relative_error(run_stablehlo(out)(images(2)), expected(weights, images(2))) < CLOSE
 
 
-def test_stablehlo_is_for_both_platforms_and_any_batch(programs):
+def test_stablehlo_is_for_every_platform_and_any_batch(programs):
     exported = jax.export.deserialize(bytearray(programs["plain.stablehlo"].read_bytes()))
-    assert exported.platforms == ("cpu", "cuda")
+    assert exported.platforms == ("cpu", "cuda", "tpu")
     (shape,) = exported.in_avals
     assert str(shape.shape) == "(batch, 32, 32, 3)" and shape.dtype == np.uint8
 

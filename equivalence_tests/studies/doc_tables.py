@@ -394,6 +394,27 @@ def scaling() -> str:
     return table(header, lines, numbers=6)
 
 
+def plan() -> str:
+    """One command of `flax-resnet plan`, its targets side by side."""
+    rows = results.read("plan-resnet50")["targets"]
+    lines = {
+        "devices": [f"{row['devices']:,}" for row in rows],
+        "peak of memory, GB": [
+            f"{row['peak_bytes'] / 1e9:.1f} of {row['device_memory_bytes'] / 1e9:.1f}"
+            for row in rows
+        ],
+        "largest batch that fits": [f"{row['largest_batch']:,}" for row in rows],
+        "TFLOPs of products": [f"{row['flops_per_step'] / 1e12:.2f}" for row in rows],
+        "bytes, GB": [f"{row['bytes_per_step'] / 1e9:.1f}" for row in rows],
+        "bound, images/s": [f"{row['bound_images_per_second']:,.0f}" for row in rows],
+        "all-reduces": [
+            f"{sum(each['count'] for each in row['collectives']):,}" for row in rows
+        ],
+    }  # fmt: skip
+    header = ["", *(f"`{row['target']}`" for row in rows)]
+    return table(header, [[name, *cells] for name, cells in lines.items()], numbers=len(rows))
+
+
 def step_bytes() -> str:
     """Bytes of compiled training steps on one H100, and the floor that their shapes allow."""
     rows = results.read("step-bytes")["rows"]
@@ -443,7 +464,8 @@ TABLES = {
     for function in (
         headline, faults_found, localiser, paired_trainings, error_growth, speeds,
         gpu_speeds, gpu_bounds, gpu_ways, whole_trainings, recipes, recipe_pairs, regularization,
-        transfer, depth, survival, scaling, gradient_sums, step_bytes, ports, maxvit,
+        transfer, depth, survival, scaling, gradient_sums, plan, step_bytes, ports,
+        maxvit,
     )
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ Arrays = dict[str, np.ndarray]
 Program = Callable[[np.ndarray], np.ndarray]
 """Function from uint8 images `[B, H, W, C]` to logits `[B, K]`."""
 
-PLATFORMS = ("cpu", "cuda")
+PLATFORMS = ("cpu", "cuda", "tpu")
 UNFOLDED = {"xla_disable_hlo_passes": "constant_folding"}
 """Compiler options for programs that are called a few times. Their weights are constants, and
 folding those takes the compiler minutes and many lines of warnings."""
@@ -75,8 +75,8 @@ def write_verified(
 
 
 def write_stablehlo(path: Path, served: LoadedRun, run: LoadedRun):
-    """Write a serialised `jax.export.Exported` for CPU and CUDA, with normalisation and weights
-    inside: uint8 images `[B, H, W, C]` of any B -> logits `[B, K]`.
+    """Write a serialised `jax.export.Exported` for CPU, CUDA and TPU, with normalisation and
+    weights inside: uint8 images `[B, H, W, C]` of any B -> logits `[B, K]`.
 
     Args:
       served: the run to export: `run` or `run.without_batchnorm()`.
