@@ -18,6 +18,11 @@ import pytest
 _HOME = "FLAX_RESNET_TEST_HOME"
 _CACHES = ("__pycache__", ".egg-info")  # Python and its installers write these for any program
 
+OF_THE_USER = (
+    "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "TORCH_HOME", "TFDS_DATA_DIR", "MPLCONFIGDIR",
+)  # fmt: skip
+"""Environment variables that name the user's folders; without them all lie in the home."""
+
 
 def move_home():
     """Give this process and its children a temporary home and caches.
@@ -36,6 +41,8 @@ def move_home():
         "JAX_COMPILATION_CACHE_DIR": f"{home}/jax",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    for name in OF_THE_USER:
+        os.environ.pop(name, None)
     # Without bytecode a command takes three times as long to start: 13 s instead of 4 on one core.
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
         os.environ["PYTHONPYCACHEPREFIX"] = f"{home}/bytecode"
@@ -80,8 +87,10 @@ class Checkout:
 
 
 def files(root: Path) -> set[str]:
-    """Lines of `git status` for new, changed and ignored files; empty outside git."""
+    """Lines of `git status` for new, changed and ignored files, each by itself; empty outside
+    git."""
     command = ["git", "-C", str(root), "status", "--porcelain", "--ignored"]
+    command += ["--untracked-files=all", "--", ".", ":(exclude).venv"]  # where uv installs
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.splitlines() if done.returncode == 0 else []
     return {line for line in lines if not any(cache in line for cache in _CACHES)}

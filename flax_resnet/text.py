@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from typing import TextIO
 
 _verbose = False
 
@@ -28,6 +29,12 @@ def printable(text: object, limit: int = 200) -> str:
     start = str(text)[: limit + 1]
     shown = "".join(map(_escaped, start))
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def say(*lines: object, file: TextIO | None = None):
+    """Print lines, `printable` and whole, to standard output or a file."""
+    for line in lines:
+        print(printable(line, sys.maxsize), file=file or sys.stdout, flush=True)
 
 
 def listed(names: Iterable[object], limit: int = 5) -> str:

@@ -1,5 +1,6 @@
 """Weights files (.pth, .pt, .th) <-> plain arrays. No file is ever allowed to run code."""
 
+import hashlib
 import os
 import re
 import zipfile
@@ -23,8 +24,10 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
     A state_dict may lie under one of `WRAPPERS`; what lies beside it (epoch, optimizer) is left.
 
     Raises:
-      InputError: the file is damaged, carries code, or holds anything but named tensors.
+      InputError: the file is damaged, carries code, holds anything but named tensors, or is not the
+        file whose SHA-256 begins as its name says (`NAME-xxxxxxxx.pth`).
     """
+    _check_name(path)
     state = unwrap(load_content(path))
     wrong = [k for k, v in state.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
     if wrong or not state:
@@ -37,6 +40,19 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
         return to_arrays(state)
     except (TypeError, RuntimeError) as error:  # sparse, 8-bit, quantised: NumPy has no such thing
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _check_name(path: str | os.PathLike) -> None:
+    wanted = re.findall(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.", os.path.basename(path))
+    if not wanted:
+        return
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(wanted[-1]):
+        raise InputError(
+            f"{path}: damaged or changed, its SHA-256 is {digest[:8]}; to load it all the same,"
+            f" give it a name without {wanted[-1]}"
+        )
 
 
 def load_content(path: str | os.PathLike):

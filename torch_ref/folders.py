@@ -12,7 +12,7 @@ from torch_ref.image_files import SUFFIXES
 
 NAMES = {
     "train": ("train", "training"),
-    "validation": ("val", "valid", "validation"),
+    "validation": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }  # of each split's folder, in any case
 PART = re.compile(r"(.*[\W\d_])?(train|val|test)(ing|id|idation)?(set|data)?([\W\d_].*)?")

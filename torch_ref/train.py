@@ -12,6 +12,7 @@ from torch import nn
 from flax_resnet.commands import cli
 from flax_resnet.config import EarlyStoppingConfig, TrainConfig, flat, idle
 from flax_resnet.errors import InputError
+from flax_resnet.text import say
 from torch_ref import check_stem, create_from_config, loop
 from torch_ref.directory import check_usable, write_results
 from torch_ref.environment import choose_device, configure_torch
@@ -65,8 +66,8 @@ def fit(
     values = report(run, command)
     write_results(run_dir, model, values)
     for name, scores in values["splits"].items():
-        print(f"{name:10s}", *(f"{k} {v:.4f}" for k, v in scores.items()), sep="  ")
-    print(run_dir)
+        say("  ".join([f"{name:10s}", *(f"{k} {v:.4f}" for k, v in scores.items())]))
+    say(run_dir)
     return values
 
 
@@ -115,9 +116,9 @@ def _announce(prepared: Prepared, device: torch.device) -> None:
     model, size = prepared.config.model, prepared.config.data.image_size
     sizes = ", ".join(f"{name} {len(split)}" for name, split in prepared.dataset.splits.items())
     shape = f"{size} x {size} x {prepared.dataset.channels}"
-    print(f"{model.arch}, stem {model.stem or 'its own'}, images {shape}: {sizes}; {device}")
+    say(f"{model.arch}, stem {model.stem or 'its own'}, images {shape}: {sizes}; {device}")
     if ignored := _changed(prepared.config, WITHOUT_EFFECT):
-        print(f"without effect here: {', '.join(ignored)}")
+        say(f"without effect here: {', '.join(ignored)}")
 
 
 def parse():

@@ -2,12 +2,7 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
-
-from flax_resnet.runs.plots import save
+from flax_resnet.runs.plots import plt, save
 
 COLOURS = {"jax": "#4c72b0", "torch": "#dd8452"}
 MODES = {

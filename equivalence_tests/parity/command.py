@@ -28,6 +28,7 @@ from flax_resnet.models import SHORTCUTS, STEMS, check_shortcut, check_stem
 from flax_resnet.runs import environment
 from flax_resnet.runs.display import Display
 from flax_resnet.runs.views import class_names, read_config
+from flax_resnet.text import say
 from flax_resnet.training import restore
 from flax_resnet.weights import convert
 
@@ -128,7 +129,7 @@ def own_case(args, model, size):
     if model:
         arrays = own_model.weights(model)
     else:
-        arrays = restore.load_weights(args.checkpoint, args.weights_key, ema=args.ema, say=print)
+        arrays = restore.load_weights(args.checkpoint, args.weights_key, ema=args.ema, say=say)
     try:
         arch = args.arch or convert.nearest_architecture(arrays).arch
         kind = convert.describe(arrays, arch, args.stem, args.shortcut)
@@ -315,4 +316,4 @@ def write(folder: Path, document: dict):
     (folder / "parity.json").write_text(text + "\n")
     (folder / "parity.html").write_text(report.page(document))
     report.picture(folder / "parity.png", document["rows"]["training"])
-    print(folder / "parity.html")
+    say(folder / "parity.html")

@@ -10,13 +10,15 @@ import math
 from pathlib import Path
 from string import Template
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
-from matplotlib.lines import Line2D
-
 from equivalence_tests.parity import tolerances
+from flax_resnet.weights.published import quiet
+
+with quiet("matplotlib"):  # it warns if there is no home to keep its list of fonts in
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
 COLOURS = {"equal": "#2a9d8f", "rounding": "#4c72b0", "semantic": "#d62828"}
 PHASES = {

@@ -1,12 +1,16 @@
 """The evaluate command: figures of a run on its own and on other data."""
 
+import csv
 import json
 import shutil
+import weakref
 
+import numpy as np
 import pytest
 
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.insects import train_on, write_folder
+from flax_resnet.commands import cross_validate, evaluate
 
 
 def test_evaluate_repeats_the_report(insects, tmp_path):
@@ -75,3 +79,62 @@ def test_evaluate_masks_what_cannot_be_read(insects, folder, tmp_path):
         (tmp_path / "data" / name).unlink()
     outcome = run_script("evaluate.py", insects, *flags, "--json", "-")
     assert json.loads(outcome.out)["loss"] == pytest.approx(figures["loss"], rel=1e-6)
+
+
+class Row(dict):
+    """A row of which a set of weak references can tell how many are in memory."""
+
+    __hash__ = object.__hash__
+
+
+@pytest.fixture
+def most_rows(monkeypatch):
+    """Lets evaluations have 200 batches of 50 images; returns the most rows in memory so far."""
+    alive, most = weakref.WeakSet(), [0]
+    names = ("accuracy", "top5_accuracy", "precision_macro", "recall_macro", "f1_macro")
+
+    def measure(run, dataset, split, left_out, each=None):
+        batch = {"image": np.zeros((50, 4, 4, 3), np.uint8), "mask": np.ones(50, bool)}
+        facts = {"label": "ant", "prediction": "bee", "probability": 0.5}
+        for number in range(200):
+            rows = [Row(facts, path=f"{number}/{index}", loss=index) for index in range(50)]
+            alive.update(rows)
+            most[0] = max(most[0], len(alive))
+            each.add(rows, batch)
+        return dict.fromkeys(("loss", *names), 0.5), 10_000
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    return most
+
+
+def test_rows_of_predictions_are_written_as_they_come(insects, tmp_path, most_rows):
+    """Only the 60 worst of all images are kept, and those of two batches."""
+    places = ["--predictions", tmp_path / "p.csv", "--worst", tmp_path / "worst.html"]
+    outcome = run_script("evaluate.py", insects, *places)
+    assert outcome.status == 0, outcome.err
+    assert len(list(csv.DictReader((tmp_path / "p.csv").open()))) == 10_000
+    assert 50 <= most_rows[0] <= 60 + 2 * 50
+    assert (tmp_path / "worst.html").read_text().count("<figure>") == 60
+
+
+def test_rows_of_all_folds_are_written_as_they_come(tmp_path, monkeypatch, most_rows):
+    monkeypatch.setattr(cross_validate, "class_names", lambda run_dir: ("ant", "bee"))
+    monkeypatch.setattr(cross_validate, "load_run", lambda run_dir: None)
+    monkeypatch.setattr(evaluate, "open_data", lambda *_: None)
+    figures, pool = cross_validate.all_predictions(tmp_path, [tmp_path / "a", tmp_path / "b"])
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    assert [row["fold"] for row in rows] == ["0"] * 10_000 + ["1"] * 10_000
+    assert most_rows[0] <= 2 * 50 and len(figures) == 2
+    assert pool.counts.tolist() == [[0, 20_000], [0, 0]]
+    assert pool.figures()["loss"] == pytest.approx(24.5, abs=1e-9)
+
+
+def test_a_table_of_predictions_gets_its_name_when_it_is_whole(insects, tmp_path, monkeypatch):
+    def measure(run, dataset, split, left_out, each=None):
+        each.add([], {"image": np.zeros((0, 4, 4, 3)), "mask": np.ones(0, bool)})
+        return {"loss": float("nan")}, 0
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    outcome = run_script("evaluate.py", insects, "--predictions", tmp_path / "p.csv")
+    assert outcome.status == 1 and "the loss is nan, not a number" in outcome.err
+    assert not list(tmp_path.iterdir())

@@ -102,7 +102,7 @@ def test_folder_without_training_split(tree):
 
 @pytest.mark.parametrize("names", [
     ("TRAIN", "VAL", "TEST"), ("Training", "Valid", "Testing"), ("train", "valid", "test"),
-    ("training", "Validation", "Test"),
+    ("training", "Validation", "Test"), ("train", "dev", "test"),
 ])  # fmt: skip
 @pytest.mark.parametrize("wrapper", ["", "birds"])
 def test_splits_have_many_names(tree, names, wrapper):
@@ -208,10 +208,31 @@ def test_turned_images_are_counted_where_they_stay_turned(tree):
     opened = open_dataset(config)
     [line] = opened.remarks()
     assert line.startswith("3 of 33 images carry an EXIF rotation that is not applied; --exif")
+    assert line.endswith("(train split)")
     index = list(opened.train.names).index(str(tree / "train/ant/turned0.jpg"))
     assert opened.train[index].shape == (8, 12, 3)
     opened = open_dataset(dataclasses.replace(config, exif_transpose=True))
     assert not list(opened.remarks()) and opened.train[index].shape == (12, 8, 3)
+
+
+@pytest.mark.parametrize("split, number", [("val", 13), ("test", 16)])
+def test_turned_images_of_each_split_are_counted(tree, split, number):
+    picture(size=(8, 12)).save(tree / split / "ant/turned.jpg", exif=upright(6))
+    [line] = open_dataset(DataConfig(dataset=f"folder:{tree}")).remarks("so it is")
+    name = {"val": "validation"}.get(split, split)
+    counts = f"1 of {number} images carry an EXIF rotation that is not applied"
+    assert line == f"{counts}; so it is ({name} split)"
+
+
+def test_turned_images_of_a_part_that_was_cut_are_counted_there(tree):
+    for path in (tree / "train").rglob("*.png"):
+        picture(size=(8, 12)).save(path.with_suffix(".jpg"), exif=upright(6))
+        path.unlink()
+    lines = list(open_dataset(DataConfig(dataset=f"folder:{tree}/train")).remarks())
+    assert [line.rpartition("(")[2] for line in lines] == [
+        "train split)", "validation split)", "test split)",
+    ]  # fmt: skip
+    assert [line.split()[0] for line in lines] == ["21", "3", "6"]
 
 
 @pytest.mark.parametrize("link", ["train/ant/link.png", "train/ant/sub", "train/wasp", "test/ant"])

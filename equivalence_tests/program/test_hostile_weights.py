@@ -81,7 +81,21 @@ def shared(levels: int) -> bytes:
     return pickle.dumps(content, 2)
 
 
+def doubled(levels: int = 28) -> bytes:
+    """The opcodes of a tuple of the previous one twice, and so on: 2^levels parts."""
+    return b")" + b"2\x86" * levels
+
+
+STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\n%sX\3\0\0\0cpuK\1tQ"
+
 TRAPS = {
+    "a key": b"\x80\2}" + doubled() + b"}s.",
+    "one of several keys": b"\x80\2}(K\1}" + doubled() + b"}u.",
+    "a key of a dict made at once": b"\x80\2(" + doubled() + b"}d.",
+    "a key of an OrderedDict": b"\x80\2ccollections\nOrderedDict\n]](" + doubled() + b"K\1ea\x85R.",
+    "the name of a storage": b"\x80\2" + STORAGE % doubled() + b".",
+    "an item of a set": b"\x80\4\x8f(" + doubled() + b"\x90.",
+    "an item of a frozen set": b"\x80\4(" + doubled() + b"\x91.",
     "deep": deep(100_000),
     "shared": shared(200),
     "a memo of gigabytes": b"\x80\x02}r\xff\xff\xff\x7f.",
@@ -96,6 +110,25 @@ def test_malicious_pickles_are_refused_at_once(trap, tmp_path):
     with pytest.raises(InputError, match="trap.pth: "):
         files.load(path)
     assert time.monotonic() - started < 5
+
+
+def test_an_old_file_of_another_protocol_is_refused_at_once(tmp_path):
+    start, started = torch_file.LEGACY_START, time.monotonic()
+    (tmp_path / "a.pth").write_bytes(start + b"\x80\2" + doubled() + b"." + b"\x80\2}.")
+    with pytest.raises(InputError, match="damaged: its protocol is not 1001"):
+        files.load(tmp_path / "a.pth")
+    assert time.monotonic() - started < 5
+
+
+def test_keys_of_plain_tuples_are_read(tmp_path):
+    content = {"fc.bias": torch.zeros(3), (1, "a"): 3, "sets": [{1, 2}, frozenset("ab")]}
+    assert list(files.read(saved(tmp_path, content, pickle_protocol=4))[0]) == ["fc.bias"]
+    python_2 = b"\x80\2ccollections\nOrderedDict\n]](X\7\0\0\0fc.biasctorch._utils\n"
+    tensor = (
+        b"_rebuild_tensor_v2\n(" + STORAGE % b"X\1\0\0\x000" + b"K\0K\1\x85K\1\x85\x89NtRea\x85R."
+    )
+    path = forged(tmp_path / "b.pth", python_2 + tensor)
+    assert same(files.load(path)[0], {"fc.bias": np.zeros(1)})
 
 
 def tensor_of_one_number(offset: int, size: int, stride: int) -> bytes:

@@ -14,6 +14,7 @@ from flax_resnet.data.image_files import BadImage
 from flax_resnet.data.sources import open_dataset
 
 MODES = ("RGB", "L", "RGBA")
+NAMES = ("cat", "dog")
 
 
 @pytest.fixture
@@ -21,13 +22,14 @@ def written(tmp_path):
     """Writes a set with images per split; columns have the given names."""
     datasets = pytest.importorskip("datasets")
 
-    def write(splits, image="image", label="label", unlabelled=(), more=None):
-        features = {image: datasets.Image(), label: datasets.ClassLabel(names=["cat", "dog"])}
+    def write(splits, image="image", label="label", unlabelled=(), more=None, names=NAMES):
+        """`unlabelled` holds splits and (split, row) pairs."""
+        features = {image: datasets.Image(), label: datasets.ClassLabel(names=list(names))}
         rows = {
             split: [
                 {
                     image: {"bytes": content(index), "path": None},
-                    label: -1 if split in unlabelled else index % 2,
+                    label: -1 if {split, (split, index)} & set(unlabelled) else index % 2,
                 }
                 for index in range(number)
             ]
@@ -71,6 +73,44 @@ def test_an_unlabelled_split_is_left_out(written):
     name = written({"train": 20, "validation": 6, "test": 5}, unlabelled=("test",))
     opened = open_dataset(DataConfig(dataset=name))
     assert [len(s) for s in (opened.train, opened.validation, opened.test)] == [18, 2, 6]
+    assert list(opened.remarks()) == [f"left out: 5 of 5 images of {name}/test, without labels"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("Train", "dev", "testing"), ("training", "val", "TEST"), ("train", "validation", "Testing")],
+)
+def test_splits_have_many_names(written, names):
+    opened = open_dataset(DataConfig(dataset=written(dict(zip(names, (20, 4, 6), strict=True)))))
+    assert [len(s) for s in (opened.train, opened.validation, opened.test)] == [20, 4, 6]
+    assert not list(opened.remarks())
+
+
+def test_splits_that_are_not_used_are_named(written):
+    name = written({"valid": 8, "validation": 6, "extra": 4, "train": 20})
+    opened = open_dataset(DataConfig(dataset=name))
+    assert [len(s) for s in (opened.train, opened.validation, opened.test)] == [18, 2, 6]
+    lines = [f"left out: the split {split} of {name}" for split in ("extra", "valid")]
+    assert list(opened.remarks()) == lines
+    refused(written({"extra": 4}), "no train split", "extra")
+
+
+def test_images_without_a_label_are_left_out_and_counted(written):
+    name = written({"train": 20, "test": 6}, unlabelled=[("test", 3), ("train", 0)])
+    opened = open_dataset(DataConfig(dataset=name, validation_fraction=0))
+    assert opened.test.labels.tolist() == [0, 1, 0, 0, 1] and len(opened.train) == 19
+    reference = picture(4, (8, 6), MODES[1]).convert("RGB")
+    np.testing.assert_array_equal(opened.test[3], np.asarray(reference))
+    counts = ("1 of 6", "test"), ("1 of 20", "train")
+    lines = [f"left out: {n} images of {name}/{split}, without labels" for n, split in counts]
+    assert sorted(opened.remarks()) == sorted(lines)
+    assert opened.test.file(3).getvalue() == content(4)  # as shards.py takes it
+
+
+def test_names_of_classes_are_in_one_form_of_unicode(written):
+    opened = open_dataset(DataConfig(dataset=written({"train": 20}, names=["cafe\u0301", "tea"])))
+    assert opened.class_names == ("café", "tea")
+    refused(written({"train": 20}, names=["cafe\u0301", "café"]), "look alike", "caf\\xe9")
 
 
 def test_shards_of_a_saved_set_are_the_same_data(written, tmp_path):
@@ -105,6 +145,12 @@ def test_sets_of_other_columns_are_refused(written, tmp_path):
 def test_a_set_that_is_not_there_is_one_line(written, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(f"hf:{tmp_path}/empty", "empty")
+
+
+def test_without_a_home_nothing_is_downloaded(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "~/.cache/huggingface/datasets")
+    refused("hf:ethz/food101", "there is no home directory", "set HF_HOME")
 
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch):

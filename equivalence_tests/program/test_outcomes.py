@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from equivalence_tests.program.command import ROOT, refused, run_script, train
+from equivalence_tests.program.insects import write_folder
 from flax_resnet import errors
 from flax_resnet.commands import cli, predict
 from flax_resnet.data.workers import WorkerDied
@@ -200,6 +201,53 @@ def test_a_real_process_says_the_same():
     outcome = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert outcome.returncode == 2 and outcome.stdout == ""
     assert outcome.stderr.count("\n") == 1 and "did you mean" in outcome.stderr
+
+
+NO_PASSWD = """
+import pwd
+
+def no_entry(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+pwd.getpwuid = no_entry
+"""
+
+
+@pytest.fixture(scope="module")
+def trained_without_a_home(tmp_path_factory):
+    """A training with decoding processes by a user without a home and an entry in passwd: the
+    folder in which it was started, and its outcome."""
+    folder = tmp_path_factory.mktemp("no_home")
+    data = write_folder(folder / "data", per_class=4)
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(NO_PASSWD)
+    (folder / "here").mkdir()
+    hidden = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "PYTHONPATH")
+    variables = {name: value for name, value in os.environ.items() if name not in hidden}
+    path = os.pathsep.join([str(folder / "site"), str(ROOT)])
+    command = [sys.executable, ROOT / "scripts/train.py", "--arch", "basic_cnn", "--epochs", "1"]
+    command += ["--dataset", f"folder:{data}", "--batch-size", "2", "--run-dir", "run"]
+    command += ["--num-workers", "2", "--cache", "none", "--devices", "1"]
+    command += ["--validation-fraction", "0"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=folder / "here",
+        env=variables | {"PYTHONPATH": path},
+    )
+    return folder / "here", done
+
+
+def test_a_user_without_a_home_can_train(trained_without_a_home):
+    here, done = trained_without_a_home
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in here.iterdir()] == ["run"]
+    assert (here / "run" / "curves.png").exists()
+
+
+def test_a_run_with_decoding_processes_ends_without_a_word(trained_without_a_home):
+    assert trained_without_a_home[1].stderr == ""
 
 
 @pytest.fixture

@@ -3,20 +3,23 @@
 import threading
 import tracemalloc
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 
 import torch_ref.prepare
+from equivalence_tests.program.image_folder import encoded
 from flax_resnet.commands import cli
 from flax_resnet.config import DataConfig, TrainConfig
-from flax_resnet.data import pipeline, prepare
+from flax_resnet.data import image_files, pipeline, prepare
 from flax_resnet.data.image_files import BadImage
 from flax_resnet.data.pipeline import BatchOrder, Decoder
-from flax_resnet.data.sources import ArraySource, Subset
+from flax_resnet.data.sources import ArraySource, EncodedSource, Subset
 from flax_resnet.errors import InputError
 
 
@@ -342,3 +345,52 @@ def test_more_steps_than_a_run_can_count_are_refused():
     prepare._check_steps(config, 21_474)
     with pytest.raises(InputError, match=r"`epochs` 100,000 .* 2,147,500,000 steps"):
         prepare._check_steps(config, 21_475)
+
+
+def limited(monkeypatch, size):
+    """The limit on memory, which is `size` within the test."""
+    budget = image_files._Budget(size)
+    for module in (image_files, pipeline):
+        monkeypatch.setattr(module, "MEMORY", budget)
+    return budget
+
+
+@pytest.mark.parametrize("kind", ["files", "arrays"])
+def test_what_an_image_is_resized_to_counts(monkeypatch, kind):
+    """An image of 4 x 40 pixels becomes one of 64 x 640: 256 times as many."""
+    one = (4 * 40 + 64 * 640) * 16
+    budget = limited(monkeypatch, 3 * one)
+    used, resize = [], pipeline._resize
+
+    def watched(*arguments):
+        used.append(budget._used)
+        return resize(*arguments)
+
+    monkeypatch.setattr(pipeline, "_resize", watched)
+    images, labels = np.zeros((64, 4, 40, 3), np.uint8), np.zeros(64, np.int32)
+    files = [encoded(Image.fromarray(image), format="PNG") for image in images]
+    sources = {"arrays": ArraySource(images, labels), "files": EncodedSource(files, labels, 3, "x")}
+    decoder = Decoder(size=64, resize=64)
+    assert pipeline.decode_all(sources[kind], decoder).shape == (64, 64, 64, 3)
+    assert len(used) == 64 and all(u % one == 0 and one <= u <= 3 * one for u in used)
+    assert budget._used == 0
+
+
+def test_an_image_larger_than_the_limit_is_resized_alone(monkeypatch):
+    budget = limited(monkeypatch, 1000)
+    source = ArraySource(np.zeros((32, 2, 2, 3), np.uint8), np.zeros(32, np.int32))
+    assert len(pipeline.decode_all(source, Decoder(size=32, resize=32))) == 32
+    assert budget._used == 0
+
+
+def test_worker_processes_share_the_limit(monkeypatch):
+    budget = limited(monkeypatch, 1000)
+    made = mock.Mock()
+    monkeypatch.setattr(pipeline.workers, "InTurn", made)
+    source = ArraySource(np.zeros((8, 9, 9, 3), np.uint8), np.arange(8))
+    order = BatchOrder(num_images=8, batch_size=4, seed=0, epochs=2)
+    decoder = Decoder(size=8, resize=8)
+    pipeline.image_iterator(source, decoder, order, num_workers=4)
+    make, count = made.call_args.args
+    assert budget._total == 1000 and count == 4
+    assert len(list(make(1))) == 1 and budget._total == 250

@@ -3,6 +3,7 @@
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch.nn.functional as F
 from flax import nnx
@@ -148,6 +149,26 @@ def test_both_sides_may_return_logits_among_other_values():
 
     net = Torch(twin, conv=nn.Conv2d(3, 6, 3, padding=1), head=nn.Linear(6, 4))
     assert compare_models(Linen(body), net).verdict == "equal"
+
+
+def slow_to_fold():
+    """A number whose folding takes the compiler over a second, of which it warns."""
+    constant = jnp.asarray(np.random.default_rng(0).normal(size=(1, 200, 200, 1)), jnp.float32)
+    window = ((1, 21, 21, 1), (1, 1, 1, 1), "SAME")
+    return jax.lax.reduce_window(constant, 0.0, jax.lax.add, *window).mean()
+
+
+def test_networks_are_compared_without_a_word_of_the_compiler(capfd):
+    def bias(key, shape, dtype=jnp.float32):
+        return jnp.zeros(shape, dtype) + slow_to_fold().astype(dtype)
+
+    def body(x, train):
+        x = linen.relu(conv(x)).mean((1, 2))
+        return linen.Dense(4, bias_init=bias)(x + 0 * slow_to_fold().astype(x.dtype))
+
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), *pooled())
+    assert compare_models(Linen(body), net).verdict == "equal"
+    assert capfd.readouterr().err == ""
 
 
 def test_other_numbers_of_classes_are_refused():

@@ -23,8 +23,10 @@ import flax_resnet
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.web import served
 from flax_resnet.commands import train
-from flax_resnet.config import TrainConfig
+from flax_resnet.config import DataConfig, TrainConfig
+from flax_resnet.data.sources import open_dataset
 from flax_resnet.errors import InputError
+from flax_resnet.runs import views
 from flax_resnet.training import fit
 from flax_resnet.weights import published
 
@@ -238,6 +240,45 @@ def test_class_names_are_recorded_only_where_they_fit(site, net):
     assert weights.class_names == () and weights.data == {}
     outcome = run_script("predict.py", "hf:lab/net", __file__)
     refused(outcome, "nothing tells how", "convert hf:lab/net")
+
+
+@pytest.mark.parametrize("script", ["predict.py", "evaluate.py"])
+def test_what_was_taken_is_said_beside_the_results(site, timm, pictures, net, script):
+    """The file holds an average beside the weights, under keys of their own."""
+    views.warn.cache_clear()
+    state = net.state_dict().items()
+    state = {f"{key}.{name}": value.clone() for name, value in state for key in ("net", "ema")}
+    site.publish("timm/resnet18.a1_in1k", "model.safetensors", save(state))
+    data = {"predict.py": [pictures / "test/owl/0.png"]}
+    data = data.get(script, ["--dataset", f"folder:{pictures}"])
+    outcome = run_script(script, timm, *data)
+    assert "model.safetensors: " in outcome.err and "ema" in outcome.err
+    assert "model.safetensors" not in outcome.out
+
+
+def test_without_a_home_no_folder_is_made(site, monkeypatch, tmp_path):
+    """Libraries leave `~` in a path where they do not know the home; it would become a folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME", "HOME", "TFDS_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", mock.Mock(side_effect=KeyError))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    for source, variable in (
+        (f"{site.url}/net.pth", "TORCH_HOME"),
+        ("timm:resnet18.a1_in1k", "HF_HOME"),
+    ):
+        with pytest.raises(InputError, match=f"{source}: there is no home.*set {variable}"):
+            flax_resnet.pretrained(source)
+    with pytest.raises(InputError, match="tfds:mnist: there is no home.*set TFDS_DATA_DIR"):
+        open_dataset(DataConfig(dataset="tfds:mnist"))
+    assert not list(tmp_path.glob("~*"))
+
+
+def test_class_names_are_in_one_form_of_unicode(site, net):
+    config = {"id2label": {"0": "cafe\u0301", "1": "tea"}}
+    site.publish("a/drinks", "config.json", json.dumps(config).encode())
+    site.publish("a/drinks", "model.safetensors", save(net.state_dict()))
+    assert published.find("hf:a/drinks", say=print).class_names == ("café", "tea")
 
 
 def test_urls_of_the_same_file_name_are_kept_apart(site, content, net, tmp_path):

@@ -91,15 +91,28 @@ def test_the_tests_work_in_an_empty_directory_with_a_home_of_their_own():
     assert Path(os.environ["XDG_CACHE_HOME"]).parent == home
 
 
+def test_folders_that_the_user_has_named_are_not_for_tests(monkeypatch):
+    names = ("HF_HOME", "TORCH_HOME", "MPLCONFIGDIR", "TFDS_DATA_DIR")
+    for name in names:
+        monkeypatch.setenv(name, "/home/user/cache")
+    surroundings.move_home()
+    assert not set(names) & set(os.environ)
+
+
 def test_a_file_that_the_tests_leave_in_the_checkout_is_noticed(tmp_path):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     (tmp_path / ".gitignore").write_text("runs/\n__pycache__/\n")
     session = SimpleNamespace(exitstatus=pytest.ExitCode.OK)
-    for name, left in (("__pycache__", []), ("runs", ["!! runs/"])):
+    for name, left in (
+        ("__pycache__/file", []),
+        (".venv/file", []),
+        ("runs/file", ["!! runs/file"]),
+        ("runs/other", ["!! runs/other"]),  # in a folder that was there before
+    ):
         checkout = surroundings.Checkout(tmp_path)
         checkout.pytest_sessionstart()
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").touch()
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
         checkout.pytest_sessionfinish(session)
         assert checkout.left == left
     assert session.exitstatus == pytest.ExitCode.TESTS_FAILED

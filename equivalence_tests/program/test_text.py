@@ -1,17 +1,23 @@
 """Text from files and names cannot control the terminal."""
 
+import ast
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from equivalence_tests.program.command import run_script
+import torch_ref
+from equivalence_tests.program.command import ROOT, run_script
 from flax_resnet import errors
 from flax_resnet.commands import cli
 from flax_resnet.data import sources
 from flax_resnet.data.image_files import BadImage, refusal
 from flax_resnet.errors import InputError
-from flax_resnet.text import listed, printable
+from flax_resnet.runs import views
+from flax_resnet.text import listed, printable, say
 from flax_resnet.weights import convert
 
 STEERING = ["\x1b[31m", "\x07", "\r", "\n", "\x9b2J", "\u202e", "\u2066", "\u200f", "\u2028"]
@@ -63,6 +69,39 @@ def test_on_request_nothing_is_left_out(verbose):
         bad_images=tuple((f"{i}.png", "broken") for i in range(30)),
     )  # fmt: skip
     assert len(list(dataset.remarks())) == 30
+
+
+def prints(path: Path) -> list[str]:
+    """The places of a file where `print` is named."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [f"{path}:{n.lineno}" for n in nodes if isinstance(n, ast.Name) and n.id == "print"]
+
+
+def test_what_is_printed_passes_through_one_function():
+    """`say` escapes; torch_ref/loop.py prints numbers alone."""
+    folders = ("flax_resnet", "torch_ref", "equivalence_tests/parity", "scripts")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    allowed = {ROOT / "flax_resnet/text.py", ROOT / "torch_ref/loop.py"}
+    assert len(files) > 100 and allowed < set(files)
+    assert sum((prints(path) for path in set(files) - allowed), []) == []
+
+
+def test_lines_are_said_whole_and_escaped(capsys):
+    say("a\x1b[31m", "b" * 5000, file=sys.stderr)
+    assert capsys.readouterr().err == "a\\x1b[31m\n" + "b" * 5000 + "\n"
+
+
+def test_names_of_files_and_runs_reach_no_terminal(tmp_path, capsys):
+    weights = {"model": dict(torch_ref.create_model("resnet20", num_classes=3).state_dict())}
+    torch.save(weights, tmp_path / "a\x1b[31m.pth")
+    outs = tmp_path / "b\x1b[2J.safetensors", tmp_path / "c\u202e.pth"
+    for out in outs:
+        outcome = run_script("convert.py", tmp_path / "a\x1b[31m.pth", out)
+        assert outcome.status == 0 and out.exists()
+        assert r"a\x1b[31m.pth: " in outcome.out
+        assert not {"\x1b", "\u202e"} & set(outcome.out + outcome.err)
+    views.warn("run\x1b[2J")
+    assert capsys.readouterr().err == "run\\x1b[2J\n"
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "predict", "convert", "parity"])

@@ -85,6 +85,20 @@ def test_tfds_unlabelled_test_split(tfds_set):
     name = tfds_set("secret", {"train": 20, "validation": 6, "test": 5}, unlabelled=("test",))
     opened = open_dataset(DataConfig(dataset=name))
     assert [len(s) for s in (opened.train, opened.validation, opened.test)] == [18, 2, 6]
+    assert [line for line in opened.remarks() if "5 of 5 images" in line and "/test" in line]
+
+
+def test_tfds_splits_of_other_names(tfds_set):
+    label = tfds_label(names=["cafe\u0301", "tea"])
+    splits = {"training": 20, "dev": 4, "Test": 6, "unsupervised": 3}
+    opened = open_dataset(DataConfig(dataset=tfds_set("drinks", splits, label=label)))
+    assert [len(s) for s in (opened.train, opened.validation, opened.test)] == [20, 4, 6]
+    assert opened.class_names == ("café", "tea")
+    assert list(opened.remarks()) == ["left out: the split unsupervised of tfds:drinks/1.2.0"]
+
+
+def tfds_label(names):
+    return pytest.importorskip("tensorflow_datasets").features.ClassLabel(names=names)
 
 
 def test_tfds_prepared_without_random_access(tfds_set):

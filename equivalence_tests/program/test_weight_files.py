@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+import flax_resnet
 import torch_ref
 from equivalence_tests.parity import inputs
+from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.weight_files import same, saved
 from equivalence_tests.studies import weight_flips
 from flax_resnet.errors import InputError
@@ -129,14 +131,33 @@ def test_a_single_tensor_is_no_network(legacy, tmp_path):
 
 
 def test_a_checksum_in_the_name_is_held_against_the_file(arrays, tmp_path):
-    weight_flips.save_legacy(tmp_path / "a-0123abcd.th", arrays)
-    assert "DAMAGED OR RENAMED" in files.load(tmp_path / "a-0123abcd.th")[1]
-    content = (tmp_path / "a-0123abcd.th").read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    path = (tmp_path / "a-0123abcd.th").rename(tmp_path / f"a-{digest}.th")
+    weight_flips.save_legacy(tmp_path / "a.th", arrays)
+    digest = hashlib.sha256((tmp_path / "a.th").read_bytes()).hexdigest()
+    path = (tmp_path / "a.th").rename(tmp_path / f"a-{digest}.th")
     assert files.load(path)[1] == "a-" + digest + ".th: its SHA-256 is that of its name"
     path = path.rename(tmp_path / "a-20240131.th")  # a date
     assert files.load(path)[1] == ""
+
+
+@pytest.mark.parametrize("kind", weight_flips.KINDS)
+def test_a_file_that_its_name_contradicts_is_refused(kind, arrays, tmp_path):
+    """One flipped bit of a published file, which its format would not notice."""
+    weight_flips.KINDS[kind](tmp_path / "net", arrays)
+    path = (tmp_path / "net").rename(tmp_path / "net-0123abcd.th")
+    readers = [files.load, flax_resnet.pretrained]
+    for read in readers + [checkpoint.load] * (kind != ".safetensors"):
+        with pytest.raises(InputError, match="net-0123abcd.th: damaged or changed.*a name without"):
+            read(path)
+    outcome = run_script("convert.py", path, tmp_path / "out.safetensors")
+    refused(outcome, "net-0123abcd.th", "SHA-256", "a name without 0123abcd")
+    assert same(files.load(path.rename(tmp_path / "net.th"))[0], arrays)
+
+
+def test_no_file_is_written_under_a_name_that_promises_another(arrays, tmp_path):
+    weight_flips.save_legacy(tmp_path / "a.th", arrays)
+    outcome = run_script("convert.py", tmp_path / "a.th", tmp_path / "b-0123abcd.safetensors")
+    refused(outcome, "b-0123abcd.safetensors", "0123abcd", "another name")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.th"]
 
 
 def test_reading_weights_does_not_import_torch(tensors, arrays, tmp_path, monkeypatch):

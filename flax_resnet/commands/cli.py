@@ -239,7 +239,7 @@ def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
             status, line = errors.verdict(error)
     if line:
         with contextlib.suppress(OSError):  # stderr has no reader
-            print(line, file=sys.stderr)
+            text.say(line, file=sys.stderr)
     sys.exit(status)
 
 
@@ -320,7 +320,7 @@ def as_flags(line: str) -> str:
 
 def leave(status: int, line: str) -> typing.NoReturn:
     """End the process with a line on stderr and an exit status."""
-    print(line, file=sys.stderr)
+    text.say(line, file=sys.stderr)
     sys.exit(status)
 
 

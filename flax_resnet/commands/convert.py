@@ -28,8 +28,9 @@ from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.runs import environment
 from flax_resnet.runs.directory import check_usable
 from flax_resnet.runs.views import read_config
+from flax_resnet.text import say
 from flax_resnet.training import restore, steps
-from flax_resnet.weights import convert, published
+from flax_resnet.weights import convert, files, published
 from flax_resnet.weights.convert import TORCH_SUFFIXES
 
 PROGRAM_SUFFIXES = (".stablehlo", ".onnx")
@@ -124,6 +125,8 @@ def check_output(path: Path, suffix: str, overwrite: bool):
             f"{path}: unknown suffix {suffix!r}; supported: {', '.join(SUFFIXES)}, or no suffix"
             " for a run directory"
         )
+    if suffix not in ("", *PROGRAM_SUFFIXES) and (digest := files.digest_in_name(path.name)):
+        raise InputError(f"{path}: the name promises the SHA-256 {digest}; give another name")
     if suffix and not path.absolute().parent.is_dir():
         raise InputError(f"{path}: the folder {path.absolute().parent} does not exist")
     if not path.exists():
@@ -221,7 +224,7 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
 
 def convert_weights(args):
     out, suffix = args.output, args.suffix
-    weights = restore.pretrained(args.input, args.weights_key, ema=args.ema, say=print)
+    weights = restore.pretrained(args.input, args.weights_key, ema=args.ema, say=say)
     arrays = weights.arrays
     arch = args.arch or convert.nearest_architecture(arrays).arch
     architecture = convert.describe(arrays, arch, args.stem, args.shortcut)
@@ -244,7 +247,7 @@ def convert_weights(args):
         run = make_run(args, weights, arrays, architecture)
         write_run(out, run, getattr(args.input, "name", args.input))
         architecture = architecture._replace(num_classes=len(run.class_names))
-    print(f"{architecture}{'' if 'fc.bias' in arrays else ', its head new and untrained'}: {out}")
+    say(f"{architecture}{'' if 'fc.bias' in arrays else ', its head new and untrained'}: {out}")
 
 
 def write_program(args, run: LoadedRun):
@@ -298,7 +301,7 @@ def convert_a_training(args):
         step = training_to_run(args)
     else:
         raise InputError("--training goes from a run directory to .pt, or from .pt to a directory")
-    print(f"training after {step} steps: {args.output}")
+    say(f"training after {step} steps: {args.output}")
 
 
 def main():

@@ -15,6 +15,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.interop import export
 from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.runs.views import warn
+from flax_resnet.text import say
 
 MOST_LOST = 0.01
 """Loss of accuracy from which the layers with the most noise are named."""
@@ -48,12 +49,12 @@ def write(path: Path, run: LoadedRun, name: str | None, count: int):
         convert_torch.write_onnx(whole, run, fold_batchnorm=True)
         int8.quantize(whole, temporary, batches, {"calibration": facts})
         share = temporary.stat().st_size / whole.stat().st_size
-        print(f"calibrated on {len(images):,} training images of {facts['dataset']}, seed"
+        say(f"calibrated on {len(images):,} training images of {facts['dataset']}, seed"
               f" {facts['seed']}; {share:.3f} of the size of float32")  # fmt: skip
         if not len(dataset.test):
             return
         before, after, equal = _compare(run, dataset, whole, temporary)
-        print(f"{len(dataset.test):,} test images: accuracy {before:.4f} in float32, {after:.4f} in"
+        say(f"{len(dataset.test):,} test images: accuracy {before:.4f} in float32, {after:.4f} in"
               f" int8; {equal:.2%} of the predictions are equal")  # fmt: skip
         if before - after > MOST_LOST:
             noise = int8.signal_to_noise(whole, temporary, lambda: batches(_AT_ONCE))

@@ -24,7 +24,7 @@ from flax_resnet.runs import environment
 from flax_resnet.runs.directory import default_name
 from flax_resnet.runs.display import Display
 from flax_resnet.runs.tables import read_rows
-from flax_resnet.runs.views import is_begun, read_config
+from flax_resnet.runs.views import class_names, is_begun, read_config
 from flax_resnet.training import fit
 
 SHOWN = ("loss", "accuracy", "precision_macro", "recall_macro", "f1_macro")
@@ -60,26 +60,43 @@ def trained(config: TrainConfig, run_dir: Path):
     fit.fit(config, run_dir, resume=begun, command=cli.command_line())
 
 
-def predictions(run_dir: Path) -> tuple[list[dict], dict, tuple[str, ...]]:
-    """A row for each image of a run's fold, the figures of the fold, and the class names."""
-    run, each = load_run(run_dir), evaluate.Report()
+class Pool:
+    """The predictions of all folds, whose rows are written as they come."""
+
+    def __init__(self, names: tuple[str, ...], write: outcomes.Write):
+        self.names, self._write = names, write
+        self.counts = np.zeros((len(names), len(names)), np.int64)  # row = true class
+        self._number = {name: index for index, name in enumerate(names)}
+        self._loss, self.fold = 0.0, 0
+
+    def add(self, rows: list[dict], batch: dict):
+        """Take the rows of a batch of the fold."""
+        self._write([{**row, "fold": self.fold} for row in rows])
+        for row in rows:
+            self.counts[self._number[row["label"]], self._number[row["prediction"]]] += 1
+            self._loss += row["loss"]
+
+    def figures(self) -> dict[str, float]:
+        """The figures of all predictions together."""
+        return {"loss": float(self._loss / self.counts.sum())} | metrics.summarize(self.counts)
+
+
+def predictions(run_dir: Path, pool: Pool) -> dict:
+    """The figures of a run's fold, whose predictions go to the pool."""
+    run = load_run(run_dir)
     dataset = evaluate.open_data(run, None, "test")
-    figures, _ = evaluate.measure(run, dataset, "test", None, each)
-    return each.rows, figures, run.class_names
+    figures, _ = evaluate.measure(run, dataset, "test", None, pool)
+    return figures
 
 
-def confusion(rows: list[dict], names: tuple[str, ...]) -> np.ndarray:
-    """Counts `[K, K]` of the rows, row = true class."""
-    number = {name: index for index, name in enumerate(names)}
-    counts = np.zeros((len(names), len(names)), np.int64)
-    for row in rows:
-        counts[number[row["label"]], number[row["prediction"]]] += 1
-    return counts
-
-
-def pooled(rows: list[dict], counts: np.ndarray) -> dict[str, float]:
-    """The figures of all predictions together."""
-    return {"loss": float(np.mean([row["loss"] for row in rows]))} | metrics.summarize(counts)
+def all_predictions(root: Path, folders: list[Path]) -> tuple[list[dict], Pool]:
+    """The figures of each fold, and the pool of all, of which predictions.csv is written."""
+    columns, figures = (*outcomes.COLUMNS, "fold"), []
+    with outcomes.csv_rows(root / "predictions.csv", columns) as write:
+        pool = Pool(class_names(folders[0]), write)
+        for pool.fold, folder in enumerate(folders):
+            figures.append(predictions(folder, pool))
+    return figures, pool
 
 
 def spread(figures: list[dict]) -> dict[str, dict[str, float]]:
@@ -110,16 +127,14 @@ def main():
     folders = [root / f"fold-{number}" for number in range(len(runs))]
     for config, folder in zip(runs, folders, strict=True):
         trained(config, folder)
-    each = [predictions(folder) for folder in folders]
-    rows = [{**row, "fold": n} for n, (part, *_) in enumerate(each) for row in part]
-    figures, names = [part[1] for part in each], each[0][2]
-    counts = confusion(rows, names)
-    whole = spread(figures) | {"pooled": pooled(rows, counts)}
+    figures, pool = all_predictions(root, folders)
+    whole = spread(figures) | {"pooled": pool.figures()}
     Display().show(table(figures, whole))
-    write(root, {"folds": figures, **whole, "images": len(rows)}, rows, counts, names)
+    images = int(pool.counts.sum())
+    write(root, {"folds": figures, **whole, "images": images}, pool.counts, pool.names)
 
 
-def write(root: Path, values: dict, rows: list[dict], counts: np.ndarray, names):
+def write(root: Path, values: dict, counts: np.ndarray, names):
     """Write the files about all folds."""
     from flax_resnet.runs import plots  # here, because importing Matplotlib takes a second
 
@@ -127,7 +142,6 @@ def write(root: Path, values: dict, rows: list[dict], counts: np.ndarray, names)
     facts |= {"command": cli.command_line(), "environment": environment.describe(1)}
     text = json.dumps(finite(values | facts), indent=2, allow_nan=False)
     (root / "cross_validation.json").write_text(text + "\n", encoding="utf-8")
-    outcomes.write_csv(root / "predictions.csv", rows, (*outcomes.COLUMNS, "fold"))
     plots.confusion_matrix(root / "confusion_matrix.png", counts, names)
     courses = {f.name: read_rows(f / "metrics.csv") for f in sorted(root.glob("fold-*"))}
     plots.comparison(root / "curves.png", courses, f"{len(courses)} folds")

@@ -8,6 +8,7 @@ python scripts/evaluate.py runs/resnet18-birds --dataset folder:/data/new-birds 
 python scripts/evaluate.py runs/resnet18-birds --predictions test.csv --worst worst.html
 """
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -99,13 +100,13 @@ def check_classes(run: LoadedRun, dataset, name: str):
 
 
 class Report:
-    """The rows of all images, and the pictures of the worst."""
+    """Writes the rows of all images as they come, and keeps the pictures of the worst."""
 
-    def __init__(self):
-        self.rows, self.worst = [], outcomes.Worst()
+    def __init__(self, write: outcomes.Write):
+        self._write, self.worst = write, outcomes.Worst()
 
     def add(self, rows: list[dict], batch: dict):
-        self.rows += rows
+        self._write(rows)
         self.worst.add(rows, batch["image"][batch["mask"]])
 
 
@@ -169,24 +170,42 @@ def opened_all(names: list[str], args) -> tuple[dict[str, LoadedRun], DataSet]:
     return {name: run for name, (run, _) in found.items()}, first
 
 
+def check_finite(name: str, figures: dict):
+    """Raises CheckFailed if the loss is no number."""
+    if not math.isfinite(figures["loss"]):
+        raise cli.CheckFailed(f"{name}: the loss is {figures['loss']}, not a number")
+
+
+def measured(run: LoadedRun, dataset: DataSet, args, left_out: list | None, name: str):
+    """The figures of a run called `name`, its number of images and the worst of them. The table of
+    the predictions is written meanwhile, and gets its name if the loss is a number."""
+    with contextlib.ExitStack() as files:
+        each = None
+        if args.predictions:
+            each = Report(files.enter_context(outcomes.csv_rows(args.predictions)))
+        elif args.worst:
+            each = Report(lambda rows: None)
+        figures, num_images = measure(run, dataset, args.split, left_out, each)
+        check_finite(name, figures)
+    return figures, num_images, each and each.worst
+
+
 def main():
     args = parse()
     names = list(dict.fromkeys(args.run_dirs))
     runs, dataset = opened_all(names, args)
     several = len(runs) > 1
     skip = args.on_bad_image == "skip"
-    each = Report() if args.predictions or args.worst else None
     table = {
         name: measure(run, dataset, args.split, [] if skip else None)[0]
         for name, run in (runs.items() if several else ())
     }
+    for name, values in table.items():
+        check_finite(name, values)
     run, left_out = ensemble(runs, args.average), [] if skip else None
-    figures, num_images = measure(run, dataset, args.split, left_out, each)
+    subject = "ensemble" if several else names[0]
+    figures, num_images, worst = measured(run, dataset, args, left_out, subject)
     table["ensemble" if several else args.split] = figures
-    for row, values in table.items():
-        if not math.isfinite(values["loss"]):
-            subject = row if several else names[0]
-            raise cli.CheckFailed(f"{subject}: the loss is {values['loss']}, not a number")
     display = Display(stderr="-" in map(str, (args.json, args.predictions, args.worst)))
     for line in dataset.remarks(AS_TRAINED):
         display.say(line)
@@ -195,11 +214,9 @@ def main():
     name = args.dataset or run.config.data.dataset
     display.say(f"{args.split}: {num_images:,} images of {name}")
     display.results(table, len(run.class_names))
-    if args.predictions:
-        outcomes.write_csv(args.predictions, each.rows)
     if args.worst:
         title = f"The largest losses of {listed(names)}, {args.split} split of {name}"
-        outcomes.write_page(args.worst, each.worst, title)
+        outcomes.write_page(args.worst, worst, title)
     if args.json:
         bad = [*map(": ".join, dataset.bad_images), *map(str, left_out or ())]
         facts = {"split": args.split, "images": num_images, "command": cli.command_line()}

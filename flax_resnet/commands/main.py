@@ -7,6 +7,7 @@ from flax_resnet.commands import (
     cli,
     memory,  # noqa: F401 - before any import that starts threads
 )
+from flax_resnet.text import say
 
 COMMANDS = {
     "train": ("flax_resnet.commands.train", "train a network and write a run directory"),
@@ -41,7 +42,7 @@ def main():
 def _no_subcommand(name: str):
     if name not in ("-h", "--help"):
         cli.check_choice("SUBCOMMAND", name, COMMANDS)
-    print("flax-resnet SUBCOMMAND [flags]\n")
+    say("flax-resnet SUBCOMMAND [flags]", "")
     for command, (_, purpose) in COMMANDS.items():
-        print(f"  {command:16s}{purpose}")
-    print("\nflax-resnet SUBCOMMAND --help lists the flags of a subcommand")
+        say(f"  {command:16s}{purpose}")
+    say("", "flax-resnet SUBCOMMAND --help lists the flags of a subcommand")

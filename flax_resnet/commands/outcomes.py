@@ -1,11 +1,12 @@
 """What a network predicts for each image of a split: a table, and a page of the worst."""
 
 import base64
+import contextlib
 import csv
 import html
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from flax_resnet.text import printable
 
 COLUMNS = ("path", "label", "prediction", "probability", "loss")
 _SHOWN = 60  # images on the page
+
+Write = Callable[[list[dict]], object]
+"""Function that takes the rows of a batch."""
 
 _STYLE = (
     "body{font:14px sans-serif;margin:2em}main{display:flex;flex-wrap:wrap;gap:1em}"
@@ -52,12 +56,13 @@ def naming(source, split: str) -> Callable[[int], str]:
     return lambda index: os.fspath(names[int(index)])
 
 
-def write_csv(path: Path, table: list[dict], columns: Sequence[str] = COLUMNS):
-    """Write the rows; "-" is standard output."""
+@contextlib.contextmanager
+def csv_rows(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[Write]:
+    """Yields a function that writes rows; "-" is standard output."""
     with cli.output(path) as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(table)
+        yield writer.writerows
 
 
 class Worst:

@@ -28,7 +28,7 @@ from flax_resnet.interop.ensemble import AVERAGES, ensemble
 from flax_resnet.interop.loaded_run import predict_files
 from flax_resnet.interop.weights_to_run import open_run
 from flax_resnet.runs.views import is_begun
-from flax_resnet.text import listed, printable
+from flax_resnet.text import listed, printable, say
 from flax_resnet.weights import published
 
 
@@ -106,7 +106,7 @@ def print_row(row: dict):
     shown = row.get("error") or ", ".join(
         f"{printable(p['class'])} {p['probability']:.1%}" for p in row["predictions"]
     )
-    print(f"{printable(row['image'])}: {shown}")
+    say(f"{printable(row['image'])}: {shown}")
 
 
 @contextlib.contextmanager
@@ -172,11 +172,10 @@ def main():
     outcomes = predict_files(run, files, skip_bad=args.on_bad_image == "skip")
     rows = (as_row(path, outcome, run.class_names, args.top_k) for path, outcome in outcomes)
     left_out = write_all(rows, args.json, args.csv)
-    for remark in passed_over_remarks(args.passed_over):
-        print(remark, file=sys.stderr)
+    say(*passed_over_remarks(args.passed_over), file=sys.stderr)
     if left_out:
-        print(f"left out: {left_out:,} of {len(files):,} images", file=sys.stderr)
+        say(f"left out: {left_out:,} of {len(files):,} images", file=sys.stderr)
     if left_out == len(files):
         raise cli.CheckFailed("no image can be read")
     if not run.config.data.exif_transpose and (turned := sum(map(is_turned, files))):
-        print(turned_remark(turned, len(files), AS_TRAINED), file=sys.stderr)
+        say(turned_remark(turned, len(files), AS_TRAINED), file=sys.stderr)

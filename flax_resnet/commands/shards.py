@@ -26,6 +26,7 @@ from flax_resnet.data.image_files import MEMORY, BadImage, is_turned
 from flax_resnet.data.prepare import SPLITS
 from flax_resnet.data.sources import ArraySource, Source, open_dataset
 from flax_resnet.errors import InputError
+from flax_resnet.text import say
 
 _AT_ONCE = 256  # images that are encoded ahead
 _QUALITY = {"quality": 95, "subsampling": 0}  # of JPEGs: the best that Pillow recommends
@@ -35,8 +36,7 @@ _WHOLE = TrainConfig(data=DataConfig(validation_fraction=0.0, test_fraction=0.0)
 def main():
     args, data = _parse()
     dataset = open_dataset(data)
-    for line in dataset.remarks("they stay as they are"):
-        print(line)
+    say(*dataset.remarks("they stay as they are"))
     splits = {
         split: (_files(source, args.resize, data.interpolation), source.labels)
         for split in SPLITS
@@ -45,7 +45,7 @@ def main():
     facts = {"class_names": dataset.class_names, "channels": dataset.channels}
     with _new_folder(args.out) as folder:
         for name, count in shards.write(folder, splits, args.images_per_shard, **facts):
-            print(f"{name}: {count:,} images", flush=True)
+            say(f"{name}: {count:,} images")
 
 
 def _parse():

@@ -20,7 +20,7 @@ from flax_resnet.runs.views import (
     is_trained,
     read_config,
 )
-from flax_resnet.text import listed
+from flax_resnet.text import listed, say
 from flax_resnet.training import fit, members, restore
 
 
@@ -116,7 +116,7 @@ def is_finished(run_dir: Path) -> bool:
     if views and not steps and is_trained(run_dir):
         return False
     if distributed.is_first():
-        print(*views, *steps, f"{run_dir} is finished; nothing to do", sep="\n")
+        say(*views, *steps, f"{run_dir} is finished; nothing to do")
     return True
 
 
@@ -131,7 +131,7 @@ def described(name: str) -> str:
 def main():
     args = parse()
     if args.list_recipes:
-        print("\n".join(map(described, cli.ALL_RECIPES)))
+        say(*map(described, cli.ALL_RECIPES))
         return
     if args.resume and not args.run_dir:
         raise InputError(f"--resume needs --run-dir{runs_here()}")

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from unicodedata import normalize
 
@@ -13,10 +13,10 @@ from flax_resnet.text import listed, printable
 
 _SPLITS = {
     "train": "train", "training": "train",
-    "val": "validation", "valid": "validation", "validation": "validation",
+    "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-"""{folder name in lower case: its split}, the training split first."""
+"""{name in lower case: its split}, the training split first."""
 
 _LIKE_A_SPLIT = re.compile(
     r"(?:.*[\W\d_])?(train|val|test)(?:ing|id|idation)?(?:sets?|data|images?|imgs?|[a-d])?"
@@ -34,6 +34,15 @@ Listing = dict[str, list[str]]
 
 PassedOver = dict[str, str]
 """{path: its suffix, or `HIDDEN_FOLDER`} of files and folders that hold no image of the data."""
+
+
+def chosen_splits(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """{split: its name} for the names of a data set's splits, and the names that are left over. Of
+    several names of one split that split's own is taken, else the first."""
+    left = sorted(names, key=lambda name: (_SPLITS.get(name.lower()) != name, name))
+    found = {_SPLITS.get(name.lower()): name for name in reversed(left)}
+    chosen = {split: found[split] for split in dict.fromkeys(_SPLITS.values()) if split in found}
+    return chosen, [name for name in left if name not in chosen.values()]
 
 
 def is_passed_over(name: str) -> bool:

@@ -4,17 +4,27 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from flax_resnet.data.folders import chosen_splits
 from flax_resnet.data.image_files import BadImage
 from flax_resnet.errors import InputError
 from flax_resnet.text import listed, printable
-from flax_resnet.weights.published import quiet
+from flax_resnet.weights.published import check_home, quiet
 
-_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "test": "test"}
-"""{name of a split: its meaning here}"""
+
+class Found(NamedTuple):
+    """A data set."""
+
+    splits: dict[str, tuple[Sequence[bytes], np.ndarray]]
+    """{split: its image files, and their classes int32 [N]}; images without a label have -1."""
+
+    class_names: tuple[str, ...]
+
+    left_over: list[str]
+    """Names of the splits that are not used."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +45,8 @@ class _Images(Sequence):
         return Path(image["path"]).read_bytes()
 
 
-def read(place: str) -> tuple[dict[str, tuple[Sequence[bytes], np.ndarray]], tuple[str, ...]]:
+def read(place: str) -> Found:
     """Open a data set: `OWNER/NAME`, `OWNER/NAME:CONFIG`, or a folder that `save_to_disk` wrote.
-
-    Returns:
-      {split: its image files, and their classes int32 [N]} without the splits that have no labels,
-      and the names of the classes.
 
     Raises:
       InputError: `datasets` is not installed or cannot open the set, or the set has not one column
@@ -58,13 +64,13 @@ def read(place: str) -> tuple[dict[str, tuple[Sequence[bytes], np.ndarray]], tup
     image = _column(place, features, datasets.Image, "image")
     label = _column(place, features, datasets.ClassLabel, "label")
     encoded = datasets.Image(decode=False)
+    chosen, left_over = chosen_splits(splits)
     found = {}
-    for name in filter(splits.__contains__, _SPLITS):
+    for split, name in chosen.items():
         labels = _labels(splits[name].select_columns([label])[:][label])
-        if len(labels) and labels.min() >= 0:  # unlabelled test splits have label -1
-            rows = splits[name].select_columns([image]).cast_column(image, encoded)
-            found[_SPLITS[name]] = _Images(rows), labels
-    return found, tuple(features[label].names)
+        rows = splits[name].select_columns([image]).cast_column(image, encoded)
+        found[split] = _Images(rows), labels
+    return Found(found, tuple(features[label].names), left_over)
 
 
 def _loaded(datasets, place: str) -> dict:
@@ -75,9 +81,10 @@ def _loaded(datasets, place: str) -> dict:
         with quiet("huggingface_hub"):  # it logs every retry
             if os.path.exists(os.path.join(folder, "dataset_dict.json")):
                 return datasets.load_from_disk(folder)
+            check_home(str(datasets.config.HF_DATASETS_CACHE), f"hf:{place}", "HF_HOME")
             return datasets.load_dataset(folder if os.path.isdir(folder) else name, config or None)
     except Exception as error:  # a set's own reader may raise anything
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno):
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"hf:{place}: {printable(reason)}") from None

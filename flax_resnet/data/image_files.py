@@ -50,21 +50,25 @@ class BadImage(InputError):
 
 
 class _Budget:
-    """A limit on the bytes of all images that are being decoded. A thread waits until its image
-    fits; an image larger than the limit is decoded alone."""
+    """A limit on the bytes of all images that are being decoded and resized. A thread waits until
+    its image fits; an image larger than the limit is decoded alone."""
 
     def __init__(self, total: int):
         self._total, self._used = total, 0
         self._changed, self._own = threading.Condition(), threading.local()
 
     @contextlib.contextmanager
-    def hold(self):
+    def hold(self, resized: Callable[[int, int], int] = lambda width, height: 0):
         """A context for one image, whose end releases what the thread has taken inside. In nested
-        contexts the outermost one releases."""
+        contexts the outermost one decides and releases.
+
+        Args:
+          resized: pixels of what an image of some width and height is resized to.
+        """
         if hasattr(self._own, "taken"):
             yield
             return
-        self._own.taken = 0
+        self._own.taken, self._own.resized = 0, resized
         try:
             yield
         finally:
@@ -76,15 +80,21 @@ class _Budget:
                 self._used -= taken
                 self._changed.notify_all()
 
-    def take(self, size: int):
-        """Take `size` bytes, waiting until they are free."""
+    def take(self, width: int, height: int):
+        """Take the memory of the context's image, waiting until it is free. All is taken at once,
+        because threads that hold a part of theirs would wait for one another."""
         own = self._own
+        if own.taken:
+            return
+        size = (width * height + own.resized(width, height)) * _BYTES_A_PIXEL
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._used == own.taken or self._used + size <= self._total
-            )
-            own.taken += size
+            self._changed.wait_for(lambda: not self._used or self._used + size <= self._total)
+            own.taken = size
             self._used += size
+
+    def share(self, count: int):
+        """Leave to this process one of `count` equal parts of the limit."""
+        self._total //= count
 
 
 def _give_back():
@@ -94,7 +104,7 @@ def _give_back():
 
 
 MEMORY = _Budget(1 << 30)
-"""The limit of this process, 1 GiB."""
+"""The limit of a process that decodes, 1 GiB; worker processes share it."""
 
 
 def read_image(
@@ -127,7 +137,7 @@ def decode_image(
     try:
         with MEMORY.hold(), Image.open(file, formats=_FORMATS) as image:
             _check_size(*image.size)
-            MEMORY.take(image.width * image.height * _BYTES_A_PIXEL)
+            MEMORY.take(*image.size)
             pixels = np.asarray(_convert(image, channels, exif_transpose))
     except UnidentifiedImageError:
         reason = _unidentified(file)

@@ -47,6 +47,11 @@ class Decoder:
     interpolation: str = "bilinear"
     """Pillow's filter."""
 
+    def resized_pixels(self, width: int, height: int) -> int:
+        """The most pixels that an image of this size has after the resize."""
+        short, long = sorted((width, height))
+        return max(self.size**2, self.resize * int(self.resize * long / short))
+
     def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """Convert uint8 `[H, W, C]` to uint8 `[size, size, C]`; a random crop needs `rng`."""
         if self.random_resized_crop and rng is not None:
@@ -97,8 +102,10 @@ def decoded(
 ) -> np.ndarray | BadImage:
     """An image of a source, decoded, or the error if it is unreadable."""
     try:
-        with MEMORY.hold():
-            return decoder(source[index], rng)
+        with MEMORY.hold(decoder.resized_pixels):
+            image = source[index]
+            MEMORY.take(*image.shape[1::-1])  # unless decoding a file has taken it
+            return decoder(image, rng)
     except BadImage as error:
         return error
 
@@ -263,6 +270,8 @@ def image_iterator(source, decoder: Decoder, order: BatchOrder, *, num_workers: 
 
 
 def _every_nth(batches, start, count, number):
+    """The batches of a worker process, one of `count`."""
+    MEMORY.share(count)
     return _decoded_ahead(batches, slice(start + number, None, count))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from flax_resnet.config import INT32, DataConfig, TrainConfig, class_weights_from_file
 from flax_resnet.data import pipeline
+from flax_resnet.data.image_files import BadImage
 from flax_resnet.data.pipeline import Decoder
 from flax_resnet.data.sources import DataSet, evenly_spaced, open_dataset
 from flax_resnet.devices import distributed
@@ -218,7 +219,10 @@ def _resolve_sizes(config, size):
 
 def natural_size(dataset: DataSet) -> int:
     """The pixels a side that the first training image suggests."""
-    first = pipeline.decoded(dataset.train, lambda image, rng: image, 0)
+    try:
+        first = dataset.train[0]
+    except BadImage as error:
+        first = error
     [[image]] = pipeline.whole([[first]], dataset.train)
     height, width = image.shape[:2]
     return height if height == width <= SMALL else 224

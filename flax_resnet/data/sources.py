@@ -10,6 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from textwrap import shorten
 from typing import BinaryIO, Protocol
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image
@@ -18,14 +19,15 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from flax_resnet.config import DataConfig
 from flax_resnet.data import cifar10, hugging_face, shards
-from flax_resnet.data.folders import HIDDEN_FOLDER, Listing, list_splits
+from flax_resnet.data.folders import HIDDEN_FOLDER, Listing, chosen_splits, list_splits
 from flax_resnet.data.image_files import bad_images, decode_image, is_turned, read_image
 from flax_resnet.data.shared import Names, SharedArrays
 from flax_resnet.errors import InputError
 from flax_resnet.text import listed, most, printable
+from flax_resnet.weights.published import check_home
 
 _LOOKED_AT = 300
-"""Most images whose EXIF orientation is read when a data set is opened."""
+"""Most images of a split whose EXIF orientation is read when a data set is opened."""
 
 TURN = "--exif-transpose applies it"
 AS_TRAINED = "the run was trained without --exif-transpose"
@@ -48,6 +50,9 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> np.ndarray:
         """An image, uint8 [H, W, C] with C = 1 or 3, at its own size."""
 
+    def turned(self, index: int) -> bool:
+        """True if an image has an EXIF rotation that is not applied."""
+
 
 @dataclass(frozen=True, eq=False)
 class ArraySource(SharedArrays):
@@ -62,6 +67,9 @@ class ArraySource(SharedArrays):
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.images[index]
+
+    def turned(self, index: int) -> bool:
+        return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +91,9 @@ class FolderSource(SharedArrays):
     def file(self, index: int) -> str:
         """The path of an image."""
         return self.names[index]
+
+    def turned(self, index: int) -> bool:
+        return not self.exif_transpose and is_turned(self.file(index))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +120,9 @@ class EncodedSource(SharedArrays):
         """The encoded image as an open file."""
         return io.BytesIO(self.records[int(index)])
 
+    def turned(self, index: int) -> bool:
+        return not self.exif_transpose and is_turned(self.file(index))
+
 
 @dataclass(frozen=True, eq=False)
 class Subset(SharedArrays):
@@ -133,6 +147,13 @@ class Subset(SharedArrays):
     def __getitem__(self, index: int) -> np.ndarray:
         return self.source[self.indices[index]]
 
+    def file(self, index: int) -> str | BinaryIO:
+        """The image as the source has it; an `ArraySource` has no files."""
+        return self.source.file(self.indices[index])
+
+    def turned(self, index: int) -> bool:
+        return self.source.turned(self.indices[index])
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
@@ -153,8 +174,11 @@ class DataSet:
     passed_over: Counter[str] = field(default_factory=Counter)
     """Number of hidden folders, and of files of each other suffix, among the images."""
 
-    turned: tuple[int, int] = (0, 0)
-    """Numbers of training images with an unapplied EXIF rotation and of those examined."""
+    turned: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """{split: numbers of images with an unapplied EXIF rotation and of those examined}."""
+
+    left_out: tuple[str, ...] = ()
+    """Splits, and images without a label, that the data set has and that are not used."""
 
     checksum: str | None = None
     """SHA-256 of all images and labels, where the data set has one."""
@@ -169,9 +193,11 @@ class DataSet:
             yield f"left out: {printable(path)} ({reason})"
         if more := self.bad_images[shown:]:
             yield f"left out: {len(more):,} more"
+        yield from (f"left out: {what}" for what in self.left_out)
         yield from passed_over_remarks(self.passed_over)
-        if self.turned[0]:
-            yield turned_remark(*self.turned, why_turned)
+        for split, (turned, looked_at) in self.turned.items():
+            if turned:
+                yield f"{turned_remark(turned, looked_at, why_turned)} ({split} split)"
 
 
 def passed_over_remarks(passed_over: Counter[str]) -> Iterator[str]:
@@ -214,6 +240,7 @@ def open_dataset(config: DataConfig) -> DataSet:
         "hf": _hugging_face,
     }
     splits, facts = openers[scheme](place, config)
+    facts["class_names"] = _in_one_form(config.dataset, facts["class_names"])
     if config.folds:
         splits["train"], splits["test"] = _fold(splits["train"], config)
     if "test" not in splits and "validation" in splits:
@@ -230,7 +257,17 @@ def open_dataset(config: DataConfig) -> DataSet:
     limits = {"train": config.train_images}
     limits |= dict.fromkeys(("validation", "test"), config.eval_images)
     splits = {name: _limit(s, limits[name], config.split_seed) for name, s in splits.items()}
+    facts["turned"] = {name: _turned(splits[name]) for name in limits}
     return DataSet(**(splits | facts))
+
+
+def _in_one_form(dataset: str, class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names in Unicode's NFC; InputError if two are the same then."""
+    names = tuple(normalize("NFC", name) for name in class_names)
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f"{dataset}: two classes look alike: {printable(ascii(name))}")
+    return names
 
 
 def _limit(source: Source, count: int | None, seed: int) -> Source:
@@ -318,8 +355,7 @@ def _folder(place: str, config: DataConfig) -> tuple[dict, dict]:
         _check_images(root, split, listing, bad)
         splits[split] = _folder_source(listing, bad, channels, config.exif_transpose)
     facts = {"class_names": tuple(listings["train"]), "channels": channels}
-    facts |= {"bad_images": tuple(bad.items()), "passed_over": passed_over}
-    return splits, facts | {"turned": _turned(splits["train"])}
+    return splits, facts | {"bad_images": tuple(bad.items()), "passed_over": passed_over}
 
 
 def _check_images(root: Path, split: str, listing: Listing, bad: dict[str, str]):
@@ -352,12 +388,10 @@ def evenly_spaced(length: int, count: int) -> np.ndarray:
     return np.linspace(0, length - 1, min(length, count)).astype(int)
 
 
-def _turned(source: FolderSource | EncodedSource) -> tuple[int, int]:
+def _turned(source: Source) -> tuple[int, int]:
     """The numbers of images with an EXIF rotation that is not applied and of those examined."""
-    if source.exif_transpose or not len(source):
-        return 0, 0
     indices = evenly_spaced(len(source), _LOOKED_AT)
-    return sum(is_turned(source.file(index)) for index in indices), len(indices)
+    return sum(map(source.turned, indices)), len(indices)
 
 
 def _tfds(name: str, config: DataConfig) -> tuple[dict, dict]:
@@ -377,15 +411,13 @@ def _tfds(name: str, config: DataConfig) -> tuple[dict, dict]:
             f"tfds:{name} is no image classification set: it has the features "
             f"{', '.join(sorted(features))}, and needs image (Image) and label (ClassLabel)"
         )
-    splits = {}
-    for split in sorted({"train", "validation", "test"} & set(builder.info.splits)):
-        records, labels = _tfds_split(tfds, builder, split)
-        if len(labels) and labels.min() >= 0:  # unlabelled test splits have label -1
-            splits[split] = records, labels
+    chosen, left_over = chosen_splits(builder.info.splits)
+    splits = {split: _tfds_split(tfds, builder, name) for split, name in chosen.items()}
     label = features["label"]
     class_names = tuple(map(label.int2str, range(label.num_classes)))
     channels = 1 if features["image"].shape[-1] == 1 else 3
-    return _encoded(f"tfds:{builder.info.full_name}", splits, class_names, channels, config)
+    name = f"tfds:{builder.info.full_name}"
+    return _encoded(name, splits, class_names, channels, config, left_over)
 
 
 def _array_record(place: str, config: DataConfig) -> tuple[dict, dict]:
@@ -396,7 +428,8 @@ def _array_record(place: str, config: DataConfig) -> tuple[dict, dict]:
 
 
 def _hugging_face(place: str, config: DataConfig) -> tuple[dict, dict]:
-    return _encoded(f"hf:{place}", *hugging_face.read(place), 3, config)
+    splits, class_names, left_over = hugging_face.read(place)
+    return _encoded(f"hf:{place}", splits, class_names, 3, config, left_over)
 
 
 def _encoded(
@@ -405,22 +438,37 @@ def _encoded(
     class_names: tuple[str, ...],
     channels: int,
     config: DataConfig,
+    left_over: Sequence[str] = (),
 ) -> tuple[dict, dict]:
-    """The sources of {split: its records, and their classes}, and the facts about them."""
-    if "train" not in splits:
-        raise InputError(f"{name}: no train split with labels, only {listed(splits) or 'none'}")
+    """The sources of {split: its records, and their classes}, and the facts about them.
+
+    Args:
+      splits: as in `hugging_face.Found`.
+      left_over: names of the splits that are not used.
+    """
     channels = 1 if config.grayscale else channels
-    sources = {
-        split: EncodedSource(records, labels, channels, f"{name}/{split}", config.exif_transpose)
-        for split, (records, labels) in splits.items()
-    }
-    facts = {"class_names": class_names, "channels": channels, "turned": _turned(sources["train"])}
+    sources, left_out = {}, [f"the split {printable(other)} of {name}" for other in left_over]
+    for split, (records, labels) in splits.items():
+        whole = EncodedSource(records, labels, channels, f"{name}/{split}", config.exif_transpose)
+        labelled = np.flatnonzero(labels >= 0)
+        if missing := len(labels) - len(labelled):
+            left_out.append(
+                f"{missing:,} of {len(labels):,} images of {whole.name}, without labels"
+            )
+        if len(labelled):
+            sources[split] = Subset(whole, labelled) if missing else whole
+    if "train" not in sources:
+        found = listed([*sources, *left_over]) or "none"
+        raise InputError(f"{name}: no train split with labels, only {found}")
+    facts = {"class_names": class_names, "channels": channels, "left_out": tuple(left_out)}
     return sources, facts
 
 
 def _prepared(tfds, name: str):
     """The builder of a data set with random access, which is prepared if TFDS can."""
     builder = None
+    if "TFDS_DATA_DIR" not in os.environ:
+        check_home(os.path.expanduser("~"), f"tfds:{name}", "TFDS_DATA_DIR")
     try:
         builder = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
         builder.download_and_prepare(file_format="array_record")

@@ -14,6 +14,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.interop.loaded_run import LoadedRun, load_run
 from flax_resnet.models import create_from_config
 from flax_resnet.runs import environment
+from flax_resnet.runs.views import warn
 from flax_resnet.text import listed
 from flax_resnet.training import restore
 from flax_resnet.training.network import Network
@@ -117,12 +118,15 @@ def open_run(source: str) -> LoadedRun:
     """
     if not published.is_name(source):
         return load_run(source)
-    weights = restore.pretrained(source)
+    said = []
+    weights = restore.pretrained(source, say=said.append)
     if not weights.data:
         raise InputError(
             f"{source}: nothing tells how its images are normalised; make a run of it: convert"
             f" {source} DIR --class-names FILE --image-size N --mean ... --std ..."
         )
+    for line in said:
+        warn(line)
     architecture = convert.describe(weights.arrays, **weights.model)
     arrays = convert.conform(weights.arrays, architecture.shapes())
     config = with_model_of(from_dict({"data": weights.data}), architecture, arrays)

@@ -33,7 +33,7 @@ from flax_resnet.config import finite
 from flax_resnet.devices import distributed
 from flax_resnet.errors import InputError
 from flax_resnet.runs.owned import foreign
-from flax_resnet.text import listed, printable
+from flax_resnet.text import listed, printable, say
 
 _MANIFEST = "manifest.json"
 _DOCUMENT = "document/metadata"
@@ -44,7 +44,7 @@ _NAME = re.compile("0|[1-9][0-9]*")
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, directory: Path | str, *, say: Callable[[str], None] = print):
+    def __init__(self, directory: Path | str, *, say: Callable[[str], None] = say):
         self.directory = Path(directory).absolute()
         _quieten()
         self._say, self._said = say, set()

@@ -3,15 +3,18 @@
 import contextlib
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib import font_manager
 
 from flax_resnet import metrics
 from flax_resnet.text import printable
+from flax_resnet.weights.published import quiet
+
+with quiet("matplotlib"):  # it warns if there is no home to keep its list of fonts in
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    from matplotlib import font_manager
 
 _TRAIN, _VALIDATION = "#4c72b0", "#dd8452"
 _STEEP = 20  # a loss of more than this many medians would flatten the others

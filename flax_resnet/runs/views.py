@@ -16,7 +16,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.runs import tables
 from flax_resnet.runs.checkpoint import damage, newest_document, steps_in
 from flax_resnet.runs.owned import DIGESTS, RESULTS
-from flax_resnet.text import listed
+from flax_resnet.text import listed, say
 
 Say = Callable[[str], None]
 
@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 @functools.cache
 def warn(line: str):
     """Print a line on stderr, apart from the results; the same line only once."""
-    print(line, file=sys.stderr)
+    say(line, file=sys.stderr)
 
 
 def is_begun(run_dir: Path) -> bool:

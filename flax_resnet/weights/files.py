@@ -56,9 +56,15 @@ def load(path: Path, key: str | None = None, *, ema: bool = False) -> tuple[dict
       {name: array} under torchvision's names, and a line for the user, which may be "".
 
     Raises:
-      InputError: as in `read` and `names.choose`.
+      InputError: as in `read` and `names.choose`, or the file has another SHA-256 than its name
+        says.
     """
     arrays, has_checksums = read(path)
+    if fault := fault_by_name(path, path.name):
+        raise InputError(
+            f"{path}: damaged or changed: {fault}; to load it all the same, give it a name without"
+            f" {digest_in_name(path.name)}"
+        )
     if not arrays:
         raise InputError(f"{path}: the file has no tensor")
     if list(arrays) == [""]:
@@ -67,7 +73,8 @@ def load(path: Path, key: str | None = None, *, ema: bool = False) -> tuple[dict
         choice = names.choose(arrays, key, ema=ema)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    remarks = [str(choice), "" if has_checksums else _checked_by_name(path)]
+    checked = not has_checksums and digest_in_name(path.name)
+    remarks = [str(choice), "its SHA-256 is that of its name" if checked else ""]
     remark = "; ".join(filter(None, remarks))
     return choice.arrays, f"{path.name}: {remark}" if remark else ""
 
@@ -111,10 +118,3 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _checked_by_name(path: Path) -> str:
-    """A remark about the SHA-256 in a file's name; "" without one."""
-    if fault := fault_by_name(path, path.name):
-        return f"DAMAGED OR RENAMED: {fault}"
-    return "its SHA-256 is that of its name" if digest_in_name(path.name) else ""

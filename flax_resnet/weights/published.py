@@ -18,6 +18,7 @@ from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 from urllib.request import urlopen
@@ -64,8 +65,9 @@ def find(source: str, say: Callable[[str], object]) -> Found:
     """
     scheme, _, rest = source.partition(":")
     found = _FINDERS[scheme](source, rest)
+    names = tuple(normalize("NFC", name) for name in found.class_names)
     say(f"{source}: {found.path}")
-    return found
+    return found._replace(class_names=names)
 
 
 def _from_torchvision(source: str, name: str) -> Found:
@@ -161,6 +163,7 @@ def _hub_file(source: str, repo: str, name: str) -> Path | None:
         _package(name, source)
         for name in ("huggingface_hub", "huggingface_hub.constants", "huggingface_hub.errors")
     )
+    check_home(constants.HF_HUB_CACHE, source, "HF_HOME")
     if hub.try_to_load_from_cache(repo, name) is hub._CACHED_NO_EXIST:
         return None  # which it says without a network too
     try:
@@ -222,6 +225,18 @@ def _json(source: str, path: Path | None) -> dict:
     return values
 
 
+def check_home(folder: str, source: str, variable: str):
+    """Raises InputError for a folder in the user's home if there is no home: `~` would be the name
+    of a folder.
+
+    Args:
+      folder: after `os.path.expanduser`.
+      variable: environment variable that names another folder.
+    """
+    if folder.startswith("~"):
+        raise InputError(f"{source}: there is no home directory; set {variable} to a folder")
+
+
 def _from_url(source: str, rest: str) -> Found:
     """The file of a URL. A digest in its name is checked, and torch.hub has the file under the same
     name; without one the URL's digest keeps files of one name apart."""
@@ -229,6 +244,7 @@ def _from_url(source: str, rest: str) -> Found:
     if not name or "/" in name:
         raise InputError(f"{source}: the URL names no file")
     folder = _torch_hub()
+    check_home(str(folder), source, "TORCH_HOME")
     if not files.digest_in_name(name):
         folder /= hashlib.sha256(source.encode()).hexdigest()[:16]
     path = folder / name

@@ -122,10 +122,10 @@ def _read_legacy(file) -> dict[str, np.ndarray]:
     file.seek(len(LEGACY_START))
     protocol, system = (_Unpickler(file).load() for _ in range(2))
     if protocol != 1001:
-        raise _Damaged(f"protocol {protocol} instead of 1001")
+        raise _Damaged("its protocol is not 1001")
     unpickler = _Unpickler(file)
     content, keys = unpickler.load(), _Unpickler(file).load()
-    if sorted(keys) != sorted(unpickler.storages):
+    if not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(unpickler.storages):
         raise _Damaged("its list of storages differs from that of its tensors")
     data = {}
     for key in keys:
@@ -210,7 +210,16 @@ def _joined(above: str, key, depth: int) -> str:
 
 
 def _tensor(storage, offset, shape, strides, *_) -> _Tensor:
+    if not isinstance(storage, _Storage):
+        raise _Damaged("a tensor without a storage")
     return _Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
+
+
+def _ordered(items=()) -> OrderedDict:
+    """Python 2 gives the items to the constructor."""
+    for key, _ in items:
+        _check_key(key)
+    return OrderedDict(items)
 
 
 def _first(value, *_):
@@ -240,7 +249,7 @@ _STORAGES = {
 }  # fmt: skip
 
 _KNOWN = {
-    "collections.OrderedDict": OrderedDict,
+    "collections.OrderedDict": _ordered,
     "collections.defaultdict": lambda *_: {},
     "collections.Counter": _nothing,  # milestones of a schedule
     "torch._utils._rebuild_tensor": _tensor,
@@ -262,6 +271,30 @@ _KNOWN = {
     **{f"torch.cuda.{kind}Storage": np.dtype(dtype) for kind, dtype in _STORAGES.items()},
     **{f"torch.{np.dtype(dtype).name}": None for dtype in _STORAGES.values()},
 }
+
+
+def _check_key(key):
+    """Raises InputError for a key of nested tuples that would take for ever to hash or print: a few
+    bytes of a file make a tuple of itself twice, and so on."""
+    waiting, size = [key] if isinstance(key, tuple) else [], 0
+    while waiting:
+        value = waiting.pop()
+        size += 1 + (len(value) if isinstance(value, str | bytes | tuple) else 0)
+        if size > LONGEST_NAME:
+            raise InputError(f"a key of more than {LONGEST_NAME:,} parts")
+        if isinstance(value, tuple):
+            waiting += value
+
+
+def _with_checked_keys(load, keys: slice):
+    """A method of the unpickler that checks the keys on the stack first."""
+
+    def checked(self):
+        for key in self.stack[keys]:
+            _check_key(key)
+        load(self)
+
+    return checked
 
 
 class _Whole:
@@ -304,9 +337,9 @@ class _Unpickler(pickle._Unpickler):
         self._tensors += 1
         if self._tensors > MOST_TENSORS:
             raise InputError(f"more than {MOST_TENSORS:,} tensors")
-        if any(view) or not isinstance(dtype, np.dtype):
+        if not isinstance(key, str) or not isinstance(dtype, np.dtype) or any(view):
             raise _Foreign("a storage of another kind")
-        storage = _Storage(str(key), dtype, int(size))
+        storage = _Storage(key, dtype, int(size))
         if self.storages.setdefault(storage.key, storage) != storage:
             raise _Damaged(f"storage {key} has two sizes")
         return storage
@@ -314,4 +347,17 @@ class _Unpickler(pickle._Unpickler):
     def _load_build(self):
         self.stack.pop()  # drops attributes of an object, such as an OrderedDict's _metadata
 
-    dispatch[pickle.BUILD[0]] = _load_build
+    def _load_set(self):
+        self.pop_mark()
+        self.append(None)
+
+    dispatch |= {
+        pickle.BUILD[0]: _load_build,
+        # Sets are not needed, and their items would be hashed.
+        pickle.EMPTY_SET[0]: lambda self: self.append(None),
+        pickle.ADDITEMS[0]: lambda self: self.pop_mark(),
+        pickle.FROZENSET[0]: _load_set,
+        pickle.SETITEM[0]: _with_checked_keys(pickle._Unpickler.load_setitem, slice(-2, -1)),
+        pickle.SETITEMS[0]: _with_checked_keys(pickle._Unpickler.load_setitems, slice(0, None, 2)),
+        pickle.DICT[0]: _with_checked_keys(pickle._Unpickler.load_dict, slice(0, None, 2)),
+    }
