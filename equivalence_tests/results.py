@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from flax_resnet.commands import cli
+from flax_resnet.config import finite
 from flax_resnet.runs import environment
 
 FOLDER = Path(__file__).parents[1] / "results"
@@ -12,7 +13,8 @@ FOLDER = Path(__file__).parents[1] / "results"
 def write(name: str, document: dict):
     """Writes results/NAME.json; adds "command" and "environment" unless the document has them."""
     measured = {"command": cli.command_line(), "environment": environment.describe(1)}
-    (FOLDER / f"{name}.json").write_text(json.dumps(measured | document, indent=1) + "\n")
+    text = json.dumps(finite(measured | document), indent=1, allow_nan=False)
+    (FOLDER / f"{name}.json").write_text(text + "\n")
 
 
 def read(name: str) -> dict:

@@ -1,5 +1,6 @@
 """Turns exceptions into one line and an exit status, in this one place."""
 
+import contextlib
 import errno
 import os
 import tempfile
@@ -83,17 +84,27 @@ def _is_out_of_memory(error) -> bool:
 def _logged(error) -> str:
     text = "".join(traceback.format_exception(error))
     try:
-        path = _log_file(error)
-        path.write_text(text, errors="backslashreplace")
-        return f"the traceback is in {path}"
+        return f"the traceback is in {_write_log(getattr(error, 'run_dir', None), text)}"
     except OSError:
         return f"no place for a log of the traceback: {text}"
 
 
-def _log_file(error) -> Path:
-    run_dir = getattr(error, "run_dir", None)
-    if run_dir and os.access(run_dir, os.W_OK):
-        return Path(run_dir) / LOG
-    file, name = tempfile.mkstemp(prefix="flax_resnet-", suffix=".log")
-    os.close(file)
-    return Path(name)
+def _write_log(run_dir: Path | str | None, text: str) -> Path:
+    """Append to the log in the run directory; write a new one elsewhere if that is impossible."""
+    if run_dir is not None:
+        with contextlib.suppress(OSError):
+            path = Path(run_dir) / LOG
+            with open(path, "a", errors="backslashreplace", opener=no_link) as file:
+                file.write(text)
+            return path
+    with tempfile.NamedTemporaryFile(
+        "w", errors="backslashreplace", prefix="flax_resnet-", suffix=".log", delete=False
+    ) as file:
+        file.write(text)
+    return Path(file.name)
+
+
+def no_link(path: str, flags: int) -> int:
+    """Opener of files in a run directory, where a symbolic link leads to what no run has written;
+    a pipe is not waited for."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

@@ -32,7 +32,8 @@ def save(
         output_names=["logits"],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
-    program.model.metadata_props.update({name: json.dumps(x) for name, x in notes.items()})
+    texts = {name: json.dumps(value, allow_nan=False) for name, value in notes.items()}
+    program.model.metadata_props.update(texts)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where in whose source it came from
     program.save(path, external_data=False)

@@ -46,6 +46,10 @@ def prepare(config: TrainConfig) -> Prepared:
     config = _resolve_model(_resolve_sizes(config, dataset), dataset)
     if config.batch_size > len(train):
         raise InputError(f"`batch_size` {config.batch_size} is more than {len(train)} images")
+    steps, together = config.epochs * (len(train) // config.batch_size), config.optimizer
+    if steps < together.accumulate_steps:
+        given = f"`accumulate_steps` {together.accumulate_steps}"
+        raise InputError(f"{given}: nothing would be trained in {steps} step(s)")
     if config.data.mean is None:
         mean, std = _statistics(config, dataset)
         config = replace(config, data=replace(config.data, mean=mean, std=std))

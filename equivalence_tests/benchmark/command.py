@@ -26,11 +26,14 @@ from equivalence_tests.benchmark import agreement, charts, end_to_end, throughpu
 from equivalence_tests.benchmark.timing import VARIANTS, Job
 from flax_resnet import list_models
 from flax_resnet.commands import cli
+from flax_resnet.config import finite
+from flax_resnet.data.sources import places
 from flax_resnet.errors import InputError
 from flax_resnet.models import STEMS, check_stem, has_stem_choice
 from flax_resnet.recipes import RECIPES
 from flax_resnet.runs import environment
 from flax_resnet.runs.display import Display
+from flax_resnet.runs.files import replacing
 
 DTYPES = ("float32", "bfloat16", "float64")
 DEVICES = ("cpu", "gpu")
@@ -85,7 +88,8 @@ def parse():
     ):
         metavar = {str: "NAME[:PATH]", int: "INT", float: "FLOAT"}[kind]
         section.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and a chart")
+    about = "write the figures to FILE, and a chart beside it as .png; - is stdout, without a chart"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=about)
     parser.add_argument(
         "--keep",
         type=Path,
@@ -126,8 +130,24 @@ def check(args):
             cli.check_choice(flag, value, valid)
     for name in ("image_size", "num_classes", "batch_size", "rounds", "epochs", *REPEATS["cpu"]):
         cli.check_positive(f"--{name.replace('_', '-')}", getattr(args, name))
-    cli.check_writable("--json", args.json)
+    check_files(args)
     cli.check_folder("--keep", args.keep)
+
+
+def check_files(args):
+    """Raises InputError unless the figures and their chart replace nothing but those of an earlier
+    benchmark."""
+    data = places(args.dataset)
+    cli.check_outputs({"--json": args.json}, data=data)
+    chart = chart_beside(args.json)
+    cli.check_outputs({"--json": args.json, "the chart beside it": chart}, data=data)
+    if chart and chart.exists() and not args.json.exists():
+        raise InputError(f"--json: the chart {chart} exists, and no {args.json} with it; move it")
+
+
+def chart_beside(path: Path | None) -> Path | None:
+    """The picture that belongs to a file of figures; None for standard output."""
+    return None if path is None or str(path) == "-" else path.with_suffix(".png")
 
 
 def make_settings(args) -> throughput.Settings:
@@ -262,9 +282,19 @@ def label(row: dict) -> str:
     return f"{row['framework']} {row['variant']}"
 
 
+def write(path: Path, document: dict):
+    """Write the figures and, where there are any, their chart."""
+    with cli.output(path) as file:
+        file.write(json.dumps(finite(document), indent=1, allow_nan=False) + "\n")
+    chart = chart_beside(path)
+    if chart and document["rows"]:
+        with replacing(chart) as place:
+            charts.speeds(place, document["rows"])
+
+
 def main():
     args = parse()
-    settings, display = make_settings(args), Display()
+    settings, display = make_settings(args), Display(stderr=str(args.json) == "-")
     about = {"command": cli.command_line(), "environment": environment.describe(1)}
     try:
         document = throughput.measure(settings, display.say)
@@ -277,8 +307,6 @@ def main():
         show = course_table if mode in end_to_end.MODES else table
         display.show(show(document, settings.job, mode))
     if args.json:
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
-        if document["rows"]:
-            charts.speeds(args.json.with_suffix(".png"), document["rows"])
+        write(args.json, document)
     if not document["rows"]:
         raise cli.CheckFailed("nothing was measured; the reasons are above")

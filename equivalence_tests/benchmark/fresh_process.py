@@ -59,7 +59,7 @@ def execute(job: Job, cache: Path) -> dict:
     command = [sys.executable, "-m", f"{__package__}.timed_{job.framework}"]
     done = subprocess.run(
         command,
-        input=json.dumps(dataclasses.asdict(job)),
+        input=json.dumps(dataclasses.asdict(job), allow_nan=False),
         capture_output=True,
         text=True,
         env=environment(job, cache),

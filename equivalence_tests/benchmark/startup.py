@@ -29,7 +29,7 @@ def main():
     seconds = measure(flags)
     print(", ".join(f"{name} start: first step after {s:.1f} s" for name, s in seconds.items()))
     if args.json:
-        args.json.write_text(json.dumps(document(seconds), indent=1) + "\n")
+        args.json.write_text(json.dumps(document(seconds), indent=1, allow_nan=False) + "\n")
 
 
 def measure(flags: list[str]) -> dict[str, float]:

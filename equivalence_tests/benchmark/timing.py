@@ -91,13 +91,14 @@ class Kept(NamedTuple):
     def outcome(self, key: dict, run: Callable[[], dict]) -> dict:
         """The stored outcome of a key, else that of `run`, stored unless marked "passing"."""
         key = key | {"origin": self.origin}
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        text = json.dumps(key, sort_keys=True, allow_nan=False)
+        name = hashlib.sha256(text.encode()).hexdigest()
         path = self.folder / "outcomes" / f"{name}.json"
         if path.exists():
             return json.loads(path.read_text())["outcome"]
         outcome = run()
         if "passing" not in outcome:
-            _write_whole(path, json.dumps({"key": key, "outcome": outcome}))
+            _write_whole(path, json.dumps({"key": key, "outcome": outcome}, allow_nan=False))
         return outcome
 
     def with_cache(self, job: Job, number: int, run: Callable[[Path], dict]) -> dict:
@@ -181,7 +182,7 @@ def main(side: Side):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             raise SystemExit(1) from error
         outcome = {"out_of_memory": True}
-    print(json.dumps(outcome))
+    print(json.dumps(outcome, allow_nan=False))
 
 
 def run(side: Side, job: Job) -> dict:

@@ -23,6 +23,7 @@ from rich.table import Table
 from flax_resnet import list_models
 from flax_resnet.commands import cli
 from flax_resnet.config import DataConfig
+from flax_resnet.data.sources import places
 from flax_resnet.errors import BAD_INPUT, InputError
 from flax_resnet.models import SHORTCUTS, STEMS, check_shortcut, check_stem
 from flax_resnet.runs import environment
@@ -101,12 +102,22 @@ def parse():
         raise InputError(f"--jax-model and --{other} exclude each other")
     if args.image_size and (len(args.image_size) > 2 or min(args.image_size) < 1):
         raise InputError("--image-size: a height and a width of 1 or more, or one for both")
-    cli.check_folder("--report", args.report)
+    check_report(args)
     if args.arch:
         cli.check_choice("--arch", args.arch, list_models())
         check_stem(args.arch, args.stem)
         check_shortcut(args.arch, args.shortcut)
     return args
+
+
+def check_report(args):
+    """Raises InputError where the report would replace what the comparison reads or writes."""
+    cli.check_folder("--report", args.report)
+    if args.report and args.report.is_dir():
+        data = places(args.dataset) if args.dataset else ()
+        for name in ("parity.json", "parity.html", "parity.png"):
+            outputs = {"--mapping": args.mapping, "--report": args.report / name}
+            cli.check_outputs(outputs, [args.checkpoint] if args.checkpoint else (), data)
 
 
 def build_case(args, model):

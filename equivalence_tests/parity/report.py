@@ -86,7 +86,9 @@ def page(document: dict) -> str:
         rows=sum(map(len, document["rows"].values())),
         table="".join(_table(mode, rows) for mode, rows in document["rows"].items()),
         environment=html.escape(
-            json.dumps({k: document[k] for k in ("command", "environment")}, indent=1)
+            json.dumps(
+                {k: document[k] for k in ("command", "environment")}, indent=1, allow_nan=False
+            )
         ),
         **COLOURS,
     )

@@ -1,8 +1,10 @@
 """The Python interface, as a notebook uses it."""
 
+import dataclasses
 import doctest
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import flax_resnet
 from flax_resnet.config import DataConfig, ModelConfig
 from flax_resnet.errors import InputError
 from flax_resnet.runs.display import Display
+from flax_resnet.training.guard import NonFiniteLoss
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,13 @@ def test_predictions_are_probabilities_whatever_the_batch(run):
     np.testing.assert_allclose(whole.sum(1), 1, rtol=1e-5)
     np.testing.assert_allclose(run.predict(images(300)[:3]), whole[:3], atol=1e-6)
     assert run.predict(images(0)).shape == (0, 10)
+
+
+def test_a_network_that_gives_nan_predicts_nothing(run):
+    """`predict` gives probabilities or raises, for arrays as for files."""
+    broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), run.variables)
+    with pytest.raises(NonFiniteLoss, match="no finite probabilities for image 0"):
+        dataclasses.replace(run, variables=broken).predict(images(2))
 
 
 def test_a_file_is_predicted_as_its_pixels(run, tmp_path):

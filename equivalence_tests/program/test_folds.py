@@ -70,6 +70,14 @@ def test_more_folds_than_images_of_a_class_are_refused(framework):
         framework(config(0, folds=175))
 
 
+def test_the_number_of_folds_is_bounded_before_a_list_is_made(monkeypatch, tmp_path):
+    command = ["cross_validate.py", "--folds", "2147483647", "--run-dir", str(tmp_path / "cv")]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(InputError, match="--folds.* 1000, got '2147483647'"):
+        cross_validate.main()
+    assert not (tmp_path / "cv").exists()
+
+
 def run(monkeypatch, folder, *flags):
     small = ("--arch", "basic_cnn", "--epochs", "1", "--train-images", "64", "--batch-size", "32")
     command = ["cross_validate.py", "--folds", "2", "--run-dir", str(folder), *small, *flags]

@@ -171,6 +171,7 @@ def test_a_loss_that_is_not_finite_ends_all(tmp_path):
     "flags,words",
     [
         (("--members", "0"), "--members: at least 1, got 0"),
+        (("--members", "2000000000"), "--members: at most 1,000, got 2000000000"),
         (("--members", "2", "--devices", "2"), "--members share one device of 2: give --devices 1"),
         (("--members", "2", "--parallel", "pmap"), "--members need --parallel jit"),
         (("--members", "2", "--profile", "3"), "--members and --profile exclude each other"),
@@ -180,6 +181,12 @@ def test_a_loss_that_is_not_finite_ends_all(tmp_path):
 def test_what_members_cannot_do_is_refused(tmp_path, flags, words):
     refused(train(tmp_path / "runs", *flags), words)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("members", [0, 1001, 2**31])
+def test_the_number_of_members_is_bounded_before_anything_is_made(tmp_path, members):
+    with pytest.raises(InputError, match=f"`members`: from 1 to 1,000, got {members}"):
+        fit_members(CONFIG, tmp_path / "runs", members, display=quiet())
 
 
 def test_members_do_not_begin_inside_a_run(alone):

@@ -7,11 +7,13 @@ import shutil
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.run_directory import tree, write
 from equivalence_tests.program.test_train import quiet, small
+from flax_resnet import errors
 from flax_resnet.commands import cli
 from flax_resnet.config import TrainConfig
 from flax_resnet.devices import distributed
@@ -20,7 +22,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.interop import export
 from flax_resnet.models import create_model
 from flax_resnet.runs import tables, views
-from flax_resnet.runs.checkpoint import steps_in
+from flax_resnet.runs.checkpoint import newest_document, steps_in
 from flax_resnet.runs.directory import RunDirectory, reserve
 from flax_resnet.training import loop
 from flax_resnet.training.fit import _open_directory, fit
@@ -85,6 +87,55 @@ def test_links_are_deleted_and_what_they_point_at_is_not(begun, tmp_path):
     RunDirectory(tmp_path / "latest", overwrite=True).close()
     assert tree(begun).keys() == {"run.lock"} and mine.read_text() == "mine"
     assert tree(tmp_path / "scratch") == before and (tmp_path / "latest").is_symlink()
+
+
+@pytest.mark.parametrize("name", [
+    "metrics.csv", "checkpoints/metrics.csv", "config.tmp", "report.tmp", "SHA256SUMS.tmp",
+    "curves.png", "curves.tmp", "error.log",
+])  # fmt: skip
+def test_nothing_is_written_through_a_link(begun, tmp_path, monkeypatch, name):
+    """Links that wait in the directory are replaced; the log of an error goes elsewhere."""
+    thesis = write(tmp_path / "thesis.tex", "years")
+    if name.endswith("metrics.csv"):  # of which a run that goes on has nothing to write anew
+        thesis.write_bytes((begun / name).read_bytes())
+    before = thesis.read_bytes()
+    (begun / name).unlink(missing_ok=True)
+    (begun / name).symlink_to(thesis)
+    directory = RunDirectory(begun, resume=True)
+    directory.write_config(TrainConfig())
+    directory.start_logs(newest_document(begun / "checkpoints", print), 5)
+    directory.log_epoch(6, {"epoch": 2, "loss": 0.25}, {"epoch": 2, "seconds": 2.5})
+    monkeypatch.setattr(directory, "rows", lambda: [{"epoch": 1, "train_accuracy": 0.5}])
+    results = {"confusion": np.eye(2, dtype=int), "bins": np.ones((3, 10))}
+    directory.write_results({"best_epoch": None, "splits": {}}, results, ["ant", "bee"])
+    directory.close()
+    error = RuntimeError("unforeseen")
+    error.run_dir = begun
+    status, line = errors.verdict(error)
+    assert status == 1 and "the traceback is in" in line
+    assert thesis.read_bytes() == before
+    assert (begun / name).is_symlink() == (name == "error.log")
+
+
+def test_a_row_is_not_appended_through_a_link(begun, tmp_path):
+    thesis = write(tmp_path / "thesis.tex", "years")
+    directory = RunDirectory(begun, resume=True)
+    directory.start_logs(newest_document(begun / "checkpoints", print), 5)
+    (begun / "metrics.csv").unlink()
+    (begun / "metrics.csv").symlink_to(thesis)
+    with pytest.raises(OSError, match="symbolic links"):
+        directory.log_epoch(6, {"epoch": 2, "loss": 0.25}, {"epoch": 2, "seconds": 2.5})
+    directory.close()
+    assert thesis.read_text() == "years"
+
+
+def test_a_log_is_added_to_the_one_before(begun):
+    for words in ("first", "second"):
+        error = RuntimeError(words)
+        error.run_dir = begun
+        assert str(begun / errors.LOG) in errors.verdict(error)[1]
+    log = (begun / errors.LOG).read_text()
+    assert "first" in log and "second" in log
 
 
 def test_a_run_whose_config_is_damaged_is_still_a_run(begun):

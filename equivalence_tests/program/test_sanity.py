@@ -5,11 +5,14 @@ import json
 import numpy as np
 import pytest
 
+import torch_ref.prepare
 from equivalence_tests.program.command import train
 from equivalence_tests.program.insects import write_folder
 from flax_resnet.commands import cli
 from flax_resnet.config import DataConfig, TrainConfig
+from flax_resnet.data.prepare import prepare
 from flax_resnet.data.sources import open_dataset
+from flax_resnet.errors import InputError
 from flax_resnet.recipes import RECIPES
 from flax_resnet.training import sanity
 
@@ -45,6 +48,34 @@ IDLE = [
     ({"augment": {"hue": 0.1}}, "`hue` has no effect: the images are gray"),
     ({"augment": {"saturation": 0.1}}, "`saturation` has no effect: the images are gray"),
     (
+        {"schedule": {"cycle_momentum": True}, "optimizer": {"momentum": 0.8}},
+        "`momentum` has no effect: `cycle_momentum` sets it",
+    ),
+    (
+        {"schedule": {"cycle_momentum": True}, "optimizer": {"optimizer": "adam", "beta1": 0.8}},
+        "`beta1` has no effect: `cycle_momentum` sets it",
+    ),
+    (
+        {"optimizer": {"optimizer": "adamw", "decoupled_weight_decay": True}},
+        "`decoupled_weight_decay` has no effect: adamw's always is",
+    ),
+    (
+        {"optimizer": {"ema_decay": 0.9, "ema_after_warmup": True}},
+        "`ema_after_warmup` has no effect: there is no warm-up",
+    ),
+    (
+        {"schedule": {"schedule": "cosine", "warmup_within": True}},
+        "`warmup_within` has no effect: there is no warm-up",
+    ),
+    (
+        {"data": {"split_seed": 1, "validation_fraction": 0}},
+        "`split_seed` has no effect: no split is drawn",
+    ),
+    (
+        {"data": {"validation_fraction": 0}, "early_stopping": {"restore_best": False}},
+        "`restore_best` has no effect: there is no validation split",
+    ),
+    (
         {"data": {"test_fraction": 0.3}},
         "`test_fraction` has no effect: the data set has such a split",
     ),
@@ -67,6 +98,51 @@ def test_no_recipe_has_settings_of_no_effect(name):
 def test_a_colour_jitter_of_coloured_images_and_a_cut_where_one_is_made_are_used():
     used = {"augment": {"hue": 0.1}, "data": {"test_fraction": 0.3}, "epochs": 2}
     assert sanity.of_settings(cli.merge(TrainConfig(), used), 3, ("validation",)) == []
+
+
+@pytest.mark.parametrize(
+    "changes, own_splits",
+    [
+        ({"data": {"split_seed": 1}}, ("test",)),
+        ({"data": {"split_seed": 1, "train_images": 64}}, ("validation", "test")),
+        ({"data": {"split_seed": 1, "folds": 2, "fold": 0}}, ("validation", "test")),
+        ({"early_stopping": {"restore_best": False}}, ()),
+        ({"early_stopping": {"restore_best": False}}, ("validation", "test")),
+        ({"optimizer": {"momentum": 0.8}}, ()),
+        ({"optimizer": {"decoupled_weight_decay": True}}, ()),
+        ({"optimizer": {"ema_decay": 0.9, "ema_after_warmup": True},
+          "schedule": {"warmup_epochs": 1}}, ()),
+    ],
+)  # fmt: skip
+def test_settings_that_are_used_are_not_named(changes, own_splits):
+    config = cli.merge(TrainConfig(), changes)
+    assert not [line for line in sanity.of_settings(config, 3, own_splits) if "effect" in line]
+
+
+@pytest.mark.parametrize(
+    "num_steps, optimizer, named",
+    [
+        (40, {"ema_decay": 0.9, "ema_steps": 40}, True),
+        (40, {"ema_decay": 0.9, "ema_steps": 39}, False),
+        (40, {"ema_decay": 0.9, "ema_steps": 10, "accumulate_steps": 4}, True),
+        (40, {"ema_decay": 0.0, "ema_steps": 1}, False),
+        (1, {"ema_decay": 0.9}, False),
+    ],
+)
+def test_an_average_that_takes_no_update_is_named(num_steps, optimizer, named):
+    found = sanity.of_updates(cli.merge(TrainConfig(), {"optimizer": optimizer}), num_steps)
+    assert len(found) == named and all("`ema_steps`" in line for line in found)
+
+
+@pytest.mark.parametrize("framework", [prepare, torch_ref.prepare.prepare])
+def test_gradients_of_more_steps_than_the_run_has_are_refused(framework):
+    """They would be averaged and never used."""
+    data = {"train_images": 80, "eval_images": 20}
+    changes = {"epochs": 3, "batch_size": 40, "data": data, "optimizer": {"accumulate_steps": 6}}
+    config = cli.merge(TrainConfig(), changes)
+    assert framework(config).config.batch_size == 40
+    with pytest.raises(InputError, match="`accumulate_steps` 7.* 6 step"):
+        framework(cli.merge(config, {"optimizer": {"accumulate_steps": 7}}))
 
 
 def test_the_splits_that_a_set_brings_with_it_are_known(tmp_path):

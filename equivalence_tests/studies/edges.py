@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import pydantic
 
 from flax_resnet.commands import cli
-from flax_resnet.config import INT32, SMALLEST, TrainConfig, from_dict, to_dict
+from flax_resnet.config import INT32, SMALLEST, TrainConfig, finite, from_dict, to_dict
 from flax_resnet.data import augment
 from flax_resnet.errors import InputError
 from flax_resnet.models import create_from_config
@@ -165,7 +165,7 @@ def main():
     for fault in found["faults"][:10]:
         print(fault["error"].splitlines()[0], file=sys.stderr)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(finite(found), indent=1, allow_nan=False) + "\n")
     if found["faults"]:
         raise cli.CheckFailed(f"{len(found['faults'])} of {args.count} configs end in a traceback")
 

@@ -3,7 +3,7 @@
     python -m equivalence_tests.studies.flips --flips 5000     # ten minutes
 
 Trains a small network twice: to its end, and to the middle. For each flip, one bit of one file is
-changed, the run is read as --resume, evaluate, predict and convert read it, and the bit is
+changed, the run is read as --resume, evaluate, predict, convert and compare read it, and the bit is
 restored. Writes results/flips.json; exit status 1 after a traceback or a silent change.
 """
 
@@ -52,6 +52,7 @@ def reading(run_dir: Path) -> tuple[dict, list[str]]:
     try:
         taken["config"] = to_dict(views.read_config(run_dir, said.append))
         said += views.faults(run_dir)
+        taken |= {"rows": views.rows(run_dir), "report": views.report(run_dir)}
         taken |= _from_checkpoints(run_dir, said)
     except InputError as error:
         return {"refused": True}, [str(error)]
@@ -109,8 +110,12 @@ def verdict(run_dir: Path, whole: dict) -> str:
 
 def _is_of(taken: dict, whole: dict) -> bool:
     rows = {name: content or b"" for name, content in taken.get("tables", {}).items()}
-    return taken["config"] == whole["config"] and all(
-        whole["tables"][name].startswith(content) for name, content in rows.items()
+    compared = taken["report"] in ({}, whole["report"])
+    compared &= taken["rows"] == whole["rows"][: len(taken["rows"])]
+    return (
+        compared
+        and taken["config"] == whole["config"]
+        and all(whole["tables"][name].startswith(content) for name, content in rows.items())
     )
 
 

@@ -42,7 +42,7 @@ def main():
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        print("\n" + json.dumps(PARTS[args.part](args.folder)), flush=True)
+        print("\n" + json.dumps(PARTS[args.part](args.folder), allow_nan=False), flush=True)
         return
     rows = [measured(size) for size in args.sizes]
     growth = {
@@ -50,7 +50,7 @@ def main():
         for name in PER_IMAGE
     }
     results.write("growth", {"sizes": rows, "growth": growth, "bounds": BOUNDS})
-    print(json.dumps(growth | rows[1], indent=1))
+    print(json.dumps(growth | rows[1], indent=1, allow_nan=False))
     if lines := over(rows[1], growth):
         raise cli.CheckFailed("; ".join(lines))
 
@@ -144,7 +144,7 @@ def first_step(folder: str) -> dict:
         fetch_metrics(engine, metrics)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         used = {"cpu_seconds_to_first_step": time.process_time(), "peak_mib_at_first_step": peak}
-        print("\n" + json.dumps(used), flush=True)
+        print("\n" + json.dumps(used, allow_nan=False), flush=True)
         os._exit(0)
 
     with tempfile.TemporaryDirectory() as run, mock.patch.object(Engine, "fetch_metrics", fetch):

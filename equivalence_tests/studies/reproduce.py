@@ -20,6 +20,8 @@ from equivalence_tests.studies.reproduction import folder_name
 from flax_resnet.commands import cli
 from flax_resnet.errors import InputError
 from flax_resnet.recipes import CIFAR10, IMAGENETTE, RECIPES
+from flax_resnet.runs import views
+from torch_ref.directory import clear
 
 ROOT = Path(__file__).parents[2]
 SUBSET = 512
@@ -66,7 +68,7 @@ def run(args, name: str, seed: int, framework: str):
     """One run in a process of its own, to its end; then its files go to the results."""
     place = Path(name) / folder_name(seed, framework, subset(args, name))
     run_dir = Path(args.runs) / place
-    if not (run_dir / "report.json").exists():
+    if not is_whole(run_dir, framework):
         command = train_command if framework == "jax" else torch_command
         words = command(name, run_dir)
         if source := RECIPES[name].starts_from:
@@ -85,6 +87,20 @@ def run(args, name: str, seed: int, framework: str):
         shutil.copyfile(file, kept / file.name)
 
 
+def is_whole(run_dir: Path, framework: str) -> bool:
+    """True if a run is finished and its files are as it wrote them; what is damaged is written anew
+    by a run that goes on.
+
+    Raises:
+      InputError: the run is finished and cannot go on, or its report is unreadable.
+    """
+    if not (run_dir / "report.json").exists():
+        return False
+    if framework == "jax":
+        return not views.faults(run_dir)
+    return bool(views.read_report(run_dir / "report.json"))
+
+
 def train_command(name: str, run_dir: Path) -> list[str]:
     del run_dir  # a run that is there goes on
     return [str(ROOT / "scripts" / "train.py"), "--recipe", name, "--resume"]
@@ -92,7 +108,7 @@ def train_command(name: str, run_dir: Path) -> list[str]:
 
 def torch_command(name: str, run_dir: Path) -> list[str]:
     """The same recipe; torch_ref cannot resume, so a run that was cut off starts anew."""
-    shutil.rmtree(run_dir, ignore_errors=True)
+    clear(run_dir)
     return ["-m", "torch_ref.train", "--recipe", name]
 
 

@@ -4,7 +4,6 @@ A run lies in FOLDER/RECIPE/seedN, with "-torch" for the PyTorch twin and "-subs
 images of each split were used. R is the number of seeds of a row.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from scipy import stats
 from flax_resnet.config import to_dict
 from flax_resnet.errors import InputError
 from flax_resnet.recipes import COMPARISONS, RECIPES
+from flax_resnet.runs.views import read_report
+from flax_resnet.text import listed
 
 KEPT = ("config.json", "report.json", "metrics.csv", "timings.csv", "per_class.csv",
         "curves.png", "confusion_matrix.png")  # fmt: skip
@@ -83,9 +84,24 @@ def _finished(folder: Path) -> Iterator[Run]:
             raise InputError(f"{path.parent}: not the name of a run, seedN[-torch][-subsetM]")
         seed, torch, subset = found.groups()
         framework = "torch" if torch else "jax"
-        report = json.loads(path.read_text())
+        report = _read(path)
         subset = int(subset) if subset else None
         yield Run(recipe, framework, subset, int(seed), path.parent, report)
+
+
+_ELSEWHERE = {"epochs": int, "seconds": int | float, "environment": dict, "command": str,
+              "best_epoch": int}  # fmt: skip
+"""{fact of a report beside its figures: its type}"""
+
+
+def _read(path: Path) -> dict:
+    """A report; InputError unless it has all that the table needs."""
+    report = read_report(path)
+    wrong = [name for name, kind in _ELSEWHERE.items() if not isinstance(report.get(name), kind)]
+    wrong += [s for s, scores in report["splits"].items() if not {"loss", "accuracy"} <= {*scores}]
+    if wrong:
+        raise InputError(f"{path}: {listed(wrong)} is missing or wrong")
+    return report
 
 
 def table_rows(runs: list[Run]) -> list[dict]:

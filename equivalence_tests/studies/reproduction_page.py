@@ -19,6 +19,7 @@ from equivalence_tests.studies.reproduction import (
     side_by_side,
     table_rows,
 )
+from flax_resnet.config import finite
 from flax_resnet.recipes import RECIPES
 from flax_resnet.runs import plots
 from flax_resnet.runs.tables import read_rows
@@ -30,7 +31,9 @@ def rebuild(folder: Path) -> list[dict]:
     runs = finished(folder / "recipes")
     rows = table_rows(runs)
     figures = {"rows": rows, "side_by_side": side_by_side(rows)}
-    (folder / "recipes.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (folder / "recipes.json").write_text(
+        json.dumps(finite(figures), indent=1, allow_nan=False) + "\n"
+    )
     text = f"# Published figures, and ours\n\n{markdown(rows)}"
     if pairs := pairs_markdown(rows):
         text += f"\n## The same recipe in JAX and in PyTorch\n\n{PAIRS_METHOD}\n\n{pairs}"

@@ -5,6 +5,7 @@ import codecs
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ from flax_resnet.errors import DONE, FAILED, InputError
 from flax_resnet.imagenet_recipes import IMAGENET_RECIPES
 from flax_resnet.recipes import RECIPES
 from flax_resnet.runs.display import drop_output
+from flax_resnet.runs.files import replacing
 
 BAD_IMAGE = "error: unreadable images end the command; skip: they are listed and left out"
 FOLD_BATCHNORM = "fold BatchNorm into the convolutions: faster, equal up to rounding"
@@ -174,18 +176,51 @@ def check_choice(flag: str, value: str, valid):
         raise InputError(f"{flag}: unknown {value!r}{nearest(value, valid)}")
 
 
-def check_writable(flag: str, path: Path | None, inputs: Iterable[Path] = ()):
-    """Raises InputError unless a file can be written at `path`: its folder exists, and it is
-    neither one of the inputs nor inside one. None passes."""
-    if path and not path.absolute().parent.is_dir():
+def chosen_average(average: str | None, valid: tuple[str, ...], runs: Iterable[Path | str]) -> str:
+    """What is averaged, by default the first that is valid; InputError for an unknown word, or for
+    any where there is one run."""
+    if average is not None:
+        check_choice("--average", average, valid)
+        if len({*runs}) == 1:
+            raise InputError("--average has no effect with one run")
+    return average or valid[0]
+
+
+def check_outputs(
+    outputs: dict[str, Path | None],
+    inputs: Iterable[Path | str] = (),
+    data: Iterable[Path | str] = (),
+):
+    """Raises InputError unless a file can be written at every path: its folder exists, no other
+    flag names it, and it replaces nothing that the command reads.
+
+    Args:
+      outputs: {flag: path}; None passes, and "-" is standard output.
+      inputs: files that are read, and run directories, into which nothing is written.
+      data: files and folders of images, whose files stay as they are; new ones may join them.
+    """
+    given = {flag: path for flag, path in outputs.items() if path}
+    for (one, path), (other, second) in itertools.combinations(given.items(), 2):
+        if os.path.realpath(path) == os.path.realpath(second):
+            raise InputError(f"{one} and {other} both name {path}")
+    for flag, path in given.items():
+        if str(path) != "-":
+            _check_output(flag, path, _real(inputs), _real(data))
+
+
+def _real(paths: Iterable[Path | str]) -> set[Path]:
+    return {Path(os.path.realpath(path)) for path in paths}
+
+
+def _check_output(flag: str, path: Path, inputs: set[Path], data: set[Path]):
+    if not path.absolute().parent.is_dir():
         raise InputError(f"{flag}: the folder {path.absolute().parent} does not exist")
-    if path and path.is_dir():
+    if path.is_dir():
         raise InputError(f"{flag}: {path} is a directory")
-    if path:
-        written = Path(os.path.realpath(path))
-        read = {Path(os.path.realpath(entry)) for entry in inputs}
-        if read & {written, *written.parents}:
-            raise InputError(f"{flag}: {path} is one of the files that are read")
+    written = Path(os.path.realpath(path))
+    places = {written, *written.parents}
+    if inputs & places or (written.exists() and data & places):
+        raise InputError(f"{flag}: {path} is one of the files that are read")
 
 
 @contextlib.contextmanager
@@ -195,19 +230,18 @@ def output(path: Path) -> Iterator[typing.TextIO]:
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
         yield sys.stdout
         return
-    path = Path(os.path.realpath(path))
     how = {"mode": "w", "encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    if path.exists() and not path.is_file():  # a device or a pipe is not replaced
-        with path.open(**how) as file:
+    path = Path(os.path.realpath(path))
+    is_device = path.exists() and not path.is_file()  # or a pipe, which is not replaced either
+    with contextlib.nullcontext(path) if is_device else replacing(path) as place:
+        with place.open(**how) as file:
             yield file
-        return
-    temporary = path.with_name(f".{path.name[-100:]}.{os.getpid()}.tmp")
-    try:
-        with temporary.open(**how) as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def check_picture(flag: str, path: Path | None):
+    """Raises InputError unless the name of a picture ends in .png. None passes."""
+    if path and path.suffix != ".png":
+        raise InputError(f"{flag}: a picture ends in .png, got {path}")
 
 
 def check_folder(flag: str, path: Path | None):
@@ -216,12 +250,12 @@ def check_folder(flag: str, path: Path | None):
         raise InputError(f"{flag}: {path} is no directory")
 
 
-def check_positive(flag: str, value: int | None):
-    """Raises InputError below 1 or above 2^31 - 1. None passes."""
+def check_positive(flag: str, value: int | None, most: int = INT32):
+    """Raises InputError below 1 or above `most`. None passes."""
     if value is not None and value < 1:
         raise InputError(f"{flag}: at least 1, got {value}")
-    if value is not None and value > INT32:
-        raise InputError(f"{flag}: at most {INT32:,}, got {value}")
+    if value is not None and value > most:
+        raise InputError(f"{flag}: at most {most:,}, got {value}")
 
 
 def run_command(main: Callable[[], int | None]) -> typing.NoReturn:

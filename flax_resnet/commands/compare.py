@@ -5,8 +5,8 @@ python scripts/compare.py runs/* --plot curves.png --json runs.json
 """
 
 import json
-import math
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +15,9 @@ from rich.table import Table
 from flax_resnet.commands import cli
 from flax_resnet.config import TrainConfig, finite, flat
 from flax_resnet.errors import InputError
+from flax_resnet.runs import views
 from flax_resnet.runs.display import Display
-from flax_resnet.runs.tables import read_rows
-from flax_resnet.runs.views import read_config
+from flax_resnet.runs.files import replacing
 from flax_resnet.text import printable
 
 FIGURES = {
@@ -38,10 +38,13 @@ class Course(NamedTuple):
 
     config: TrainConfig
     report: dict
-    """What report.json holds; {} of a run that is not finished."""
+    """What report.json holds; {} of a run that is not finished, or whose report is damaged."""
 
     rows: list[dict]
-    """The rows of metrics.csv."""
+    """The rows of metrics.csv, as the checkpoint knows them."""
+
+    state: str = ""
+    """What there is to say of the report: nothing, " unfinished" or " report damaged"."""
 
     def figures(self) -> dict[str, float]:
         """The run's values of `FIGURES`; those of the reported weights if it is finished."""
@@ -56,7 +59,7 @@ class Course(NamedTuple):
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # false for NaN
 
 
 def parse():
@@ -69,21 +72,24 @@ def parse():
     args = parser.parse_args()
     if len(set(args.run_dirs)) < 2:
         raise InputError(f"two or more runs are compared, got {args.run_dirs[0]} alone")
-    if args.plot and args.plot.suffix != ".png":
-        raise InputError(f"--plot: a picture ends in .png, got {args.plot}")
-    for flag in ("plot", "json"):
-        cli.check_writable(f"--{flag}", getattr(args, flag), args.run_dirs)
+    cli.check_picture("--plot", args.plot)
+    cli.check_outputs({"--plot": args.plot, "--json": args.json}, args.run_dirs)
     return args
 
 
 def read(run_dir: Path) -> Course:
-    """The course of a run; InputError if there is none, or a file of it is damaged."""
-    config, path = read_config(run_dir), run_dir / "report.json"
-    try:
-        report = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        return Course(config, report, read_rows(run_dir / "metrics.csv"))
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path}: {error}") from None
+    """The course of a run, as its checkpoint knows it; damaged files beside it are named.
+
+    Raises:
+      InputError: there is no run, or it is finished and has no sound checkpoint.
+    """
+    faults = views.faults(run_dir)
+    config = views.read_config(run_dir)
+    for fault in faults:
+        views.warn(fault)
+    report = views.report(run_dir)
+    missing = " report damaged" if (run_dir / "report.json").exists() else " unfinished"
+    return Course(config, report, views.rows(run_dir), "" if report else missing)
 
 
 def differing(configs: dict[str, TrainConfig]) -> dict[str, dict]:
@@ -110,7 +116,7 @@ def table_of_figures(courses: dict[str, Course]) -> Table:
     for name, course in courses.items():
         cells = [_cell(figures[name].get(figure), tops[figure]) for figure in tops]
         done = f"{len(course.rows)}/{course.config.epochs}"
-        table.add_row(printable(name), done + ("" if course.report else " unfinished"), *cells)
+        table.add_row(printable(name), done + course.state, *cells)
     return table
 
 
@@ -146,7 +152,8 @@ def main():
 
         shared = os.path.dirname(os.path.commonprefix([f"{name}/" for name in courses])) + "/"
         drawn = {n.removeprefix(shared): c.rows for n, c in courses.items() if c.rows}
-        plots.comparison(args.plot, drawn, "Runs")
+        with replacing(args.plot) as place:
+            plots.comparison(place, drawn, "Runs")
     if args.json:
         figures = {name: course.figures() for name, course in courses.items()}
         values = {"figures": figures, "best": best(figures), "settings": settings}

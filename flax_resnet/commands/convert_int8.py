@@ -12,8 +12,8 @@ from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import evaluation_decoder
 from flax_resnet.data.sources import DataSet, open_dataset
 from flax_resnet.errors import InputError
-from flax_resnet.interop import export
 from flax_resnet.interop.loaded_run import LoadedRun
+from flax_resnet.runs.files import replacing
 from flax_resnet.runs.views import warn
 from flax_resnet.text import say
 
@@ -44,7 +44,7 @@ def write(path: Path, run: LoadedRun, name: str | None, count: int):
         for start in range(0, limit, _AT_ONCE):
             yield _inputs(images[start : min(start + _AT_ONCE, limit)], run)
 
-    with tempfile.TemporaryDirectory() as folder, export.replacing(path) as temporary:
+    with tempfile.TemporaryDirectory() as folder, replacing(path) as temporary:
         whole = Path(folder) / "float32.onnx"
         convert_torch.write_onnx(whole, run, fold_batchnorm=True)
         int8.quantize(whole, temporary, batches, {"calibration": facts})

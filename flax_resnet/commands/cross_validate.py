@@ -9,6 +9,7 @@ cross_validation.json, predictions.csv, curves.png and confusion_matrix.png.
 """
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +21,15 @@ from flax_resnet.commands import cli, evaluate, outcomes, train
 from flax_resnet.config import TrainConfig, finite
 from flax_resnet.errors import InputError
 from flax_resnet.interop.loaded_run import load_run
-from flax_resnet.runs import environment
-from flax_resnet.runs.directory import default_name
+from flax_resnet.runs import environment, views
+from flax_resnet.runs.directory import check_root, check_usable, default_name
 from flax_resnet.runs.display import Display
-from flax_resnet.runs.tables import read_rows
+from flax_resnet.runs.files import replacing
 from flax_resnet.runs.views import class_names, is_begun, read_config
 from flax_resnet.training import fit
 
+SUMMARY = "cross_validation.json"
+PICTURES = ("confusion_matrix.png", "curves.png")
 SHOWN = ("loss", "accuracy", "precision_macro", "recall_macro", "f1_macro")
 
 
@@ -50,14 +53,25 @@ def configs(args) -> list[TrainConfig]:
     return [replace(config, data=replace(config.data, fold=fold)) for fold in folds]
 
 
+def check(root: Path, runs: dict[Path, TrainConfig]):
+    """Raises InputError, before anything is trained, where files would be replaced that no
+    cross-validation has written, or where a fold was begun with other settings."""
+    check_root(root, "the folds")
+    if not os.path.lexists(root / SUMMARY):  # no cross-validation has ended here
+        for name in (*PICTURES, "predictions.csv"):
+            if os.path.lexists(root / name):
+                raise InputError(f"{root / name} is of no cross-validation; move it")
+    for run_dir, config in runs.items():
+        check_usable(run_dir, resume=True, overwrite=False)
+        if is_begun(run_dir):
+            train.check_settings(run_dir, config, read_config(run_dir, say=lambda line: None))
+
+
 def trained(config: TrainConfig, run_dir: Path):
     """Train a fold's run, or the rest of it."""
-    begun = is_begun(run_dir)
-    if begun:
-        train.check_settings(run_dir, config, read_config(run_dir, say=lambda line: None))
-        if train.is_finished(run_dir):
-            return
-    fit.fit(config, run_dir, resume=begun, command=cli.command_line())
+    if is_begun(run_dir) and train.is_finished(run_dir):
+        return
+    fit.fit(config, run_dir, resume=True, command=cli.command_line())
 
 
 class Pool:
@@ -125,23 +139,27 @@ def main():
     runs = configs(args)
     root = args.run_dir or Path("runs") / f"{default_name(runs[0])}-{len(runs)}-folds"
     folders = [root / f"fold-{number}" for number in range(len(runs))]
+    check(root, dict(zip(folders, runs, strict=True)))
     for config, folder in zip(runs, folders, strict=True):
         trained(config, folder)
     figures, pool = all_predictions(root, folders)
     whole = spread(figures) | {"pooled": pool.figures()}
     Display().show(table(figures, whole))
-    images = int(pool.counts.sum())
-    write(root, {"folds": figures, **whole, "images": images}, pool.counts, pool.names)
+    courses = {folder.name: views.rows(folder) for folder in folders}
+    facts = {"folds": figures, **whole, "images": int(pool.counts.sum())}
+    write(root, facts, pool.counts, pool.names, courses)
 
 
-def write(root: Path, values: dict, counts: np.ndarray, names):
+def write(root: Path, values: dict, counts: np.ndarray, names, courses: dict):
     """Write the files about all folds."""
     from flax_resnet.runs import plots  # here, because importing Matplotlib takes a second
 
     facts = {"class_names": names, "confusion": counts.tolist()}
     facts |= {"command": cli.command_line(), "environment": environment.describe(1)}
-    text = json.dumps(finite(values | facts), indent=2, allow_nan=False)
-    (root / "cross_validation.json").write_text(text + "\n", encoding="utf-8")
-    plots.confusion_matrix(root / "confusion_matrix.png", counts, names)
-    courses = {f.name: read_rows(f / "metrics.csv") for f in sorted(root.glob("fold-*"))}
-    plots.comparison(root / "curves.png", courses, f"{len(courses)} folds")
+    with cli.output(root / SUMMARY) as file:
+        file.write(json.dumps(finite(values | facts), indent=2, allow_nan=False) + "\n")
+    confusion, curves = (root / name for name in PICTURES)
+    with replacing(confusion) as place:
+        plots.confusion_matrix(place, counts, names)
+    with replacing(curves) as place:
+        plots.comparison(place, courses, f"{len(courses)} folds")

@@ -20,7 +20,7 @@ import numpy as np
 from flax_resnet.commands import cli, outcomes
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import SPLITS, check_contents, contents, evaluation_decoder
-from flax_resnet.data.sources import AS_TRAINED, DataSet, open_dataset
+from flax_resnet.data.sources import AS_TRAINED, DataSet, open_dataset, places
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.errors import InputError
 from flax_resnet.interop.ensemble import AVERAGES, ensemble
@@ -37,7 +37,7 @@ from flax_resnet.weights import published
 def parse():
     parser = cli.Parser(description=__doc__)
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help=cli.RUN_OR_NAME)
-    parser.add_argument("--average", default=AVERAGES[0], metavar="KIND", help=cli.AVERAGE)
+    parser.add_argument("--average", metavar="KIND", help=cli.AVERAGE)
     splits = (*SPLITS, "all")
     parser.add_argument(
         "--split", default="test", metavar="|".join(splits), help="split to use (default: test)"
@@ -56,11 +56,15 @@ def parse():
     )
     args = parser.parse_args()
     cli.check_choice("--split", args.split, splits)
-    cli.check_choice("--average", args.average, AVERAGES)
+    args.average = cli.chosen_average(args.average, AVERAGES, args.run_dirs)
     cli.check_choice("--on-bad-image", args.on_bad_image, ("error", "skip"))
-    for flag in ("json", "predictions", "worst"):
-        cli.check_writable(f"--{flag}", getattr(args, flag), args.run_dirs)
+    cli.check_outputs(outputs(args), args.run_dirs, places(args.dataset) if args.dataset else ())
     return args
+
+
+def outputs(args) -> dict[str, Path | None]:
+    """{flag: the file that it names}"""
+    return {f"--{name}": getattr(args, name) for name in ("json", "predictions", "worst")}
 
 
 def open_data(run: LoadedRun, name: str | None, split: str):
@@ -194,6 +198,8 @@ def main():
     args = parse()
     names = list(dict.fromkeys(args.run_dirs))
     runs, dataset = opened_all(names, args)
+    read = [args.dataset or run.config.data.dataset for run in runs.values()]
+    cli.check_outputs(outputs(args), data=[place for name in read for place in places(name)])
     several = len(runs) > 1
     skip = args.on_bad_image == "skip"
     table = {

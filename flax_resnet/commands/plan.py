@@ -19,14 +19,15 @@ from flax import nnx
 from rich.table import Table
 
 from flax_resnet.commands import cli
-from flax_resnet.config import TrainConfig, to_dict
+from flax_resnet.config import TrainConfig, finite, to_dict
 from flax_resnet.data.prepare import natural_size, resolve, that_fit
-from flax_resnet.data.sources import open_dataset
+from flax_resnet.data.sources import open_dataset, places
 from flax_resnet.devices import program, targets
 from flax_resnet.errors import InputError
 from flax_resnet.models import create_from_config, floor, has_shortcut_choice
 from flax_resnet.runs import environment, plots
 from flax_resnet.runs.display import Display
+from flax_resnet.runs.files import replacing
 from flax_resnet.training import ahead
 
 HEAVIEST = 20
@@ -49,8 +50,9 @@ def parse():
     cli.add_starting_points(parser)
     cli.add_config_flags(parser)
     args = parser.parse_args()
-    for flag in ("--json", "--plot"):
-        cli.check_writable(flag, getattr(args, flag.removeprefix("--")))
+    cli.check_picture("--plot", args.plot)
+    data = places(args.dataset) if args.dataset else ()
+    cli.check_outputs({"--json": args.json, "--plot": args.plot}, data=data)
     words = [word for given in args.target for word in given.split(",") if word]
     args.targets = [targets.parse(word) for word in dict.fromkeys(words)]
     if not args.targets:
@@ -248,8 +250,9 @@ def main():
         document = {"targets": [as_json(row) for row in rows], "config": to_dict(config)}
         document["environment"] = environment.describe(len(rows))
         with cli.output(args.json) as file:
-            file.write(json.dumps(document, indent=2) + "\n")
+            file.write(json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
     if args.plot:
-        plots.layer_bytes(args.plot, {each.target.name: each.by_layer() for each in made})
+        with replacing(args.plot) as place:
+            plots.layer_bytes(place, {each.target.name: each.by_layer() for each in made})
     if line := too_large(rows):
         raise cli.CheckFailed(line)

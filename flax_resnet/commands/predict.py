@@ -10,7 +10,6 @@ import contextlib
 import csv
 import itertools
 import json
-import os
 import sys
 import textwrap
 from collections import Counter
@@ -37,7 +36,7 @@ def parse():
     parser.add_argument("run_dir", metavar="RUN_DIR", help=cli.RUN_OR_NAME)
     about = "more runs, then image files and folders"
     parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_FOLDER", help=about)
-    parser.add_argument("--average", default=AVERAGES[0], metavar="KIND", help=cli.AVERAGE)
+    parser.add_argument("--average", metavar="KIND", help=cli.AVERAGE)
     parser.add_argument(
         "--top-k", type=int, default=5, metavar="INT", help="classes for each image (default: 5)"
     )
@@ -50,20 +49,16 @@ def parse():
     if args.top_k < 1:
         raise InputError("--top-k: at least 1")
     cli.check_choice("--on-bad-image", args.on_bad_image, ("error", "skip"))
-    cli.check_choice("--average", args.average, AVERAGES)
     more = list(itertools.takewhile(is_run, args.inputs))
     args.runs = list(dict.fromkeys([args.run_dir, *more]))
     args.inputs = [Path(name) for name in args.inputs[len(more) :]]
     if not args.inputs:
         raise InputError(f"no image or folder follows the runs {listed(args.runs)}")
-    outputs = (("--json", args.json), ("--csv", args.csv))
-    for flag, path in outputs:
-        cli.check_writable(flag, path, args.runs)
+    args.average = cli.chosen_average(args.average, AVERAGES, args.runs)
+    outputs = {"--json": args.json, "--csv": args.csv}
+    cli.check_outputs(outputs, args.runs)
     args.inputs, args.passed_over = image_files(args.inputs)
-    for flag, path in outputs:
-        cli.check_writable(flag, path, args.inputs)
-    if args.json and args.csv and os.path.realpath(args.json) == os.path.realpath(args.csv):
-        raise InputError(f"--json and --csv both name {args.json}")
+    cli.check_outputs(outputs, args.inputs)
     return args
 
 

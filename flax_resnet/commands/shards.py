@@ -64,7 +64,7 @@ def _parse():
         cli.check_positive(f"--{flag.replace('_', '-')}", getattr(args, flag))
     if args.out.exists():
         raise InputError(f"OUT: {args.out} exists")
-    cli.check_writable("OUT", args.out)
+    cli.check_outputs({"OUT": args.out})
     if args.interpolation and not args.resize:
         raise InputError("--interpolation has no effect without --resize")
     config = cli.merge(_WHOLE, cli.requested_values(args))

@@ -52,7 +52,7 @@ def parse():
     args = parser.parse_args()
     cli.check_positive("--connect-timeout", args.connect_timeout)
     cli.check_positive("--profile", args.profile)
-    cli.check_positive("--members", args.members)
+    cli.check_positive("--members", args.members, members.MOST)
     if args.members and args.profile:
         raise InputError("--members and --profile exclude each other")
     return args

@@ -7,7 +7,6 @@ import pydantic
 from pydantic import Field
 
 from flax_resnet.config.fields import (
-    INT32,
     Count,
     Fraction,
     Name,
@@ -58,7 +57,7 @@ class DataConfig:
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Random seed of the validation and test splits."""
 
-    folds: Annotated[int, Field(ge=2, le=INT32)] | None = None
+    folds: Annotated[int, Field(ge=2, le=1000)] | None = None
     """Folds of a cross-validation: stratified parts of the training split, shuffled by
     `split_seed`. Needs `fold`."""
 

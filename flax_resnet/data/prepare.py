@@ -134,6 +134,11 @@ def _check_steps(config, num_images):
             f"`epochs` {config.epochs:,} of `batch_size` {config.batch_size:,} are {steps:,} steps;"
             f" a run has at most {INT32:,}"
         )
+    if steps < config.optimizer.accumulate_steps:
+        raise InputError(
+            f"`accumulate_steps` {config.optimizer.accumulate_steps:,} is more than the {steps:,}"
+            " step(s) of the run, which would train nothing"
+        )
 
 
 def _statistics(source, decoder, images: np.ndarray | None):

@@ -205,7 +205,8 @@ def write(
             with open(folder / name, "rb") as file:
                 sums.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
             yield name, len(part)
-    content = json.dumps(asdict(Index(list(class_names), channels, shards))).encode()
+    index = Index(list(class_names), channels, shards)
+    content = json.dumps(asdict(index), allow_nan=False).encode()
     (folder / INDEX).write_bytes(content)
     (folder / CHECKSUMS).write_text("".join([*sums, _checksum_line(content, INDEX)]))
 

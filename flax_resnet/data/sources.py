@@ -1,5 +1,6 @@
 """Data sets as random-access sources of images and labels, at their own sizes."""
 
+import glob
 import io
 import math
 import os
@@ -213,6 +214,16 @@ def passed_over_remarks(passed_over: Counter[str]) -> Iterator[str]:
 def turned_remark(turned: int, looked_at: int, why: str) -> str:
     """The line about images with an EXIF rotation."""
     return f"{turned:,} of {looked_at:,} images carry an EXIF rotation that is not applied; {why}"
+
+
+def places(dataset: str) -> list[str]:
+    """The files and folders that the name of a data set means; [] of one without files of its
+    own."""
+    scheme, _, place = dataset.partition(":")
+    place = os.path.expanduser(place)
+    if scheme not in ("folder", "cifar10", "arrayrecord"):
+        return []
+    return [place] if os.path.exists(place) else glob.glob(place)
 
 
 def open_dataset(config: DataConfig) -> DataSet:

@@ -218,7 +218,7 @@ def exchange(value) -> list:
     """All-gather a JSON value; the list has the value of each process, in their order."""
     if jax.process_count() == 1:
         return [value]
-    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    own = np.frombuffer(json.dumps(value, allow_nan=False).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array(own.size, np.int32))
     rows = multihost_utils.process_allgather(np.pad(own, (0, lengths.max() - own.size)))
     return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
@@ -253,7 +253,7 @@ def check_agreement(facts: dict):
     """
     everyone = exchange(facts)
     for name in dict.fromkeys(name for each in everyone for name in each):
-        values = [json.dumps(each.get(name)) for each in everyone]
+        values = [json.dumps(each.get(name), allow_nan=False) for each in everyone]
         for process, value in enumerate(values):
             if value != values[0]:
                 raise Refusal(

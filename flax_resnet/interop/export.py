@@ -1,6 +1,5 @@
 """Writes weights, programs and run directories, each read back and compared before it is named."""
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from flax_resnet.interop import weights_to_run
 from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.runs.checkpoint import Checkpoints, check_space
 from flax_resnet.runs.directory import RunDirectory
+from flax_resnet.runs.files import replacing
 from flax_resnet.runs.owned import LOCK
 from flax_resnet.text import listed
 from flax_resnet.training.steps import TrainState
@@ -221,20 +221,6 @@ def _compare(got: Arrays, expected: Arrays, path: Path):
     ]
     if wrong:
         raise DamagedExport(f"{path}: read back, {listed(wrong)} came out different")
-
-
-@contextlib.contextmanager
-def replacing(path: Path):
-    """Yields a temporary file's path; the file replaces `path` unless the body fails."""
-    temporary = _beside(path)
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors creates files that only their owner can read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:

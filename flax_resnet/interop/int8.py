@@ -54,7 +54,7 @@ def quantize(source: Path, target: Path, batches: Batches, notes: dict):
         )
     model = onnx.load(target)
     kept = {entry.key: entry.value for entry in onnx.load(source).metadata_props}
-    kept |= {name: json.dumps(value) for name, value in notes.items()}
+    kept |= {name: json.dumps(value, allow_nan=False) for name, value in notes.items()}
     onnx.helper.set_model_props(model, kept)
     onnx.save(model, target)
 

@@ -89,7 +89,11 @@ class LoadedRun:
         if isinstance(images, Sequence):
             rows = [row for _, row in predict_files(self, images)]
             return np.stack(rows) if rows else np.zeros((0, len(self.class_names)), np.float32)
-        return self._in_batches(self._probabilities, images)
+        found = self._in_batches(self._probabilities, images)
+        bad = np.flatnonzero(~np.isfinite(found).all(-1))
+        if len(bad):
+            raise NonFiniteLoss(f"the run gives no finite probabilities for image {bad[0]}")
+        return found
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """The input of the last layer, `[B, D]`.

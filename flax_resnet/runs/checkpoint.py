@@ -315,7 +315,7 @@ def _files(directory: Path) -> dict[str, Path]:
 def _write_manifest(directory: Path):
     digests = {name: _sha256(path) for name, path in _files(directory).items()}
     temporary = directory / (_MANIFEST + ".tmp")
-    temporary.write_text(json.dumps(digests, indent=1))
+    temporary.write_text(json.dumps(digests, indent=1, allow_nan=False))
     os.replace(temporary, directory / _MANIFEST)
 
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -20,8 +21,14 @@ from flax_resnet.errors import InputError
 from flax_resnet.runs import tables
 from flax_resnet.runs.checkpoint import steps_in
 from flax_resnet.runs.owned import DIGESTS, LOCK, RESULTS, clear
-from flax_resnet.runs.tables import Table, read_rows
-from flax_resnet.runs.views import Say, own_config, warn
+from flax_resnet.runs.tables import Table
+from flax_resnet.runs.views import (
+    Say,
+    is_begun,
+    own_config,
+    rows_of_an_earlier_version,
+    warn,
+)
 
 TABLES = ("metrics.csv", "timings.csv")
 
@@ -86,7 +93,8 @@ class RunDirectory:
 
     def _recovered(self, name: str, document: dict) -> bytes:
         if "tables" not in document:
-            return _rows_of_an_earlier_version(self.path / name, document, self._say)
+            rows = rows_of_an_earlier_version(self.path / name, document, self._say)
+            return tables.as_csv(rows) if rows else b""
         content = self._tables[name].recover(document["tables"][name])
         if content is None:
             self._say(f"{self.path / name}: both copies are damaged; its rows so far are lost")
@@ -143,9 +151,13 @@ class RunDirectory:
         self.check()
         confusion = counts["confusion"]
         write_per_class(self.path / "per_class.csv", confusion, class_names)
-        plots.curves(self.path / "curves.png", self.rows(), report["best_epoch"])
-        plots.confusion_matrix(self.path / "confusion_matrix.png", confusion, class_names)
-        plots.reliability(self.path / "reliability.png", counts["bins"])
+        for name, draw, *values in (
+            ("curves.png", plots.curves, self.rows(), report["best_epoch"]),
+            ("confusion_matrix.png", plots.confusion_matrix, confusion, class_names),
+            ("reliability.png", plots.reliability, counts["bins"]),
+        ):
+            draw(picture := io.BytesIO(), *values)
+            tables.write(self.path / name, picture.getvalue())
         self.write_report(report)
 
     def write_report(self, report: dict):
@@ -207,6 +219,18 @@ def reserve(config: TrainConfig) -> Path:
             return path
         except FileExistsError:
             pass
+
+
+def check_root(root: Path, what: str):
+    """Raises InputError unless the directories of several runs can lie in `root`.
+
+    Args:
+      what: the runs, for the message, in the plural.
+    """
+    if os.path.lexists(root) and not root.is_dir():
+        raise InputError(f"{root} is not a directory")
+    if is_begun(root):
+        raise InputError(f"{root} is a run itself: {what} need another directory")
 
 
 def check_usable(run_dir: Path, *, resume: bool, overwrite: bool):
@@ -308,13 +332,3 @@ def write_per_class(path: Path, confusion: np.ndarray, class_names):
         for i, name in enumerate(class_names)
     ]
     tables.write(path, tables.as_csv(rows))
-
-
-def _rows_of_an_earlier_version(path: Path, document: dict, say: Say) -> bytes:
-    """The rows up to the checkpoint's epoch, for checkpoints of earlier versions without marks."""
-    try:
-        rows = [row for row in read_rows(path) if row["epoch"] <= document["progress"]["epoch"]]
-    except (InputError, KeyError, OSError) as error:
-        say(f"{path}: its rows so far are lost: {error}")
-        return b""
-    return tables.as_csv(rows) if rows else b""

@@ -23,7 +23,7 @@ _OWN = re.compile(
     run\.lock | SHA256SUMS | {re.escape(LOG)}
   | (config|report)\.json | (metrics|timings|per_class)\.csv
   | (SHA256SUMS|config|report|metrics|timings|per_class)\.tmp
-  | (curves|confusion_matrix|reliability)\.png | events\.out\.tfevents\.[^/]+
+  | (curves|confusion_matrix|reliability)\.(png|tmp) | events\.out\.tfevents\.[^/]+
   | plugins | plugins/profile(/[0-9_]+(/[^/]+\.(xplane\.pb|trace\.json\.gz))?)?
   | checkpoints | checkpoints/(metrics|timings)\.(csv|tmp)
   | checkpoints/[0-9]+(\.orbax-checkpoint-tmp[^/]*)?(/{_OF_A_STEP})*

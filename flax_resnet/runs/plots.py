@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -21,7 +22,7 @@ _STEEP = 20  # a loss of more than this many medians would flatten the others
 _LARGEST_LABELLED = 30  # most classes of a confusion matrix with names and numbers
 
 
-def curves(path: Path, rows: list[dict], best_epoch: int | None = None):
+def curves(path: Path | BinaryIO, rows: list[dict], best_epoch: int | None = None):
     """Plot training and validation loss and accuracy over the epochs.
 
     Args:
@@ -59,7 +60,7 @@ def _line_format(num_points: int) -> str:
     return "o-" if num_points <= 20 else "-"
 
 
-def confusion_matrix(path: Path, confusion: np.ndarray, class_names):
+def confusion_matrix(path: Path | BinaryIO, confusion: np.ndarray, class_names):
     """Plot a confusion matrix; the colour of a cell is its share of the row.
 
     Args:
@@ -87,7 +88,7 @@ def confusion_matrix(path: Path, confusion: np.ndarray, class_names):
     save(figure, path)
 
 
-def reliability(path: Path, bins: np.ndarray):
+def reliability(path: Path | BinaryIO, bins: np.ndarray):
     """Plot the accuracy of predictions over their probability, and how many have it.
 
     Args:
@@ -145,7 +146,7 @@ def comparison(path: Path, courses: dict[str, list[dict]], title: str):
         for number, (label, rows) in enumerate(courses.items()):
             epochs = [row["epoch"] for row in rows]
             splits = {"train": "--", "validation": "-"}
-            known = [split for split in splits if f"{split}_{name}" in rows[0]]
+            known = [split for split in splits if rows and f"{split}_{name}" in rows[0]]
             for split in known:
                 values = [row[f"{split}_{name}"] for row in rows]
                 label_once = label if split == known[-1] else None
@@ -185,7 +186,7 @@ def layer_bytes(path: Path, programs: dict[str, dict[tuple[str, str], int]]):
     save(figure, path)
 
 
-def save(figure, path: Path):
+def save(figure, path: Path | BinaryIO):
     """Write a figure, without metadata that would change its bytes, and close it."""
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)

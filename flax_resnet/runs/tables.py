@@ -10,7 +10,7 @@ import io
 import os
 from pathlib import Path
 
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, no_link
 
 
 class Table:
@@ -25,7 +25,7 @@ class Table:
         for path in self.copies:
             if not content:
                 path.unlink(missing_ok=True)
-            elif read(path) != content:
+            elif path.is_symlink() or read(path) != content:
                 write(path, content)
         self._columns = next(csv.reader([content.decode().split("\n")[0]]), None)
         self._size, self._sha = len(content), hashlib.sha256(content)
@@ -40,7 +40,7 @@ class Table:
         writer.writerow(row)
         content = lines.getvalue().encode()
         for path in self.copies:
-            with path.open("ab") as file:
+            with open(path, "ab", opener=no_link) as file:
                 file.write(content)
         self._columns, self._size = columns, self._size + len(content)
         self._sha.update(content)
@@ -77,14 +77,18 @@ def read(path: Path) -> bytes | None:
 
 
 def write(path: Path, content: bytes):
-    """Replace a file atomically."""
+    """Replace a file, or a link to one, atomically."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content)
+    temporary.unlink(missing_ok=True)  # of a run that was killed, or a link
+    with open(temporary, "xb") as file:
+        file.write(content)
     os.replace(temporary, path)
 
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of a CSV of numbers, [] without a file; InputError if it holds something else."""
+    if path.exists() and not path.is_file():  # a pipe would wait for ever
+        raise InputError(f"{path} is no file")
     return parse(path.read_bytes(), path) if path.exists() else []
 
 

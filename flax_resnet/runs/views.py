@@ -6,6 +6,7 @@ they are compared with it here, and never override it.
 
 import functools
 import hashlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -127,13 +128,72 @@ def faults(run_dir: Path | str) -> list[str]:
     whole = finished and not damaged_steps(run_dir)
     found = config_faults(run_dir, document)
     changed = _changed(run_dir) if finished else _changed(run_dir) & {"config.json"}
-    if finished and "tables" in document and tables.read(run_dir / DIGESTS) is None:
+    if finished and _lacks_digests(run_dir, document):
         found.append(f"{run_dir / DIGESTS} is missing")
     changed -= {"config.json"} if found else set()
     for name, mark in document.get("tables", {}).items():
         copies = (run_dir / name, run_dir / "checkpoints" / name)
         found += [fault for copy in copies for fault in _table_faults(copy, mark, whole=whole)]
     return found + [f"{run_dir / name} is not as the run wrote it" for name in sorted(changed)]
+
+
+def rows(run_dir: Path) -> list[dict]:
+    """The rows of metrics.csv up to the newest sound checkpoint, from the first copy that is
+    undamaged; [] where there is none."""
+    document = newest_document(run_dir / "checkpoints", lambda line: None)
+    if document is None:
+        return []
+    if "tables" not in document:
+        return rows_of_an_earlier_version(run_dir / "metrics.csv", document, warn)
+    copies = (run_dir / "metrics.csv", run_dir / "checkpoints" / "metrics.csv")
+    content = tables.Table(*copies).recover(document["tables"]["metrics.csv"])
+    return tables.parse(content, copies[0]) if content else []
+
+
+def rows_of_an_earlier_version(path: Path, document: dict, say: Say) -> list[dict]:
+    """The rows up to the checkpoint's epoch, for checkpoints of earlier versions without marks."""
+    try:
+        found = tables.read_rows(path)
+        return [row for row in found if row["epoch"] <= document["progress"]["epoch"]]
+    except (InputError, KeyError, OSError) as error:
+        say(f"{path}: its rows so far are lost: {error}")
+        return []
+
+
+def report(run_dir: Path) -> dict:
+    """The content of report.json; {} if the run is not finished, or if the report is not as the run
+    wrote it, which `faults` names.
+
+    Raises:
+      InputError: as `read_report`, for a run of an earlier version, which has no digests.
+    """
+    document = newest_document(run_dir / "checkpoints", lambda line: None) or {}
+    if "report.json" in _changed(run_dir) or _lacks_digests(run_dir, document):
+        return {}
+    path = run_dir / "report.json"
+    return read_report(path) if path.exists() else {}
+
+
+def read_report(path: Path) -> dict:
+    """The content of a report.json; InputError unless it has numbers for each of its splits."""
+    try:
+        found = json.loads(tables.read(path) or b"")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not readable as JSON: {error}") from None
+    splits = found.get("splits") if isinstance(found, dict) else None
+    if not isinstance(splits, dict) or not all(map(_are_numbers, splits.values())):
+        raise InputError(f"{path} is no report of a run: it has no figures of splits")
+    return found
+
+
+def _are_numbers(scores) -> bool:
+    kinds = int | float | None  # null is what a run writes for NaN
+    return isinstance(scores, dict) and all(isinstance(x, kinds) for x in scores.values())
+
+
+def _lacks_digests(run_dir: Path, document: dict) -> bool:
+    """True if the digests are gone that every run of this version has."""
+    return "tables" in document and tables.read(run_dir / DIGESTS) is None
 
 
 def damaged_steps(run_dir: Path) -> list[str]:

@@ -144,6 +144,7 @@ def announce(prepared: Prepared, engine: Engine, network: Network, run_dir: Path
     )
     display.warn(sanity.of_training(sizes[0], config.batch_size))
     display.warn(sanity.of_settings(config, dataset.channels, dataset.own_splits))
+    display.warn(sanity.of_updates(config, config.epochs * (sizes[0] // config.batch_size)))
     if data.num_workers and "train" in prepared.images:
         display.warn(["`num_workers` has no effect: the training images are cached"])
     device = engine.devices[0]

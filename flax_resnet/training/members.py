@@ -1,7 +1,6 @@
 """Training of several seeds at once, in one program: each member is a run of its own."""
 
 import contextlib
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +9,15 @@ from flax_resnet.data.prepare import Prepared
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.errors import InputError
 from flax_resnet.runs.checkpoint import steps_in
-from flax_resnet.runs.directory import RunDirectory, check_usable, reserve
+from flax_resnet.runs.directory import RunDirectory, check_root, check_usable, reserve
 from flax_resnet.runs.display import Display
 from flax_resnet.runs.views import differences, faults, is_begun, read_config
 from flax_resnet.text import listed
 from flax_resnet.training.fit import Start, announce, as_begun, begin, initial_network, run_all
 from flax_resnet.training.network import Network
+
+MOST = 1000
+"""Most members."""
 
 
 def folders(run_dir: Path, members: int) -> list[Path]:
@@ -43,7 +45,7 @@ def fit_members(
       config: as `fit`; its seed is that of member 0.
       run_dir: the directory of the members' directories; None: a new one, runs/ARCH-DATASET with a
         number where that is taken.
-      members: number of runs.
+      members: number of runs, from 1 to `MOST`.
       resume: go on with members that have begun, and begin the others.
       overwrite: as `fit`.
       command: as `fit`.
@@ -56,12 +58,15 @@ def fit_members(
         that were begun with other settings.
       NonFiniteLoss, Interrupted, RunLost: as `fit`.
     """
+    if not 1 <= members <= MOST:
+        raise InputError(f"`members`: from 1 to {MOST:,}, got {members}")
     display, how = display or Display(), {"resume": resume, "overwrite": overwrite}
     if resume and run_dir is None:
         raise InputError("members to resume have a directory")
     places = [] if run_dir is None else folders(Path(run_dir), members)
     for place in places:
-        _check_usable(place, how)
+        check_root(place.parent, "`members`")
+        check_usable(place, **how)
     first = places[0] if places else None
     if resume and is_begun(first):
         config = as_begun(config, read_config(first, say=lambda line: None))
@@ -82,15 +87,6 @@ def fit_members(
         announce(prepared, engine, network, root, display)
         display.say(f"{members} members, seeds {config.seed} to {each[-1].config.seed}")
         return run_all(starts, root, command)
-
-
-def _check_usable(place: Path, how: dict):
-    root = place.parent
-    if os.path.lexists(root) and not root.is_dir():
-        raise InputError(f"{root} is not a directory")
-    if is_begun(root):
-        raise InputError(f"{root} is a run itself: `members` need another directory")
-    check_usable(place, **how)
 
 
 def _of_seeds(prepared: Prepared, members: int) -> list[Prepared]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flax_resnet.config import DataConfig, TrainConfig
+from flax_resnet.config import DataConfig, TrainConfig, flat
 
 _FEWEST_STEPS = 10
 _DROPPED = 0.05  # share of the training images above which the dropped ones are mentioned
@@ -37,7 +37,7 @@ def of_settings(config: TrainConfig, channels: int, own_splits: Sequence[str]) -
       channels: of the images.
       own_splits: "validation", "test", or both, where the data set brings them with it.
     """
-    found = _beyond_the_end(config)
+    found = _beyond_the_end(config) + _unused(config, own_splits)
     for name in (f"{split}_fraction" for split in own_splits):
         if getattr(config.data, name) != getattr(DataConfig(), name):
             found.append(f"`{name}` has no effect: {_why_whole(config.data, name)}")
@@ -52,6 +52,41 @@ def of_settings(config: TrainConfig, channels: int, own_splits: Sequence[str]) -
             f"`min_lr` {schedule.min_lr:g} is above `lr` {optimizer.lr:g}, which cannot fall"
         )
     return found
+
+
+def _unused(config: TrainConfig, own_splits: Sequence[str]) -> list[str]:
+    optimizer, schedule, data = config.optimizer, config.schedule, config.data
+    cut = [s for s in ("validation", "test") if getattr(data, f"{s}_fraction")]
+    drawn = {*cut} - {*own_splits} or data.folds or data.train_images or data.eval_images
+    moved = "momentum" if optimizer.optimizer in ("sgd", "rmsprop") else "beta1"
+    reasons = {
+        f"optimizer.{moved}": schedule.cycle_momentum and "`cycle_momentum` sets it at every step",
+        "optimizer.decoupled_weight_decay": optimizer.optimizer == "adamw" and "adamw's always is",
+        "optimizer.ema_after_warmup": not schedule.warmup_epochs and "there is no warm-up",
+        "schedule.warmup_within": not schedule.warmup_epochs and "there is no warm-up",
+        "data.split_seed": not drawn and "no split is drawn",
+        "early_stopping.restore_best": "validation" not in {*own_splits, *cut}
+        and "there is no validation split to find the best epoch",
+    }
+    values, defaults = flat(config), flat(TrainConfig())
+    return [
+        f"`{name.rpartition('.')[2]}` has no effect: {why}"
+        for name, why in reasons.items()
+        if why and values[name] != defaults[name]
+    ]
+
+
+def of_updates(config: TrainConfig, num_steps: int) -> list[str]:
+    """Warnings about settings that reach beyond the updates of a run.
+
+    Args:
+      num_steps: training steps of the whole run.
+    """
+    updates = num_steps // config.optimizer.accumulate_steps
+    if config.optimizer.ema_decay and 1 < updates <= config.optimizer.ema_steps:
+        return [f"`ema_steps` {config.optimizer.ema_steps:,} lies beyond the {updates:,} update(s)"
+                " of the run: the average stays at the weights after the first"]  # fmt: skip
+    return []
 
 
 def _why_whole(data: DataConfig, name: str) -> str:
