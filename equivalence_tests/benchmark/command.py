@@ -29,11 +29,11 @@ from flax_resnet.commands import cli
 from flax_resnet.config import finite
 from flax_resnet.data.sources import places
 from flax_resnet.errors import InputError
+from flax_resnet.files import replacing
 from flax_resnet.models import STEMS, check_stem, has_stem_choice
 from flax_resnet.recipes import RECIPES
 from flax_resnet.runs import environment
 from flax_resnet.runs.display import Display
-from flax_resnet.runs.files import replacing
 
 DTYPES = ("float32", "bfloat16", "float64")
 DEVICES = ("cpu", "gpu")

@@ -18,7 +18,7 @@ from flax_resnet.commands import cli, cross_validate, evaluate
 from flax_resnet.config import DataConfig, TrainConfig
 from flax_resnet.data.sources import places
 from flax_resnet.errors import InputError
-from flax_resnet.runs.files import replacing
+from flax_resnet.files import replacing
 
 
 @pytest.fixture

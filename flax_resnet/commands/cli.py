@@ -22,10 +22,10 @@ import pydantic
 from flax_resnet import errors, text
 from flax_resnet.config import INT32, TrainConfig, config_from_file, idle, nearest, to_dict
 from flax_resnet.errors import DONE, FAILED, InputError
+from flax_resnet.files import replacing
 from flax_resnet.imagenet_recipes import IMAGENET_RECIPES
 from flax_resnet.recipes import RECIPES
 from flax_resnet.runs.display import drop_output
-from flax_resnet.runs.files import replacing
 
 BAD_IMAGE = "error: unreadable images end the command; skip: they are listed and left out"
 FOLD_BATCHNORM = "fold BatchNorm into the convolutions: faster, equal up to rounding"

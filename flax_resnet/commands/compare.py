@@ -15,9 +15,9 @@ from rich.table import Table
 from flax_resnet.commands import cli
 from flax_resnet.config import TrainConfig, finite, flat
 from flax_resnet.errors import InputError
+from flax_resnet.files import replacing
 from flax_resnet.runs import views
 from flax_resnet.runs.display import Display
-from flax_resnet.runs.files import replacing
 from flax_resnet.text import printable
 
 FIGURES = {

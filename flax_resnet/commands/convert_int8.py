@@ -12,8 +12,8 @@ from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import evaluation_decoder
 from flax_resnet.data.sources import DataSet, open_dataset
 from flax_resnet.errors import InputError
+from flax_resnet.files import replacing
 from flax_resnet.interop.loaded_run import LoadedRun
-from flax_resnet.runs.files import replacing
 from flax_resnet.runs.views import warn
 from flax_resnet.text import say
 

@@ -20,11 +20,11 @@ from flax_resnet import metrics
 from flax_resnet.commands import cli, evaluate, outcomes, train
 from flax_resnet.config import TrainConfig, finite
 from flax_resnet.errors import InputError
+from flax_resnet.files import replacing
 from flax_resnet.interop.loaded_run import load_run
 from flax_resnet.runs import environment, views
 from flax_resnet.runs.directory import check_root, check_usable, default_name
 from flax_resnet.runs.display import Display
-from flax_resnet.runs.files import replacing
 from flax_resnet.runs.views import class_names, is_begun, read_config
 from flax_resnet.training import fit
 

@@ -24,10 +24,10 @@ from flax_resnet.data.prepare import natural_size, resolve, that_fit
 from flax_resnet.data.sources import open_dataset, places
 from flax_resnet.devices import program, targets
 from flax_resnet.errors import InputError
+from flax_resnet.files import replacing
 from flax_resnet.models import create_from_config, floor, has_shortcut_choice
 from flax_resnet.runs import environment, plots
 from flax_resnet.runs.display import Display
-from flax_resnet.runs.files import replacing
 from flax_resnet.training import ahead
 
 HEAVIEST = 20

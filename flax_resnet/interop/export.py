@@ -13,11 +13,11 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from flax_resnet.config import TrainConfig, to_dict
+from flax_resnet.files import replacing
 from flax_resnet.interop import weights_to_run
 from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.runs.checkpoint import Checkpoints, check_space
 from flax_resnet.runs.directory import RunDirectory
-from flax_resnet.runs.files import replacing
 from flax_resnet.runs.owned import LOCK
 from flax_resnet.text import listed
 from flax_resnet.training.steps import TrainState
