@@ -180,7 +180,9 @@ def layer_bytes(path: Path, programs: dict[str, dict[tuple[str, str], int]]):
             left += values
         axis.set(title=title, xlabel="GB read and written in a step")
         axis.tick_params(axis="y", labelsize=7)
-        axis.margins(y=0.01)
+        axis.use_sticky_edges = False  # else the longest bar ends at the frame
+        axis.margins(x=0.02, y=0.01)
+        axis.set_xlim(left=0)
     axes[0][0].invert_yaxis()
     axes[0][-1].legend(frameon=False)
     save(figure, path)
