@@ -131,7 +131,7 @@ def check(args):
     for name in ("image_size", "num_classes", "batch_size", "rounds", "epochs", *REPEATS["cpu"]):
         cli.check_positive(f"--{name.replace('_', '-')}", getattr(args, name))
     check_files(args)
-    cli.check_folder("--keep", args.keep)
+    cli.check_folder("--keep", args.keep, own=("outcomes", "caches"))
 
 
 def check_files(args):

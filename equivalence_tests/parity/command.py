@@ -25,6 +25,7 @@ from flax_resnet.commands import cli
 from flax_resnet.config import DataConfig
 from flax_resnet.data.sources import places
 from flax_resnet.errors import BAD_INPUT, InputError
+from flax_resnet.files import replacing
 from flax_resnet.models import SHORTCUTS, STEMS, check_shortcut, check_stem
 from flax_resnet.runs import environment
 from flax_resnet.runs.display import Display
@@ -324,7 +325,10 @@ def finite(value):
 def write(folder: Path, document: dict):
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(finite(document), indent=1, allow_nan=False)
-    (folder / "parity.json").write_text(text + "\n")
-    (folder / "parity.html").write_text(report.page(document))
-    report.picture(folder / "parity.png", document["rows"]["training"])
+    with replacing(folder / "parity.json") as place:
+        place.write_text(text + "\n")
+    with replacing(folder / "parity.html") as place:
+        place.write_text(report.page(document))
+    with replacing(folder / "parity.png") as place:
+        report.picture(place, document["rows"]["training"])
     say(folder / "parity.html")

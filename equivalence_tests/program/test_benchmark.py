@@ -182,6 +182,7 @@ def test_the_second_start_finds_the_compiled_programs():
     (["--variants", "jitt"], "jitt"),
     (["--batch-size", "0"], "batch-size"),
     (["--keep", __file__], "no directory"),
+    (["--keep", str(Path(__file__).parent)], "which is not this command's"),
     (["--modes", "end_to_ned"], "end_to_end"),
     (["--recipe", "cifar10-fats"], "cifar10-fast"),
 ])  # fmt: skip

@@ -144,12 +144,13 @@ def test_a_run_without_a_checkpoint_is_refused(run, tmp_path):
 def test_the_curves_of_a_cross_validation_are_those_of_the_checkpoints(tmp_path, monkeypatch):
     for name in ("fold-0", "fold-1", "fold-2"):
         edited(without_training(tmp_path / name) / "metrics.csv")
-    figures, row = dict.fromkeys(cross_validate.SHOWN, 0.5), {"label": "a", "prediction": "a"}
+    figures, pool = dict.fromkeys(cross_validate.SHOWN, 0.5), cross_validate.Pool(("a",), list)
+    pool.add([{"label": "a", "prediction": "a", "loss": 0.1}], {})
     drawn = {}
     for name, value in {
         "check": lambda root, runs: None,
         "trained": lambda config, run_dir: None,
-        "predictions": lambda run_dir: ([row | {"loss": 0.1}], figures, ("a",)),
+        "all_predictions": lambda root, folders: ([figures, figures], pool),
         "write": lambda *given: drawn.update(given[-1]),
     }.items():
         monkeypatch.setattr(cross_validate, name, value)

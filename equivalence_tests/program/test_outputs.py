@@ -51,7 +51,9 @@ def test_an_input_is_no_output(tmp_path, images, monkeypatch):
     ):
         with pytest.raises(InputError, match="--json: .* is one of the files that are read"):
             cli.check_outputs({"--json": path}, **how)
-    cli.check_outputs({"--json": images / "new.json"}, data=[images])
+    for _ in range(2):  # a report may be written anew where the images lie
+        cli.check_outputs({"--json": images / "new.json"}, data=[images])
+        write(images / "new.json")
     monkeypatch.chdir(run)
     cli.check_outputs({"--json": Path("-")}, [run])  # standard output is no file
 

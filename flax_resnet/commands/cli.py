@@ -14,7 +14,7 @@ import sys
 import threading
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 
 import pydantic
@@ -212,6 +212,10 @@ def _real(paths: Iterable[Path | str]) -> set[Path]:
     return {Path(os.path.realpath(path)) for path in paths}
 
 
+_REPORTS = (".json", ".csv", ".html")
+"""Suffixes of files that hold no image, so that a report among the images may be written anew."""
+
+
 def _check_output(flag: str, path: Path, inputs: set[Path], data: set[Path]):
     if not path.absolute().parent.is_dir():
         raise InputError(f"{flag}: the folder {path.absolute().parent} does not exist")
@@ -219,7 +223,8 @@ def _check_output(flag: str, path: Path, inputs: set[Path], data: set[Path]):
         raise InputError(f"{flag}: {path} is a directory")
     written = Path(os.path.realpath(path))
     places = {written, *written.parents}
-    if inputs & places or (written.exists() and data & places):
+    replaces = written.exists() and written.suffix not in _REPORTS
+    if inputs & places or (replaces and data & places):
         raise InputError(f"{flag}: {path} is one of the files that are read")
 
 
@@ -244,10 +249,18 @@ def check_picture(flag: str, path: Path | None):
         raise InputError(f"{flag}: a picture ends in .png, got {path}")
 
 
-def check_folder(flag: str, path: Path | None):
-    """Raises InputError if `path` exists and is no folder. None passes."""
+def check_folder(flag: str, path: Path | None, own: Container[str] | None = None):
+    """Raises InputError if `path` exists and is no folder. None passes.
+
+    Args:
+      own: the names that the command writes there, where others are refused.
+    """
     if path and path.exists() and not path.is_dir():
         raise InputError(f"{flag}: {path} is no directory")
+    if path and path.exists() and own is not None:
+        for entry in path.iterdir():
+            if entry.name not in own:
+                raise InputError(f"{flag}: {path} holds {entry.name}, which is not this command's")
 
 
 def check_positive(flag: str, value: int | None, most: int = INT32):

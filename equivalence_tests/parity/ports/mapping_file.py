@@ -13,6 +13,7 @@ import numpy as np
 
 from equivalence_tests.parity.ports.mapping import Mapping, Piece
 from flax_resnet.errors import InputError
+from flax_resnet.files import replacing
 
 
 def write(path: Path, mapping: Mapping, state: dict, leaves: dict):
@@ -22,7 +23,8 @@ def write(path: Path, mapping: Mapping, state: dict, leaves: dict):
         if len(parts) == 1 and (axes := _axes(parts[0], np.shape(state[name]))) is not None:
             entries[name] = {"leaf": parts[0].leaf, "axes": axes}
     entries |= {name: None for name in mapping.unplaced}
-    path.write_text(json.dumps(entries, indent=1, allow_nan=False) + "\n")
+    with replacing(path) as place:
+        place.write_text(json.dumps(entries, indent=1, allow_nan=False) + "\n")
 
 
 def _axes(piece: Piece, shape) -> list[int] | None:
