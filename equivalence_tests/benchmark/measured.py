@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from equivalence_tests import results
+from equivalence_tests.studies import step_bytes
 from flax_resnet.commands import cli
-from flax_resnet.config import TrainConfig
 from flax_resnet.devices import targets
 from flax_resnet.errors import InputError
 from flax_resnet.runs import environment
@@ -59,13 +59,9 @@ CASES = {
 
 def plan(case: Case, target: targets.Target, devices: list | None) -> ahead.Plan:
     """The plan of a case for its target, or for devices of it that are at hand."""
-    model = {"arch": case.arch, "num_classes": case.num_classes, "dtype": case.dtype}
-    model |= {"stem": case.stem} if case.stem else {}
-    config = {"model": model, "batch_size": case.batch_size, "eval_batch_size": case.batch_size}
-    config |= {"data": {"image_size": case.image_size}, "augment": {"random_crop": 0}}
-    config = cli.merge(TrainConfig(), config)
-    data = ahead.Data((case.image_size, case.image_size, 3), resident=0)
-    return ahead.Plan(config, data, target, evaluation=case.evaluation, devices=devices)
+    *network, evaluation = case
+    config, data = step_bytes.step_of(*network)
+    return ahead.Plan(config, data, target, evaluation=evaluation, devices=devices)
 
 
 def stepper(plan: ahead.Plan, executable):

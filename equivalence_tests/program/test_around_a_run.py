@@ -1,4 +1,4 @@
-"""What surrounds a run: callbacks, traces, hyper-parameters, comparisons, rows of predictions."""
+"""Callbacks, traces, hyper-parameters and comparisons of runs, and rows of predictions."""
 
 import base64
 import csv

@@ -159,7 +159,7 @@ def test_what_the_user_sets_wins(timm, pictures, monkeypatch):
 
 
 def test_network_and_looks_of_a_file_and_of_a_run(tmp_path, monkeypatch):
-    """Which were refused without --arch, or normalised in another way than in their training."""
+    """Both are known without --arch, and images are normalised as in their training."""
     arrays = flax_resnet.state_dict(flax_resnet.create_model("basic_cnn", num_classes=2))
     torch.save({n: torch.tensor(a) for n, a in arrays.items()}, tmp_path / "mine.pth")
     looks = ["--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.2, 0.2, "--image-size", 32]

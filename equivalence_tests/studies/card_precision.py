@@ -110,7 +110,7 @@ def row(arch: str) -> dict:
 
 
 def unequal(rows: dict) -> list[str]:
-    """Where the errors of the two frameworks have not one size."""
+    """A line for each error that has another size in JAX than in PyTorch."""
     return [
         f"{arch}, {title}, {what}: {found['jax'][what]:.1e} in JAX, {found['torch'][what]:.1e}"
         for arch, settings in rows.items()

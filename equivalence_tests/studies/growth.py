@@ -56,7 +56,7 @@ def main():
 
 
 def over(large: dict, growth: dict) -> list[str]:
-    """What exceeds its bound, in the row of the large folder or in the growth: a line each."""
+    """A line for each figure of the large folder, or of the growth, that exceeds its bound."""
     found = {f"growth of {name}": (value, BOUNDS["growth"]) for name, value in growth.items()}
     found |= {name: (large[name], bound) for name, bound in BOUNDS.items() if name != "growth"}
     return [

@@ -23,12 +23,21 @@ NETWORKS = {
 """{title: (arch, stem, classes, pixels, images)}."""
 
 
-def row(arch: str, stem: str, classes: int, size: int, images: int) -> dict:
+def step_of(
+    arch: str, stem: str | None, classes: int, size: int, images: int, dtype: str = "bfloat16"
+) -> tuple[TrainConfig, ahead.Data]:
+    """The config and the data of a step without augmentation, whose batches bring their images."""
+    model = {"arch": arch, "num_classes": classes, "dtype": dtype} | (
+        {"stem": stem} if stem else {}
+    )
+    config = {"batch_size": images, "eval_batch_size": images, "model": model}
+    config |= {"augment": {"random_crop": 0}, "data": {"image_size": size}}
+    return cli.merge(TrainConfig(), config), ahead.Data((size, size, 3), resident=0)
+
+
+def row(*network) -> dict:
     """Compile a step in bfloat16 and count the bytes of its kernels."""
-    model = {"arch": arch, "stem": stem, "num_classes": classes, "dtype": "bfloat16"}
-    config = {"batch_size": images, "model": model, "augment": {"random_crop": 0}}
-    config = cli.merge(TrainConfig(), config | {"data": {"image_size": size}})
-    data = ahead.Data((size, size, 3), resident=0)
+    config, data = step_of(*network)
     made = ahead.Plan(config, data, targets.parse("h100")).compile()
     return {
         "bytes": made.bytes,

@@ -177,8 +177,8 @@ def check_choice(flag: str, value: str, valid):
 
 
 def chosen_average(average: str | None, valid: tuple[str, ...], runs: Iterable[Path | str]) -> str:
-    """What is averaged, by default the first that is valid; InputError for an unknown word, or for
-    any where there is one run."""
+    """The value of --average, by default the first valid one; InputError for an unknown word, or
+    for any word where there is one run."""
     if average is not None:
         check_choice("--average", average, valid)
         if len({*runs}) == 1:

@@ -38,13 +38,13 @@ class Course(NamedTuple):
 
     config: TrainConfig
     report: dict
-    """What report.json holds; {} of a run that is not finished, or whose report is damaged."""
+    """The content of report.json; {} for an unfinished run and for a damaged report."""
 
     rows: list[dict]
     """The rows of metrics.csv, as the checkpoint knows them."""
 
     state: str = ""
-    """What there is to say of the report: nothing, " unfinished" or " report damaged"."""
+    """A word on a missing report: " unfinished" or " report damaged"; else empty."""
 
     def figures(self) -> dict[str, float]:
         """The run's values of `FIGURES`; those of the reported weights if it is finished."""

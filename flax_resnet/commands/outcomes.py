@@ -1,4 +1,4 @@
-"""What a network predicts for each image of a split: a table, and a page of the worst."""
+"""The predictions of a network for each image of a split: a table, and a page of the worst."""
 
 import base64
 import contextlib

@@ -220,7 +220,7 @@ def heaviest(made: ahead.Compiled) -> Table:
 
 
 def too_large(rows: list[Row]) -> str:
-    """What to say of the targets on which the program does not fit; "" if there are none."""
+    """A line about the targets on which the program does not fit; "" if there are none."""
     lines = []
     for row in rows:
         if not row.fits:

@@ -242,7 +242,7 @@ def _epoch(order, epoch):
 
 
 def _copies_before(indices: np.ndarray) -> np.ndarray:
-    """For each index the number of equal ones before it."""
+    """The number of equal indices before each index."""
     order = np.argsort(indices, kind="stable")
     ranked = indices[order]
     copies = np.empty_like(indices)
