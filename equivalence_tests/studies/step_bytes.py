@@ -27,9 +27,7 @@ def step_of(
     arch: str, stem: str | None, classes: int, size: int, images: int, dtype: str = "bfloat16"
 ) -> tuple[TrainConfig, ahead.Data]:
     """The config and the data of a step without augmentation, whose batches bring their images."""
-    model = {"arch": arch, "num_classes": classes, "dtype": dtype} | (
-        {"stem": stem} if stem else {}
-    )
+    model = {"arch": arch, "stem": stem, "num_classes": classes, "dtype": dtype}
     config = {"batch_size": images, "eval_batch_size": images, "model": model}
     config |= {"augment": {"random_crop": 0}, "data": {"image_size": size}}
     return cli.merge(TrainConfig(), config), ahead.Data((size, size, 3), resident=0)
