@@ -3,17 +3,9 @@
 Every claim has a control: a program in which the fault exists, on which the check has to fail.
 """
 
-import importlib.util
 import json
-import math
-import os
 import re
-import subprocess
-import sys
-from collections import Counter
 from functools import partial
-from types import SimpleNamespace
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +13,12 @@ import pytest
 import torch
 from flax import nnx
 
-from flax_resnet import create_model
+from equivalence_tests.studies import compiled as study
+from equivalence_tests.studies.compiled import FOREIGN, UNORDERED, convolutions, wide_activations
+from flax_resnet import create_model, list_models
 from flax_resnet.commands import cli, plan
 from flax_resnet.config import TrainConfig
 from flax_resnet.devices import program, targets
-from flax_resnet.errors import InputError
 from flax_resnet.models import floor, layers
 from flax_resnet.models.summary import stage_rows
 from flax_resnet.training import ahead
@@ -55,46 +48,18 @@ def float32():
     return compiled("h100", "float32", "basic_cnn")
 
 
-def convolutions(made: ahead.Compiled) -> Counter:
-    """{pass: number} of the convolutions that the library computes, by what they are called."""
-    return Counter(k.phase for k in made.kernels if k.kind == "convolution")
-
-
-def of_network(arch: str) -> int:
-    """Number of the convolutions of a network."""
-    model = nnx.eval_shape(lambda: create_model(arch))
-    return sum(isinstance(m, nnx.Conv) for _, m in nnx.iter_modules(model))
-
-
 @pytest.mark.parametrize(("made", "arch"), [("bfloat16", "resnet20"), ("float32", "basic_cnn")])
 def test_every_convolution_is_the_library_s_in_each_direction(made, arch, request):
     """Backward there are two for each, but for the images, whose gradient nobody needs."""
-    made, count = request.getfixturevalue(made), of_network(arch)
+    made, count = request.getfixturevalue(made), study.convolutions_of(arch)
     assert convolutions(made) == {"forward": count, "backward": 2 * count - 1}
     wanted = {"resnet20": "bf16", "basic_cnn": "f32"}[arch]
     assert {k.dtype for k in made.kernels if k.kind == "convolution"} == {wanted}
 
 
-FOREIGN = r"callback|\bf64\[|infeed|outfeed|send\(|recv\("
-"""Operations that stand in no program: calls of the host, and float64."""
-
-
 @pytest.mark.parametrize("made", ["bfloat16", "float32"])
 def test_a_step_neither_calls_the_host_nor_computes_in_float64(made, request):
     assert not re.search(FOREIGN, request.getfixturevalue(made).text)
-
-
-def wide_activations(made: ahead.Compiled) -> list[str]:
-    """Results of kernels in float32 that have as many rows as a device has images, four axes and
-    more channels than an image."""
-    read = program.parse(made.text)
-    rows = made.batch_size // made.num_devices
-    return [
-        i.name
-        for i in read.computations[read.entry].values()
-        for dtype, shape, _ in program.arrays(i.type)
-        if dtype == "f32" and len(shape) == 4 and shape[0] == rows and min(shape[1], shape[3]) > 3
-    ]
 
 
 def test_no_activation_is_written_in_float32_in_a_bfloat16_program(bfloat16):
@@ -108,7 +73,7 @@ def test_activations_in_float32_are_found(float32):
 
 def test_a_step_exchanges_what_it_needs_and_nothing_else(bfloat16):
     """All-reduces: two forward and one backward per BatchNorm, and one of the other gradients."""
-    norms = of_network("resnet20")
+    norms = study.convolutions_of("resnet20")
     rows = program.collectives(bfloat16.kernels)
     assert {row["kind"] for row in rows} == {"all-reduce"}
     assert {row["dtype"] for row in rows} == {"f32"}  # as PyTorch's autocast sums gradients
@@ -153,10 +118,6 @@ def test_left_to_the_compiler_gradients_are_summed_in_bfloat16():
 def test_one_device_exchanges_nothing(float32, bfloat16):
     assert not program.collectives(float32.kernels)
     assert program.collectives(bfloat16.kernels)  # the control
-
-
-UNORDERED = r" (scatter|select-and-scatter)\("
-"""Operations that add in an order which changes from run to run on a GPU."""
 
 
 def test_a_deterministic_step_adds_in_a_fixed_order(bfloat16):
@@ -237,155 +198,6 @@ def test_the_floor_of_a_small_network_is_counted_by_hand():
     image = 256 * 3
     assert found.activations == image + 3 * convolved - 256 * (3 + 32) + 3 * pooled
     assert found.kernels == 3 * 9 * (3 * 32 + 32 * 64 + 64 * 128)
-
-
-TEXT = """
-HloModule jit_step
-
-%looked_up (p.0: f32[1000,8], p.1: s32[4]) -> f32[4,8] {
-  %p.1 = s32[4]{0} parameter(1)
-  %p.0 = f32[1000,8]{1,0} parameter(0)
-  ROOT %gather = f32[4,8]{1,0} gather(%p.0, %p.1), offset_dims={1}
-}
-
-%cut (p: f32[1000,8]) -> bf16[2,8] {
-  %p = f32[1000,8]{1,0} parameter(0)
-  %narrow = bf16[1000,8]{1,0} convert(%p)
-  ROOT %slice = bf16[2,8]{1,0} slice(%narrow), slice={[4:6], [0:8]}
-}
-
-%body (t: (bf16[4,8])) -> (bf16[4,8]) {
-  %t = (bf16[4,8]{1,0}) parameter(0)
-  %x = bf16[4,8]{1,0} get-tuple-element(%t), index=0
-  %y = bf16[4,8]{1,0} negate(%x), metadata={op_name="jit(f)/transpose(jvp(fc))/neg"}
-  ROOT %out = (bf16[4,8]{1,0}) tuple(%y)
-}
-
-ENTRY %main (a: f32[1000,8], i: s32[4], b: f32[8,16]) -> f32[4,16] {
-  %a = f32[1000,8]{1,0} parameter(0)
-  %i = s32[4]{0} parameter(1)
-  %b = f32[8,16]{1,0:T(8,128)S(1)} parameter(2)
-  %rows = f32[4,8]{1,0} fusion(%a, %i), kind=kLoop, calls=%looked_up
-  %some = bf16[2,8]{1,0} fusion(%a), kind=kLoop, calls=%cut
-  %loop = (bf16[4,8]{1,0}) while(%rows), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
-  %sum = (f32[4,8]{1,0}, f32[4,8]{1,0}) all-reduce-start(%rows, %rows), to_apply=%add
-  ROOT %dot = f32[4,16]{1,0} dot(%rows, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(f)/jvp(fc)/dot_general"}
-}
-"""  # noqa: E501
-
-
-def test_the_text_of_a_program_is_read_as_it_is_written():
-    rows, some, negated, reduced, dot = program.kernels(program.parse(TEXT), {"fc"})
-    assert rows.bytes == 4 * 8 * 4 + 4 * 4 + 4 * 8 * 4  # four rows of a thousand, their numbers
-    assert some.bytes == 2 * 8 * 4 + 2 * 8 * 2  # two rows, rounded as they are read
-    assert (negated.times, negated.bytes) == (5, 2 * 4 * 8 * 2)
-    assert (negated.layer, negated.phase) == ("fc", "backward")
-    assert program.collectives([reduced]) == [
-        {"kind": "all-reduce", "dtype": "f32", "count": 1, "bytes": 256, "in_forward": 0}
-    ]
-    assert dot.flops == 2 * 4 * 16 * 8
-    assert dot.bytes == 4 * 8 * 4 + 4 * 16 * 4  # one operand lies on the chip
-    assert (dot.kind, dot.layer, dot.phase) == ("dot", "fc", "forward")
-
-
-@pytest.mark.parametrize(
-    ("word", "count", "platform"),
-    [("h100", 1, "gpu"), ("h100:8", 8, "gpu"), ("b200:128x8", 1024, "gpu")],
-)
-def test_a_target_has_the_devices_of_its_name(word, count, platform):
-    devices = targets.devices(targets.parse(word))
-    assert len(devices) == count and {d.platform for d in devices} == {platform}
-
-
-@pytest.mark.parametrize(
-    ("word", "says"),
-    [
-        ("h10", "did you mean 'h100'"),
-        ("", "valid: "),
-        ("h100:9", "at most 8 GPUs"),
-        ("h100:0", "is no shape"),
-        ("h100:8x", "is no shape"),
-        ("h100:2x2x2", "hosts x GPUs"),
-        ("v5e:2x2x1", "2 axes"),
-        ("v5p:2x2", "3 axes"),
-    ],
-)
-def test_a_target_that_does_not_exist_is_named(word, says):
-    with pytest.raises(InputError, match=re.escape(says)) as fault:
-        targets.parse(word)
-    assert repr(word) in str(fault.value)
-
-
-def test_a_compiler_that_is_not_installed_is_named_with_its_extra():
-    with (
-        mock.patch.object(importlib.util, "find_spec", return_value=None),
-        pytest.raises(InputError, match=r"pip install 'flax-resnet\[tpu\]'"),
-    ):
-        targets.devices(targets.parse("v5e"))
-
-
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        ({"batch_size": 8190}, "cannot be divided among 4 devices"),
-        (
-            {"batch_size": 24, "model": {"arch": "resnet20", "batch_norm_images": 4}},
-            "`batch_norm_images` 4: 4 devices with 6 images each",
-        ),
-        ({"parallel": {"parallel": "pmap"}}, "pmap"),
-        ({"parallel": {"devices": 5}}, "h100:4 has 4"),
-    ],
-)
-def test_what_a_target_cannot_run_is_refused(values, says):
-    with pytest.raises(InputError, match=re.escape(says)):
-        compiled("h100:4", "float32", "basic_cnn", **values)
-
-
-class FakePlan:
-    """A plan whose programs take `used(batch)` bytes; beyond `refused` the compiler gives none."""
-
-    def __init__(self, used, *, devices, batch_size, refused=math.inf, groups=1):
-        self.used, self.batch_size, self.refused, self.compiled = used, batch_size, refused, 0
-        self.shared_by = devices * groups
-        self.engine = SimpleNamespace(devices=range(devices))
-        self.target = targets.parse("h100")
-
-    def can_share(self, batch_size):
-        return batch_size % self.shared_by == 0
-
-    def compile(self, batch_size):
-        self.compiled += 1
-        assert batch_size > 0 and self.can_share(batch_size)
-        peak, room = self.used(batch_size), self.target.card.memory_bytes
-        made = dict(batch_size=batch_size, peak_bytes=peak, fits=peak <= room, target=self.target)
-        return None if peak > self.refused else SimpleNamespace(**made, argument_bytes=1e8)
-
-
-@pytest.mark.parametrize("refused", [math.inf, 84e9])
-@pytest.mark.parametrize("batch_size", [8, 1024, 2**20])
-@pytest.mark.parametrize("curve", [0, 2e3])
-def test_the_largest_batch_is_found_to_three_percent(refused, batch_size, curve):
-    fake = FakePlan(
-        lambda b: 1e8 + 4e7 * b + curve * b * b, devices=8, batch_size=batch_size, refused=refused
-    )
-    found = ahead.largest_batch(fake, fake.compile(batch_size))
-    memory = fake.target.card.memory_bytes
-    assert fake.used(found) <= memory < fake.used(math.ceil(1.031 * found) + 8)
-    assert fake.compiled <= 30  # of 131,072 batches that eight devices can share
-
-
-@pytest.mark.parametrize("largest", [0.5, 3, 300.7])
-def test_the_largest_batch_has_whole_groups_on_every_device(largest):
-    memory = targets.parse("h100").card.memory_bytes
-    used = memory / (largest * 512)
-    fake = FakePlan(lambda b: used * b, devices=8, batch_size=2048, groups=64)
-    found = ahead.largest_batch(fake, fake.compile(2048)) or 0
-    assert found % 512 == 0 and found <= largest * 512 < 1.031 * found + 512
-
-
-def test_no_batch_fits_where_the_parameters_alone_do_not():
-    fake = FakePlan(lambda b: 9e10 + b, devices=1, batch_size=16)
-    assert ahead.largest_batch(fake, fake.compile(16)) is None
 
 
 def run_plan(monkeypatch, made: ahead.Compiled, *flags):
@@ -492,12 +304,27 @@ def test_pytorch_s_default_is_the_default():
     assert found["default"] == fresh
 
 
-def test_the_compiler_of_gpus_leaves_a_machine_without_a_driver_in_peace():
-    """Without the setting that the package makes, JAX ends in a segmentation fault here."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
-    program = "import flax_resnet, jax; print(jax.devices()[0].platform)"
-    run = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() in ("cpu", "gpu", "tpu")
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", study.DTYPES)
+@pytest.mark.parametrize("target", study.IMAGES)
+@pytest.mark.parametrize("arch", list_models())
+def test_the_step_of_every_network_keeps_all_promises(arch, target, dtype):
+    if target == "v5e":
+        pytest.importorskip("libtpu")
+    made = study.step(arch, target, dtype)
+    assert not list(study.faults(made, arch, dtype))
+
+
+@pytest.mark.control
+def test_every_promise_can_be_broken(float32, bfloat16):
+    """Each line that a program may be charged with, from programs that deserve it."""
+    pooled = "%s = f32[96,8,8,8]{3,2,1,0} select-and-scatter(%x), metadata={}\nf64[2]"
+    float32 = float32._replace(text=f"{float32.text}\n{pooled}")
+    said = [
+        *study.faults(float32, "resnet20", "bfloat16"),
+        *study.faults(bfloat16, "resnet20", "float32"),
+    ]
+    wanted = ("convolutions of a network with 19", "convolutions of f32", "f64[", "in float32")
+    wanted += ("select-and-scatter", "all-reduce on one device")
+    for words in wanted:
+        assert any(words in line for line in said), (words, said)

@@ -155,7 +155,7 @@ def _kernel(program, own, i: Instruction, times: int, layers) -> Kernel:
     dtype = _dtype(products[0][0][products[0][1].operands[0]].type) if products else _dtype(i.type)
     return Kernel(
         name=i.name,
-        kind=_kind(i, {each.opcode for _, each in inside}),
+        kind=_kind(i, {_opcode(each) for _, each in inside}),
         bytes=_traffic(program, own, i),
         flops=sum(_flops(computation, product) for computation, product in products),
         dtype=dtype,
@@ -178,7 +178,7 @@ def _inside(program, i: Instruction) -> Iterator[tuple[dict, Instruction]]:
 
 def _kind(i: Instruction, inside: set[str]) -> str:
     """ "convolution", "dot", "reduce", "elementwise", "copy", a collective, or the opcode."""
-    opcode = i.opcode.removesuffix("-start")
+    opcode = _opcode(i).removesuffix("-start")
     if opcode == "custom-call":
         target = _attribute(i, "custom_call_target")
         return "convolution" if "conv" in target else "dot" if "cublas" in target else opcode
@@ -186,6 +186,12 @@ def _kind(i: Instruction, inside: set[str]) -> str:
         return "copy" if opcode in _MOVING else opcode
     content = next((kind for kind in _KINDS_BY_CONTENT if kind in inside), None)
     return content or ("copy" if inside <= _MOVING else "elementwise")
+
+
+def _opcode(i: Instruction) -> str:
+    """The opcode; "dot" for the convolutions by which a TPU multiplies matrices."""
+    multiplies = i.opcode == "convolution" and _op_name(i).endswith("/dot_general")
+    return "dot" if multiplies else i.opcode
 
 
 def _origin(own: dict, i: Instruction) -> str:
