@@ -7,7 +7,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from flax_resnet.config import DataConfig
-from flax_resnet.data import sources
+from flax_resnet.data import cuts, sources
 from flax_resnet.data.sources import ArraySource, open_dataset
 from flax_resnet.errors import InputError
 
@@ -104,7 +104,7 @@ def test_a_seed_that_scikit_learn_does_not_take_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="split_seed"):
         DataConfig(split_seed=2**32)
     with pytest.raises(ValueError, match="random_state"):
-        sources._limit(ArraySource(np.zeros((70, 1, 1, 1)), np.array(labels)), 28, 2**32)
+        cuts.some(np.array(labels), 28, 2**32)
 
 
 @pytest.mark.parametrize("mean, std, word", [

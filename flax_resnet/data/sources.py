@@ -2,30 +2,26 @@
 
 import glob
 import io
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from textwrap import shorten
 from typing import BinaryIO, Protocol
 from unicodedata import normalize
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from flax_resnet.config import DataConfig
-from flax_resnet.data import cifar10, hugging_face, shards
-from flax_resnet.data.folders import HIDDEN_FOLDER, Listing, chosen_splits, list_splits
+from flax_resnet.data import cifar10, cuts, hugging_face, shards, tfds
+from flax_resnet.data.folders import HIDDEN_FOLDER, Listing, list_splits
 from flax_resnet.data.image_files import bad_images, decode_image, is_turned, read_image
 from flax_resnet.data.shared import Names, SharedArrays
 from flax_resnet.errors import InputError
 from flax_resnet.text import listed, most, printable
-from flax_resnet.weights.published import check_home
 
 _LOOKED_AT = 300
 """Most images of a split whose EXIF orientation is read when a data set is opened."""
@@ -253,7 +249,8 @@ def open_dataset(config: DataConfig) -> DataSet:
     splits, facts = openers[scheme](place, config)
     facts["class_names"] = _in_one_form(config.dataset, facts["class_names"])
     if config.folds:
-        splits["train"], splits["test"] = _fold(splits["train"], config)
+        train = splits["train"]
+        splits["train"], splits["test"] = _subsets(train, cuts.fold(train.labels, config))
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
 
@@ -263,11 +260,12 @@ def open_dataset(config: DataConfig) -> DataSet:
         if split not in splits:
             splits[split] = Subset(train, np.arange(0))
             if getattr(config, f"{split}_fraction"):
-                train, splits[split] = _cut(train, config, f"{split}_fraction")
+                parts = cuts.cut(train.labels, config, f"{split}_fraction")
+                train, splits[split] = _subsets(train, parts)
     splits["train"] = train
     limits = {"train": config.train_images}
     limits |= dict.fromkeys(("validation", "test"), config.eval_images)
-    splits = {name: _limit(s, limits[name], config.split_seed) for name, s in splits.items()}
+    splits = {name: _limited(s, limits[name], config.split_seed) for name, s in splits.items()}
     facts["turned"] = {name: _turned(splits[name]) for name in limits}
     return DataSet(**(splits | facts))
 
@@ -281,56 +279,15 @@ def _in_one_form(dataset: str, class_names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _limit(source: Source, count: int | None, seed: int) -> Source:
-    """At most `count` images of a source, stratified if that is enough for every class."""
+def _subsets(source: Source, parts: Sequence[np.ndarray]) -> tuple[Subset, ...]:
+    return tuple(Subset(source, indices) for indices in parts)
+
+
+def _limited(source: Source, count: int | None, seed: int) -> Source:
+    """At most `count` images of a source."""
     if count is None or count >= len(source):
         return source
-    everything = np.arange(len(source))
-    if _can_stratify(source.labels, len(source) - count):
-        chosen, _ = train_test_split(
-            everything, train_size=count, stratify=source.labels, random_state=seed
-        )
-    else:
-        chosen = np.random.default_rng(seed).choice(everything, count, replace=False)
-    return Subset(source, np.sort(chosen))
-
-
-def _can_stratify(labels: np.ndarray, off: int) -> bool:
-    """True if scikit-learn can cut `off` images and keep the classes' shares."""
-    counts = np.unique(labels, return_counts=True)[1]
-    return min(off, len(labels) - off) >= len(counts) and counts.min() >= 2
-
-
-def _cut(train: Source, config: DataConfig, field: str) -> tuple[Subset, Subset]:
-    """Cut the share `config.field` off the training images, stratified; InputError if too few."""
-    value, total = getattr(config, field), len(train)
-    classes, counts = np.unique(train.labels, return_counts=True)
-    stay = off = np.arange(0)
-    if _can_stratify(train.labels, math.ceil(value * total)):
-        stay, off = train_test_split(
-            np.arange(total), test_size=value, stratify=train.labels, random_state=config.split_seed
-        )
-    if len(np.unique(train.labels[stay])) < len(classes):
-        raise InputError(
-            f"{config.dataset}: `{field}` {value} cannot be stratified over {total} images of "
-            f"{len(classes)} classes, the smallest of {counts.min()}: both parts need as many "
-            "images as there are classes, and every class needs two images, one of them left over"
-        )
-    return Subset(train, np.sort(stay)), Subset(train, np.sort(off))
-
-
-def _fold(train: Source, config: DataConfig) -> tuple[Subset, Subset]:
-    """The training images without a fold, and the fold; InputError if a class has too few."""
-    classes, counts = np.unique(train.labels, return_counts=True)
-    if counts.min() < config.folds:
-        raise InputError(
-            f"{config.dataset}: `folds` {config.folds} is more than the {counts.min()} images of"
-            f" the smallest class (number {classes[counts.argmin()]})"
-        )
-    cutter = StratifiedKFold(config.folds, shuffle=True, random_state=config.split_seed)
-    parts = cutter.split(np.zeros(len(train)), train.labels)
-    stay, off = next(islice(parts, config.fold, None))
-    return Subset(train, stay), Subset(train, off)
+    return Subset(source, cuts.some(source.labels, count, seed))
 
 
 def _digits(_: str, config: DataConfig) -> tuple[dict, dict]:
@@ -405,29 +362,8 @@ def _turned(source: Source) -> tuple[int, int]:
     return sum(map(source.turned, indices)), len(indices)
 
 
-def _tfds(name: str, config: DataConfig) -> tuple[dict, dict]:
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError:
-        raise InputError(
-            f"tfds:{name} needs tensorflow-datasets: `uv run --extra tfds ...`, or "
-            '`pip install -e ".[tfds]"`'
-        ) from None
-    builder = _prepared(tfds, name)
-    features = dict(builder.info.features)
-    if not isinstance(features.get("image"), tfds.features.Image) or not isinstance(
-        features.get("label"), tfds.features.ClassLabel
-    ):
-        raise InputError(
-            f"tfds:{name} is no image classification set: it has the features "
-            f"{', '.join(sorted(features))}, and needs image (Image) and label (ClassLabel)"
-        )
-    chosen, left_over = chosen_splits(builder.info.splits)
-    splits = {split: _tfds_split(tfds, builder, name) for split, name in chosen.items()}
-    label = features["label"]
-    class_names = tuple(map(label.int2str, range(label.num_classes)))
-    channels = 1 if features["image"].shape[-1] == 1 else 3
-    name = f"tfds:{builder.info.full_name}"
+def _tfds(place: str, config: DataConfig) -> tuple[dict, dict]:
+    name, splits, class_names, channels, left_over = tfds.read(place)
     return _encoded(name, splits, class_names, channels, config, left_over)
 
 
@@ -473,42 +409,3 @@ def _encoded(
         raise InputError(f"{name}: no train split with labels, only {found}")
     facts = {"class_names": class_names, "channels": channels, "left_out": tuple(left_out)}
     return sources, facts
-
-
-def _prepared(tfds, name: str):
-    """The builder of a data set with random access, which is prepared if TFDS can."""
-    builder = None
-    if "TFDS_DATA_DIR" not in os.environ:
-        check_home(os.path.expanduser("~"), f"tfds:{name}", "TFDS_DATA_DIR")
-    try:
-        builder = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
-        builder.download_and_prepare(file_format="array_record")
-        builder.as_data_source(next(iter(builder.info.splits)))
-        return builder
-    except Exception as error:  # a builder's own code may raise anything
-        reason = shorten(str(error) or repr(error), 200, placeholder=" ...")
-    command = f"uv run --extra tfds --with tensorflow tfds build {name} --file_format=array_record"
-    if builder and builder.is_prepared():  # in a format that has no random access
-        command += " --data_dir=NEW_FOLDER, and set TFDS_DATA_DIR=NEW_FOLDER"
-    raise InputError(f"tfds:{name}: {reason}; prepare it with: {command}")
-
-
-def _tfds_split(tfds, builder, split: str) -> tuple["_Images", np.ndarray]:
-    # Encoded images are kept: TFDS's own decoder gives gray JPEGs the wrong shape.
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    records = builder.as_data_source(split, decoders=decoders)
-    labels = [records[index]["label"] for index in range(len(records))]
-    return _Images(records), np.array(labels, np.int32)
-
-
-@dataclass(frozen=True)
-class _Images(Sequence):
-    """The image files in the records of a TFDS split."""
-
-    records: Sequence[dict]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> bytes:
-        return self.records[index]["image"]
