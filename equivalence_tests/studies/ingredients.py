@@ -8,7 +8,7 @@ Writes results/ingredients.json and .md.
 import sys
 
 from equivalence_tests import results
-from equivalence_tests.studies.doc_tables import table
+from equivalence_tests.studies.markdown import table
 
 POLICIES, AUGMENT, IMAGES = "test_policies.py", "test_augment.py", "test_images.py"
 OPTIM, SCHEDULES, LAYERS = "test_optim.py", "test_schedules.py", "test_layers.py"

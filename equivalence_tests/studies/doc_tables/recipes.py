@@ -1,0 +1,66 @@
+"""Tables of the recipes: published figures and those reached here."""
+
+from equivalence_tests import results
+from equivalence_tests.studies import reproduction_page
+from equivalence_tests.studies.markdown import table
+from flax_resnet.recipes import RECIPES
+
+
+def recipes() -> str:
+    """Published figures and ours, on whole data sets."""
+    rows = [row for row in results.read("recipes")["rows"] if not row["subset"]]
+    return reproduction_page.markdown(rows)
+
+
+def regularization() -> str:
+    """The accuracies of regularised networks and of plain ones."""
+    return _question(
+        "resnet18-regularized", "resnet18-regularized-base", "resnet18-regularized-decay",
+        "resnet18-224", "resnet18-224-plain", "resnet18-48px", "resnet18-48px-plain",
+        "cifar10-resnet18-dropout", "imagenette-cnn", "imagenette-cnn-plain", "cifar10-resnet18",
+        "cifar10-resnet18-64px",
+    )  # fmt: skip
+
+
+def transfer() -> str:
+    """The accuracies of fine-tuned networks and of those from random weights."""
+    return _question(
+        "transfer-source", "transfer", "transfer-12-epochs", "transfer-scratch",
+        "cifar10-resnet18-64px",
+    )  # fmt: skip
+
+
+def depth() -> str:
+    """The accuracies of networks of different depth."""
+    he = (f"cifar10-resnet{layers}" for layers in (20, 32, 44, 56, 110))
+    return _question(
+        "imagenette-cnn", "imagenette-cnn-plain", "imagenette-resnet18", "cifar10-resnet50-224",
+        "cifar10-resnet50-64px", "cifar10-resnet101-224", *he,
+    )  # fmt: skip
+
+
+def _question(*recipes: str) -> str:
+    """The runs of some recipes in JAX on whole data sets."""
+    rows = [row for row in results.read("recipes")["rows"] if not row["subset"]]
+    ours = {row["recipe"]: row for row in rows if row["framework"] == "jax"}
+    header = ["recipe", "method", "seeds", "epochs", "training", "test", "gap", "loss"]
+    return table(header, [_reached(ours[name]) for name in recipes if name in ours], numbers=4)
+
+
+def _reached(row: dict) -> list[str]:
+    figures, epochs = row["figures"], sorted({min(row["epochs"]), max(row["epochs"])})
+    train, test, loss = (figures[f] for f in ("train_accuracy", "test_accuracy", "test_loss"))
+    return [
+        f"`{row['recipe']}`",
+        RECIPES[row["recipe"]].method,
+        ", ".join(map(str, row["seeds"])),
+        "-".join(map(str, epochs)),
+        *(reproduction_page.reached(each) for each in (train, test)),
+        f"{100 * (train['mean'] - test['mean']):.1f}",
+        f"{loss['mean']:.2f}",
+    ]
+
+
+def recipe_pairs() -> str:
+    """Recipes that ran in both frameworks."""
+    return reproduction_page.pairs_markdown(results.read("recipes")["rows"])
