@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from equivalence_tests.benchmark import members as benchmark
 from equivalence_tests.parity.tolerances import MEMBERS, largest_error
 from equivalence_tests.program.command import refused, train
 from equivalence_tests.program.test_train import cut_at, digest, quiet, small
@@ -203,3 +204,18 @@ def test_members_that_were_begun_with_another_seed_are_not_taken_up(together):
     shutil.copytree(together[0][1], other / "member-1")
     with pytest.raises(InputError, match="member-1 is no such member: seed 7"):
         fit_members(CONFIG, other, 2, resume=True, display=quiet())
+
+
+def test_the_benchmark_says_how_much_faster_members_are(tmp_path):
+    """Members share their seconds; the first epoch, which compiles, does not count."""
+    for name, rates in {"0": (1, 4, 4, 9), "1": (1, 4, 4, 9)}.items():
+        place = tmp_path / name
+        place.mkdir()
+        rows = "".join(f"{number},{rate}\n" for number, rate in enumerate(rates))
+        (place / "timings.csv").write_text(f"epoch,images_per_second\n{rows}")
+    places = sorted(tmp_path.iterdir())
+    assert benchmark.speed(places, together=True) == 8
+    assert benchmark.speed(places, together=False) == 4
+    turn = {"members": {"wall": 10, "images_per_second": 8}}
+    turn["alone"] = {"wall": 20, "images_per_second": 5}
+    assert benchmark.summary([turn]) == {"images_per_second_ratio": 1.6, "wall_ratio": 2}
