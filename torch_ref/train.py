@@ -4,6 +4,7 @@ python -m torch_ref.train --arch resnet18 --dataset digits --run-dir runs/torch
 """
 
 import datetime
+import re
 from pathlib import Path
 
 import torch
@@ -75,6 +76,11 @@ def check_supported(config: TrainConfig) -> None:
     """Raises InputError for what torch_ref cannot do, or would not do as the config says."""
     for name in _changed(config, LACKING):
         raise InputError(f"`{name}`: torch_ref has no such setting")
+    if re.match(r"(torchvision|timm|hf|https?):", config.init_from or ""):
+        raise InputError(
+            f"`init_from` {config.init_from}: torch_ref takes files and run directories;"
+            f" `flax-resnet convert {config.init_from} FILE.pth` writes a file"
+        )
     if faults := idle(config):
         raise InputError("; ".join(faults.values()))
     check_stem(config.model.arch, config.model.stem)

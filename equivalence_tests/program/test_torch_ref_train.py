@@ -202,6 +202,13 @@ def test_a_setting_that_the_twin_lacks_is_named(name, changes, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("source", ["torchvision:resnet18", "https://host/weights.pth"])
+def test_weights_by_name_are_converted_for_the_twin(source, tmp_path):
+    with pytest.raises(InputError, match=f"^`init_from` {source}: .* convert {source} FILE.pth"):
+        torch_train.fit(small(init_from=source), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_has_no_effect_is_said(tmp_path, capsys):
     parallel = {"devices": 2, "parallel": "pmap"}
     with mock.patch.object(loop, "train", side_effect=guard.NonFiniteLoss):
