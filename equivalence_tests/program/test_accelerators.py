@@ -171,8 +171,11 @@ def test_a_convolution_that_is_recomputed_is_counted():
 def test_every_layer_is_found_in_its_program(bfloat16):
     model = nnx.eval_shape(lambda: create_model("resnet20"))
     names = {m.layer_name for _, m in nnx.iter_modules(model) if hasattr(m, "layer_name")}
-    assert {layer for layer, _ in bfloat16.by_layer()} >= names
-    assert {"layer1.0.conv1", "layer3.2.bn2", "fc"} <= names
+    found = bfloat16.by_layer()
+    assert {layer for layer, _ in found} >= names
+    assert {"layer1.0.conv1", "layer1.0", "layer3.2.bn2", "fc"} <= names
+    nowhere = sum(size for (layer, _), size in found.items() if layer == program.BETWEEN)
+    assert nowhere < 0.02 * bfloat16.bytes
 
 
 def test_flops_are_three_times_those_of_the_forward_pass(bfloat16):

@@ -17,7 +17,7 @@ COLLECTIVES = (
 )  # fmt: skip
 
 BETWEEN = "between layers"
-"""Where operations of the network stand that belong to no layer: ReLU, residual sum, pools."""
+"""Where operations of the network stand that belong to no layer and no block, such as pools."""
 
 OUTSIDE = "input and update"
 """Where operations outside of the network stand."""
@@ -65,7 +65,8 @@ class Kernel(NamedTuple):
     """True if a product asks for all digits of its float32 operands."""
 
     layer: str
-    """A layer's name, `BETWEEN` or `OUTSIDE`."""
+    """The name of a layer, or of a block for what is in none of its layers; `BETWEEN` or
+    `OUTSIDE`."""
 
     phase: str
     """"forward", "backward" or ""."""
@@ -219,7 +220,7 @@ def _place(op_names: list[str], layers) -> tuple[str, str]:
 def _place_of(op_name: str, layers) -> tuple[str, str]:
     phase = "backward" if "transpose(" in op_name else "forward" if "jvp(" in op_name else ""
     found = [part for part in re.split(r"[/()]", op_name) if part in layers]
-    return (found[0] if found else BETWEEN if phase else OUTSIDE), phase
+    return (found[-1] if found else BETWEEN if phase else OUTSIDE), phase
 
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")

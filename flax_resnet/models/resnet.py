@@ -14,6 +14,7 @@ from flax_resnet.models import layers
 
 class BasicBlock(nnx.Module):
     expansion = 1
+    layer_name = ""
     stochastic_depth = None
 
     def __init__(self, in_planes, planes, stride, shortcut, *, conv, norm, groups, base_width):
@@ -35,6 +36,7 @@ class BasicBlock(nnx.Module):
 
 class Bottleneck(nnx.Module):
     expansion = 4
+    layer_name = ""
     stochastic_depth = None
 
     def __init__(self, in_planes, planes, stride, shortcut, *, conv, norm, groups, base_width):
@@ -157,10 +159,11 @@ class ResNet(nnx.Module):
         if self.pools:
             x = layers.max_pool(x, 3, 2, padding=1, kernels=self.kernels)
         for index, block in enumerate(self._blocks(), 1):
-            if block.stochastic_depth is None or dropout_keys is None:
-                x = block(x)
-            else:
-                x = block(x, jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, index))
+            keys = None
+            if block.stochastic_depth is not None and dropout_keys is not None:
+                keys = jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, index)
+            with jax.named_scope(block.layer_name or type(block).__name__):
+                x = block(x, keys)
         x = layers.global_average_pool(x)
         return self.fc(self.dropout(x, dropout_keys))
 
