@@ -8,6 +8,7 @@ import pytest
 import torchvision.models
 from rich.console import Console
 
+from equivalence_tests.parity import tolerances
 from equivalence_tests.program.command import ROOT, refused, run_script
 from equivalence_tests.studies import trajectory
 from flax_resnet.commands import cli, train
@@ -18,7 +19,10 @@ from flax_resnet.training import fit
 from torch_ref.train import check_supported
 
 STEPS = 21
-KINDS = ("torchvision-resnet50-v2", "timm-a1", "timm-a3", "torchvision-resnet50-v1")
+KINDS = (
+    "torchvision-resnet50-v2", "timm-a1", "timm-a2", "timm-a3", "torchvision-resnet50-v1",
+    "he2015-imagenet",
+)  # fmt: skip
 
 
 def smaller(config: TrainConfig) -> TrainConfig:
@@ -54,8 +58,9 @@ def test_steps_of_a_recipe_are_equal_in_both_frameworks(name):
     got, expected = trajectory.both(smaller(IMAGENET_RECIPES[name].config))
     assert len(got.losses) == len(expected.losses) == STEPS
     np.testing.assert_allclose(got.rates, expected.rates, rtol=1e-12)
-    np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-9)
-    assert trajectory.distance(got.weights, expected.weights) < 1e-8
+    np.testing.assert_allclose(got.losses, expected.losses, rtol=tolerances.TRAINING_FAST)
+    assert trajectory.distance(got.weights, expected.weights) <= tolerances.TRAINING
+    assert abs(got.losses[-1] - got.losses[0]) > 0.01  # it has trained
 
 
 def smoked(config: TrainConfig, dataset: str = "none") -> TrainConfig:

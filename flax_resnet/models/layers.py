@@ -37,8 +37,8 @@ class Linear(_Named, nnx.Linear):
 
 
 def named(model: nnx.Module) -> nnx.Module:
-    """The model, whose blocks, convolutions, BatchNorms and linear layers now know their names, such
-    as "layer1.0" and "layer1.0.conv1"."""
+    """The model, whose blocks, convolutions, BatchNorms and linear layers now know their names, as
+    "layer1.0" and "layer1.0.conv1"."""
     for path, module in nnx.iter_modules(model):
         if hasattr(module, "layer_name"):
             module.layer_name = ".".join(map(str, path)).replace("layers.", "")
