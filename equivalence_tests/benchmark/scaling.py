@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 from equivalence_tests import results
 from equivalence_tests.benchmark import charts
+from equivalence_tests.studies import step_bytes
 from flax_resnet.commands import cli
-from flax_resnet.config import TrainConfig
 from flax_resnet.devices import program, targets
 from flax_resnet.runs import environment
 from flax_resnet.training import ahead
@@ -58,12 +58,11 @@ ASSUMPTIONS = {
 
 def row(target: targets.Target, statistics: str) -> dict:
     """Compile the step for a target."""
-    batch_size = IMAGES * target.num_devices
-    model = {"arch": ARCH, "num_classes": CLASSES, "dtype": "bfloat16", "stem": "imagenet"}
-    model["batch_norm_images"] = IMAGES if statistics == "device" else None
-    config = {"batch_size": batch_size, "data": {"image_size": SIZE}, "model": model}
-    config = cli.merge(TrainConfig(), config | {"augment": {"random_crop": 0}})
-    made = ahead.Plan(config, ahead.Data((SIZE, SIZE, 3), resident=0), target).compile()
+    images = IMAGES * target.num_devices
+    config, data = step_bytes.step_of(ARCH, "imagenet", CLASSES, SIZE, images)
+    if statistics == "device":
+        config = cli.merge(config, {"model": {"batch_norm_images": IMAGES}})
+    made = ahead.Plan(config, data, target).compile()
     alone = [k for k in made.kernels if k.kind not in program.COLLECTIVES]
     found = {
         "target": target.name,
