@@ -17,7 +17,7 @@ TABLES = {
     function.__name__: function
     for function in (
         proofs.headline, proofs.faults_found, proofs.localiser, proofs.paired_trainings,
-        proofs.error_growth, proofs.survival, proofs.ports, proofs.maxvit,
+        proofs.error_growth, proofs.survival, proofs.ports, proofs.injected_ports, proofs.maxvit,
         speeds.speeds, speeds.gpu_speeds, speeds.gpu_bounds, speeds.gpu_ways,
         speeds.whole_trainings,
         programs.scaling, programs.gradient_sums, programs.plan, programs.step_bytes,

@@ -125,6 +125,19 @@ def ports() -> str:
     return table(["network", "verdict", "causes (layers)", "these explain every difference"], rows)
 
 
+def injected_ports() -> str:
+    """Faults that the judge of ports found in small networks of other frameworks."""
+    measured = results.read("port-faults")
+    lines = []
+    for framework in dict.fromkeys(key.split()[0] for key in measured["rows"]):
+        own = [row for key, row in measured["rows"].items() if key.split()[0] == framework]
+        sound = [v for key, v in measured["alarms"].items() if key.split()[0] == framework]
+        alarms = f"{sum(v != 'equal' for v in sound)} of {len(sound)}"
+        lines.append([framework, len(own), sum(row["right"] for row in own), alarms])
+    header = ["framework", "faults put into a layer", "layer and cause named", "false alarms"]
+    return table(header, lines, numbers=3)
+
+
 def maxvit() -> str:
     """Why a published MaxViT in JAX computes other logits than torchvision's."""
     row = next(row for row in results.read("ports")["rows"] if row["name"] == "maxvit")
@@ -144,6 +157,7 @@ def survival() -> str:
     configs = results.read("edges")
     kills, stops, pth = faults["SIGKILL"], faults["SIGTERM"], weights[".pth"]
     cost, million = faults["checkpoint_cost"], growth["sizes"][-1]
+    left = faults["workers"]
     return table(
         ["what was done", "outcome"],
         [
@@ -155,6 +169,11 @@ def survival() -> str:
             [
                 "[SIGTERM at a drawn moment, then `--resume`](../results/faults.json)",
                 f"the same bits in {stops['same_bits_after_resume']} of {stops['struck']}",
+            ],
+            [
+                "[`kill -9` of a run with two decoding processes](../results/faults.json)",
+                f"{left['killed']} runs: {left['processes_left']} processes and"
+                f" {left['segments_left']} segments of shared memory left after 10 s",
             ],
             [
                 "[one bit flipped in any file of a run directory](../results/flips.json)",
