@@ -93,13 +93,15 @@ def _row(phase, name, got, reference) -> Row:
     ulp = np.spacing(size) if reference.dtype.kind == "f" else 1
     difference = np.subtract(got, reference, dtype=np.float64)
     largest = _largest(difference)
+    with np.errstate(over="ignore"):  # the spacing beside a reference of 0
+        ulps = float(largest / ulp)
     return Row(
         phase,
         name,
         reference.shape,
         _ratio(largest, size),
         _ratio(np.linalg.norm(difference), np.linalg.norm(np.asarray(reference, np.float64))),
-        float(largest / ulp),
+        ulps,
     )
 
 

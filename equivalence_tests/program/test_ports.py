@@ -16,7 +16,7 @@ from torch import nn
 from equivalence_tests.mutants import foreign_networks
 from equivalence_tests.mutants.foreign_networks import in_nnx, in_torch, pairs_nnx, pairs_torch
 from equivalence_tests.parity import compare_models
-from equivalence_tests.parity.ports import cases, exported, jaxpr
+from equivalence_tests.parity.ports import cases, exported, written
 from equivalence_tests.program.command import run_installed
 from flax_resnet.errors import InputError
 
@@ -149,7 +149,7 @@ def test_float32_that_an_author_wrote_is_float64_on_both_sides():
     "number", [0.9, 1.001e-5, 0.5**0.5, -(0.5**0.5), (2 / np.pi) ** 0.5, 24**-0.5, 3.4028235e38]
 )
 def test_a_float32_number_is_what_its_author_wrote(number):
-    assert jaxpr.lifted(np.float32(number)) == number
+    assert written.lifted(np.float32(number)) == number
 
 
 @pytest.mark.control

@@ -146,7 +146,8 @@ def _unwrapped(out):
     if hasattr(out, "logits"):
         return out.logits
     if isinstance(out, Mapping):
-        return _unwrapped(out["logits"]) if "logits" in out else out
+        name = "logits" if "logits" in out else next(iter(out)) if len(out) == 1 else None
+        return out if name is None else _unwrapped(out[name])
     if isinstance(out, tuple | list) and out:
         return _unwrapped(out[0])
     return out

@@ -27,20 +27,40 @@ FIXED = (224, 256, 32, 28, 64, 128, 384)
 
 def prepared(net: nn.Module) -> nn.Module:
     """A copy in float64 whose dropout and stochastic depth do nothing."""
+    constants = {n: exported.lifted(b) for n, b in net.named_buffers() if b.is_floating_point()}
     net = copy.deepcopy(net).double()
+    for name, buffer in net.named_buffers():
+        if name in constants:
+            buffer.data.copy_(constants[name])
     own_model.drop_nothing(net)
     return net
 
 
-def image_channels(net: nn.Module) -> int:
-    """Channels of the images that a network takes, from its first kernel."""
+def image_shape(net: nn.Module, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """(H, W, C) of the images that a network takes.
+
+    Raises:
+      InputError: the network takes none of the sizes that are tried.
+    """
+    for channels in (known := _channels(net)):
+        if size is None:
+            try:
+                return *image_size(net, channels), channels
+            except InputError:
+                if channels == known[-1]:
+                    raise
+        elif len(known) == 1 or strided(net, size, channels) is not None:
+            return *size, channels
+    return *size, known[0]  # the network raises, which is told later
+
+
+def _channels(net: nn.Module) -> tuple[int, ...]:
+    """Channels of images, from a network's first kernel; several to try without a kernel."""
+    first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None:
+        return (first.in_channels,)
     kernel = next((p for p in net.parameters() if p.ndim == 4), None)
-    return 3 if kernel is None else kernel.shape[1] * _groups(net, kernel)
-
-
-def _groups(net, kernel) -> int:
-    owners = (m for m in net.modules() if isinstance(m, nn.Conv2d) and m.weight is kernel)
-    return next(owners).groups
+    return (3, 1) if kernel is None else (kernel.shape[1],)
 
 
 def image_size(net: nn.Module, channels: int) -> tuple[int, int]:
@@ -80,7 +100,13 @@ def fill(net: nn.Module, images: np.ndarray, rng: np.random.Generator):
         for module in net.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 parameter.copy_(torch.from_numpy(_random(module, name, parameter.shape, rng)))
-        _settle(net, images)
+        try:
+            _settle(net, images)
+        except Exception as error:  # whatever the user's own code raises
+            size = "x".join(map(str, images.shape[1:]))
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            message = f"the PyTorch network raises on images of {size}: {reason}"
+            raise InputError(message) from error
         for module in net.modules():
             if getattr(module, "running_var", None) is not None:
                 _spread(module, rng)
@@ -172,13 +198,31 @@ def _equal_vectors(state) -> list[str]:
 
 
 def _one_sided(graph, values) -> list[str]:
-    found = []
+    found, positive = [], set()
     for operation in graph.operations:
-        if operation.name == "relu":
+        if operation.name in POSITIVE or _keeps(operation, positive):
+            positive.update(operation.outputs)
+        if operation.name == "relu" and operation.inputs[0] not in positive:
             x = values[operation.inputs[0]]
             if x.min() >= 0 or x.max() <= 0:
                 found.append(f"{operation.module or 'a ReLU'} sees one sign only")
     return found
+
+
+def _keeps(operation, positive) -> bool:
+    """True of a sum or product of two such values, and of a pool or view of one."""
+    several = operation.name not in ("add", "mul") or len(operation.inputs) == 2
+    return operation.name in KEEPING and several and positive.issuperset(operation.inputs)
+
+
+POSITIVE = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax"}
+"""Operations whose output has no negative number, so that a ReLU behind them does nothing."""
+
+KEEPING = {
+    "add", "mul", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "mean", "amax", "cat", "view",
+    "flatten", "unsqueeze",
+}  # fmt: skip
+"""Operations that make no negative number out of numbers that are not negative."""
 
 
 def _large_batches(graph, values) -> list[str]:

@@ -31,14 +31,13 @@ def compared(args) -> dict:
 
     net = own_model.load(args.torch_model)
     jax_net = loading.load(args.jax_model, "--jax-model")
-    size = tuple(args.image_size * 2)[:2] if args.image_size else None
     optax_optimizer = args.optax_optimizer and loading.load(
         args.optax_optimizer, "--optax-optimizer"
     )
     report = compare_models(
         jax_net,
         net,
-        image_size=size,
+        image_size=args.image_size,
         own_weights=args.own_weights,
         converter=args.converter and loading.find(args.converter, "--converter"),
         mapping=args.mapping,

@@ -67,6 +67,9 @@ def _through(converter, state, starts, digit, variables) -> dict[str, np.ndarray
 def _floats(tree) -> dict[str, np.ndarray]:
     found = jax.tree_util.tree_flatten_with_path(tree)[0]
     arrays = {jax.tree_util.keystr(path): leaf for path, leaf in found}
+    for path, leaf in arrays.items():
+        if not isinstance(leaf, np.ndarray | np.generic | jax.Array | float | int):
+            raise InputError(f"the converter returns a {type(leaf).__name__} for {path}, no array")
     return {
         p: np.asarray(a, np.float64)
         for p, a in arrays.items()
@@ -98,14 +101,20 @@ def _check_bijection(seen, state, starts):
         raise InputError(f"the converter is no bijection: {'; '.join(what)}")
 
 
-def differences(given: dict[str, list[Piece]], found: Mapping) -> list[str]:
-    """Tensors that the converter puts elsewhere than the structure of the networks has them."""
-    return [
-        f"the converter puts {name} into {_places(given[name])}; in the network's structure"
-        f" it belongs into {_places(found.pieces[name])}"
+def differences(given: dict[str, list[Piece]], found: Mapping) -> dict[str, str]:
+    """{tensor: sentence} of what the converter puts elsewhere than the structure does."""
+    return {
+        name: f"the converter puts {name} into {_difference(given[name], found.pieces[name])}"
         for name in given
         if name in found.pieces and _elements(given[name]) != _elements(found.pieces[name])
-    ]
+    }
+
+
+def _difference(given: list[Piece], found: list[Piece]) -> str:
+    here, there = _places(given), _places(found)
+    if here == there:
+        return f"{here} in another order than the network's structure"
+    return f"{here}; in the network's structure it belongs into {there}"
 
 
 def _places(parts: list[Piece]) -> str:

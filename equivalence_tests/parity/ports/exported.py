@@ -3,17 +3,21 @@
 The graph computes in float64 where the network's author wrote a narrower float.
 """
 
+import contextlib
 import copy
 import functools
 import itertools
 import operator
 import warnings
+from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._pytree import tree_map
 
+from equivalence_tests.parity.ports import written
 from equivalence_tests.parity.ports.graph import Graph, Operation
 from flax_resnet.errors import InputError
 
@@ -35,25 +39,56 @@ def graph(net: nn.Module, image_shape: tuple[int, ...], *, train: bool) -> Graph
     torch.backends.mha.set_fastpath_enabled(False)  # attention as one opaque operation
     images = torch.zeros(image_shape, dtype=torch.float64)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _no_dropout():
             warnings.simplefilter("ignore")
-            net(images + torch.randn_like(images))
+            _check_logits(net(images + torch.randn_like(images)), len(images))
             program = torch.export.export(net, (images,), strict=False).run_decompositions({})
+    except InputError:
+        raise
     except Exception as error:  # whatever the user's own code raises
         size = "x".join(map(str, image_shape[1:]))
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"the PyTorch network raises on images of {size}: {reason}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    return _Builder(program).graph()
+    builder = _Builder(program)
+    found = builder.graph()
+    drawing = builder.random & set(found.needed([found.logits]))
+    if drawing:
+        mode, operation = "training" if train else "evaluation", found.operations[min(drawing)]
+        where = f" at {operation.module}" if operation.module else ""
+        raise InputError(
+            f"the PyTorch network draws random numbers in {mode} ({operation.name}{where})"
+        )
+    return found
+
+
+_DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
+             "feature_alpha_dropout")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _no_dropout():
+    """Functions that drop values return their input; modules are replaced by `drop_nothing`."""
+    with contextlib.ExitStack() as stack:
+        for name in _DROPOUTS:
+            stack.enter_context(mock.patch.object(F, name, lambda input, *_, **__: input))
+        yield
+
+
+def _check_logits(output, batch: int):
+    shape = getattr(output, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != batch or not output.is_floating_point():
+        what = type(output).__name__ if shape is None else list(shape)
+        raise InputError(f"the PyTorch network returns {what}, not logits [{batch}, classes]")
 
 
 def _logits(output):
     """The logits in an output: its `logits`, or the first of several values."""
     if hasattr(output, "logits"):
         return output.logits
-    if isinstance(output, dict) and "logits" in output:
-        return output["logits"]
+    if isinstance(output, dict) and ("logits" in output or len(output) == 1):
+        return output["logits" if "logits" in output else next(iter(output))]
     return output[0] if isinstance(output, tuple | list) and output else output
 
 
@@ -63,7 +98,8 @@ class _Builder:
     def __init__(self, program):
         self.program, self.operations, self.constants = program, [], {}
         self._numbers = itertools.count()
-        self._values, self._norms = {}, {}
+        self._values, self._several = {}, {}
+        self.random: set[int] = set()
 
     def graph(self) -> Graph:
         signature = self.program.graph_signature
@@ -95,13 +131,21 @@ class _Builder:
 
     def _call(self, node: fx.Node):
         name = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
-        if name in ("conv2d", "linear"):
+        if name in ("conv2d", "conv_transpose2d", "linear"):
             self._product(node, name)
         elif name.startswith("_native_batch_norm_legit"):
             self._batch_norm(node)
-        elif node.target is operator.getitem and node.args[0] in self._norms:
-            self._values[node] = self._norms[node.args[0]][node.args[1]]
+        elif name == "dropout":
+            self._values[node] = self._values[node.args[0]]
+        elif name == "native_dropout":
+            self._several[node] = {0: self._values[node.args[0]]}
+        elif node.target is operator.getitem and node.args[0] in self._several:
+            self._values[node] = self._several[node.args[0]][node.args[1]]
         else:
+            if name == "scaled_dot_product_attention":  # its fifth argument is a dropout's rate
+                node.args = node.args[:4]
+            elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                self.random.add(len(self.operations))
             self._values[node] = self._add(name, _function(node), node.all_input_nodes, node)
 
     def _product(self, node, name):
@@ -113,11 +157,14 @@ class _Builder:
         def kernel(x, weight):
             return (node.target(x, weight, None, *rest, **keywords),)
 
-        product = self._add(name, kernel, [x, weight], node, options={"arguments": rest})
+        options = {"arguments": rest}
+        if name == "conv_transpose2d":
+            options["groups"] = rest[3] if len(rest) > 3 else keywords.get("groups", 1)
+        product = self._add(name, kernel, [x, weight], node, options=options)
         if bias is None:
             self._values[node] = product
             return
-        channel = 1 if name == "conv2d" else -1
+        channel = -1 if name == "linear" else 1
         shape = [1] * len(node.meta["val"].shape)
         shape[channel] = -1
 
@@ -137,7 +184,7 @@ class _Builder:
         inputs = [part for part in (x, weight, bias, mean, variance) if part is not None]
         outputs = self._add(BATCH_NORM, run, inputs, node, count=3, options=options)
         y, new_mean, new_variance = outputs
-        self._norms[node] = {0: y, 3: new_mean, 4: new_variance}
+        self._several[node] = {0: y, 3: new_mean, 4: new_variance}
 
     def _add(self, name, run, inputs, node, *, count=1, options=None):
         values = tuple(self._values[i] if isinstance(i, fx.Node) else i for i in inputs)
@@ -155,21 +202,28 @@ def _module(node) -> str:
 def _function(node):
     """The node as a function of the arrays of its input nodes."""
     sources = node.all_input_nodes
-    written = tree_map(_wide, (node.args, dict(node.kwargs)))
+    given = tree_map(_wide, (node.args, dict(node.kwargs)))
 
     def run(*arrays):
         table = dict(zip(sources, arrays, strict=True))
-        args, kwargs = fx.map_arg(written, lambda n: table[n])
+        args, kwargs = fx.map_arg(given, lambda n: table[n])
         return (node.target(*args, **kwargs),)
 
     return run
 
 
-def _wide(written):
+def _wide(array):
     """A type or a tensor in float64, where it is a narrower float."""
-    if isinstance(written, torch.Tensor):
-        return written.double() if written.is_floating_point() else written
-    return torch.float64 if written in NARROW else written
+    if isinstance(array, torch.Tensor):
+        return lifted(array) if array.is_floating_point() else array
+    return torch.float64 if array in NARROW else array
+
+
+def lifted(tensor: torch.Tensor) -> torch.Tensor:
+    """A float tensor in float64, with its numbers as their author wrote them."""
+    if tensor.dtype not in NARROW:
+        return tensor.double()
+    return torch.from_numpy(np.array(written.lifted(tensor.detach().float().numpy())))
 
 
 def batch_norm(x, *leaves, training, momentum, eps, given, biased=False, by=None) -> tuple:
@@ -212,58 +266,3 @@ def batch_statistics(x, correction: int = 0) -> tuple[torch.Tensor, torch.Tensor
 def batch_norm_of(operation: Operation, options: dict):
     """BatchNorm's operation with other options."""
     return functools.partial(batch_norm, **operation.options | options)
-
-
-def divided(graph: Graph, weight: str, parts: int) -> Graph:
-    """The graph with one dense layer computed in equal parts of its outputs, joined afterwards.
-
-    Attention of PyTorch has one kernel for query, key and value where others have three.
-    """
-    free = itertools.count(1 + max(v for op in graph.operations for v in (*op.outputs, *op.inputs)))
-    operations = []
-    for operation in graph.operations:
-        if operation.name == "linear" and graph.leaves[weight] == operation.inputs[1]:
-            operations += _in_parts(operation, parts, free)
-        elif operation.name == "add_bias" and operation.inputs[0] in _outputs(operations, "cat"):
-            joined = operations.pop()
-            biased = []
-            for part, source in enumerate(joined.inputs):
-                piece, output = next(free), next(free)
-                bias = operation.inputs[1]
-                operations.append(_part(operation, bias, piece, part, parts))
-                operations.append(operation._replace(inputs=(source, piece), outputs=(output,)))
-                biased.append(output)
-            operations.append(joined._replace(inputs=tuple(biased), outputs=operation.outputs))
-        else:
-            operations.append(operation)
-    return graph._replace(operations=operations)
-
-
-def _in_parts(operation: Operation, parts: int, free) -> list[Operation]:
-    found, outputs = [], []
-    for part in range(parts):
-        kernel, output = next(free), next(free)
-        found.append(_part(operation, operation.inputs[1], kernel, part, parts))
-        inputs = operation.inputs[0], kernel
-        found.append(operation._replace(inputs=inputs, outputs=(output,)))
-        outputs.append(output)
-    joined = operation._replace(
-        name="cat", run=_joined, inputs=tuple(outputs), outputs=operation.outputs, options={}
-    )
-    return [*found, joined]
-
-
-def _part(operation, source, output, part, parts) -> Operation:
-    def run(array):
-        return (array.chunk(parts)[part],)
-
-    return operation._replace(name="chunk", run=run, inputs=(source,), outputs=(output,))
-
-
-def _joined(*arrays):
-    return (torch.cat(arrays, -1),)
-
-
-def _outputs(operations, name) -> tuple[int, ...]:
-    """The outputs of the last operation, if it has this name."""
-    return operations[-1].outputs if operations and operations[-1].name == name else ()

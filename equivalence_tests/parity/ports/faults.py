@@ -59,7 +59,11 @@ def _after_logits(walk: Walk) -> list[str]:
     logits, end = (np.asarray(walk.of_jax[step.subject]) for step in walk.steps[-2:])
     functions = {"softmax": jax.nn.softmax, "log-softmax": jax.nn.log_softmax}
     names = [n for n, f in functions.items() if variants.nearly(end, np.asarray(f(logits)))]
-    return [f"the network returns the {name} of its logits" for name in names]
+    found = [f"the network returns the {name} of its logits" for name in names]
+    factor = float((end * logits).sum() / (logits * logits).sum()) if end.size == logits.size else 0
+    if variants.nearly(end, factor * logits):
+        found.append(f"the network returns its logits times {factor:.6g}")
+    return found
 
 
 def _named(operations, step, causes, mode) -> list[Fault]:
@@ -137,6 +141,32 @@ def own_parameters(walk: Walk, mapping: Mapping) -> list[Fault]:
         Fault(path, "evaluation", "forward", 0.0, ["JAX has a parameter that PyTorch has not"])
         for path in mapping.extra
         if walk.subject.leaves[path] in used
+    ]
+
+
+def with_ties(found: list[Fault], mapping: Mapping) -> list[Fault]:
+    """Adds parameters that only one of the networks uses in several layers.
+
+    They are the cause of what nothing else explains in the same layers.
+    """
+    reasons = {n: f"JAX uses {leaf} here, which is another layer's, too"
+               for n, leaf in mapping.shared.items()}  # fmt: skip
+    reasons |= {n: f"JAX has {count} parameters in place of {n}, which several layers use"
+                for n, count in mapping.copies().items()}  # fmt: skip
+    ties = [
+        Fault(name.rpartition(".")[0] or name, "evaluation", "forward", 0.0, [reason])
+        for name, reason in reasons.items()
+    ]
+    modules = {fault.module for fault in ties}
+    return [*ties, *(f for f in found if f.causes or f.module not in modules)]
+
+
+def with_reasons(found: list[Fault], reasons: dict[str, str]) -> list[Fault]:
+    """The faults, those without a cause with the reason of a tensor of the same layer."""
+    modules = {name.rpartition(".")[0] or name: reason for name, reason in reasons.items()}
+    return [
+        f if f.causes or f.module not in modules else f._replace(causes=[modules[f.module]])
+        for f in found
     ]
 
 

@@ -81,9 +81,21 @@ class Graph(NamedTuple):
         """Names of the leaves that the forward pass changes."""
         return {name for name, value in self.leaves.items() if self.after[name] != value}
 
+    def data(self) -> set[Value]:
+        """All values that are computed from the images, and the images."""
+        found = {self.images}
+        for operation in self.operations:
+            if found & set(operation.inputs):
+                found.update(operation.outputs)
+        return found
+
+    def reads(self, value: Value, source: Value) -> bool:
+        """True if a value is computed from another, or is it."""
+        return source in self._read(value)
+
     def reads_images(self, value: Value) -> bool:
         """True if a value is computed from the images."""
-        return self.images in self._read(value)
+        return self.reads(value, self.images)
 
     def evaluate(self, values: dict[Value, Any], indices: Iterable[int], replaced=None) -> dict:
         """Adds the constants and the outputs of these operations to `values`, which is returned.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from equivalence_tests.parity.ports import written
 from equivalence_tests.parity.ports.graph import Graph, Operation
 from flax_resnet.errors import InputError
 
@@ -30,7 +31,7 @@ CALLS = {
 
 RANDOM = {"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"}
 OPAQUE = {"while", "cond"}
-NARROW = (jnp.float16, jnp.bfloat16, jnp.float32)
+NARROW = written.NARROW
 TYPES = ("new_dtype", "preferred_element_type", "dtype", "out_dtype")
 
 
@@ -106,7 +107,7 @@ class _Flat:
 
     def constant(self, array) -> int:
         value = self.new()
-        self.constants[value] = lifted(array)
+        self.constants[value] = written.lifted(array)
         return value
 
     def walk(self, jaxpr, consts, inputs) -> list[int]:
@@ -196,22 +197,3 @@ def _binding(primitive, params):
 
 def _wider(dtype):
     return np.dtype(np.float64) if dtype is not None and dtype in NARROW else dtype
-
-
-def lifted(array):
-    """A narrow float array as float64; a number as its author wrote it (0.9, the root of 1/2)."""
-    if jnp.result_type(array) not in NARROW:
-        return array
-    array = np.asarray(array, np.float32)
-    return _as_written(array) if array.ndim == 0 else array.astype(np.float64)
-
-
-def _as_written(number: np.ndarray) -> np.float64:
-    """The decimal, or the root of a decimal or of 2 / pi, that float32 rounded to a number."""
-    decimal = np.float64(str(number))
-    if number == np.float32(f"{number:.6g}") or not 1e-6 < abs(number) < 1e6:
-        return decimal
-    square = np.square(decimal)
-    inside = (np.float64(f"{square:.6g}"), 1 / np.float64(f"{1 / square:.6g}"), 2 / np.pi)
-    roots = (np.copysign(np.sqrt(value), decimal) for value in inside)
-    return next((root for root in roots if np.float32(root) == number), decimal)

@@ -3,7 +3,7 @@
 compare_models(jax_net, torch_module) -> Report
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from equivalence_tests.parity.ports import (
     averages,
     cases,
     conversion,
+    divided,
     exported,
     faults,
     jaxpr,
@@ -29,6 +30,7 @@ from equivalence_tests.parity.ports import (
     mapping_file,
     matching,
     optimizers,
+    options,
     traces,
 )
 from equivalence_tests.parity.ports.mapping import Mapping
@@ -43,7 +45,7 @@ def compare_models(
     jax_net: Any,
     torch_module: nn.Module,
     *,
-    image_size: tuple[int, int] | None = None,
+    image_size: int | Sequence[int] | None = None,
     batch: int = 5,
     own_weights: bool = False,
     converter: Callable | None = None,
@@ -60,7 +62,7 @@ def compare_models(
     Args:
       jax_net: what `adapters.adapt` takes.
       torch_module: takes images `[B, C, H, W]` and returns logits `[B, K]`.
-      image_size: (H, W); None: one at which no padding can hide.
+      image_size: (H, W), or one number for both; None: a size at which no padding can hide.
       batch: number of images; a prime is mistaken for no other size.
       own_weights: compare with the PyTorch network's weights instead of random ones.
       converter: your own conversion, (state_dict) -> variables; it is proven to move every number
@@ -70,20 +72,24 @@ def compare_models(
       torch_optimizer: (parameters) -> a PyTorch optimizer.
 
     Raises:
-      InputError: a network cannot be followed, or raises; a converter or a mapping is wrong.
+      InputError: a network cannot be followed, or raises; a converter or a mapping is wrong; an
+        argument is of another kind.
     """
-    rng = np.random.default_rng(seed)
+    options.check_networks(torch_module)
+    options.check_flag("own_weights", own_weights)
+    options.check_optimizers(optax_optimizer, torch_optimizer)
+    file = options.mapping_file(mapping, converter)
+    size, batch = options.size(image_size), options.whole("batch", batch, 1)
+    rng = np.random.default_rng(options.whole("seed", seed, 0))
     net = cases.prepared(torch_module)
-    channels = cases.image_channels(net)
-    size = image_size or cases.image_size(net, channels)
-    shape = (batch, *size, channels)
+    shape = (batch, *cases.image_shape(net, size))
     images = rng.standard_normal(shape)
     if not own_weights:
         cases.fill(net, images, rng)
     network = adapters.adapt(jax_net, shape)
     with jax.enable_x64(True):
         pair = _Pair(network, net, images)
-        found = pair.matched(converter, Path(mapping) if mapping else None)
+        found = pair.matched(converter, file)
         pair.follow(found)
         report = pair.judged(found, rng)
         if optax_optimizer is not None:
@@ -106,7 +112,7 @@ class _Pair:
         self.subject = {
             m: jaxpr.graph(network, sizes["subject"], train=t) for m, t in MODES.items()
         }
-        self.walks, self.notes, self.remarks = {}, [], []
+        self.walks, self.notes, self.remarks, self.elsewhere = {}, [], [], {}
 
     def _walk(self, mode: str) -> Walk:
         graphs = self.standard[mode], self.subject[mode]
@@ -125,16 +131,27 @@ class _Pair:
             given = conversion.pieces(convert, self.state, self.network.variables)
         elif file and file.exists():
             given = mapping_file.read(file, self.state, self.leaves)
-        for name, parts in matching.fused(*self._layers("evaluation")).items():
-            self.standard = {m: exported.divided(g, name, parts) for m, g in self.standard.items()}
+        self._divide()
         walk, found = self._best(statistics, given)
         if convert:
-            self.notes += conversion.differences(given, self._best(statistics, {})[1])
+            self.elsewhere = conversion.differences(given, self._best(statistics, {})[1])
+            self.notes += self.elsewhere.values()
         elif file and not file.exists():
-            mapping_file.write(file, found, self.state, self.leaves)
+            mapping_file.write(file, found, self.state)
         self.walks["evaluation"], self.leaves = walk, walk.leaves
         averages.settle(training, found, self.leaves)
         return found
+
+    def _divide(self):
+        """Divides dense layers that are one on one side and several on the other."""
+        standard, subject = self._layers("evaluation")
+        for name, parts in matching.fused(standard, subject).items():
+            for mode, graph in self.standard.items():
+                self.standard[mode] = divided.in_torch(graph, name, parts)
+        for leaf, parts in matching.fused(subject, standard).items():
+            for mode, graph in self.subject.items():
+                shape = np.shape(self.leaves[leaf])
+                self.subject[mode] = divided.in_jax(graph, leaf, parts, shape)
 
     def _best(self, statistics, given) -> tuple[Walk, Mapping]:
         """The walk and the mapping with the least differences over the orders of tied kernels."""
@@ -189,16 +206,27 @@ class _Pair:
         for mode, walk in self.walks.items():
             part, rows[mode], whole = _one_mode(self.network, walk, self.given, mapping, mode)
             found, explained = found + part, explained and whole
+        found = faults.with_reasons(faults.with_ties(found, mapping), self.elsewhere)
         found += faults.own_parameters(self.walks["evaluation"], mapping)
         found += faults.counted(self.walks["evaluation"], self.walks["training"], mapping)
         if explained:  # every tensor agrees, so every assignment is confirmed
             mapping.ambiguous.clear()
         hidden = cases.faults(self.state, self.standard["evaluation"], self.images)
-        hidden += [f"{name} has no place in JAX" for name in mapping.unplaced]
+        hidden += [f"{n} has no place in JAX" for n in mapping.unplaced if self._matters(n)]
         verdict = "divergent" if found or self.notes else "undecided" if hidden else "equal"
         size = self.images.shape[1:3]
         return Report(verdict, found, hidden, rows, mapping, size, explained,
                       self.notes + self.remarks)  # fmt: skip
+
+    def _matters(self, name: str) -> bool:
+        """True of a tensor that training changes and that the logits are computed from.
+
+        JAX may hold a constant as a number, and need not have what nothing uses.
+        """
+        graphs = self.standard.values()
+        learned = name in dict(self.net.named_parameters())
+        used = any(name in graph.leaves_above(graph.logits) for graph in graphs)
+        return used and (learned or name in self.standard["training"].moved())
 
     def with_optimizers(self, report: Report, optax_optimizer, torch_optimizer) -> Report:
         rows = optimizers.rows(

@@ -26,7 +26,14 @@ MOVES = {
 }  # fmt: skip
 """Operations that only move elements; run on numbers of elements they tell where each went."""
 
-PRODUCTS = {"conv_general_dilated", "dot_general", "conv2d", "linear", "matmul", "mm", "einsum"}
+PRODUCTS = {
+    "conv_general_dilated", "dot_general", "conv2d", "conv_transpose2d", "linear", "matmul", "mm",
+    "einsum",
+}  # fmt: skip
+
+
+SPREADS = {"broadcast_in_dim", "reshape", "convert_element_type"}
+"""Operations that give a vector of data the shape of an image."""
 
 
 class Layer(NamedTuple):
@@ -54,7 +61,8 @@ def layers_of(graph: Graph, leaves: dict[str, np.ndarray]) -> list[Layer]:
     Args:
       leaves: arrays of the graph's leaves; only their shapes matter.
     """
-    return _Analysis(graph, leaves).found
+    analysis = _Analysis(graph, leaves)
+    return [layer if layer.kernel else analysis.applied(layer) for layer in analysis.found]
 
 
 class _Analysis:
@@ -67,8 +75,32 @@ class _Analysis:
             for name, value in graph.leaves.items()
             if _is_float(leaves[name])  # indices are no parameters
         }
+        self.uses = {}
         for index in graph.needed([graph.logits]):
             self._visit(index)
+            for value in graph.operations[index].inputs:
+                self.uses.setdefault(value, []).append(graph.operations[index])
+
+    def applied(self, layer: Layer) -> Layer:
+        """The layer with its whole result as its output, where it scales a part of its data.
+
+        Flax multiplies the inverse deviation by the scale first and the deviations by both; a
+        PReLU scales the negative half.
+        """
+        while (product := self._product(layer.output, layer.output)) is not None:
+            layer = layer._replace(output=product)
+        return layer
+
+    def _product(self, value: Value, origin: Value) -> Value | None:
+        for operation in self.uses.get(value, ()):
+            if operation.name in SPREADS:
+                return self._product(operation.outputs[0], origin)
+            others = [v for v in operation.inputs if v != value and v in self.above]
+            beside = all(self.above[v] == self.above[value] for v in others)
+            if operation.name in ("mul", "select_n", "max") and others and beside:
+                if not any(self.graph.reads(v, origin) for v in others):
+                    return operation.outputs[0]
+        return None
 
     def _visit(self, index):
         operation = self.graph.operations[index]
@@ -173,7 +205,16 @@ def _kernel(operation, numbers, data) -> np.ndarray:
         return numbers.swapaxes(-1, -2) if operation.inputs[0] in data else numbers
     if operation.name == "einsum":
         return _einsum(operation, numbers, data)
+    if operation.name == "conv_transpose2d":
+        return _transposed(numbers, operation.options["groups"])
     return numbers
+
+
+def _transposed(numbers, groups) -> np.ndarray:
+    """The kernel of the convolution of spread-out pixels that a transposed convolution is."""
+    inputs, outputs, *window = numbers.shape
+    parts = numbers.reshape(groups, inputs // groups, outputs, *window).swapaxes(1, 2)
+    return parts.reshape(groups * outputs, inputs // groups, *window)[..., ::-1, ::-1]
 
 
 def _product(numbers, contracted, batch):
@@ -205,15 +246,19 @@ def compact(numbers: np.ndarray) -> np.ndarray:
     return numbers
 
 
-def colours(layers: list[Layer], radius: int) -> dict[int, int]:
+def colours(layers: list[Layer], radius: int, matrices=()) -> dict[int, int]:
     """A colour for each kernel, from its shape and the kernels up to `radius` above and below it.
 
     Kernels of two graphs with the same colour stand at the same place (Weisfeiler and Leman's
     refinement, `radius` times).
+
+    Args:
+      matrices: shapes of four axes that have the colour of a matrix of the same inputs and outputs.
     """
     kernels = [i for i, layer in enumerate(layers) if layer.kernel]
     below = {i: [j for j in kernels if i in layers[j].above] for i in kernels}
-    colour = {i: hash(shape(layers[i])) for i in kernels} | {IMAGE: 0}
+    shapes = {i: shape(layers[i]) for i in kernels}
+    colour = {i: hash(matrix(s) if s in matrices else s) for i, s in shapes.items()} | {IMAGE: 0}
     for _ in range(radius):
         colour = {IMAGE: 0} | {
             i: hash((colour[i], _sorted(colour, layers[i].above), _sorted(colour, below[i])))
@@ -229,3 +274,8 @@ def _sorted(colour, neighbours) -> tuple[int, ...]:
 def shape(layer: Layer) -> tuple[int, ...]:
     """The shape of a kernel."""
     return next(iter(layer.parameters.values())).shape
+
+
+def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of a kernel as a matrix: (outputs, inputs)."""
+    return shape[0], int(np.prod(shape[1:]))

@@ -1,5 +1,7 @@
 """The mapping tells where in JAX each element of a PyTorch tensor is."""
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -31,16 +33,45 @@ class Mapping(NamedTuple):
     ambiguous: list[str]
     """Sentences that name what could be matched otherwise."""
 
+    shared: dict[str, str]
+    """{tensor of PyTorch: leaf of JAX in its place, which another tensor fills}."""
+
     def has(self, name: str, numbers: np.ndarray) -> bool:
         """Returns True if any of these elements of a tensor has a place."""
         return any(np.isin(numbers, piece.theirs).any() for piece in self.pieces.get(name, ()))
 
+    def holds(self, leaf: str, numbers: np.ndarray) -> bool:
+        """Returns True if any of these elements of a leaf is one of PyTorch's."""
+        return any(
+            np.isin(numbers, piece.ours).any() for piece in self.parts() if piece.leaf == leaf
+        )
+
+    def parts(self) -> Iterator[Piece]:
+        """All pieces."""
+        return itertools.chain.from_iterable(self.pieces.values())
+
+    def copies(self) -> dict[str, int]:
+        """{tensor of PyTorch: number of its copies in JAX}, where there are several."""
+        found = {}
+        for name, parts in self.pieces.items():
+            count = np.unique(np.concatenate([p.theirs for p in parts]), return_counts=True)[1]
+            found |= {name: int(count.max())} if count.max(initial=0) > 1 else {}
+        return found
+
     def read(self, name: str, leaves: dict, shape) -> np.ndarray | None:
-        """A tensor of PyTorch, read from leaves of JAX; None if a part of it is not there."""
+        """A tensor of PyTorch, read from leaves of JAX; None if it has no place there."""
         found = np.full(int(np.prod(shape)), np.nan)
         for piece in self.pieces.get(name, ()):
             found[piece.theirs] = np.asarray(leaves[piece.leaf]).reshape(-1)[piece.ours]
         return None if name not in self.pieces else found.reshape(shape)
+
+    def gradient(self, name: str, leaves: dict, shape) -> np.ndarray:
+        """The gradient of a tensor: the sum over its copies of the gradients of leaves."""
+        found = np.full(int(np.prod(shape)), np.nan)
+        for piece in self.pieces[name]:
+            part = np.asarray(leaves[piece.leaf]).reshape(-1)[piece.ours]
+            found[piece.theirs] = np.nan_to_num(found[piece.theirs]) + part
+        return found.reshape(shape)
 
 
 def put(leaves: dict, piece: Piece, tensor):

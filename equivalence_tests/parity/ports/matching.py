@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from equivalence_tests.parity.ports import layers
-from equivalence_tests.parity.ports.kernel_orders import flattened
+from equivalence_tests.parity.ports import kernel_orders, layers
 from equivalence_tests.parity.ports.layers import Layer
-from equivalence_tests.parity.ports.mapping import Mapping, Piece, filled, pieces_of
+from equivalence_tests.parity.ports.mapping import Mapping, Piece, filled
 from equivalence_tests.parity.ports.walk import LARGEST, Walk, closest
 from equivalence_tests.parity.tolerances import relative_error
 
@@ -93,26 +92,59 @@ def match(
       pairs: {kernel of PyTorch: kernel of JAX}, of `paired_kernels`.
     """
     _fill(walk, given)
-    mapping = Mapping({n: list(p) for n, p in given.items()}, {}, {}, [])
+    mapping = Mapping({n: list(p) for n, p in given.items()}, {}, {}, [], {})
+    tied = _tied(standard) - set(given)
     for stage in stages(standard, subject, pairs):
         pieces = (
-            _kernel(walk, stage, mapping)
+            _kernel(walk, stage, mapping, tied)
             if stage.kernel
-            else _group(walk, stage, mapping, statistics)
+            else _group(walk, stage, mapping, statistics, tied)
         )
         for name, parts in pieces.items():
             mapping.pieces.setdefault(name, []).extend(parts)
         _fill(walk, pieces)
         anchor(walk, stage, mapping)
     walk.anchor(walk.standard.logits, walk.subject.logits)
-    used = {piece.leaf for pieces in mapping.pieces.values() for piece in pieces}
-    for name, leaf in walk.leaves.items():
-        if name not in used and getattr(leaf, "dtype", None) == np.float64:
-            mapping.extra[name] = np.shape(leaf)
-    for name, array in walk.state.items():
-        if name not in mapping.pieces and array.dtype.kind == "f":
-            mapping.unplaced[name] = np.shape(array)
+    _list_the_rest(walk, mapping, standard, subject)
     return mapping
+
+
+def _tied(found: list[Layer]) -> set[str]:
+    """Names of the parameters that several layers use."""
+    names = [name for layer in found for name in layer.parameters]
+    return {name for name in names if names.count(name) > 1}
+
+
+def _list_the_rest(walk: Walk, mapping: Mapping, standard: list[Layer], subject: list[Layer]):
+    """Lists every tensor and every leaf that is not wholly matched, as far as layers use it."""
+    theirs, ours = _used(standard), _used(subject)
+    placed = {leaf: [] for leaf in walk.leaves}
+    for piece in mapping.parts():
+        placed[piece.leaf].append(piece.ours)
+    for leaf, array in walk.leaves.items():
+        wide = getattr(array, "dtype", None) == np.float64
+        if wide and not _covered(ours.get(leaf), placed[leaf]):
+            mapping.extra[leaf] = np.shape(array)
+    for name, array in walk.state.items():
+        parts = [piece.theirs for piece in mapping.pieces.get(name, ())]
+        if array.dtype.kind == "f" and not _covered(theirs.get(name), parts):
+            mapping.unplaced[name] = np.shape(array)
+
+
+def _used(found: list[Layer]) -> dict[str, list[np.ndarray]]:
+    """{parameter: numbers of its elements that layers use}, as far as these are known."""
+    used = {}
+    for layer in found:
+        for name, numbers in layer.parameters.items():
+            if numbers is not None:
+                used.setdefault(name, []).append(numbers[numbers >= 0].reshape(-1))
+    return used
+
+
+def _covered(used, placed) -> bool:
+    if not placed:
+        return False
+    return used is None or bool(np.isin(np.concatenate(used), np.concatenate(placed)).all())
 
 
 def _fill(walk: Walk, pieces: dict[str, list[Piece]]):
@@ -152,7 +184,7 @@ def orders(pairs: dict[int, int], tie: Tie) -> Iterator[dict[int, int]]:
 
 
 def fused(standard: list[Layer], subject: list[Layer]) -> dict[str, int]:
-    """{dense kernel of PyTorch: number of kernels that JAX has in its place}."""
+    """{dense kernel of the first side: number of kernels that the second has in its place}."""
     pairs, _ = paired_kernels(standard, subject)
     left = [layer for i, layer in enumerate(subject) if layer.kernel and i not in pairs.values()]
     found = {}
@@ -171,19 +203,22 @@ def fused(standard: list[Layer], subject: list[Layer]) -> dict[str, int]:
     return found
 
 
-def _kernel(walk: Walk, stage: Stage, mapping: Mapping) -> dict[str, list[Piece]]:
+def _kernel(walk: Walk, stage: Stage, mapping: Mapping, tied: set) -> dict[str, list[Piece]]:
     if not stage.subject:
         return {}
-    theirs, ours = stage.standard[0], stage.subject[0]
-    found = pieces_of(flattened(walk, theirs, ours), ours.parameters)
-    return {n: p for n, p in found.items() if not mapping.has(n, p[0].theirs)}
+    found = kernel_orders.placed(walk, stage.standard[0], stage.subject[0])
+    found = {n: p for n, p in found.items() if n in tied or not mapping.has(n, p[0].theirs)}
+    held = {n: p[0].leaf for n, p in found.items() if mapping.holds(p[0].leaf, p[0].ours)}
+    mapping.shared.update({n: leaf for n, leaf in held.items() if n not in mapping.pieces})
+    return {n: p for n, p in found.items() if n not in held}
 
 
-def _group(walk: Walk, stage: Stage, mapping: Mapping, statistics) -> dict[str, list[Piece]]:
+def _group(
+    walk: Walk, stage: Stage, mapping: Mapping, statistics, tied: set
+) -> dict[str, list[Piece]]:
     """The assignment of the vectors of one group with which JAX is nearest to PyTorch."""
-    theirs = _parameters(stage.standard, mapping.has)
-    used = {piece.leaf for pieces in mapping.pieces.values() for piece in pieces}
-    ours = _parameters(stage.subject, lambda leaf, _: leaf in used)
+    theirs = _parameters(stage.standard, lambda n, a: n not in tied and mapping.has(n, a))
+    ours = _parameters(stage.subject, mapping.holds)
     if not theirs or not ours:
         return {}
     expected = walk.in_torch(stage.standard[-1].output)
@@ -252,10 +287,34 @@ def _orders(theirs: np.ndarray, ours: np.ndarray) -> list[np.ndarray]:
 
 def paired_kernels(standard: list[Layer], subject: list[Layer]) -> tuple[dict[int, int], list[Tie]]:
     """{kernel of PyTorch: kernel of JAX}, and the sets of kernels that stand at equal places."""
+    pairs, ties = _paired(standard, subject, frozenset())
+    matrices = _matrices(standard, subject, pairs)
+    return _paired(standard, subject, matrices) if matrices else (pairs, ties)
+
+
+def _matrices(standard: list[Layer], subject: list[Layer], pairs) -> frozenset:
+    """Shapes of convolutions without a partner in whose place the other side has a matrix.
+
+    Patches may be cut out of an image and multiplied by a matrix, for example.
+    """
+    sides = (standard, pairs), (subject, pairs.values())
+    theirs, ours = (
+        {layers.shape(layer) for i, layer in enumerate(found) if layer.kernel and i not in taken}
+        for found, taken in sides
+    )
+    return frozenset(
+        shape
+        for own, other in ((theirs, ours), (ours, theirs))
+        for shape in own
+        if len(shape) == 4 and layers.matrix(shape) in other
+    )
+
+
+def _paired(standard, subject, matrices) -> tuple[dict[int, int], list[Tie]]:
     pairs, ties = {}, []
     for radius in RADII:
-        theirs = _by_colour(standard, radius, pairs)
-        ours = _by_colour(subject, radius, pairs.values())
+        theirs = _by_colour(standard, radius, pairs, matrices)
+        ours = _by_colour(subject, radius, pairs.values(), matrices)
         for colour, left in theirs.items():
             right = ours.get(colour, [])
             if len(left) == len(right) or (radius == 0 and right):
@@ -265,9 +324,9 @@ def paired_kernels(standard: list[Layer], subject: list[Layer]) -> tuple[dict[in
     return pairs, ties
 
 
-def _by_colour(found: list[Layer], radius: int, taken) -> dict[int, list[int]]:
+def _by_colour(found: list[Layer], radius: int, taken, matrices) -> dict[int, list[int]]:
     groups, taken = {}, set(taken)
-    for index, colour in layers.colours(found, min(radius, len(found))).items():
+    for index, colour in layers.colours(found, min(radius, len(found)), matrices).items():
         if index not in taken:
             groups.setdefault(colour, []).append(index)
     return groups

@@ -32,6 +32,9 @@ def rows(net, given: Inputs, mapping: Mapping, variables, optax_optimizer, torch
       InputError: an optimizer raises, or is none.
     """
     optimizer = _called("PyTorch", torch_optimizer, list(net.train().parameters()))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        kind = type(optimizer).__name__
+        raise InputError(f"torch_optimizer returns a {kind}, no torch.optim.Optimizer")
     parameters = dict(net.named_parameters())
     trained = [n for n in parameters if n in mapping.pieces]
     ours = _Jax(given, mapping, variables, trained, optax_optimizer)
@@ -70,9 +73,6 @@ class _Jax:
     """Parameters and state of the Optax optimizer."""
 
     def __init__(self, given: Inputs, mapping: Mapping, variables, trained, optimizer):
-        if not isinstance(optimizer, optax.GradientTransformation):
-            kind = type(optimizer).__name__
-            raise InputError(f"the Optax optimizer is a {kind}, no GradientTransformation")
         self.optimizer, self.mapping, self.names = optimizer, mapping, trained
         self.shapes = {n: given.state[n].shape for n in trained}
         self.paths = list(given.leaves)

@@ -88,7 +88,7 @@ def of_jax(
     forward.append(np.asarray(walk.of_jax[graph.logits]))
     run = _through_graph(graph) if graph.narrow else network.apply
     loss, found, images = _differentiated(run, network.variables, given, train=train)
-    gradients = {n: mapping.read(n, found, given.state[n].shape) for n in given.parameters}
+    gradients = {n: mapping.gradient(n, found, given.state[n].shape) for n in given.parameters}
     after = after_step(walk)
     moved = [n for n, v in walk.standard.after.items() if v != walk.standard.leaves[n]]
     statistics = {n: mapping.read(n, after, np.shape(given.state[n])) for n in moved}

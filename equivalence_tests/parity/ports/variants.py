@@ -119,6 +119,9 @@ def convolutions(operation: Operation) -> Iterator[Variant]:
     yield Variant("the kernel is rotated by 180 degrees", lambda x, w: (conv(x, w.flip(2, 3)),))
     yield Variant("the kernel's height and width are swapped",
                   lambda x, w: (conv(x, w.transpose(2, 3)),))  # fmt: skip
+    if groups == 1:
+        yield Variant("the input channels are in reverse order (BGR for RGB)",
+                      lambda x, w: (conv(x, w.flip(1)),))  # fmt: skip
     for other in ((1, 1), (2, 2)):
         if other != stride:
             yield Variant(f"the stride is {other[0]} instead of {stride[0]}",
@@ -128,6 +131,56 @@ def convolutions(operation: Operation) -> Iterator[Variant]:
     if max(dilation) > 1:
         yield Variant("there is no dilation",
                       lambda x, w: (F.conv2d(x, w, None, stride, padding, 1, groups),))  # fmt: skip
+
+
+def patches(operation: Operation) -> Iterator[Variant]:
+    """A kernel that is a matrix of flattened patches in JAX, filled in another order."""
+    given = arguments(operation, "stride padding dilation groups")
+
+    def reordered(axes, x, w):
+        if tuple(w.shape[2:]) != pair(given.get("stride", 1)) or w.shape[2:].numel() == 1:
+            raise ValueError("no patches")
+        sizes = [w.shape[1:][axis] for axis in axes]
+        back = [1 + axes.index(axis) for axis in range(3)]
+        return operation.run(x, w.reshape(len(w), *sizes).permute(0, *back))
+
+    for axes in itertools.islice(itertools.permutations(range(3)), 1, None):
+        names = ", ".join(("channel", "row", "column")[axis] for axis in axes)
+        reason = f"the kernel's values of a patch are read in the order {names}"
+        yield Variant(reason, functools.partial(reordered, axes))
+
+
+def transposed_convolutions(operation: Operation) -> Iterator[Variant]:
+    """Flax and Lax cut the edges of the whole output where PyTorch subtracts its padding."""
+    given = arguments(operation, "stride padding output_padding groups dilation")
+    stride, dilation = pair(given.get("stride", 1)), pair(given.get("dilation", 1))
+    groups = given.get("groups", 1)
+
+    def whole(x, w):
+        return F.conv_transpose2d(x, w, None, stride, 0, max(stride) - 1, groups, dilation)
+
+    def cut(begin, size, x, w):
+        reach = [d * (n - 1) for d, n in zip(dilation, w.shape[2:], strict=True)]
+        starts = [begin(s, r) for s, r in zip(stride, reach, strict=True)]
+        rows, columns = (slice(a, a + size(n, s, r)) for a, n, s, r in
+                         zip(starts, x.shape[2:], stride, reach, strict=True))  # fmt: skip
+        return (whole(x, w)[:, :, rows, columns],)
+
+    same = functools.partial(cut, _same_begin, lambda n, s, r: n * s)
+    full = functools.partial(cut, lambda s, r: 0, lambda n, s, r: n * s + max(r + 1 - s, 0))
+    yield Variant('the padding is "SAME"', same)
+    yield Variant('the padding is "VALID"', full)
+    for reason, other in (
+        ("the kernel is rotated by 180 degrees", lambda w: w.flip(2, 3)),
+        ("the kernel's height and width are swapped", lambda w: w.transpose(2, 3)),
+    ):
+        yield Variant(reason, lambda x, w, o=other: operation.run(x, o(w)))
+
+
+def _same_begin(stride: int, reach: int) -> int:
+    """What lax.conv_transpose cuts off in front for "SAME"; `reach` is the window less one."""
+    before = reach if stride > reach else -(-(reach + stride - 1) // 2)
+    return reach - before
 
 
 def max_pools(operation: Operation) -> Iterator[Variant]:
@@ -181,6 +234,29 @@ def global_pools(operation: Operation) -> Iterator[Variant]:
                       lambda x, p=pad: (F.pad(x, [p] * 4).mean((2, 3), keepdim=True),))  # fmt: skip
 
 
+def means(operation: Operation) -> Iterator[Variant]:
+    """Another reduction than a mean, over the same axes."""
+    given = arguments(operation, "axes keepdim")
+    axes, kept = given.get("axes"), given.get("keepdim", False)
+    if axes:
+        yield Variant("it is a maximum instead of a mean", lambda x: (x.amax(axes, kept),))
+        yield Variant("it is a sum instead of a mean", lambda x: (x.sum(axes, kept),))
+
+
+def joins(operation: Operation) -> Iterator[Variant]:
+    """Branches that are joined in another order."""
+    count = len(operation.inputs)
+    if count <= MOST_BRANCHES:
+        for order in itertools.islice(itertools.permutations(range(count)), 1, None):
+            yield Variant(
+                "the branches are joined in another order",
+                lambda *parts, o=order: operation.run(*(parts[i] for i in o)),
+            )
+
+
+MOST_BRANCHES = 4
+
+
 def epsilons(operation: Operation) -> Iterator[Variant]:
     usual = operation.options["eps"] if "eps" in operation.options else _given_eps(operation)
     for eps in EPSILONS:
@@ -202,9 +278,46 @@ def _given_eps(operation: Operation) -> float:
 
 
 def _with_eps(operation: Operation, eps: float, *arrays):
+    if operation.name == "rms_norm":
+        return (F.rms_norm(arrays[0], operation.options["args"][1], *arrays[1:], eps=eps),)
     if operation.name == "layer_norm":
         return (F.layer_norm(arrays[0], operation.options["args"][1], *arrays[1:], eps=eps),)
     return (F.group_norm(arrays[0], operation.options["args"][1], *arrays[1:], eps=eps),)
+
+
+def norms(operation: Operation) -> Iterator[Variant]:
+    """LayerNorm and GroupNorm over other axes, or without their parameters."""
+    run, eps = operation.run, _given_eps(operation)
+    count = len(operation.inputs)
+    if count > 2:
+        yield Variant("there is no bias", lambda x, w, b: run(x, w, 0 * b))
+    if count > 1:
+        yield Variant("there is no scale", lambda x, w, *b: run(x, 0 * w + 1, *b))
+    if operation.name == "layer_norm":
+        channel, given = -1, None
+        yield Variant(
+            "the LayerNorm is over all axes but the batch's",
+            lambda x, *p: (_normed(x, tuple(range(1, x.ndim)), channel, eps, p),),
+        )
+    else:
+        channel, given = 1, operation.options["args"][1]
+        yield Variant("it is a LayerNorm over the channels",
+                      lambda x, *p: (_normed(x, (1,), channel, eps, p),))  # fmt: skip
+    channels = operation.options["args"][0].meta["val"].shape[channel]
+    for groups in [n for n in range(1, channels + 1) if channels % n == 0 and n != given]:
+        if given:
+            yield Variant(f"the GroupNorm has {groups} groups instead of {given}",
+                          lambda x, *p, g=groups: (F.group_norm(x, g, *p, eps=eps),))  # fmt: skip
+
+
+def _normed(x, axes, channel, eps, parameters):
+    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    shape = [1] * x.ndim
+    shape[channel] = -1
+    y = (x - mean) * (variance + eps).rsqrt()
+    weight, bias = (*parameters, None, None)[:2]
+    y = y if weight is None else y * weight.reshape(shape)
+    return y if bias is None else y + bias.reshape(shape)
 
 
 def modes(operation: Operation) -> Iterator[Variant]:
@@ -272,6 +385,7 @@ def gates(operation: Operation) -> Iterator[Variant]:
 
 def additions(operation: Operation) -> Iterator[Variant]:
     if len(operation.inputs) != 2:
+        yield from _added_eps(operation)
         return
     yield Variant("the first branch is not added", lambda a, b: (b + 0 * a,))
     yield Variant("the second branch is not added", lambda a, b: (a + 0 * b,))
@@ -280,10 +394,26 @@ def additions(operation: Operation) -> Iterator[Variant]:
                   lambda a, b: (a + F.relu(b),))  # fmt: skip
 
 
+def _added_eps(operation: Operation) -> Iterator[Variant]:
+    """The eps of a norm that is written out, as RMSNorm is."""
+    number = next((a for a in operation.options["args"] if isinstance(a, float)), None)
+    if number is not None and 0 < number < 0.1:
+        for eps in EPSILONS:
+            if eps != number:
+                yield Variant(f"eps is {eps:g} instead of {number:g}",
+                              lambda x, eps=eps: (x + eps,))  # fmt: skip
+
+
 def biases(operation: Operation) -> Iterator[Variant]:
     yield Variant(
         "there is no bias", lambda x, b: (x + 0 * operation.run(torch.zeros_like(x), b)[0],)
     )
+
+
+def omissions(operation: Operation) -> Iterator[Variant]:
+    """A subtraction or division of an image by an array that is missing."""
+    if len(operation.inputs) == 2:
+        yield Variant(f"there is no {operation.name} here", lambda x, by: (x + 0 * by,))
 
 
 def scales(operation: Operation) -> Iterator[Variant]:
@@ -293,6 +423,17 @@ def scales(operation: Operation) -> Iterator[Variant]:
         yield Variant(f"the factor {numbers[0]:.6g} is missing", lambda x: (x,))
         yield Variant(f"the factor {numbers[0]:.6g} is applied twice",
                       lambda x: operation.run(*operation.run(x)))  # fmt: skip
+
+
+def attentions(operation: Operation) -> Iterator[Variant]:
+    """Attention whose scores are not divided by the root of the width, or twice."""
+    query = operation.options["args"][0].meta["val"]
+    root = query.shape[-1] ** 0.5
+    if len(operation.inputs) > 2 and not operation.options["kwargs"]:  # no scale of its own
+        yield Variant("the scores are not divided by the root of the width of a head",
+                      lambda q, *rest: operation.run(q * root, *rest))  # fmt: skip
+        yield Variant("the scores are divided by the root of the width of a head twice",
+                      lambda q, *rest: operation.run(q / root, *rest))  # fmt: skip
 
 
 def softmaxes(operation: Operation) -> Iterator[Variant]:
@@ -317,13 +458,15 @@ def interpolations(operation: Operation) -> Iterator[Variant]:
 
 
 VARIANTS: dict[str, tuple[Callable[[Operation], Iterator[Variant]], ...]] = {
-    "conv2d": (convolutions,),
+    "conv2d": (convolutions, patches),
+    "conv_transpose2d": (transposed_convolutions,),
     "max_pool2d": (max_pools,),
     "avg_pool2d": (average_pools,),
     "adaptive_avg_pool2d": (global_pools,),
     exported.BATCH_NORM: (epsilons, modes, unbiased, averaged),
-    "layer_norm": (epsilons,),
-    "group_norm": (epsilons,),
+    "rms_norm": (epsilons,),
+    "layer_norm": (epsilons, norms),
+    "group_norm": (epsilons, norms),
     "relu": (activations,),
     "gelu": (activations,),
     "silu": (activations,),
@@ -337,8 +480,12 @@ VARIANTS: dict[str, tuple[Callable[[Operation], Iterator[Variant]], ...]] = {
     "tanh": (gates,),
     "add": (additions,),
     "add_bias": (biases,),
-    "mul": (scales,),
-    "div": (scales,),
+    "mul": (scales, omissions),
+    "div": (scales, omissions),
+    "sub": (omissions,),
+    "mean": (means,),
+    "cat": (joins,),
+    "scaled_dot_product_attention": (attentions,),
     "softmax": (softmaxes,),
     "upsample_bilinear2d": (interpolations,),
     "upsample_bicubic2d": (interpolations,),

@@ -83,6 +83,8 @@ class Report(NamedTuple):
             return f"equal: every tensor agrees to rounding, {self.largest:.1e} at most"
         if self.verdict == "undecided":
             return f"undecided: no difference, but {listed(self.hidden)}"
+        if not self.faults:
+            return f"divergent: no layer differs, but {'; '.join(self.notes)}"
         layers = {fault.module for fault in self.faults}
         causes = len(self.groups())
         many = "s" if causes > 1 else ""

@@ -87,10 +87,14 @@ class Walk:
         self.of_torch = {v: torch.as_tensor(state[n]) for n, v in standard.leaves.items()}
         self.of_torch[standard.images] = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         self.of_jax = {subject.images: jnp.asarray(images)}
+        self._data = subject.data()
         self.steps: list[Step] = []
 
     def in_jax(self, value: Value, leaves=None):
-        """A value of JAX; with other leaves than the walk's, nothing is kept."""
+        """A value of JAX; with other leaves than the walk's, nothing is kept.
+
+        What is computed from leaves alone is never kept: parts of a leaf may be filled later.
+        """
         known = self.of_jax if leaves is None else dict(self.of_jax)
         indices = self.subject.needed([value], known)
         current = self.leaves if leaves is None else leaves
@@ -98,7 +102,7 @@ class Walk:
         found = self.subject.evaluate(arrays | known, indices)
         self_values = {v for i in indices for v in self.subject.operations[i].outputs}
         if leaves is None:
-            self.of_jax.update({v: found[v] for v in self_values})
+            self.of_jax.update({v: found[v] for v in self_values & self._data})
         return found[value]
 
     def in_torch(self, value: Value, replaced=None) -> torch.Tensor:
