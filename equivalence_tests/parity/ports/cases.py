@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from equivalence_tests.parity import inputs, own_model, sizes
-from equivalence_tests.parity.ports import exported, variants
+from equivalence_tests.parity.ports import exported, variant
 from equivalence_tests.parity.ports.graph import Graph
 from flax_resnet.errors import InputError
 
@@ -167,10 +167,10 @@ def _strides(graph, values) -> dict:
     found = {}
     for operation in graph.operations:
         if operation.name in STRIDED:
-            given = variants.arguments(operation, STRIDED[operation.name])
+            given = variant.arguments(operation, STRIDED[operation.name])
             kernel = operation.name == "conv2d"
             window = values[operation.inputs[1]].shape[2:] if kernel else given["window"]
-            window, stride = variants.pair(window), variants.pair(given.get("stride") or window)
+            window, stride = variant.pair(window), variant.pair(given.get("stride") or window)
             patches = kernel and window == stride  # no window reaches over the edge
             if max(stride) > 1 and max(window) > 1 and not patches:
                 name = operation.module or operation.name
