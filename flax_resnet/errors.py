@@ -68,7 +68,8 @@ def _verdict(error) -> tuple[int, str]:
     if isinstance(error, UnicodeDecodeError):
         return BAD_INPUT, f"error: a file that should be text is not in UTF-8: {error}"
     if isinstance(error, OSError) and error.errno:
-        where = f"{error.filename or 'disk'}: {error.strerror}"
+        nameless = "the working directory" if error.errno == errno.ENOENT else "disk"
+        where = f"{error.filename2 or error.filename or nameless}: {error.strerror}"
         if error.errno in _FAULTS_OF_PLACE:
             return BAD_INPUT, f"error: {where}"
         return FAILED, f"failed: {where}"

@@ -119,7 +119,7 @@ def _images_in(class_folder: Path, root: Path) -> list[str]:
 
 def _files(folder: Path, root: Path, above: tuple[Path, ...] = ()) -> Iterator[str]:
     """All files below a folder, in the order of names at every level."""
-    here = folder.resolve()
+    here = Path(os.path.realpath(folder))
     if here in above:
         raise InputError(f"{folder} is a link to a folder that contains it")
     for entry in _entries(folder, root):
@@ -134,7 +134,10 @@ def _entries(folder: Path, root: Path) -> list[os.DirEntry]:
     with os.scandir(folder) as scan:
         visible = [entry for entry in scan if not entry.name.startswith(".")]
     visible = [entry for entry in visible if entry.name.lower() not in NOT_OURS]
-    for entry in visible:
-        if entry.is_symlink() and not Path(entry).resolve().is_relative_to(root.resolve()):
+    for entry in filter(os.DirEntry.is_symlink, visible):
+        target = os.path.realpath(entry)
+        if os.path.islink(target):
+            raise InputError(f"{entry.path} is a link to itself")
+        if not Path(target).is_relative_to(os.path.realpath(root)):
             raise InputError(f"{entry.path} is a link that leads out of {root}")
     return sorted(visible, key=lambda entry: entry.name)

@@ -265,6 +265,15 @@ def test_a_run_converted_to_a_run_keeps_what_no_flag_changes(sources, weights, t
     assert new.class_names == old.class_names and new.config.model == old.config.model
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "checkpoints/a.pth", "inner"])
+def test_nothing_is_written_into_the_run_that_is_converted(sources, tmp_path, name):
+    (tmp_path / "link").symlink_to(sources["run"])
+    for place in (sources["run"], tmp_path / "link"):
+        outcome = run_script("convert.py", sources["run"], place / name)
+        refused(outcome, "lies in the run", "which stays as it is")
+        assert not (place / name).exists()
+
+
 def test_overwrite_replaces_files_and_runs(sources, weights, tmp_path):
     for name, looks in (("out.pth", []), ("run", LOOKS)):
         for overwrite in ([], ["--overwrite"]):

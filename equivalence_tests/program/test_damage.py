@@ -364,9 +364,12 @@ def test_a_config_says_each_thing_once_and_in_text(tmp_path, text, words):
     assert words in str(error.value) and str(error.value).isprintable()
 
 
-def test_a_device_file_is_refused_as_config():
-    """/dev/zero would be read until the memory is full."""
-    with pytest.raises(InputError, match="/dev/zero is not readable as JSON"):
+def test_a_device_file_is_refused_as_config(tmp_path):
+    """/dev/zero would be read until the memory is full, a pipe waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is no file"):
+        config_from_file(tmp_path / "pipe")
+    with pytest.raises(InputError, match="/dev/zero is no file"):
         config_from_file("/dev/zero")
 
 

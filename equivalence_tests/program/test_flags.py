@@ -16,6 +16,11 @@ WRONG_WORDS = [
     (["--dataset", "digts"], ["error: unknown data set 'digts'", "'digits'"]),
     (["--image-size", "9", "--resize-size", "8"], ["error: --resize-size is smaller"]),
     (["--dataset", "floder:x"], ["floder", "'folder:'"]),
+    (["--dataset", "folder:"], ["'folder:': DIR is missing"]),
+    (["--init-from", ""], ["an empty word is given after --init-from"]),
+    (["--config", ""], ["an empty word is given after --config"]),
+    (["--recipe="], ["an empty word is given"]),
+    (["--run-dir", ""], ["an empty word is given after --run-dir"]),
     (["--epochs", "ten"], ["--epochs", "ten"]),
     (["--epochs", "0"], ["--epochs", "0"]),
     (["--batch-size", "0"], ["--batch-size"]),
@@ -94,6 +99,18 @@ def test_wrong_words_are_one_line_and_leave_nothing(tmp_path, arguments, words):
     )
     refused(outcome, *words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [("predict.py", "run", ""), ("convert.py", "run", "")])
+def test_an_empty_word_is_not_the_working_directory(words):
+    """A shell makes it of a variable that is not set."""
+    refused(run_script(*words), "an empty word is given after run")
+
+
+def test_an_empty_name_in_a_config_is_refused():
+    """Otherwise a training would begin from scratch."""
+    with pytest.raises(ValueError, match="the name is empty"):
+        TrainConfig(init_from="")
 
 
 def test_one_fault_is_one_complaint():

@@ -253,6 +253,12 @@ def test_folder_link_inside_is_followed_and_a_loop_refused(tree):
     refused(f"folder:{tree}", "loop", "symbolic link")
 
 
+@pytest.mark.parametrize("name", ["self.png", "train/self", "train/ant/self.png"])
+def test_a_link_to_itself_is_refused(tree, name):
+    (tree / name).symlink_to((tree / name).name)
+    refused(f"folder:{tree}", tree / name, "symbolic link to itself")
+
+
 def break_some(tree):
     bad = [tree / "train/ant/03.png", tree / "test/bee/01.png"]
     for path in bad:

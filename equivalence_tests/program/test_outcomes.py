@@ -8,18 +8,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import pytest
 from rich.console import Console
 from rich.table import Table
 
-from equivalence_tests.program.command import ROOT, refused, run_script, train
+from equivalence_tests.program.command import ROOT, refused, run_installed, run_script, train
 from equivalence_tests.program.insects import write_folder
 from flax_resnet import errors
-from flax_resnet.commands import cli, predict
+from flax_resnet.commands import cli, main, predict
 from flax_resnet.data.workers import WorkerDied
 from flax_resnet.errors import InputError
+from flax_resnet.files import replacing
 from flax_resnet.runs.display import Display, drop_output
 from flax_resnet.runs.views import warn
 from flax_resnet.training.guard import NonFiniteLoss
@@ -69,6 +71,33 @@ def test_every_error_is_a_line_and_a_status(capsys, error, status, words):
         cli.run_command(main)
     line = capsys.readouterr().err
     assert left.value.code == status and words in line and line.count("\n") == 1
+
+
+def test_an_error_of_replacing_names_the_file_that_was_to_be_written(tmp_path):
+    with pytest.raises(OSError) as error, replacing(tmp_path):
+        pass
+    assert errors.verdict(error.value) == (2, f"error: {tmp_path}: Is a directory")
+
+
+def test_a_working_directory_that_is_gone_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    with pytest.raises(OSError) as error:
+        Path.cwd()
+    assert errors.verdict(error.value)[1].startswith("failed: the working directory: No such")
+
+
+def test_a_variable_that_JAX_refuses_is_bad_input(monkeypatch):
+    """JAX reads its variables when a command imports it."""
+    word = "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"
+    monkeypatch.setattr(main.importlib, "import_module", mock.Mock(side_effect=ValueError(word)))
+    refused(run_installed("evaluate", "run"), "a variable of the environment", word)
+
+
+def test_an_unknown_backend_of_matplotlib_does_not_end_a_command(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "nothing")
+    assert run_installed("compare", "--help").status == 0
+    assert "MPLBACKEND" not in os.environ
 
 
 @pytest.mark.parametrize("in_a_run", [True, False])

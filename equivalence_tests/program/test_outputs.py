@@ -19,6 +19,7 @@ from flax_resnet.config import DataConfig, TrainConfig
 from flax_resnet.data.sources import places
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
+from flax_resnet.training import fit
 
 
 @pytest.fixture
@@ -54,6 +55,8 @@ def test_an_input_is_no_output(tmp_path, images, monkeypatch):
     for _ in range(2):  # a report may be written anew where the images lie
         cli.check_outputs({"--json": images / "new.json"}, data=[images])
         write(images / "new.json")
+    with pytest.raises(InputError, match="--plot: .* is one of the files that are read"):
+        cli.check_outputs({"--plot": picture.with_name("plot.png")}, data=[images])
     monkeypatch.chdir(run)
     cli.check_outputs({"--json": Path("-")}, [run])  # standard output is no file
 
@@ -85,6 +88,24 @@ def test_no_command_takes_an_image_of_its_data_for_an_output(images, tmp_path):
     refused(run_script(*compared), "--plot and --json both name")
     refused(run_script("plan.py", "--target", "h100", "--plot", tmp_path / "x.txt"), "ends in .png")
     assert tree(tmp_path) == before
+
+
+def test_shards_do_not_lie_among_their_images(images, tmp_path):
+    before = tree(tmp_path)
+    outcome = run_script("shards.py", f"folder:{images}", images / "test" / "shards")
+    refused(outcome, "OUT: ", "is one of the files that are read")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["run", "test/bee/run"])
+def test_a_run_does_not_lie_among_its_images(images, tmp_path, place):
+    """Its folder and its pictures would be a class of the next run."""
+    (tmp_path / "link").symlink_to(images)
+    for root in (images, tmp_path / "link"):
+        with pytest.raises(InputError, match="run lies in .*set, the folder of the images"):
+            fit._check_apart(root / place, f"folder:{images}")
+    fit._check_apart(tmp_path / "set-run", f"folder:{images}")
+    fit._check_apart(images / place, "digits")
 
 
 def test_the_own_data_of_a_run_are_not_replaced(images, monkeypatch):
@@ -151,7 +172,7 @@ def test_an_average_of_one_run_is_refused():
     kinds = ("probabilities", "logits")
     assert cli.chosen_average(None, kinds, ["a"]) == "probabilities"
     assert cli.chosen_average("logits", kinds, ["a", "b"]) == "logits"
-    for runs in (["a"], ["a", "a"]):
+    for runs in (["a"], ["a", "a"], ["a", "./a/", "b/../a"]):
         with pytest.raises(InputError, match="--average has no effect with one run"):
             cli.chosen_average("logits", kinds, runs)
     refused(run_script("evaluate.py", "run", "--average", "logits"), "--average has no effect")
@@ -172,6 +193,17 @@ def test_a_cross_validation_replaces_only_its_own_files(tmp_path, name):
         cross_validate.check(tmp_path, folds)
     write(tmp_path / "cross_validation.json")
     cross_validate.check(tmp_path, folds)
+
+
+@pytest.mark.parametrize("name", ["cross_validation.json", "predictions.csv", "curves.png"])
+def test_a_cross_validation_writes_through_no_link(tmp_path, name):
+    write(tmp_path / "root" / "cross_validation.json")
+    (tmp_path / "root" / name).unlink(missing_ok=True)
+    for make in (lambda path: path.symlink_to(tmp_path / "mine"), Path.mkdir, os.mkfifo):
+        make(tmp_path / "root" / name)
+        with pytest.raises(InputError, match=f"{name} is no regular file; move it"):
+            cross_validate.check(tmp_path / "root", {})
+        (tmp_path / "root" / name).rename(tmp_path / f"other-{len(os.listdir(tmp_path))}")
 
 
 def test_a_cross_validation_looks_at_all_folds_before_the_first(tmp_path, begun):

@@ -1,6 +1,7 @@
 """The judge of ports: finds every fault that is put in, raises no alarm, and refuses bad input."""
 
 import json
+import os
 import sys
 
 import jax
@@ -16,7 +17,7 @@ from torch import nn
 from equivalence_tests.mutants import foreign_networks
 from equivalence_tests.mutants.foreign_networks import in_nnx, in_torch, pairs_nnx, pairs_torch
 from equivalence_tests.parity import compare_models
-from equivalence_tests.parity.ports import cases, exported, written
+from equivalence_tests.parity.ports import cases, exported, mapping_file, written
 from equivalence_tests.program.command import run_installed
 from flax_resnet.errors import InputError
 
@@ -219,6 +220,17 @@ def test_a_mapping_is_written_read_and_obeyed(tmp_path):
         entries[second], entries[third] = entries[third], entries[second]
     file.write_text(json.dumps(entries))
     assert compare_models((cnn, variables()), TorchCnn(), mapping=file).verdict == "divergent"
+
+
+@pytest.mark.parametrize("content, words", [
+    ("[" * 10**5, "not readable as JSON"), ("[]", "no JSON object"), (None, "is no file"),
+    ('{"a": null, "a": null}', "a is given twice"),
+])  # fmt: skip
+def test_what_is_no_mapping_is_refused_in_a_line(tmp_path, content, words):
+    file = tmp_path / "mapping.json"
+    file.write_text(content) if content else os.mkfifo(file)
+    with pytest.raises(InputError, match=f"mapping.json.* {words}"):
+        mapping_file.read(file, {}, {})
 
 
 @pytest.mark.control

@@ -1,6 +1,8 @@
 """Recipes: what the commands make of them, and the table of what they reached."""
 
 import json
+import math
+import os
 import re
 import shutil
 import subprocess
@@ -170,6 +172,85 @@ def test_runs_are_compared_on_the_same_images_alone(tmp_path):
     assert [path.name for path in tmp_path.glob("*.png")] == [
         "recipes-resnet-50-and-resnet-101-512-images.png"
     ]
+
+
+def removed(*keys):
+    """A change of a report: a fact is deleted."""
+    return lambda report: _holder(report, keys).pop(keys[-1])
+
+
+def made(value, *keys):
+    """A change of a report: a fact takes a value."""
+    return lambda report: _holder(report, keys).update({keys[-1]: value})
+
+
+def _holder(report: dict, keys) -> dict:
+    for key in keys[:-1]:
+        report = report[key]
+    return report
+
+
+DAMAGES = {
+    "environment.device": [removed("environment", "device"), made(5, "environment", "device")],
+    "seconds": [made(10**400, "seconds"), made(math.nan, "seconds"), made("1", "seconds")],
+    "test_accuracy": [removed("splits", "test"), made(None, "splits", "test", "accuracy")],
+    "train_accuracy": [removed("splits", "train"), removed("splits", "train", "accuracy")],
+    "test_loss": [made(10**400, "splits", "test", "loss")],
+    "validation_loss": [removed("splits", "validation", "loss")],
+}
+
+
+@pytest.mark.parametrize("words", DAMAGES)
+def test_a_report_without_a_figure_of_the_table_is_named(tmp_path, words):
+    write_run(tmp_path, "imagenette-cnn")
+    path = tmp_path / "recipes/imagenette-cnn/seed0/report.json"
+    sound = path.read_text()
+    for change in DAMAGES[words]:
+        change(report := json.loads(sound))
+        path.write_text(json.dumps(report))
+        outcome = run_script("reproduce.py", "--table", "--results", tmp_path)
+        refused(outcome, "seed0/report.json", words, "missing or wrong")
+
+
+@pytest.mark.parametrize("content, words", [
+    (COURSE.replace("epoch", "apoch"), "epoch is missing"),
+    (COURSE.replace("validation_loss", "loss"), "validation_loss is missing"),
+    (COURSE.splitlines()[0] + "\n", "every row is missing"),
+])  # fmt: skip
+def test_a_course_that_cannot_be_drawn_is_named(tmp_path, content, words):
+    for recipe in ("transfer-scratch", "transfer"):
+        write_run(tmp_path, recipe)
+    (tmp_path / "recipes/transfer/seed0/metrics.csv").write_text(content)
+    outcome = run_script("reproduce.py", "--table", "--results", tmp_path)
+    refused(outcome, "transfer/seed0/metrics.csv", words)
+
+
+def test_a_course_may_have_numbers_beyond_every_float(tmp_path):
+    for recipe in ("transfer-scratch", "transfer"):
+        write_run(tmp_path, recipe)
+    huge = COURSE.replace("\n1,2,", f"\n1,{'9' * 400},")
+    (tmp_path / "recipes/transfer/seed0/metrics.csv").write_text(huge)
+    reproduction_page.rebuild(tmp_path)
+
+
+def test_a_table_is_written_through_no_link_and_a_pipe_is_no_picture(tmp_path):
+    write_run(tmp_path, "imagenette-cnn")
+    os.mkfifo(tmp_path / "recipes/imagenette-cnn/seed0/curves.png")
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    for name in ("recipes.json", "recipes.md", "recipes.html"):
+        (tmp_path / name).symlink_to(mine)
+    reproduction_page.rebuild(tmp_path)
+    assert mine.read_text() == "mine" and "0.5000" in (tmp_path / "recipes.md").read_text()
+    for flag in ("--results", "--runs"):
+        refused(run_script("reproduce.py", "--table", flag, mine), flag, "is no directory")
+
+
+def test_the_name_of_a_device_steers_no_terminal_and_no_table(tmp_path):
+    write_run(tmp_path, "imagenette-cnn")
+    path = tmp_path / "recipes/imagenette-cnn/seed0/report.json"
+    path.write_text(path.read_text().replace("<an abacus>", r"a\u001b[2J|b"))
+    assert r"| a\x1b[2J/b |" in reproduction_page.markdown(reproduction_page.rebuild(tmp_path))
 
 
 def test_a_run_of_an_unknown_recipe_is_named(tmp_path):

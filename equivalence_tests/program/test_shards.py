@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pickle
 import random
 
@@ -159,6 +160,13 @@ def test_sets_that_are_not_whole_are_refused(written, folder, tmp_path):
     (tmp_path / SHARD).rename(written / SHARD)
     flip(written / "index.json", (written / "index.json").read_bytes().index(b"wren"))
     refused(place, "index.json", "changed", "SHA256SUMS")
+
+
+@pytest.mark.parametrize("name", ["index.json", "SHA256SUMS"])
+def test_a_pipe_is_not_waited_for(written, name):
+    (written / name).unlink()
+    os.mkfifo(written / name)
+    refused(f"arrayrecord:{written}", f"{name} is no file")
 
 
 def test_a_pattern_may_leave_out_splits(written):

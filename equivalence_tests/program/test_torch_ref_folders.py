@@ -105,6 +105,7 @@ SPOIL = {
     "an unknown split": lambda root: (root / "other").mkdir(),
     "no training split": lambda root: shutil.rmtree(root / "train"),
     "a link out": lambda root: link(root / "train/ant/06.png", root.parent / "outside/00.png"),
+    "a link to itself": lambda root: link(root / "train/ant/self.png", "self.png"),
     "a loop of links": lambda root: link(root / "train/ant/loop", root / "train/ant"),
 }
 

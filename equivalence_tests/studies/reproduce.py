@@ -19,6 +19,7 @@ from equivalence_tests.studies import reproduction, reproduction_page
 from equivalence_tests.studies.reproduction import folder_name
 from flax_resnet.commands import cli
 from flax_resnet.errors import InputError
+from flax_resnet.files import replacing
 from flax_resnet.recipes import CIFAR10, IMAGENETTE, RECIPES
 from flax_resnet.runs import views
 from torch_ref.directory import clear
@@ -42,6 +43,8 @@ def parse():
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args()
     cli.check_positive("--subset", args.subset)
+    for flag, path in (("--runs", args.runs), ("--results", args.results)):
+        cli.check_folder(flag, Path(path))
     return args
 
 
@@ -83,8 +86,9 @@ def run(args, name: str, seed: int, framework: str):
             sys.exit(status)
     kept = Path(args.results) / "recipes" / place
     kept.mkdir(parents=True, exist_ok=True)
-    for file in filter(Path.exists, (run_dir / name for name in reproduction.KEPT)):
-        shutil.copyfile(file, kept / file.name)
+    for file in filter(Path.is_file, (run_dir / name for name in reproduction.KEPT)):
+        with replacing(kept / file.name) as copy:
+            shutil.copyfile(file, copy)
 
 
 def is_whole(run_dir: Path, framework: str) -> bool:

@@ -5,6 +5,7 @@ images of each split were used. R is the number of seeds of a row.
 """
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from scipy import stats
 from flax_resnet.config import to_dict
 from flax_resnet.errors import InputError
 from flax_resnet.recipes import COMPARISONS, RECIPES
+from flax_resnet.runs.tables import read_rows
 from flax_resnet.runs.views import read_report
 from flax_resnet.text import listed
 
@@ -84,24 +86,46 @@ def _finished(folder: Path) -> Iterator[Run]:
             raise InputError(f"{path.parent}: not the name of a run, seedN[-torch][-subsetM]")
         seed, torch, subset = found.groups()
         framework = "torch" if torch else "jax"
-        report = _read(path)
+        report = _read(path, recipe)
         subset = int(subset) if subset else None
         yield Run(recipe, framework, subset, int(seed), path.parent, report)
 
 
-_ELSEWHERE = {"epochs": int, "seconds": int | float, "environment": dict, "command": str,
-              "best_epoch": int}  # fmt: skip
+_ELSEWHERE = {"epochs": int, "environment": dict, "command": str, "best_epoch": int}
 """{fact of a report beside its figures: its type}"""
 
 
-def _read(path: Path) -> dict:
-    """A report; InputError unless it has all that the table needs."""
+def _read(path: Path, recipe: str) -> dict:
+    """A report; InputError unless it has all that the table and the page need."""
     report = read_report(path)
     wrong = [name for name, kind in _ELSEWHERE.items() if not isinstance(report.get(name), kind)]
-    wrong += [s for s, scores in report["splits"].items() if not {"loss", "accuracy"} <= {*scores}]
+    wrong += [] if _is_number(report.get("seconds")) else ["seconds"]
+    if not wrong and not isinstance(report["environment"].get("device"), str):
+        wrong.append("environment.device")
+    scores = {f"{s}_{n}": v for s, of in report["splits"].items() for n, v in of.items()}
+    needed = [*_ALWAYS, *RECIPES[recipe].published]
+    needed += [f"{split}_{name}" for split in report["splits"] for name in ("loss", "accuracy")]
+    wrong += [name for name in dict.fromkeys(needed) if not _is_number(scores.get(name))]
     if wrong:
         raise InputError(f"{path}: {listed(wrong)} is missing or wrong")
     return report
+
+
+_ALWAYS = ("train_accuracy", "test_accuracy", "test_loss")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # false for NaN
+
+
+def course(run: Run) -> list[dict]:
+    """The rows of a run's metrics.csv; InputError unless they have all that a plot needs."""
+    path, splits = run.folder / "metrics.csv", run.report["splits"].keys() & {"train", "validation"}
+    needed = {"epoch", *(f"{split}_{name}" for split in splits for name in ("loss", "accuracy"))}
+    rows = read_rows(path)
+    if not rows or (missing := needed - rows[0].keys()):
+        raise InputError(f"{path}: {listed(sorted(missing)) if rows else 'every row'} is missing")
+    return rows
 
 
 def table_rows(runs: list[Run]) -> list[dict]:
@@ -123,7 +147,7 @@ def _row(runs: list[Run]) -> dict:
         "figures": {
             name: _spread([score(r, name) for r in reports])
             for name in _figure_names(first)
-            if name.split("_")[0] in first.report["splits"]
+            if all(name.split("_")[0] in report["splits"] for report in reports)
         },
         "published": RECIPES[first.recipe].published,
         "epochs": [report["epochs"] for report in reports],

@@ -12,6 +12,7 @@ from equivalence_tests.studies.reproduction import (
     MARGIN,
     Run,
     comparisons,
+    course,
     differences,
     discussion,
     finished,
@@ -20,9 +21,10 @@ from equivalence_tests.studies.reproduction import (
     table_rows,
 )
 from flax_resnet.config import finite
+from flax_resnet.files import replacing
 from flax_resnet.recipes import RECIPES
 from flax_resnet.runs import plots
-from flax_resnet.runs.tables import read_rows
+from flax_resnet.text import printable
 
 
 def rebuild(folder: Path) -> list[dict]:
@@ -31,18 +33,23 @@ def rebuild(folder: Path) -> list[dict]:
     runs = finished(folder / "recipes")
     rows = table_rows(runs)
     figures = {"rows": rows, "side_by_side": side_by_side(rows)}
-    (folder / "recipes.json").write_text(
-        json.dumps(finite(figures), indent=1, allow_nan=False) + "\n"
-    )
+    content = json.dumps(finite(figures), indent=1, allow_nan=False)
+    _write(folder / "recipes.json", content + "\n")
     text = f"# Published figures, and ours\n\n{markdown(rows)}"
     if pairs := pairs_markdown(rows):
         text += f"\n## The same recipe in JAX and in PyTorch\n\n{PAIRS_METHOD}\n\n{pairs}"
-    (folder / "recipes.md").write_text(text)
+    _write(folder / "recipes.md", text)
     for title, group in comparisons(runs).items():
-        courses = {run.recipe: read_rows(run.folder / "metrics.csv") for run in group}
-        plots.comparison(folder / picture_name(title), courses, title)
-    (folder / "recipes.html").write_text(page(folder, runs, rows))
+        courses = {run.recipe: course(run) for run in group}
+        with replacing(folder / picture_name(title)) as place:
+            plots.comparison(place, courses, title)
+    _write(folder / "recipes.html", page(folder, runs, rows))
     return rows
+
+
+def _write(path: Path, text: str):
+    with replacing(path) as place:
+        place.write_text(text)
 
 
 def markdown(rows: list[dict]) -> str:
@@ -73,7 +80,7 @@ def _line(row: dict, figure: str) -> str:
         str(len(row["seeds"])),
         "-".join(map(str, sorted({min(row["epochs"]), max(row["epochs"])}))),
         f"{row['minutes']:.0f}",
-        row["hardware"],
+        printable(row["hardware"]).replace("|", "/"),
         row["data"],
     ]
     return "| " + " | ".join(cells) + " |"
@@ -196,7 +203,7 @@ def _section(run: Run) -> str:
         f"<details><summary>{html.escape(run.recipe)}, {run.folder.name}: test accuracy"
         f" {score(run.report, 'test_accuracy'):.4f}</summary><p>{html.escape(recipe.method)}</p>"
         f"<pre>{html.escape(run.report['command'])}</pre>"
-        + "".join(_image(path, path.stem) for path in pictures if path.exists())
+        + "".join(_image(path, path.stem) for path in pictures if path.is_file())
         + "</details>"
     )
 

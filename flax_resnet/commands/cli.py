@@ -80,6 +80,8 @@ class Parser(argparse.ArgumentParser):
         return f"{about.strip()}\n\n{flags}"
 
     def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        _check_words(args)
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].split("=", 1)[0]
@@ -90,6 +92,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(message)
+
+
+def _check_words(words: Iterable[str]):
+    """Raises InputError for an empty word, such as a shell makes of "$RUN" where RUN is not set: no
+    flag takes one, and as a path it would be the working directory."""
+    flag = ""
+    for word in words:
+        if not word or (word.startswith("-") and word.partition("=")[1:] == ("=", "")):
+            raise InputError(f"an empty word is given{f' after {flag}' if flag else ''}")
+        flag = word
 
 
 def add_starting_points(parser: argparse.ArgumentParser):
@@ -176,12 +188,20 @@ def check_choice(flag: str, value: str, valid):
         raise InputError(f"{flag}: unknown {value!r}{nearest(value, valid)}")
 
 
+def distinct(runs: Iterable[Path | str]) -> list[Path | str]:
+    """The runs, each once however its path is written."""
+    found = {}
+    for run in runs:
+        found.setdefault(os.path.realpath(run), run)
+    return [*found.values()]
+
+
 def chosen_average(average: str | None, valid: tuple[str, ...], runs: Iterable[Path | str]) -> str:
     """The value of --average, by default the first valid one; InputError for an unknown word, or
     for any word where there is one run."""
     if average is not None:
         check_choice("--average", average, valid)
-        if len({*runs}) == 1:
+        if len(distinct(runs)) == 1:
             raise InputError("--average has no effect with one run")
     return average or valid[0]
 
@@ -197,7 +217,8 @@ def check_outputs(
     Args:
       outputs: {flag: path}; None passes, and "-" is standard output.
       inputs: files that are read, and run directories, into which nothing is written.
-      data: files and folders of images, whose files stay as they are; new ones may join them.
+      data: files and folders of images, whose files stay as they are; new ones that are no images
+        may join them.
     """
     given = {flag: path for flag, path in outputs.items() if path}
     for (one, path), (other, second) in itertools.combinations(given.items(), 2):
@@ -223,8 +244,8 @@ def _check_output(flag: str, path: Path, inputs: set[Path], data: set[Path]):
         raise InputError(f"{flag}: {path} is a directory")
     written = Path(os.path.realpath(path))
     places = {written, *written.parents}
-    replaces = written.exists() and written.suffix not in _REPORTS
-    if inputs & places or (replaces and data & places):
+    spoils = written.suffix == ".png" or (written.exists() and written.suffix not in _REPORTS)
+    if inputs & places or (spoils and data & places):
         raise InputError(f"{flag}: {path} is one of the files that are read")
 
 
@@ -255,7 +276,7 @@ def check_folder(flag: str, path: Path | None, own: Container[str] | None = None
     Args:
       own: the names that the command writes there, where others are refused.
     """
-    if path and path.exists() and not path.is_dir():
+    if path and os.path.lexists(path) and not path.is_dir():
         raise InputError(f"{flag}: {path} is no directory")
     if path and path.exists() and own is not None:
         for entry in path.iterdir():

@@ -70,7 +70,8 @@ def parse():
     about = "also write figures and differing settings to FILE; - is stdout"
     parser.add_argument("--json", type=Path, metavar="FILE", help=about)
     args = parser.parse_args()
-    if len(set(args.run_dirs)) < 2:
+    args.run_dirs = cli.distinct(args.run_dirs)
+    if len(args.run_dirs) < 2:
         raise InputError(f"two or more runs are compared, got {args.run_dirs[0]} alone")
     cli.check_picture("--plot", args.plot)
     cli.check_outputs({"--plot": args.plot, "--json": args.json}, args.run_dirs)
@@ -139,7 +140,7 @@ def table_of_settings(settings: dict[str, dict]) -> Table:
 
 def main():
     args = parse()
-    courses = {str(path): read(path) for path in dict.fromkeys(args.run_dirs)}
+    courses = {str(path): read(path) for path in args.run_dirs}
     settings = differing({name: course.config for name, course in courses.items()})
     display = Display(stderr=str(args.json) == "-")
     display.show(table_of_figures(courses))

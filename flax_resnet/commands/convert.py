@@ -80,7 +80,11 @@ def parse():
     args.suffix = suffix_of(args.output)
     args.is_run = isinstance(args.input, Path) and args.input.is_dir()
     if _same(args.input, args.output):
-        raise InputError(f"IN and OUT are the same, {args.input}, which would lose its training")
+        raise InputError(f"IN and OUT are the same, {args.input}; give another OUT")
+    if args.is_run and Path(os.path.realpath(args.output)).is_relative_to(
+        os.path.realpath(args.input)
+    ):
+        raise InputError(f"OUT: {args.output} lies in the run {args.input}, which stays as it is")
     check_output(args.output, args.suffix, args.overwrite)
     check_flags(args)
     if args.training and (args.weights_key or args.ema):

@@ -57,6 +57,9 @@ def check(root: Path, runs: dict[Path, TrainConfig]):
     """Raises InputError, before anything is trained, where files would be replaced that no
     cross-validation has written, or where a fold was begun with other settings."""
     check_root(root, "the folds")
+    for path in (root / name for name in (SUMMARY, *PICTURES, "predictions.csv")):
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise InputError(f"{path} is no regular file; move it")
     if not os.path.lexists(root / SUMMARY):  # no cross-validation has ended here
         for name in (*PICTURES, "predictions.csv"):
             if os.path.lexists(root / name):

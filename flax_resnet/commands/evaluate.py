@@ -196,7 +196,7 @@ def measured(run: LoadedRun, dataset: DataSet, args, left_out: list | None, name
 
 def main():
     args = parse()
-    names = list(dict.fromkeys(args.run_dirs))
+    names = cli.distinct(args.run_dirs)
     runs, dataset = opened_all(names, args)
     read = [args.dataset or run.config.data.dataset for run in runs.values()]
     cli.check_outputs(outputs(args), data=[place for name in read for place in places(name)])

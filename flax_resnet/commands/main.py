@@ -1,12 +1,14 @@
 """The console command: `flax-resnet SUBCOMMAND [flags]`. `scripts/` call the same modules."""
 
 import importlib
+import os
 import sys
 
 from flax_resnet.commands import (
     cli,
     memory,  # noqa: F401 - before any import that starts threads
 )
+from flax_resnet.errors import InputError
 from flax_resnet.text import say
 
 COMMANDS = {
@@ -27,7 +29,16 @@ COMMANDS = {
 
 def run(name: str):
     """Run a subcommand with the flags in `sys.argv` and end the process with its status."""
-    cli.run_command(lambda: importlib.import_module(COMMANDS[name][0]).main())
+    os.environ.pop("MPLBACKEND", None)  # commands draw files alone; Matplotlib refuses odd values
+    cli.run_command(lambda: _module(name).main())
+
+
+def _module(name: str):
+    """The module of a subcommand, whose import makes JAX read its variables of the environment."""
+    try:
+        return importlib.import_module(COMMANDS[name][0])
+    except ValueError as error:
+        raise InputError(f"a variable of the environment has no valid value: {error}") from None
 
 
 def main():

@@ -50,7 +50,7 @@ def parse():
         raise InputError("--top-k: at least 1")
     cli.check_choice("--on-bad-image", args.on_bad_image, ("error", "skip"))
     more = list(itertools.takewhile(is_run, args.inputs))
-    args.runs = list(dict.fromkeys([args.run_dir, *more]))
+    args.runs = cli.distinct([args.run_dir, *more])
     args.inputs = [Path(name) for name in args.inputs[len(more) :]]
     if not args.inputs:
         raise InputError(f"no image or folder follows the runs {listed(args.runs)}")

@@ -24,7 +24,7 @@ from flax_resnet.config import DataConfig, TrainConfig, idle
 from flax_resnet.data import pipeline, shards
 from flax_resnet.data.image_files import MEMORY, BadImage, is_turned
 from flax_resnet.data.prepare import SPLITS
-from flax_resnet.data.sources import ArraySource, Source, open_dataset
+from flax_resnet.data.sources import ArraySource, Source, open_dataset, places
 from flax_resnet.errors import InputError
 from flax_resnet.text import say
 
@@ -64,7 +64,7 @@ def _parse():
         cli.check_positive(f"--{flag.replace('_', '-')}", getattr(args, flag))
     if args.out.exists():
         raise InputError(f"OUT: {args.out} exists")
-    cli.check_outputs({"OUT": args.out})
+    cli.check_outputs({"OUT": args.out}, places(args.dataset))
     if args.interpolation and not args.resize:
         raise InputError("--interpolation has no effect without --resize")
     config = cli.merge(_WHOLE, cli.requested_values(args))

@@ -121,6 +121,8 @@ class DataConfig:
             if os.path.exists(os.path.expanduser(self.dataset)) or "/" in scheme:
                 kind = "cifar10" if self.dataset.endswith(".gz") else "folder"
                 hint = f"; did you mean {f'{kind}:{self.dataset}'!r}?"
+            if scheme in PLACES and colon:
+                hint = f": {PLACES[scheme]} is missing"
             raise ValueError(
                 f"unknown data set {self.dataset!r}{hint} (digits,"
                 f" {', '.join(f'{each}:{what}' for each, what in PLACES.items())})"

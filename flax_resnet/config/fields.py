@@ -29,7 +29,9 @@ def _zero_or_normal(value: float) -> float:
 
 
 def _writable(text: str) -> str:
-    """Raises ValueError for a name that config.json cannot hold."""
+    """Raises ValueError for a name that config.json cannot hold, and for an empty one."""
+    if not text:
+        raise ValueError("the name is empty")
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("the name is not in UTF-8 or holds a NUL: rename the file or folder")
     return text

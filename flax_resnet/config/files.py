@@ -54,7 +54,7 @@ _LONGEST = 2**24  # characters: a device has no end
 
 def config_from_file(path: Path | str) -> TrainConfig:
     """Read a config from a JSON file, strictly: known keys, each given once, with valid values."""
-    values = _read_object(path)
+    values = read_object(path)
     try:
         return from_dict(values)
     except (InputError, RecursionError) as error:
@@ -68,7 +68,7 @@ def class_weights_from_file(path: str, class_names: Sequence[str]) -> dict[str, 
       InputError: the file is unreadable, or does not give each class a positive weight.
     """
     try:
-        pairs = _read_object(os.path.expanduser(path)).items()
+        pairs = read_object(os.path.expanduser(path)).items()
         weights = _each_once([(normalize("NFC", name), value) for name, value in pairs])
     except ValueError as error:  # an InputError is one
         raise InputError(f"`class_weights` {error}") from None
@@ -83,7 +83,10 @@ def class_weights_from_file(path: str, class_names: Sequence[str]) -> dict[str, 
     return {name: float(value) for name, value in weights.items()}
 
 
-def _read_object(path: Path | str) -> dict:
+def read_object(path: Path | str) -> dict:
+    """The object in a JSON file; InputError if it is no such file or gives a key twice."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for ever
+        raise InputError(f"{path} is no file")
     try:
         with open(path, encoding="utf-8-sig") as file:
             values = json.loads(file.read(_LONGEST), object_pairs_hook=_each_once)

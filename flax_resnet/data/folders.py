@@ -212,7 +212,7 @@ def _images(folder: Path, root: Path, passed_over: PassedOver) -> list[str]:
 def _files(
     folder: str | Path, root: Path, passed_over: PassedOver, above: tuple[Path, ...] = ()
 ) -> Iterator[str]:
-    here = Path(folder).resolve()
+    here = Path(os.path.realpath(folder))
     if here in above:
         raise InputError(f"{_path(folder)}: symbolic link to a folder that contains it")
     for entry in _entries(folder, root, passed_over):
@@ -232,7 +232,10 @@ def _entries(
                 entries.append(entry)
             elif passed_over is not None and entry.is_dir():
                 passed_over[entry.path] = HIDDEN_FOLDER
-    for entry in entries:
-        if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root.resolve()):
+    for entry in filter(os.DirEntry.is_symlink, entries):
+        target = os.path.realpath(entry.path)
+        if os.path.islink(target):
+            raise InputError(f"{_path(entry.path)}: symbolic link to itself")
+        if not Path(target).is_relative_to(os.path.realpath(root)):
             raise InputError(f"{_path(entry.path)}: symbolic link that leads out of {root}")
     return sorted(entries, key=lambda entry: entry.name)

@@ -145,6 +145,9 @@ def _matched(place: str) -> tuple[Path, set[str]]:
 
 def _read_index(folder: Path) -> tuple[Index, str]:
     try:
+        for path in (folder / INDEX, folder / CHECKSUMS):
+            if path.exists() and not path.is_file():  # a pipe would wait for ever
+                raise InputError(f"{path} is no file")
         content, sums = ((folder / name).read_bytes() for name in (INDEX, CHECKSUMS))
     except OSError as error:
         raise InputError(

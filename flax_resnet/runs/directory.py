@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from flax_resnet import metrics
-from flax_resnet.config import TrainConfig, finite, flat, to_dict
+from flax_resnet.config import TrainConfig, config_from_file, finite, flat, to_dict
 from flax_resnet.devices.distributed import RunLost
 from flax_resnet.errors import InputError
 from flax_resnet.runs import tables
@@ -25,7 +25,6 @@ from flax_resnet.runs.tables import Table
 from flax_resnet.runs.views import (
     Say,
     is_begun,
-    own_config,
     rows_of_an_earlier_version,
     warn,
 )
@@ -202,7 +201,7 @@ class SharedDirectory(RunDirectory):
 def default_name(config: TrainConfig) -> str:
     """ARCH-DATASET, the name of a run's directory."""
     scheme, _, place = config.data.dataset.partition(":")
-    folder = Path(os.path.expanduser(place)).resolve()
+    folder = Path(os.path.realpath(os.path.expanduser(place)))
     own = {"folder": folder.name, "tfds": place, "hf": place}
     own["arrayrecord"] = (folder if folder.is_dir() else folder.parent).name
     return re.sub(r"\W+", "-", f"{config.model.arch}-{own.get(scheme, scheme)}")
@@ -254,7 +253,7 @@ def _check_is_run(run_dir: Path):
         return
     if os.path.lexists(config):
         try:
-            own_config(config)
+            config_from_file(config)
             if os.path.lexists(run_dir / LOCK):  # other programs have a config.json too
                 return
         except InputError as error:

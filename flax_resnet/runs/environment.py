@@ -86,7 +86,8 @@ def _cache() -> Path | None:
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     place = Path(root, "flax_resnet", "jax")
     existing = next((p for p in (place, *place.parents) if os.path.exists(p)), place)
-    return place if place.is_absolute() and os.access(existing, os.W_OK) else None
+    usable = place.is_absolute() and existing.is_dir() and os.access(existing, os.W_OK)
+    return place if usable else None
 
 
 def _processor() -> str:

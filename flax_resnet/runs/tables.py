@@ -102,7 +102,8 @@ def parse(content: bytes, path: Path) -> list[dict]:
 
 
 def _number(text: str) -> int | float:
-    return int(text) if text.lstrip("-").isdigit() else float(text)
+    whole = text.lstrip("-").isdigit() and len(text) < 19  # a longer one may be no float
+    return int(text) if whole else float(text)
 
 
 def as_csv(rows: list[dict]) -> bytes:

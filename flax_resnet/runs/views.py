@@ -60,20 +60,13 @@ def class_names(run_dir: Path | str) -> tuple[str, ...]:
 
 def _config_without_checkpoint(run_dir: Path) -> TrainConfig:
     path = run_dir / "config.json"
-    config = own_config(path)
+    config = config_from_file(path)
     if "config.json" in _changed(run_dir):
         raise InputError(
             f"{path} is not as the run wrote it, and there is no checkpoint to resume from: begin"
             " again with `overwrite`"
         )
     return config
-
-
-def own_config(path: Path) -> TrainConfig:
-    """The config in a run's config.json, which must be a regular file."""
-    if path.exists() and not path.is_file():  # a pipe would wait for ever
-        raise InputError(f"{path} is no file")
-    return config_from_file(path)
 
 
 def is_trained(run_dir: Path) -> bool:
@@ -89,7 +82,7 @@ def config_faults(run_dir: Path, document: dict) -> list[str]:
     """At most one line: how config.json differs from the config in a checkpoint's document."""
     path, own = run_dir / "config.json", from_dict(document["config"])
     try:
-        found = own_config(path)
+        found = config_from_file(path)
     except InputError as error:
         return [f"{error}; the checkpoint's config counts"]
     if different := differences(found, own):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from flax import nnx
 
 from flax_resnet.config import EarlyStoppingConfig, TrainConfig, flat, idle
 from flax_resnet.data.prepare import SPLITS, Prepared, fingerprint, prepare
+from flax_resnet.data.sources import places
 from flax_resnet.devices import distributed
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.errors import InputError
@@ -220,6 +222,7 @@ def begin(
     Args:
       members: number of runs that share a program; None: the run is alone.
     """
+    _check_apart(run_dir or Path("runs"), config.data.dataset)
     begun = resume and steps_in(run_dir / "checkpoints")
     if not begun and (faults := idle(config)):
         raise InputError("; ".join(faults.values()))
@@ -236,6 +239,17 @@ def begin(
     state = jax.eval_shape(lambda: steps.make_state(network.initial, config))
     check_space(run_dir or Path("runs"), [state] * (members or 1))
     return engine, prepared, network
+
+
+def _check_apart(run_dir: Path, dataset: str):
+    """Raises InputError for a run among its images: its folder and pictures would be a class."""
+    real = Path(os.path.realpath(run_dir))
+    for place in places(dataset) if dataset.startswith("folder:") else ():
+        if real.is_relative_to(os.path.realpath(place)):
+            raise InputError(
+                f"{run_dir} lies in {place}, the folder of the images, where it would be a class;"
+                " give another `run_dir`"
+            )
 
 
 def initial_network(prepared: Prepared, engine: Engine, begun, display: Display) -> Network:

@@ -9,12 +9,12 @@ from unicodedata import normalize
 import jax
 import numpy as np
 
-from flax_resnet.config import TrainConfig, from_dict
+from flax_resnet.config import TrainConfig, config_from_file, from_dict
 from flax_resnet.errors import InputError
 from flax_resnet.models import create_from_config
 from flax_resnet.runs import environment
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in
-from flax_resnet.runs.views import config_faults, own_config, warn
+from flax_resnet.runs.views import config_faults, warn
 from flax_resnet.training import steps
 from flax_resnet.training.network import Network
 from flax_resnet.weights import convert, files, published
@@ -40,7 +40,7 @@ def restore(
     """
     run_dir = Path(run_dir)
     if not steps_in(run_dir / "checkpoints"):
-        own_config(run_dir / "config.json")  # says what is missing where this is no run directory
+        config_from_file(run_dir / "config.json")  # says what is missing where this is no run
         raise InputError(f"{run_dir} has no checkpoint yet")
     checkpoints = Checkpoints(run_dir / "checkpoints", say=warn)
     try:

@@ -201,7 +201,7 @@ def quiet(name: str):
 
 def _check_blob(source: str, path: Path):
     """Raises InputError if a file differs from the digest under which the Hub's cache has it."""
-    blob = path.resolve()
+    blob = Path(os.path.realpath(path))
     digest = None
     if re.fullmatch("[0-9a-f]{64}", blob.name):
         digest = files.sha256(blob)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from equivalence_tests.parity.ports.mapping import Mapping, Piece
+from flax_resnet.config.files import read_object
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
 
@@ -96,14 +97,8 @@ def read(path: Path, state: dict, leaves: dict) -> dict[str, list[Piece]]:
     Raises:
       InputError: the file is no mapping of these networks; the message names the entry.
     """
-    try:
-        entries = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from None
-    if not isinstance(entries, dict):
-        raise InputError(f"{path}: an object of tensors is expected")
     found, taken = {}, {}
-    for name, entry in entries.items():
+    for name, entry in read_object(path).items():
         try:
             found[name] = _pieces(name, entry, state, leaves)
             _take(taken, name, found[name], state, leaves)
