@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from flax_resnet.commands import cli
+from flax_resnet.commands import exits
 from flax_resnet.config import finite
 from flax_resnet.runs import environment
 
@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parents[1] / "results"
 
 def write(name: str, document: dict):
     """Writes results/NAME.json; adds "command" and "environment" unless the document has them."""
-    measured = {"command": cli.command_line(), "environment": environment.describe(1)}
+    measured = {"command": exits.command_line(), "environment": environment.describe(1)}
     text = json.dumps(finite(measured | document), indent=1, allow_nan=False)
     (FOLDER / f"{name}.json").write_text(text + "\n")
 

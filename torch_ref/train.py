@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, exits
 from flax_resnet.config import EarlyStoppingConfig, TrainConfig, flat, idle
 from flax_resnet.errors import InputError
 from flax_resnet.text import say
@@ -140,10 +140,10 @@ def main() -> None:
     args = parse()
     config = cli.build_config(args, TrainConfig())
     try:
-        fit(config, args.run_dir, device=args.device, command=cli.command_line())
+        fit(config, args.run_dir, device=args.device, command=exits.command_line())
     except InputError as error:  # a loader's worker puts its traceback before the message
         raise InputError(str(error).rpartition("InputError: ")[2]) from error
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    exits.run_command(main)

@@ -25,7 +25,7 @@ from rich.table import Table
 from equivalence_tests.benchmark import agreement, charts, end_to_end, throughput
 from equivalence_tests.benchmark.timing import VARIANTS, Job
 from flax_resnet import list_models
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, exits, output_files
 from flax_resnet.config import finite
 from flax_resnet.data.sources import places
 from flax_resnet.errors import InputError
@@ -131,16 +131,16 @@ def check(args):
     for name in ("image_size", "num_classes", "batch_size", "rounds", "epochs", *REPEATS["cpu"]):
         cli.check_positive(f"--{name.replace('_', '-')}", getattr(args, name))
     check_files(args)
-    cli.check_folder("--keep", args.keep, own=("outcomes", "caches"))
+    output_files.check_folder("--keep", args.keep, own=("outcomes", "caches"))
 
 
 def check_files(args):
     """Raises InputError unless the figures and their chart replace nothing but those of an earlier
     benchmark."""
     data = places(args.dataset)
-    cli.check_outputs({"--json": args.json}, data=data)
+    output_files.check_outputs({"--json": args.json}, data=data)
     chart = chart_beside(args.json)
-    cli.check_outputs({"--json": args.json, "the chart beside it": chart}, data=data)
+    output_files.check_outputs({"--json": args.json, "the chart beside it": chart}, data=data)
     if chart and chart.exists() and not args.json.exists():
         raise InputError(f"--json: the chart {chart} exists, and no {args.json} with it; move it")
 
@@ -284,7 +284,7 @@ def label(row: dict) -> str:
 
 def write(path: Path, document: dict):
     """Write the figures and, where there are any, their chart."""
-    with cli.output(path) as file:
+    with output_files.output(path) as file:
         file.write(json.dumps(finite(document), indent=1, allow_nan=False) + "\n")
     chart = chart_beside(path)
     if chart and document["rows"]:
@@ -295,11 +295,11 @@ def write(path: Path, document: dict):
 def main():
     args = parse()
     settings, display = make_settings(args), Display(stderr=str(args.json) == "-")
-    about = {"command": cli.command_line(), "environment": environment.describe(1)}
+    about = {"command": exits.command_line(), "environment": environment.describe(1)}
     try:
         document = throughput.measure(settings, display.say)
     except agreement.Disagreement as error:
-        raise cli.CheckFailed(str(error)) from None
+        raise exits.CheckFailed(str(error)) from None
     except end_to_end.Failed as error:
         raise InputError(str(error)) from None
     document |= about
@@ -309,4 +309,4 @@ def main():
     if args.json:
         write(args.json, document)
     if not document["rows"]:
-        raise cli.CheckFailed("nothing was measured; the reasons are above")
+        raise exits.CheckFailed("nothing was measured; the reasons are above")

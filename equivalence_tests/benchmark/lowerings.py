@@ -27,7 +27,7 @@ from jax import lax
 
 from equivalence_tests.benchmark import timed_jax, timing
 from equivalence_tests.parity import inputs
-from flax_resnet.commands import cli
+from flax_resnet.commands import exits
 from flax_resnet.config import finite
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.kernels import cpu_convolution, sliced_max_pool
@@ -274,11 +274,11 @@ def main():
         ratio = f"{row['times_as_long']:.3f} ({low:.3f} to {high:.3f})"
         print(f"{way}: {row['milliseconds']:.1f} ms, {ratio} times as long")
     if args.json:
-        measured = {"command": cli.command_line(), "environment": environment.describe(1)}
+        measured = {"command": exits.command_line(), "environment": environment.describe(1)}
         measured["glibc_tunables"] = os.environ.get("GLIBC_TUNABLES")
         measured |= {"rows": rows, "relative_error_of_variance": lost}
         args.json.write_text(json.dumps(finite(measured), indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    exits.run_command(main)

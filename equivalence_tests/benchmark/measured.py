@@ -18,7 +18,7 @@ import numpy as np
 
 from equivalence_tests import results
 from equivalence_tests.studies import step_bytes
-from flax_resnet.commands import cli
+from flax_resnet.commands import exits
 from flax_resnet.devices import targets
 from flax_resnet.errors import InputError
 from flax_resnet.runs import environment
@@ -171,4 +171,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    exits.run_command(main)

@@ -68,13 +68,13 @@ def first_step(flags: list[str]):
 
 
 def document(seconds: dict[str, float]) -> dict:
-    from flax_resnet.commands import cli
+    from flax_resnet.commands import exits
     from flax_resnet.runs import environment
 
     return {
         "seconds_to_first_step": seconds,
         "load_average_after": os.getloadavg()[0],
-        "command": cli.command_line(),
+        "command": exits.command_line(),
         "environment": environment.describe(1),
     }
 

@@ -21,7 +21,7 @@ from rich import box
 from rich.table import Table
 
 from flax_resnet import list_models
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, exits, output_files
 from flax_resnet.config import DataConfig
 from flax_resnet.data.sources import places
 from flax_resnet.errors import BAD_INPUT, InputError
@@ -45,7 +45,7 @@ try:
     )
     from equivalence_tests.parity.ports import command as ports
 except ModuleNotFoundError as error:
-    cli.leave(BAD_INPUT, f"error: {cli.extra_needed('a comparison', error, 'torch')}")
+    exits.leave(BAD_INPUT, f"error: {exits.extra_needed('a comparison', error, 'torch')}")
 
 VERDICTS = ("equal", "rounding", "semantic")
 COLUMNS = {
@@ -113,12 +113,12 @@ def parse():
 
 def check_report(args):
     """Raises InputError where the report would replace what the comparison reads or writes."""
-    cli.check_folder("--report", args.report)
+    output_files.check_folder("--report", args.report)
     if args.report and args.report.is_dir():
         data = places(args.dataset) if args.dataset else ()
         for name in ("parity.json", "parity.html", "parity.png"):
             outputs = {"--mapping": args.mapping, "--report": args.report / name}
-            cli.check_outputs(outputs, [args.checkpoint] if args.checkpoint else (), data)
+            output_files.check_outputs(outputs, [args.checkpoint] if args.checkpoint else (), data)
 
 
 def build_case(args, model):
@@ -269,7 +269,7 @@ def main():
     }
     if data:
         document["predictions"] = predicted(args, case, data)
-    document |= {"command": cli.command_line(), "environment": environment.describe(1)}
+    document |= {"command": exits.command_line(), "environment": environment.describe(1)}
     return finish(args, document)
 
 
@@ -279,7 +279,7 @@ def finish(args, document: dict):
     if args.report:
         write(args.report, document)
     if document["verdict"] == "divergent":
-        raise cli.CheckFailed(sentence(document))
+        raise exits.CheckFailed(sentence(document))
     if document["verdict"] == "undecided":
         raise InputError(sentence(document))
 

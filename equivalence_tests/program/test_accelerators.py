@@ -16,7 +16,7 @@ from flax import nnx
 from equivalence_tests.studies import compiled as study
 from equivalence_tests.studies.compiled import FOREIGN, UNORDERED, convolutions, wide_activations
 from flax_resnet import create_model, list_models
-from flax_resnet.commands import cli, plan
+from flax_resnet.commands import cli, exits, plan
 from flax_resnet.config import TrainConfig
 from flax_resnet.devices import program, targets
 from flax_resnet.models import floor, layers
@@ -235,9 +235,9 @@ def test_a_program_that_does_not_fit_ends_the_command(float32, monkeypatch):
     over = float32.target.card.memory_bytes + 5_000_000_000
     monkeypatch.setattr(ahead, "largest_batch", lambda plan, first: 4096)
     wanted = "h100: the program does not fit, by 5.00 GB; the largest batch that fits is 4096"
-    with pytest.raises(cli.CheckFailed, match=wanted):
+    with pytest.raises(exits.CheckFailed, match=wanted):
         run_plan(monkeypatch, float32._replace(peak_bytes=over), "--target", "h100")
-    with pytest.raises(cli.CheckFailed, match="says its compiler"):
+    with pytest.raises(exits.CheckFailed, match="says its compiler"):
         run_plan(monkeypatch, None, "--target", "h100")
 
 

@@ -28,7 +28,7 @@ from equivalence_tests.benchmark import (
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.test_throughput import evaluated
 from equivalence_tests.studies import card_precision
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, exits
 from flax_resnet.commands.main import COMMANDS
 from flax_resnet.config import TrainConfig
 from flax_resnet.devices import targets
@@ -166,7 +166,7 @@ def test_nothing_measured_is_no_success(monkeypatch):
     skipped = [{"framework": "jax", "variant": "jit", "mode": "train", "reason": "no GPU"}]
     nothing = {"rows": [], "skipped": skipped, "ratios": {}, "torchvision": {}}
     monkeypatch.setattr(throughput, "measure", lambda *_: dict(nothing))
-    with pytest.raises(cli.CheckFailed, match="nothing was measured"):
+    with pytest.raises(exits.CheckFailed, match="nothing was measured"):
         names["main"]()
 
 

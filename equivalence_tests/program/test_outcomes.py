@@ -18,7 +18,7 @@ from rich.table import Table
 from equivalence_tests.program.command import ROOT, refused, run_installed, run_script, train
 from equivalence_tests.program.insects import write_folder
 from flax_resnet import errors
-from flax_resnet.commands import cli, main, predict
+from flax_resnet.commands import exits, main, predict
 from flax_resnet.data.workers import WorkerDied
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
@@ -33,7 +33,7 @@ def test_too_little_memory_is_one_line(capsys):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
     with pytest.raises(SystemExit) as left:
-        cli.run_command(main)
+        exits.run_command(main)
     error = capsys.readouterr().err
     assert left.value.code == 1 and error.count("\n") == 1
     assert all(word in error for word in ("out of memory", "--batch-size", "--accumulate-steps"))
@@ -47,7 +47,7 @@ def no_place(number):
     "error,status,words",
     [
         (InputError("a\nb \x1b[1m\u202e"), 2, r"error: a b \x1b[1m\u202e"),
-        (cli.CheckFailed("no"), 1, "failed: no"),
+        (exits.CheckFailed("no"), 1, "failed: no"),
         (NonFiniteLoss("step 3"), 1, "failed: step 3"),
         (Interrupted(signal.SIGHUP), 129, "SIGHUP; the work is saved, go on with --resume"),
         (KeyboardInterrupt(), 130, "stopped"),
@@ -68,7 +68,7 @@ def test_every_error_is_a_line_and_a_status(capsys, error, status, words):
         raise error
 
     with pytest.raises(SystemExit) as left:
-        cli.run_command(main)
+        exits.run_command(main)
     line = capsys.readouterr().err
     assert left.value.code == status and words in line and line.count("\n") == 1
 
@@ -156,7 +156,7 @@ def test_a_command_goes_on_when_nobody_reads_it():
         return 1
 
     with pytest.raises(SystemExit) as left, unread():
-        cli.run_command(main)
+        exits.run_command(main)
     assert (left.value.code, done) == (1, ["the work after the lines"])
 
 
@@ -171,7 +171,8 @@ def test_predictions_go_on_without_a_reader_only_to_a_file(tmp_path, to_a_file):
 
     table = tmp_path / "table.csv"
     with pytest.raises(SystemExit) as left, unread():
-        cli.run_command(lambda: predict.write_all(rows(), Path("-"), table if to_a_file else None))
+        table = table if to_a_file else None
+        exits.run_command(lambda: predict.write_all(rows(), Path("-"), table))
     assert left.value.code == (1000 if to_a_file else 0)  # images left out
     assert len(asked) == 1000 if to_a_file else len(asked) < 1000
     assert not to_a_file or len(table.read_text().splitlines()) == 1001
@@ -221,7 +222,7 @@ def test_a_terminal_without_a_character_shows_its_code(monkeypatch):
     out = Ascii(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", out)
     with pytest.raises(SystemExit) as left:
-        cli.run_command(lambda: print("caf\xe9 \udce9"))
+        exits.run_command(lambda: print("caf\xe9 \udce9"))
     assert not left.value.code and out.buffer.getvalue() == b"caf\\xe9 \xe9\n"
 
 

@@ -14,7 +14,7 @@ from equivalence_tests.benchmark import command as benchmark
 from equivalence_tests.program.command import ROOT, refused, run_script
 from equivalence_tests.program.run_directory import tree, without_training, write
 from equivalence_tests.studies import reproduce
-from flax_resnet.commands import cli, cross_validate, evaluate
+from flax_resnet.commands import cli, cross_validate, evaluate, output_files
 from flax_resnet.config import DataConfig, TrainConfig
 from flax_resnet.data.sources import places
 from flax_resnet.errors import InputError
@@ -34,10 +34,10 @@ def test_two_outputs_of_one_name_are_refused(tmp_path):
     (tmp_path / "link").symlink_to(path)
     for other in (path, tmp_path / "." / "out", tmp_path / "link"):
         with pytest.raises(InputError, match="--json and --csv both name"):
-            cli.check_outputs({"--json": path, "--csv": other})
+            output_files.check_outputs({"--json": path, "--csv": other})
     with pytest.raises(InputError, match="--json and --csv both name -"):
-        cli.check_outputs({"--json": Path("-"), "--csv": Path("-")})
-    cli.check_outputs({"--json": path, "--csv": tmp_path / "other", "--worst": None})
+        output_files.check_outputs({"--json": Path("-"), "--csv": Path("-")})
+    output_files.check_outputs({"--json": path, "--csv": tmp_path / "other", "--worst": None})
 
 
 def test_an_input_is_no_output(tmp_path, images, monkeypatch):
@@ -51,14 +51,14 @@ def test_an_input_is_no_output(tmp_path, images, monkeypatch):
         (run / "new.json", {"inputs": [run]}),
     ):
         with pytest.raises(InputError, match="--json: .* is one of the files that are read"):
-            cli.check_outputs({"--json": path}, **how)
+            output_files.check_outputs({"--json": path}, **how)
     for _ in range(2):  # a report may be written anew where the images lie
-        cli.check_outputs({"--json": images / "new.json"}, data=[images])
+        output_files.check_outputs({"--json": images / "new.json"}, data=[images])
         write(images / "new.json")
     with pytest.raises(InputError, match="--plot: .* is one of the files that are read"):
-        cli.check_outputs({"--plot": picture.with_name("plot.png")}, data=[images])
+        output_files.check_outputs({"--plot": picture.with_name("plot.png")}, data=[images])
     monkeypatch.chdir(run)
-    cli.check_outputs({"--json": Path("-")}, [run])  # standard output is no file
+    output_files.check_outputs({"--json": Path("-")}, [run])  # standard output is no file
 
 
 def test_the_places_of_a_data_set(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from equivalence_tests.benchmark import lowerings, timed_jax
-from flax_resnet.commands import cli
+from flax_resnet.commands import exits
 
 
 def run(monkeypatch, *words):
@@ -60,7 +60,7 @@ def test_an_unknown_variant_is_named(monkeypatch, capsys):
     assert status.value.code == 2 and "unknown faster" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["remedies", "--arch", "resnet19"])
     with pytest.raises(SystemExit) as status:
-        cli.run_command(lowerings.main)
+        exits.run_command(lowerings.main)
     assert status.value.code == 2 and "resnet18" in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.run_directory import tree, write
 from equivalence_tests.program.test_train import quiet, small
 from flax_resnet import errors
-from flax_resnet.commands import cli
+from flax_resnet.commands import exits
 from flax_resnet.config import TrainConfig
 from flax_resnet.devices import distributed
 from flax_resnet.devices.distributed import RunLost
@@ -274,7 +274,7 @@ def test_a_training_ends_where_its_directory_is_gone(tmp_path, monkeypatch, caps
     monkeypatch.setattr(loop, "finish_epoch", finish_epoch)
     config = small(epochs="3", data={"train_images": "96"})
     with pytest.raises(SystemExit) as left:
-        cli.run_command(lambda: fit(config, tmp_path / "run", display=quiet()) and 0)
+        exits.run_command(lambda: fit(config, tmp_path / "run", display=quiet()) and 0)
     error = capsys.readouterr().err
     assert left.value.code == 1 and error.count("\n") == 1 and "moved, deleted" in error
     assert not (tmp_path / "run").exists()

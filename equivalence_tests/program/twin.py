@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, exits
 from flax_resnet.config import DataConfig, TrainConfig
 from torch_ref import checkpoint
 from torch_ref import sources as torch_sources
@@ -30,7 +30,7 @@ def call(*flags) -> int:
     """The exit status of `python -m torch_ref.train`, in this process."""
     with mock.patch.object(sys, "argv", ["torch_ref.train", *map(str, flags)]):
         with pytest.raises(SystemExit) as left:
-            cli.run_command(torch_train.main)
+            exits.run_command(torch_train.main)
     return left.value.code
 
 

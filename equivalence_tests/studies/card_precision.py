@@ -19,7 +19,7 @@ import flax_resnet
 from equivalence_tests import results
 from equivalence_tests.parity import inputs, torch_side
 from equivalence_tests.parity.states import named
-from flax_resnet.commands import cli
+from flax_resnet.commands import exits
 from flax_resnet.config import TrainConfig
 from flax_resnet.training.network import Network
 from torch_ref.environment import configure_torch
@@ -136,4 +136,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    exits.run_command(main)

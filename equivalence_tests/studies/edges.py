@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import pydantic
 
-from flax_resnet.commands import cli
+from flax_resnet.commands import exits
 from flax_resnet.config import INT32, SMALLEST, TrainConfig, finite, from_dict, to_dict
 from flax_resnet.data import augment
 from flax_resnet.errors import InputError
@@ -160,15 +160,16 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found = survey(args.count, args.seed) | {"seed": args.seed, "command": cli.command_line()}
+    found = survey(args.count, args.seed) | {"seed": args.seed, "command": exits.command_line()}
     print(f"{found['traced']} traced, {found['refused']} refused, {len(found['faults'])} faults")
     for fault in found["faults"][:10]:
         print(fault["error"].splitlines()[0], file=sys.stderr)
     if args.json:
         args.json.write_text(json.dumps(finite(found), indent=1, allow_nan=False) + "\n")
     if found["faults"]:
-        raise cli.CheckFailed(f"{len(found['faults'])} of {args.count} configs end in a traceback")
+        count = len(found["faults"])
+        raise exits.CheckFailed(f"{count} of {args.count} configs end in a traceback")
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    exits.run_command(main)

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from equivalence_tests import results
-from flax_resnet.commands import cli
+from flax_resnet.commands import exits
 
 ROOT = Path(__file__).parents[2]
 SIZES = (20_000, 1_000_000)
@@ -52,7 +52,7 @@ def main():
     results.write("growth", {"sizes": rows, "growth": growth, "bounds": BOUNDS})
     print(json.dumps(growth | rows[1], indent=1, allow_nan=False))
     if lines := over(rows[1], growth):
-        raise cli.CheckFailed("; ".join(lines))
+        raise exits.CheckFailed("; ".join(lines))
 
 
 def over(large: dict, growth: dict) -> list[str]:
@@ -157,4 +157,4 @@ PARTS = {"costs": costs, "first_step": first_step}
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    exits.run_command(main)

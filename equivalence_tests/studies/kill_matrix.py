@@ -22,7 +22,7 @@ from pathlib import Path
 
 from equivalence_tests import mutants, results
 from equivalence_tests.studies import criteria
-from flax_resnet.commands import cli
+from flax_resnet.commands import exits
 from flax_resnet.runs import environment
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +159,7 @@ def main() -> int:
         return int(any(row["failed"] for row in false_alarms(args.seeds, done).values()))
     chosen = [mutants.MUTANTS[name] for name in args.only or mutants.MUTANTS]
     rows = measure(chosen, args.jobs)
-    command = cli.command_line()
+    command = exits.command_line()
     if args.only:
         before = results.read("kill-matrix")
         rows, command = _updated(before["rows"], rows), before["command"]

@@ -17,7 +17,7 @@ from scipy import stats
 from equivalence_tests import mutants, results
 from equivalence_tests.studies import trajectory
 from equivalence_tests.studies.reproduction import LEVEL, MARGIN
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, exits
 
 SEEDS = range(100, 120)
 """Seeds of the pairs, fixed before the first run. With five pairs the power would be 0.3."""
@@ -78,4 +78,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    exits.run_command(main)

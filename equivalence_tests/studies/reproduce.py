@@ -17,7 +17,7 @@ import jax
 
 from equivalence_tests.studies import reproduction, reproduction_page
 from equivalence_tests.studies.reproduction import folder_name
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, output_files
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
 from flax_resnet.recipes import CIFAR10, IMAGENETTE, RECIPES
@@ -44,7 +44,7 @@ def parse():
     args = parser.parse_args()
     cli.check_positive("--subset", args.subset)
     for flag, path in (("--runs", args.runs), ("--results", args.results)):
-        cli.check_folder(flag, Path(path))
+        output_files.check_folder(flag, Path(path))
     return args
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from equivalence_tests import results
 from equivalence_tests.studies import trajectory
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, exits
 from flax_resnet.config import AugmentConfig, TrainConfig
 from flax_resnet.recipes import RECIPES
 
@@ -76,4 +76,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    exits.run_command(main)

@@ -1,31 +1,23 @@
-"""Functions that the commands share: flags of the config, one-line errors, exit statuses."""
+"""Flags of the commands: those of the config, those that several commands share."""
 
 import argparse
-import codecs
-import contextlib
 import dataclasses
 import functools
-import itertools
 import os
 import re
-import shlex
-import signal
 import sys
-import threading
 import types
 import typing
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pydantic
 
-from flax_resnet import errors, text
+from flax_resnet import text
 from flax_resnet.config import INT32, TrainConfig, config_from_file, idle, nearest, to_dict
-from flax_resnet.errors import DONE, FAILED, InputError
-from flax_resnet.files import replacing
+from flax_resnet.errors import InputError
 from flax_resnet.imagenet_recipes import IMAGENET_RECIPES
 from flax_resnet.recipes import RECIPES
-from flax_resnet.runs.display import drop_output
 
 BAD_IMAGE = "error: unreadable images end the command; skip: they are listed and left out"
 FOLD_BATCHNORM = "fold BatchNorm into the convolutions: faster, equal up to rounding"
@@ -36,28 +28,7 @@ EMA = "take the averaged weights of a file that holds raw ones too"
 
 
 ALL_RECIPES = RECIPES | IMAGENET_RECIPES
-
 SMOKE = {"epochs": "1", "batch_size": "16", "data": {"train_images": "32", "eval_images": "32"}}
-
-
-class CheckFailed(Exception):
-    """A check of the command failed; the exit status is 1."""
-
-    exit_status = FAILED
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal ended a command that has nothing to save."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.exit_status = 128 + signum
-
-
-class NoReader(Exception):
-    """Nobody reads standard output, to which alone the command writes: its work is done."""
-
-    exit_status = DONE
 
 
 class Parser(argparse.ArgumentParser):
@@ -150,7 +121,7 @@ def merge(base: TrainConfig, values: dict) -> TrainConfig:
     try:
         return pydantic.TypeAdapter(TrainConfig).validate_python(merged)
     except pydantic.ValidationError as error:
-        raise InputError(_faults(error)) from None
+        raise InputError(faults(error)) from None
 
 
 def with_flags(base: TrainConfig, args: argparse.Namespace) -> TrainConfig:
@@ -206,84 +177,6 @@ def chosen_average(average: str | None, valid: tuple[str, ...], runs: Iterable[P
     return average or valid[0]
 
 
-def check_outputs(
-    outputs: dict[str, Path | None],
-    inputs: Iterable[Path | str] = (),
-    data: Iterable[Path | str] = (),
-):
-    """Raises InputError unless a file can be written at every path: its folder exists, no other
-    flag names it, and it replaces nothing that the command reads.
-
-    Args:
-      outputs: {flag: path}; None passes, and "-" is standard output.
-      inputs: files that are read, and run directories, into which nothing is written.
-      data: files and folders of images, whose files stay as they are; new ones that are no images
-        may join them.
-    """
-    given = {flag: path for flag, path in outputs.items() if path}
-    for (one, path), (other, second) in itertools.combinations(given.items(), 2):
-        if os.path.realpath(path) == os.path.realpath(second):
-            raise InputError(f"{one} and {other} both name {path}")
-    for flag, path in given.items():
-        if str(path) != "-":
-            _check_output(flag, path, _real(inputs), _real(data))
-
-
-def _real(paths: Iterable[Path | str]) -> set[Path]:
-    return {Path(os.path.realpath(path)) for path in paths}
-
-
-_REPORTS = (".json", ".csv", ".html")
-"""Suffixes of files that hold no image, so that a report among the images may be written anew."""
-
-
-def _check_output(flag: str, path: Path, inputs: set[Path], data: set[Path]):
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{flag}: the folder {path.absolute().parent} does not exist")
-    if path.is_dir():
-        raise InputError(f"{flag}: {path} is a directory")
-    written = Path(os.path.realpath(path))
-    places = {written, *written.parents}
-    spoils = written.suffix == ".png" or (written.exists() and written.suffix not in _REPORTS)
-    if inputs & places or (spoils and data & places):
-        raise InputError(f"{flag}: {path} is one of the files that are read")
-
-
-@contextlib.contextmanager
-def output(path: Path) -> Iterator[typing.TextIO]:
-    """Yields a UTF-8 text file that gets its name when it is complete; "-" is standard output."""
-    if str(path) == "-":
-        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-        yield sys.stdout
-        return
-    how = {"mode": "w", "encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    path = Path(os.path.realpath(path))
-    is_device = path.exists() and not path.is_file()  # or a pipe, which is not replaced either
-    with contextlib.nullcontext(path) if is_device else replacing(path) as place:
-        with place.open(**how) as file:
-            yield file
-
-
-def check_picture(flag: str, path: Path | None):
-    """Raises InputError unless the name of a picture ends in .png. None passes."""
-    if path and path.suffix != ".png":
-        raise InputError(f"{flag}: a picture ends in .png, got {path}")
-
-
-def check_folder(flag: str, path: Path | None, own: Container[str] | None = None):
-    """Raises InputError if `path` exists and is no folder. None passes.
-
-    Args:
-      own: the names that the command writes there, where others are refused.
-    """
-    if path and os.path.lexists(path) and not path.is_dir():
-        raise InputError(f"{flag}: {path} is no directory")
-    if path and path.exists() and own is not None:
-        for entry in path.iterdir():
-            if entry.name not in own:
-                raise InputError(f"{flag}: {path} holds {entry.name}, which is not this command's")
-
-
 def check_positive(flag: str, value: int | None, most: int = INT32):
     """Raises InputError below 1 or above `most`. None passes."""
     if value is not None and value < 1:
@@ -292,142 +185,9 @@ def check_positive(flag: str, value: int | None, most: int = INT32):
         raise InputError(f"{flag}: at most {most:,}, got {value}")
 
 
-def run_command(main: Callable[[], int | None]) -> typing.NoReturn:
-    """Call a command's main and end the process with the exit status of its outcome."""
-    _open_closed_streams()
-    sys.stdout.reconfigure(errors=_BYTES_OR_ESCAPED)  # names of files are bytes, UTF-8 or not
-    out, err = _Stream(sys.stdout), _Stream(sys.stderr)
-    with _ended_by_signals(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status, line = _outcome(main)
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        drop_output(sys.stdout)
-        if not isinstance(error, BrokenPipeError):
-            status, line = errors.verdict(error)
-    if line:
-        with contextlib.suppress(OSError):  # stderr has no reader
-            text.say(line, file=sys.stderr)
-    sys.exit(status)
-
-
-class _Stream:
-    """A standard stream whose output is dropped when nobody reads it: what else a command does
-    goes on, as after `| head -1`."""
-
-    def __init__(self, stream: typing.TextIO):
-        self._stream, self.is_read = stream, True
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        return self._try(self._stream.write, text) or 0
-
-    def flush(self):
-        self._try(self._stream.flush)
-
-    def _try(self, function, *arguments):
-        try:
-            return function(*arguments)
-        except BrokenPipeError:
-            self.is_read = False
-            drop_output(self._stream)
-
-
-def check_read():
-    """Raises NoReader if the reader of standard output has closed it; for commands that write long
-    results nowhere else."""
-    if not getattr(sys.stdout, "is_read", True):
-        raise NoReader
-
-
-@contextlib.contextmanager
-def _ended_by_signals():
-    """Inside the context SIGTERM and SIGHUP raise `Stopped`, as Ctrl-C raises KeyboardInterrupt, so
-    that child processes are ended and one line is printed. A second signal kills at once. A running
-    training has handlers of its own, which save."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as it was during the imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {n: handler for n in numbers if (handler := signal.getsignal(n)) == signal.SIG_DFL}
-
-    def stop(signum, frame):
-        for number in before:
-            signal.signal(number, signal.SIG_DFL)
-        raise Stopped(signum)
-
-    try:
-        for number in before:
-            signal.signal(number, stop)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _outcome(main) -> tuple[int, str]:
-    try:
-        return main() or DONE, ""
-    except SystemExit as left:  # argparse has printed its help
-        return left.code or DONE, ""
-    except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, pydantic.ValidationError):  # a field of a config, replaced by a flag
-            error = InputError(_faults(error))
-        status, line = errors.verdict(error)
-        return status, as_flags(line)
-
-
 def as_flags(line: str) -> str:
     """A message of the library with its settings, such as `batch_size`, written as flags."""
     return re.sub(r"`([a-z][a-z0-9_]*)`", lambda name: _flag(name[1]), line)
-
-
-def leave(status: int, line: str) -> typing.NoReturn:
-    """End the process with a line on stderr and an exit status."""
-    text.say(line, file=sys.stderr)
-    sys.exit(status)
-
-
-def _bytes_or_escaped(error: UnicodeEncodeError):
-    """Encode an undecodable byte of a file name as itself, any other character as an escape."""
-    try:
-        return codecs.lookup_error("surrogateescape")(error)
-    except UnicodeEncodeError:
-        return codecs.lookup_error("backslashreplace")(error)
-
-
-_BYTES_OR_ESCAPED = "bytes or escaped"
-codecs.register_error(_BYTES_OR_ESCAPED, _bytes_or_escaped)
-
-
-def _open_closed_streams():
-    """Open standard streams that the caller has closed on /dev/null; otherwise the next opened file
-    would get their descriptor."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass
-    os.close(number)
-    sys.stdout = sys.stdout or open(1, "w")
-    sys.stderr = sys.stderr or open(2, "w")
-
-
-def extra_needed(what: str, error: ModuleNotFoundError, extra: str) -> str:
-    """The message about a missing package: which extra brings it."""
-    return f"{what} needs {error.name}: uv run --extra {extra} {command_line()}"
-
-
-def command_line() -> str:
-    """The command line of this process, without the path of the project."""
-    spec = sys.modules["__main__"].__spec__
-    if spec is not None:
-        name = spec.name.removesuffix(".__main__")
-        return shlex.join(["python", "-m", name, *sys.argv[1:]])
-    script = Path(sys.argv[0])
-    name = f"scripts/{script.name}" if script.parent.name == "scripts" else sys.argv[0]
-    return shlex.join(["python", name, *sys.argv[1:]])
 
 
 def _fields() -> dict[str, list[dataclasses.Field]]:
@@ -492,7 +252,7 @@ def _plain(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _faults(error: pydantic.ValidationError) -> str:
+def faults(error: pydantic.ValidationError) -> str:
     return "; ".join(map(_describe, error.errors()))
 
 

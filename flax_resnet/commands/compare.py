@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, output_files
 from flax_resnet.config import TrainConfig, finite, flat
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
@@ -73,8 +73,8 @@ def parse():
     args.run_dirs = cli.distinct(args.run_dirs)
     if len(args.run_dirs) < 2:
         raise InputError(f"two or more runs are compared, got {args.run_dirs[0]} alone")
-    cli.check_picture("--plot", args.plot)
-    cli.check_outputs({"--plot": args.plot, "--json": args.json}, args.run_dirs)
+    output_files.check_picture("--plot", args.plot)
+    output_files.check_outputs({"--plot": args.plot, "--json": args.json}, args.run_dirs)
     return args
 
 
@@ -158,5 +158,5 @@ def main():
     if args.json:
         figures = {name: course.figures() for name, course in courses.items()}
         values = {"figures": figures, "best": best(figures), "settings": settings}
-        with cli.output(args.json) as file:
+        with output_files.output(args.json) as file:
             file.write(json.dumps(finite(values), indent=2, allow_nan=False) + "\n")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resnet.commands import cli, convert_int8, convert_torch
+from flax_resnet.commands import cli, convert_int8, convert_torch, exits
 from flax_resnet.config import TrainConfig, config_from_file, from_dict
 from flax_resnet.data import pipeline
 from flax_resnet.errors import InputError
@@ -204,7 +204,7 @@ def write_run(path: Path, run: LoadedRun, source: str):
         "splits": {},
         "converted_from": source,
         "weights_sha256": digest(arrays),
-        "command": cli.command_line(),
+        "command": exits.command_line(),
         "environment": environment.describe(num_devices=1),
     }
     export.write_run(
@@ -316,4 +316,4 @@ def main():
         else:
             convert_weights(args)
     except export.DamagedExport as error:
-        raise cli.CheckFailed(str(error)) from None
+        raise exits.CheckFailed(str(error)) from None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resnet.commands import cli, convert_torch, evaluate
+from flax_resnet.commands import convert_torch, evaluate, exits
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import evaluation_decoder
 from flax_resnet.data.sources import DataSet, open_dataset
@@ -67,7 +67,7 @@ def _int8():
     try:
         from flax_resnet.interop import int8
     except ModuleNotFoundError as error:
-        raise InputError(cli.extra_needed("--int8", error, "export")) from None
+        raise InputError(exits.extra_needed("--int8", error, "export")) from None
     return int8
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resnet.commands import cli
+from flax_resnet.commands import exits
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import InputError
 from flax_resnet.interop import export, training_state
@@ -20,7 +20,7 @@ def torch_ref():
         import torch_ref.optim
         import torch_ref.training_state
     except ModuleNotFoundError as error:
-        raise InputError(cli.extra_needed("PyTorch's files", error, "torch")) from None
+        raise InputError(exits.extra_needed("PyTorch's files", error, "torch")) from None
     return torch_ref
 
 
@@ -29,7 +29,7 @@ def onnx_file():
     try:
         from torch_ref import onnx_file
     except ModuleNotFoundError as error:
-        raise InputError(cli.extra_needed("ONNX", error, "export")) from None
+        raise InputError(exits.extra_needed("ONNX", error, "export")) from None
     return onnx_file
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from flax_resnet import metrics
-from flax_resnet.commands import cli, evaluate, outcomes, train
+from flax_resnet.commands import cli, evaluate, exits, outcomes, output_files, train
 from flax_resnet.config import TrainConfig, finite
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
@@ -74,7 +74,7 @@ def trained(config: TrainConfig, run_dir: Path):
     """Train a fold's run, or the rest of it."""
     if is_begun(run_dir) and train.is_finished(run_dir):
         return
-    fit.fit(config, run_dir, resume=True, command=cli.command_line())
+    fit.fit(config, run_dir, resume=True, command=exits.command_line())
 
 
 class Pool:
@@ -158,8 +158,8 @@ def write(root: Path, values: dict, counts: np.ndarray, names, courses: dict):
     from flax_resnet.runs import plots  # here, because importing Matplotlib takes a second
 
     facts = {"class_names": names, "confusion": counts.tolist()}
-    facts |= {"command": cli.command_line(), "environment": environment.describe(1)}
-    with cli.output(root / SUMMARY) as file:
+    facts |= {"command": exits.command_line(), "environment": environment.describe(1)}
+    with output_files.output(root / SUMMARY) as file:
         file.write(json.dumps(finite(values | facts), indent=2, allow_nan=False) + "\n")
     confusion, curves = (root / name for name in PICTURES)
     with replacing(confusion) as place:

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from flax_resnet.commands import cli, outcomes
+from flax_resnet.commands import cli, exits, outcomes, output_files
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import SPLITS, check_contents, contents, evaluation_decoder
 from flax_resnet.data.sources import AS_TRAINED, DataSet, open_dataset, places
@@ -58,7 +58,8 @@ def parse():
     cli.check_choice("--split", args.split, splits)
     args.average = cli.chosen_average(args.average, AVERAGES, args.run_dirs)
     cli.check_choice("--on-bad-image", args.on_bad_image, ("error", "skip"))
-    cli.check_outputs(outputs(args), args.run_dirs, places(args.dataset) if args.dataset else ())
+    data = places(args.dataset) if args.dataset else ()
+    output_files.check_outputs(outputs(args), args.run_dirs, data)
     return args
 
 
@@ -177,7 +178,7 @@ def opened_all(names: list[str], args) -> tuple[dict[str, LoadedRun], DataSet]:
 def check_finite(name: str, figures: dict):
     """Raises CheckFailed if the loss is no number."""
     if not math.isfinite(figures["loss"]):
-        raise cli.CheckFailed(f"{name}: the loss is {figures['loss']}, not a number")
+        raise exits.CheckFailed(f"{name}: the loss is {figures['loss']}, not a number")
 
 
 def measured(run: LoadedRun, dataset: DataSet, args, left_out: list | None, name: str):
@@ -199,7 +200,8 @@ def main():
     names = cli.distinct(args.run_dirs)
     runs, dataset = opened_all(names, args)
     read = [args.dataset or run.config.data.dataset for run in runs.values()]
-    cli.check_outputs(outputs(args), data=[place for name in read for place in places(name)])
+    data = [place for name in read for place in places(name)]
+    output_files.check_outputs(outputs(args), data=data)
     several = len(runs) > 1
     skip = args.on_bad_image == "skip"
     table = {
@@ -225,9 +227,9 @@ def main():
         outcomes.write_page(args.worst, worst, title)
     if args.json:
         bad = [*map(": ".join, dataset.bad_images), *map(str, left_out or ())]
-        facts = {"split": args.split, "images": num_images, "command": cli.command_line()}
+        facts = {"split": args.split, "images": num_images, "command": exits.command_line()}
         facts |= {"left_out_images": len(bad), "left_out": bad}
         if several:
             facts |= {"average": args.average, "members": {n: table[n] for n in names}}
-        with cli.output(args.json) as file:
+        with output_files.output(args.json) as file:
             file.write(json.dumps(figures | facts, indent=2, allow_nan=False) + "\n")

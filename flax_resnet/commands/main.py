@@ -6,6 +6,7 @@ import sys
 
 from flax_resnet.commands import (
     cli,
+    exits,
     memory,  # noqa: F401 - before any import that starts threads
 )
 from flax_resnet.errors import InputError
@@ -30,7 +31,7 @@ COMMANDS = {
 def run(name: str):
     """Run a subcommand with the flags in `sys.argv` and end the process with its status."""
     os.environ.pop("MPLBACKEND", None)  # commands draw files alone; Matplotlib refuses odd values
-    cli.run_command(lambda: _module(name).main())
+    exits.run_command(lambda: _module(name).main())
 
 
 def _module(name: str):
@@ -47,7 +48,7 @@ def main():
     if name in COMMANDS:
         sys.argv = [f"flax-resnet {name}", *sys.argv[2:]]
         run(name)
-    cli.run_command(lambda: _no_subcommand(name))
+    exits.run_command(lambda: _no_subcommand(name))
 
 
 def _no_subcommand(name: str):

@@ -5,7 +5,7 @@ page by page: 33,000 page faults, and 389 instead of 329 ms for a step of ResNet
 batch 128, one core). A thread keeps its first arena, so this module has to run before the threads
 of NumPy and JAX start. It does nothing without glibc or where a GPU plugin of JAX is installed.
 
-It also lets Ctrl-C end the process silently until `cli.run_command`; an interrupted import would
+It also lets Ctrl-C end the process silently until `exits.run_command`; an interrupted import would
 print a traceback.
 """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flax_resnet.commands import cli
+from flax_resnet.commands import output_files
 from flax_resnet.text import printable
 
 COLUMNS = ("path", "label", "prediction", "probability", "loss")
@@ -59,7 +59,7 @@ def naming(source, split: str) -> Callable[[int], str]:
 @contextlib.contextmanager
 def csv_rows(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[Write]:
     """Yields a function that writes rows; "-" is standard output."""
-    with cli.output(path) as file:
+    with output_files.output(path) as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         yield writer.writerows
@@ -82,7 +82,7 @@ def write_page(path: Path, worst: Worst, title: str):
     """Write an HTML page that needs no other file."""
     figures = "\n".join(_figure(row, image) for row, image in worst.rows)
     heading = html.escape(printable(title))
-    with cli.output(path) as file:
+    with output_files.output(path) as file:
         file.write(
             f"<!DOCTYPE html>\n<meta charset=utf-8>\n<title>{heading}</title>\n"
             f"<style>{_STYLE}</style>\n<h1>{heading}</h1>\n<main>\n{figures}\n</main>\n"

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.table import Table
 
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, exits, output_files
 from flax_resnet.config import TrainConfig, finite, to_dict
 from flax_resnet.data.prepare import natural_size, resolve, that_fit
 from flax_resnet.data.sources import open_dataset, places
@@ -50,9 +50,9 @@ def parse():
     cli.add_starting_points(parser)
     cli.add_config_flags(parser)
     args = parser.parse_args()
-    cli.check_picture("--plot", args.plot)
+    output_files.check_picture("--plot", args.plot)
     data = places(args.dataset) if args.dataset else ()
-    cli.check_outputs({"--json": args.json, "--plot": args.plot}, data=data)
+    output_files.check_outputs({"--json": args.json, "--plot": args.plot}, data=data)
     words = [word for given in args.target for word in given.split(",") if word]
     args.targets = [targets.parse(word) for word in dict.fromkeys(words)]
     if not args.targets:
@@ -249,10 +249,10 @@ def main():
     if args.json:
         document = {"targets": [as_json(row) for row in rows], "config": to_dict(config)}
         document["environment"] = environment.describe(len(rows))
-        with cli.output(args.json) as file:
+        with output_files.output(args.json) as file:
             file.write(json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
     if args.plot:
         with replacing(args.plot) as place:
             plots.layer_bytes(place, {each.target.name: each.by_layer() for each in made})
     if line := too_large(rows):
-        raise cli.CheckFailed(line)
+        raise exits.CheckFailed(line)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, exits, output_files
 from flax_resnet.data.folders import images_below
 from flax_resnet.data.image_files import BadImage, is_turned, reason
 from flax_resnet.data.sources import AS_TRAINED, passed_over_remarks, turned_remark
@@ -56,9 +56,9 @@ def parse():
         raise InputError(f"no image or folder follows the runs {listed(args.runs)}")
     args.average = cli.chosen_average(args.average, AVERAGES, args.runs)
     outputs = {"--json": args.json, "--csv": args.csv}
-    cli.check_outputs(outputs, args.runs)
+    output_files.check_outputs(outputs, args.runs)
     args.inputs, args.passed_over = image_files(args.inputs)
-    cli.check_outputs(outputs, args.inputs)
+    output_files.check_outputs(outputs, args.inputs)
     return args
 
 
@@ -91,7 +91,7 @@ def as_row(path: Path, outcome: np.ndarray | BadImage, class_names, top_k: int) 
     if isinstance(outcome, BadImage):
         return {"image": str(path), "error": reason(outcome)}
     if not np.isfinite(outcome).all():
-        raise cli.CheckFailed(f"{printable(path)}: its probabilities are not finite")
+        raise exits.CheckFailed(f"{printable(path)}: its probabilities are not finite")
     order = np.argsort(-outcome, kind="stable")[:top_k]
     likely = [{"class": class_names[i], "probability": float(outcome[i])} for i in order]
     return {"image": str(path), "predictions": likely}
@@ -107,7 +107,7 @@ def print_row(row: dict):
 @contextlib.contextmanager
 def json_rows(path: Path) -> Iterator[Callable[[dict], None]]:
     """Yields a function that writes a row; the file is one JSON array of the rows."""
-    with cli.output(path) as file:
+    with output_files.output(path) as file:
         before = "["
 
         def write(row: dict):
@@ -124,7 +124,7 @@ def json_rows(path: Path) -> Iterator[Callable[[dict], None]]:
 @contextlib.contextmanager
 def csv_rows(path: Path) -> Iterator[Callable[[dict], None]]:
     """Yields a function that writes a line for each class of a row, or one with its error."""
-    with cli.output(path) as file:
+    with output_files.output(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image", "rank", "class", "probability", "error"])
 
@@ -153,7 +153,7 @@ def write_all(rows: Iterable[dict], json_path: Path | None, csv_path: Path | Non
             for function in write or [print_row]:
                 function(row)
             if not to_a_file:
-                cli.check_read()
+                exits.check_read()
     return left_out
 
 
@@ -171,6 +171,6 @@ def main():
     if left_out:
         say(f"left out: {left_out:,} of {len(files):,} images", file=sys.stderr)
     if left_out == len(files):
-        raise cli.CheckFailed("no image can be read")
+        raise exits.CheckFailed("no image can be read")
     if not run.config.data.exif_transpose and (turned := sum(map(is_turned, files))):
         say(turned_remark(turned, len(files), AS_TRAINED), file=sys.stderr)

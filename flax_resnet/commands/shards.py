@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, output_files
 from flax_resnet.config import DataConfig, TrainConfig, idle
 from flax_resnet.data import pipeline, shards
 from flax_resnet.data.image_files import MEMORY, BadImage, is_turned
@@ -64,7 +64,7 @@ def _parse():
         cli.check_positive(f"--{flag.replace('_', '-')}", getattr(args, flag))
     if args.out.exists():
         raise InputError(f"OUT: {args.out} exists")
-    cli.check_outputs({"OUT": args.out}, places(args.dataset))
+    output_files.check_outputs({"OUT": args.out}, places(args.dataset))
     if args.interpolation and not args.resize:
         raise InputError("--interpolation has no effect without --resize")
     config = cli.merge(_WHOLE, cli.requested_values(args))

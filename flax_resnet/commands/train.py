@@ -8,7 +8,7 @@ python scripts/train.py --members 8 --run-dir runs/digits         # runs/digits/
 
 from pathlib import Path
 
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, exits
 from flax_resnet.config import TrainConfig, flat
 from flax_resnet.devices import distributed
 from flax_resnet.errors import InputError
@@ -150,7 +150,7 @@ def run(args, config: TrainConfig):
         ended = all((place / "report.json").exists() for place in places)
         if ended and all([is_finished(place) for place in places]):
             return
-    how = {"resume": args.resume, "overwrite": args.overwrite, "command": cli.command_line()}
+    how = {"resume": args.resume, "overwrite": args.overwrite, "command": exits.command_line()}
     if args.members:
         members.fit_members(config, args.run_dir or None, args.members, **how)
     else:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from equivalence_tests.parity import loading
-from flax_resnet.commands import cli
+from flax_resnet.commands import exits
 from flax_resnet.runs import environment
 
 PLACE = "MODULE:CALLABLE"
@@ -54,6 +54,6 @@ def compared(args) -> dict:
         "sentence": report.sentence(),
         "lines": report.lines(),
         "first_divergence": None,
-        "command": cli.command_line(),
+        "command": exits.command_line(),
         "environment": environment.describe(1),
     }
