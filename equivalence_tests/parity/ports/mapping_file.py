@@ -31,15 +31,21 @@ def write(path: Path, mapping: Mapping, state: dict):
     entries = {
         name: _entry(parts, np.shape(state[name])) for name, parts in mapping.pieces.items()
     } | dict.fromkeys(mapping.unplaced)
-    lines = [f" {json.dumps(name)}: {_text(entry)}" for name, entry in entries.items()]
+    lines = [
+        f" {json.dumps(name, allow_nan=False)}: {_text(entry)}" for name, entry in entries.items()
+    ]
     with replacing(path) as place:
         place.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _text(entry) -> str:
     if isinstance(entry, list):
-        return "[\n" + ",\n".join(f"  {json.dumps(block)}" for block in entry) + "\n ]"
-    return json.dumps(entry)
+        return (
+            "[\n"
+            + ",\n".join(f"  {json.dumps(block, allow_nan=False)}" for block in entry)
+            + "\n ]"
+        )
+    return json.dumps(entry, allow_nan=False)
 
 
 def _entry(parts: list[Piece], shape):
