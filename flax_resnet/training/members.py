@@ -58,15 +58,8 @@ def fit_members(
         that were begun with other settings.
       NonFiniteLoss, Interrupted, RunLost: as `fit`.
     """
-    if not 1 <= members <= MOST:
-        raise InputError(f"`members`: from 1 to {MOST:,}, got {members}")
     display, how = display or Display(), {"resume": resume, "overwrite": overwrite}
-    if resume and run_dir is None:
-        raise InputError("members to resume have a directory")
-    places = [] if run_dir is None else folders(Path(run_dir), members)
-    for place in places:
-        check_root(place.parent, "`members`")
-        check_usable(place, **how)
+    places = _places(run_dir, members, how)
     first = places[0] if places else None
     if resume and is_begun(first):
         config = as_begun(config, read_config(first, say=lambda line: None))
@@ -87,6 +80,19 @@ def fit_members(
         announce(prepared, engine, network, root, display)
         display.say(f"{members} members, seeds {config.seed} to {each[-1].config.seed}")
         return run_all(starts, root, command)
+
+
+def _places(run_dir: Path | str | None, members: int, how: dict) -> list[Path]:
+    """The directories of the members, which may be written; none where they are chosen later."""
+    if not 1 <= members <= MOST:
+        raise InputError(f"`members`: from 1 to {MOST:,}, got {members}")
+    if how["resume"] and run_dir is None:
+        raise InputError("members to resume have a directory")
+    places = [] if run_dir is None else folders(Path(run_dir), members)
+    for place in places:
+        check_root(place.parent, "`members`")
+        check_usable(place, **how)
+    return places
 
 
 def _of_seeds(prepared: Prepared, members: int) -> list[Prepared]:
