@@ -12,6 +12,7 @@ from flax_resnet.training.fit import fit
 WRONG_WORDS = [
     (["--arch", "resnet19"], ["--arch", "resnet19", "resnet1"]),
     (["--epohcs", "3"], ["--epohcs", "--epochs"]),
+    (["--qqqq"], ["'--qqqq'; valid: -h, --help", " more"]),
     (["--optimizer", "sdg"], ["sdg", "'sgd'"]),
     (["--dataset", "digts"], ["error: unknown data set 'digts'", "'digits'"]),
     (["--image-size", "9", "--resize-size", "8"], ["error: --resize-size is smaller"]),
@@ -105,6 +106,10 @@ def test_wrong_words_are_one_line_and_leave_nothing(tmp_path, arguments, words):
 def test_an_empty_word_is_not_the_working_directory(words):
     """A shell makes it of a variable that is not set."""
     refused(run_script(*words), "an empty word is given after run")
+
+
+def test_a_seed_of_reproduce_that_no_run_takes_is_refused():
+    refused(run_script("reproduce.py", "--seeds", 0, -1), "--seed", "-1")
 
 
 def test_an_empty_name_in_a_config_is_refused():

@@ -247,7 +247,7 @@ def test_read_image_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
     (tmp_path / "folder.png").mkdir()
-    reasons = {"folder.png": "a folder"}
+    reasons = {"folder.png": "a folder", "pipe.png": "no regular file"}
     for name in ("pipe.png", "gone.png", "missing.png", "folder.png"):
         assert not is_turned(tmp_path / name)
         why = reasons.get(name, "no such file")

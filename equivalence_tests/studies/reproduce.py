@@ -18,6 +18,7 @@ import jax
 from equivalence_tests.studies import reproduction, reproduction_page
 from equivalence_tests.studies.reproduction import folder_name
 from flax_resnet.commands import cli, output_files
+from flax_resnet.config import TrainConfig
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
 from flax_resnet.recipes import CIFAR10, IMAGENETTE, RECIPES
@@ -43,6 +44,8 @@ def parse():
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args()
     cli.check_positive("--subset", args.subset)
+    for seed in args.seeds:
+        cli.merge(TrainConfig(), {"seed": seed})  # raises for a seed that no run takes
     for flag, path in (("--runs", args.runs), ("--results", args.results)):
         output_files.check_folder(flag, Path(path))
     return args

@@ -6,13 +6,19 @@ from typing import Annotated, TypeVar, dataclass_transform
 import pydantic
 from pydantic import Field
 
+from flax_resnet.text import listed
+
 T = TypeVar("T")
+
+
+_MOST_WORDS = 40
+"""Most valid words that a message lists; train.py has over a hundred flags."""
 
 
 def nearest(word: str, valid) -> str:
     """The end of an error message: "; did you mean X?", or the list of valid words."""
     close = difflib.get_close_matches(str(word), list(valid), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(map(str, valid))}"
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {listed(valid, _MOST_WORDS)}"
 
 
 INT32 = 2**31 - 1

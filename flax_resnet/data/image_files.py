@@ -121,7 +121,8 @@ def read_image(
         other.
     """
     if not os.path.isfile(path):
-        why = "a folder" if os.path.isdir(path) else "no such file"
+        other = "no regular file" if os.path.exists(path) else "no such file"
+        why = "a folder" if os.path.isdir(path) else other
         raise BadImage(f"{printable(path, _LONGEST_NAME)}: not a readable image ({why})")
     return decode_image(path, channels, name=str(path), exif_transpose=exif_transpose)
 

@@ -113,8 +113,8 @@ def faults(run_dir: Path | str) -> list[str]:
     if document is None and finished:
         why = listed(damaged) or f"{run_dir / 'checkpoints'} has none"
         raise InputError(
-            f"{run_dir} is finished and has no sound checkpoint: {why}; begin again with"
-            " `overwrite`"
+            f"{run_dir} is finished and has no sound checkpoint: {why}; remove it, or"
+            " begin again with `overwrite`"
         )
     if document is None:
         return []

@@ -184,7 +184,7 @@ def _check_fresh(
     if config.init_from and steps_in(checkpoints.directory):
         raise InputError(
             f"{directory.path}: none of its checkpoints is sound, and its weights came"
-            f" from {config.init_from}: begin again with `overwrite`"
+            f" from {config.init_from}: remove it, or begin again with `overwrite`"
         )
     if (table := directory.path / "metrics.csv").exists():
         display.say(f"no checkpoint belongs to {table}: the run begins again at step 0")
