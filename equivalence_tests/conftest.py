@@ -11,6 +11,11 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
+# Eight devices may share one busy core; XLA would end the process if one waits 40 s for the others.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_cpu_collective_call_terminate_timeout_seconds=600 {os.environ.get('XLA_FLAGS', '')}"
+)
+
 # Each test process is pinned to one core: with one thread per core in every process, the processes
 # would spend half their time waiting for one another. Importing JAX starts the threads.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
