@@ -1,4 +1,7 @@
-"""ResNets in Flax NNX and Optax, equal to PyTorch's."""
+"""ResNets in Flax NNX and Optax that compute what torchvision's compute in PyTorch.
+
+Each public name is imported when it is first used.
+"""
 
 import importlib
 import os

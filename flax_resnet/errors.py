@@ -28,8 +28,8 @@ _SIGNS_OF_NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate me
 
 
 class InputError(ValueError):
-    """Raised for bad input from the user: a file, a setting, a data set. The commands print its one
-    line and exit with status 2.
+    """Bad input from the user, such as a file, a setting or a data set. The message is one line,
+    which the commands print before they exit with status 2.
 
     Example:
       >>> try:

@@ -1,6 +1,9 @@
-"""Train, evaluate and keep a network in plain PyTorch.
+"""Train a network in plain PyTorch, evaluate it and write a run directory.
 
 python -m torch_ref.train --arch resnet18 --dataset digits --run-dir runs/torch
+
+The settings are those of flax-resnet train. A setting that this trainer lacks is refused if it
+changes results.
 """
 
 import datetime
@@ -130,8 +133,10 @@ def _announce(prepared: Prepared, device: torch.device) -> None:
 def parse():
     parser = cli.Parser(prog="python -m torch_ref.train", description=__doc__)
     cli.add_starting_points(parser)
-    parser.add_argument("--run-dir", metavar="PATH", help="default: runs/torch-ARCH-TIME")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument(
+        "--run-dir", metavar="PATH", help="new directory (default: runs/torch-ARCH-TIME)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     cli.add_config_flags(parser)
     return parser.parse_args()
 

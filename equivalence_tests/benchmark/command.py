@@ -6,9 +6,10 @@ python scripts/benchmark.py --arch resnet18 --frameworks jax --variants jit mult
 python scripts/benchmark.py --arch resnet20 --dataset folder:DIR --modes end_to_end --epochs 3
 python scripts/benchmark.py --recipe cifar10-fast --dataset folder:DIR --modes time_to_accuracy
 
-Both use the same weights, batch, optimizer and precision. Logits are compared before anything is
-timed. --json FILE also writes a chart beside the file. --keep DIR stores outcomes in DIR, so the
-same command continues after an interruption, with the same code and device.
+Both frameworks use the same weights, batch, optimizer and precision. The command compares their
+logits before it times anything. --json FILE also writes a chart beside the file. --keep DIR stores
+measurements in DIR, so the same command, with the same code and device, continues after an
+interruption.
 Exit status: 0 done, 1 the two do not compute the same or nothing was measured, 2 bad input.
 """
 
@@ -49,33 +50,38 @@ REPEATS = {  # a step on a CPU takes seconds
 
 def parse():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--recipe", metavar="NAME", help="network, batch and trainings of a recipe")
-    parser.add_argument("--arch", default="resnet18", metavar="NAME")
-    parser.add_argument("--stem", metavar="|".join(STEMS))
-    parser.add_argument(
-        "--image-size", type=int, metavar="INT", help="pixels (default: the arch's)"
-    )
-    parser.add_argument("--num-classes", type=int, metavar="INT", help="default: 10, or 1000")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="INT")
-    parser.add_argument("--dtype", default="float32", metavar="|".join(DTYPES))
+    parser.add_argument("--recipe", metavar="NAME", help="take the settings of a recipe")
+    about = "name of the network (default: resnet18)"
+    parser.add_argument("--arch", default="resnet18", metavar="NAME", help=about)
+    parser.add_argument("--stem", metavar="|".join(STEMS), help="first layers of the network")
+    about = "width and height in pixels (default: 32 with a network or stem for CIFAR, else 224)"
+    parser.add_argument("--image-size", type=int, metavar="INT", help=about)
+    about = "number of classes (default: 10 up to 64 pixels, else 1000)"
+    parser.add_argument("--num-classes", type=int, metavar="INT", help=about)
+    about = "images in a batch (default: 128)"
+    parser.add_argument("--batch-size", type=int, default=128, metavar="INT", help=about)
+    about = "type of the computation (default: float32)"
+    parser.add_argument("--dtype", default="float32", metavar="|".join(DTYPES), help=about)
     parser.add_argument("--device", metavar="cpu|gpu", help="default: gpu if there is one")
-    parser.add_argument("--frameworks", default="jax,torch", metavar="jax,torch")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="default: all")
+    about = "frameworks to time (default: both)"
+    parser.add_argument("--frameworks", default="jax,torch", metavar="jax,torch", help=about)
+    about = "ways of running a step to time (default: all)"
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help=about)
     parser.add_argument(
         "--modes",
         nargs="+",
         default=throughput.MODES,
         metavar="NAME",
-        help=f"any of {', '.join(MODES)} (default: the first two)",
+        help=f"what to time: any of {', '.join(MODES)} (default: the first two)",
     )
     parser.add_argument(
-        "--rounds", type=int, default=2, metavar="INT", help="new processes per variant"
+        "--rounds", type=int, default=2, metavar="INT", help="processes that time each variant"
     )
     for name, text in (
-        ("warmup", "steps before a round is timed"),
-        ("blocks", "timed blocks per round"),
-        ("steps", "steps per block"),
-        ("steps-per-dispatch", "steps per dispatch of multi_step"),
+        ("warmup", "steps in each process before timing starts"),
+        ("blocks", "timed blocks in each process"),
+        ("steps", "steps in a block"),
+        ("steps-per-dispatch", "steps that one call of the variant multi_step runs"),
     ):
         parser.add_argument(f"--{name}", type=int, metavar="INT", help=text)
     course = end_to_end.Course()
@@ -83,8 +89,8 @@ def parse():
     for name, kind, default, text in (
         ("dataset", str, course.dataset, "digits or folder:DIR"),
         ("epochs", int, course.epochs, "epochs per training"),
-        ("target-accuracy", float, course.target, "validation accuracy of time_to_accuracy"),
-        ("workers", int, course.workers, "workers of PyTorch's DataLoader"),
+        ("target-accuracy", float, course.target, "validation accuracy to reach"),
+        ("workers", int, course.workers, "worker processes of PyTorch's DataLoader"),
     ):
         metavar = {str: "NAME[:PATH]", int: "INT", float: "FLOAT"}[kind]
         section.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
@@ -94,7 +100,7 @@ def parse():
         "--keep",
         type=Path,
         metavar="DIR",
-        help="store outcomes; the same command continues from them",
+        help="store measurements in DIR; the same command continues from them",
     )
     start_from_recipe(parser)
     args = parser.parse_args()

@@ -1,11 +1,11 @@
-"""The comparison of two networks, tensor by tensor, as users call it.
+"""The comparison of a JAX network with a PyTorch network, tensor by tensor, as users call it.
 
-No test and no injected fault lives here.
+This package contains no test and no injected fault.
 """
 
 
 def __getattr__(name: str):
-    """`compare_models`, imported when it is used: it needs PyTorch."""
+    """Import `compare_models` when it is first used, because it needs PyTorch."""
     if name == "compare_models":
         from equivalence_tests.parity.ports.judge import compare_models
 

@@ -1,9 +1,9 @@
-"""Compare a network in JAX with PyTorch, tensor by tensor, in float64 on the CPU.
+"""Compare a JAX network with a PyTorch network, tensor by tensor, in float64 on the CPU.
 
 python scripts/parity.py --jax-model my.nets:make --torch-model my.torch_nets:make   # your port
-python scripts/parity.py --arch resnet18                           # random weights, our PyTorch net
-python scripts/parity.py --checkpoint mine.pth --report out/        # your weights
-python scripts/parity.py --torch-model my_package.nets:make_resnet  # your own PyTorch network
+python scripts/parity.py --arch resnet18                           # our two, with random weights
+python scripts/parity.py --checkpoint mine.pth --report out/        # our two, with your weights
+python scripts/parity.py --torch-model my_package.nets:make_resnet  # ours in JAX, yours in PyTorch
 python scripts/parity.py --checkpoint RUN_DIR --dataset folder:DIR  # and their predictions
 
 Exit status: 0 equal, 1 divergent, 2 bad input, or inputs that would hide a fault.
@@ -67,10 +67,12 @@ MODES = {"evaluation": False, "training": True}
 
 def parse():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--arch", metavar="NAME", help="default: recognised from the weights")
-    parser.add_argument("--stem", metavar="|".join(STEMS), help="with --arch")
-    parser.add_argument("--shortcut", metavar="|".join(SHORTCUTS), help="with --arch")
-    parser.add_argument("--checkpoint", metavar="WEIGHTS", help="file, run directory or name")
+    parser.add_argument("--arch", metavar="NAME", help="our network (default: found from weights)")
+    parser.add_argument("--stem", metavar="|".join(STEMS), help="first layers of --arch")
+    parser.add_argument("--shortcut", metavar="|".join(SHORTCUTS), help="shortcuts of --arch")
+    parser.add_argument(
+        "--checkpoint", metavar="WEIGHTS", help="weights: file, run directory, name"
+    )
     parser.add_argument("--weights-key", metavar="KEY", help=cli.WEIGHTS_KEY)
     parser.add_argument("--ema", action="store_true", help=cli.EMA)
     parser.add_argument(
@@ -81,15 +83,25 @@ def parse():
         " Equinox, Haiku, Keras, transformers, or (apply, variables)",
     )  # fmt: skip
     ports.add_flags(parser)
-    parser.add_argument("--image-size", type=int, nargs="+", metavar="INT", help="height [width]")
     parser.add_argument(
-        "--dataset", metavar="NAME[:PATH]", help="compare predictions on its test split"
+        "--image-size", type=int, nargs="+", metavar="INT", help="height [width], pixels"
     )
-    parser.add_argument("--mean", type=float, nargs="+", metavar="FLOAT", help="channel means")
     parser.add_argument(
-        "--std", type=float, nargs="+", metavar="FLOAT", help="channel standard deviations"
+        "--dataset", metavar="NAME[:PATH]", help="also compare predictions on its test images"
     )
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write parity.json and .html")
+    parser.add_argument(
+        "--mean", type=float, nargs="+", metavar="FLOAT", help="channel means of --dataset"
+    )
+    parser.add_argument(
+        "--std",
+        type=float,
+        nargs="+",
+        metavar="FLOAT",
+        help="channel standard deviations of --dataset; both for pixels from 0 to 1",
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="write parity.json and .html in DIR"
+    )
     args = parser.parse_args()
     if args.checkpoint and args.torch_model:
         raise InputError("--checkpoint and --torch-model exclude each other")

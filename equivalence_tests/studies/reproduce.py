@@ -4,8 +4,8 @@ python scripts/reproduce.py --table                      # only rebuild the tabl
 python scripts/reproduce.py imagenette-cnn --imagenette folder:DIR
 python scripts/reproduce.py cifar10-resnet20-short --cifar10 folder:DIR --seeds 0 1 2 --torch
 
-What is done is skipped, what was cut off goes on. Without names: all recipes; those that would take
-a CPU hours, on 512 images of each split if there is no GPU.
+Finished runs are skipped, and interrupted runs continue. Without a RECIPE, all recipes run. Then,
+without a GPU, a recipe that would take hours takes 512 images of each split.
 """
 
 import shutil
@@ -31,17 +31,21 @@ SUBSET = 512
 
 def parse():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="RECIPE", help="(all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="INT")
-    parser.add_argument("--torch", action="store_true", help="run the PyTorch twin as well")
+    parser.add_argument("names", nargs="*", metavar="RECIPE", help="names (default: all)")
+    about = "seeds, one run for each (default: 0)"
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="INT", help=about)
+    parser.add_argument("--torch", action="store_true", help="also run the recipe in PyTorch")
+    about = "use only so many images of each split; the table says so"
+    parser.add_argument("--subset", type=int, metavar="INT", help=about)
+    about = "place of {} (default: %(default)s)".format
+    parser.add_argument("--cifar10", default=CIFAR10, metavar="DATASET", help=about("CIFAR-10"))
     parser.add_argument(
-        "--subset", type=int, metavar="INT", help="use so many images of each split; marked so"
+        "--imagenette", default=IMAGENETTE, metavar="DATASET", help=about("Imagenette")
     )
-    parser.add_argument("--cifar10", default=CIFAR10, metavar="DATASET", help="(%(default)s)")
-    parser.add_argument("--imagenette", default=IMAGENETTE, metavar="DATASET", help="(%(default)s)")
-    parser.add_argument("--runs", default="runs/recipes", metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--results", default=str(ROOT / "results"), metavar="DIR")
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--runs", default="runs/recipes", metavar="DIR", help=about("the runs"))
+    about = "folder of the table and of each run's files (default: results)"
+    parser.add_argument("--results", default=str(ROOT / "results"), metavar="DIR", help=about)
+    parser.add_argument("--table", action="store_true", help="run nothing, only write the table")
     args = parser.parse_args()
     cli.check_positive("--subset", args.subset)
     for seed in args.seeds:

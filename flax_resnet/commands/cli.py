@@ -21,10 +21,10 @@ from flax_resnet.recipes import RECIPES
 
 BAD_IMAGE = "error: unreadable images end the command; skip: they are listed and left out"
 FOLD_BATCHNORM = "fold BatchNorm into the convolutions: faster, equal up to rounding"
-WEIGHTS_KEY = "key or prefix of the network in a file that holds several"
-RUN_OR_NAME = "directory of the run, or torchvision:ARCH, timm:NAME, hf:OWNER/REPO"
-AVERAGE = "what several runs average: probabilities (default) or logits"
-EMA = "take the averaged weights of a file that holds raw ones too"
+WEIGHTS_KEY = "key or prefix of the network to take, in a file that holds several"
+RUN_OR_NAME = "run directory, or name of weights: torchvision:ARCH, timm:NAME, hf:OWNER/REPO"
+AVERAGE = "with several runs, what is averaged: probabilities (default) or logits"
+EMA = "take the averaged weights, in a file that holds raw ones too"
 
 
 ALL_RECIPES = RECIPES | IMAGENET_RECIPES
@@ -77,9 +77,9 @@ def _check_words(words: Iterable[str]):
 
 def add_starting_points(parser: argparse.ArgumentParser):
     """The flags that `build_config` starts from."""
-    parser.add_argument("--config", metavar="PATH", help="start from the settings of a config.json")
-    parser.add_argument("--recipe", metavar="NAME", help="start from the settings of a recipe")
-    parser.add_argument("--smoke", action="store_true", help="run all stages on 32 images")
+    parser.add_argument("--config", metavar="PATH", help="start from the settings in a config.json")
+    parser.add_argument("--recipe", metavar="NAME", help="start from a recipe's settings")
+    parser.add_argument("--smoke", action="store_true", help="try all stages on 32 images")
 
 
 def add_config_flags(parser: argparse.ArgumentParser, only: tuple[str, ...] | None = None):

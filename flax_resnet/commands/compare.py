@@ -1,4 +1,4 @@
-"""Compare runs: figures with the best marked, settings that differ, curves in one picture.
+"""Compare runs: print figures with the best marked, and settings that differ; plot the curves.
 
 python scripts/compare.py runs/birds runs/birds-2 runs/birds-3
 python scripts/compare.py runs/* --plot curves.png --json runs.json
@@ -64,7 +64,9 @@ def _is_number(value) -> bool:
 
 def parse():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="two or more")
+    parser.add_argument(
+        "run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="two or more runs"
+    )
     about = "write the curves of loss and accuracy into one picture"
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help=about)
     about = "also write figures and differing settings to FILE; - is stdout"

@@ -1,14 +1,14 @@
-"""Convert weights between PyTorch's files, safetensors and run directories; export programs.
+"""Convert weights between PyTorch's files, safetensors and run directories, or export a program.
 
 python scripts/convert.py resnet50.pth resnet50.safetensors
 python scripts/convert.py runs/resnet20-birds birds.pth                 # the best weights
 python scripts/convert.py runs/resnet20-birds birds.stablehlo           # with its preprocessing
 python scripts/convert.py runs/resnet20-birds birds.onnx --fold-batchnorm
-python scripts/convert.py runs/resnet20-birds birds.onnx --int8         # with training images
+python scripts/convert.py runs/resnet20-birds birds.onnx --int8         # reads training images
 python scripts/convert.py resnet20.th runs/pretrained --dataset folder:DIR
 python scripts/convert.py resnet50.pth runs/imagenet --class-names NAMES.txt --image-size 224 \\
     --resize-size 256 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225
-python scripts/convert.py runs/resnet20-birds birds.pt --training       # optimizer and all
+python scripts/convert.py runs/resnet20-birds birds.pt --training       # with the optimizer
 python scripts/convert.py birds.pt runs/birds --training --config runs/resnet20-birds/config.json
 """
 
@@ -55,11 +55,11 @@ def parse():
     parser.add_argument("--ema", action="store_true", help=cli.EMA)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument("--fold-batchnorm", action="store_true", help=cli.FOLD_BATCHNORM)
-    about = "write an .onnx file with int8 weights and activations, BatchNorm folded"
+    about = "write int8 weights and activations into an .onnx file; BatchNorm is folded"
     parser.add_argument("--int8", action="store_true", help=about)
     about = "data set whose training images calibrate the activations (default: the run's)"
     parser.add_argument("--calibrate", metavar="DATASET", help=about)
-    about = f"number of these images (default: {CALIBRATION_IMAGES})"
+    about = f"number of images that calibrate (default: {CALIBRATION_IMAGES})"
     parser.add_argument("--calibration-images", metavar="INT", type=int, help=about)
     parser.add_argument(
         "--training",

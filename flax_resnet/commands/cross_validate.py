@@ -3,9 +3,10 @@
 python scripts/cross_validate.py --folds 5 --arch resnet20 --epochs 20
 python scripts/cross_validate.py --folds 5 --dataset folder:DIR --run-dir runs/birds-cv
 
-The images of a fold are the test split of its run and are seen by no other part of it. An
-interrupted command goes on where it was. Writes fold-0, fold-1, ... and, of all folds together,
-cross_validation.json, predictions.csv, curves.png and confusion_matrix.png.
+The images of a fold are the test split of one run, which does not train or validate on them. The
+command writes the runs fold-0, fold-1, ... and, for all folds together, cross_validation.json,
+predictions.csv, curves.png and confusion_matrix.png. To continue after an interruption, give the
+same command again.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Evaluate a run on a split of its own data set or of another one with the same classes.
 
-Several runs are evaluated each by itself and as an ensemble, which averages what they predict.
+If several runs are given, each is evaluated alone, and then their ensemble, which averages what
+they predict.
 
 python scripts/evaluate.py runs/resnet18-digits
 python scripts/evaluate.py runs/digits-1 runs/digits-2 runs/digits-3
@@ -40,7 +41,7 @@ def parse():
     parser.add_argument("--average", metavar="KIND", help=cli.AVERAGE)
     splits = (*SPLITS, "all")
     parser.add_argument(
-        "--split", default="test", metavar="|".join(splits), help="split to use (default: test)"
+        "--split", default="test", metavar="|".join(splits), help="images to use (default: test)"
     )
     parser.add_argument("--dataset", metavar="NAME[:PATH]", help="data set (default: the run's)")
     parser.add_argument("--fold-batchnorm", action="store_true", help=cli.FOLD_BATCHNORM)
@@ -49,10 +50,13 @@ def parse():
         "--json", type=Path, metavar="FILE", help="also write the figures to FILE; - is stdout"
     )
     parser.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="write a row for each image as CSV"
+        "--predictions", type=Path, metavar="FILE", help="write a CSV file, a row for each image"
     )
     parser.add_argument(
-        "--worst", type=Path, metavar="FILE", help="write an HTML page of the largest losses"
+        "--worst",
+        type=Path,
+        metavar="FILE",
+        help="write an HTML page of the images of largest loss",
     )
     args = parser.parse_args()
     cli.check_choice("--split", args.split, splits)

@@ -1,10 +1,11 @@
-"""Compile the step of a training for GPUs and TPUs that are not here, and say what it takes there.
+"""Compile a training step for GPUs and TPUs that are not here, and say what it needs there.
 
 python scripts/plan.py --arch resnet50 --target h100 --dtype bfloat16 --batch-size 256
 python scripts/plan.py --arch resnet50 --target h100:8 v5e:2x4 --batch-size 512 --json plan.json
 python scripts/plan.py --arch resnet18 --dataset folder:DIR --target a100 --evaluation
 
-Nothing runs on a device. A bound is the speed that the program cannot exceed by the data sheet.
+Nothing runs on a device. The bound is a speed that the program cannot exceed, computed from the
+data sheet of the card. Exit status: 0 done, 1 a program does not fit, 2 bad input.
 """
 
 import argparse
@@ -39,9 +40,9 @@ def parse():
     names = ", ".join(targets.CARDS)
     about = f"cards and how many of them, such as h100, h100:8x8 (hosts x GPUs) or v5e:2x2: {names}"
     parser.add_argument("--target", nargs="+", required=True, metavar="CARD[:SHAPE]", help=about)
-    about = "the step of an evaluation instead of that of the training"
+    about = "compile an evaluation step instead of a training step"
     parser.add_argument("--evaluation", action="store_true", help=about)
-    about = "search for the largest batch that fits; it compiles a program or two more"
+    about = "search for the largest batch that fits, by compiling one or two programs more"
     how = {"action": argparse.BooleanOptionalAction, "default": True}
     parser.add_argument("--largest-batch", help=about, **how)
     for flag, what in (("--json", "the figures to FILE as JSON; - is stdout"),

@@ -1,4 +1,4 @@
-"""Classify image files, and those in folders, with a run, or with the average of several.
+"""Classify image files, and all images in folders, with a run or with the average of several runs.
 
 python scripts/predict.py runs/resnet18-birds sparrow.jpg --top-k 3
 python scripts/predict.py runs/resnet18-birds photos/ --json predictions.json
@@ -34,11 +34,15 @@ from flax_resnet.weights import published
 def parse():
     parser = cli.Parser(description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", help=cli.RUN_OR_NAME)
-    about = "more runs, then image files and folders"
+    about = "image files and folders; before them, more runs to average"
     parser.add_argument("inputs", nargs="+", metavar="IMAGE_OR_FOLDER", help=about)
     parser.add_argument("--average", metavar="KIND", help=cli.AVERAGE)
     parser.add_argument(
-        "--top-k", type=int, default=5, metavar="INT", help="classes for each image (default: 5)"
+        "--top-k",
+        type=int,
+        default=5,
+        metavar="INT",
+        help="most probable classes to show (default: 5)",
     )
     parser.add_argument("--on-bad-image", default="error", metavar="error|skip", help=cli.BAD_IMAGE)
     parser.add_argument("--fold-batchnorm", action="store_true", help=cli.FOLD_BATCHNORM)

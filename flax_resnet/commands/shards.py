@@ -1,10 +1,11 @@
-"""Write a data set as ArrayRecord shards, which train as --dataset arrayrecord:OUT.
+"""Write a data set into a few large files (ArrayRecord shards), for --dataset arrayrecord:OUT.
 
 python scripts/shards.py folder:imagenet shards/imagenet
 python scripts/shards.py tfds:imagenet2012 shards/imagenet-256 --resize 256
 
-Images keep the bytes of their files; --resize makes JPEGs of those that are larger. Each image is
-decoded once, so that no broken one is written. `sha256sum --check SHA256SUMS` checks the shards.
+A shard holds the bytes of the image files. With --resize, larger images are written as smaller
+JPEGs. The command decodes each image once, so that it writes no broken one.
+`sha256sum --check SHA256SUMS`, in the folder OUT, checks the shards.
 """
 
 import contextlib
@@ -53,10 +54,10 @@ def _parse():
     parser.add_argument("dataset", metavar="DATASET", help="the same as --dataset of train.py")
     parser.add_argument("out", metavar="OUT", type=Path, help="new folder for the shards")
     parser.add_argument(
-        "--images-per-shard", type=int, default=5000, metavar="INT", help="(default: 5000)"
+        "--images-per-shard", type=int, default=5000, metavar="INT", help="default: 5000"
     )
     parser.add_argument(
-        "--resize", type=int, metavar="INT", help="pixels of the shorter side of larger images"
+        "--resize", type=int, metavar="INT", help="reduce the shorter side to so many pixels"
     )
     cli.add_config_flags(parser, only=("interpolation", "on_bad_image"))
     args = parser.parse_args()

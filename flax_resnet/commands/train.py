@@ -2,8 +2,10 @@
 
 python scripts/train.py --arch resnet18                        # on scikit-learn's digits: a minute
 python scripts/train.py --arch resnet20 --dataset folder:DIR --epochs 20 --horizontal-flip 0.5
-python scripts/train.py --resume --run-dir runs/resnet18-digits
+python scripts/train.py --resume --run-dir runs/resnet18-digits   # continue an interrupted run
 python scripts/train.py --members 8 --run-dir runs/digits         # runs/digits/member-0 to member-7
+
+--recipe, --config and --init-from change the defaults of the flags below.
 """
 
 from pathlib import Path
@@ -31,16 +33,16 @@ def parse():
     about = "directory of the run (default: runs/ARCH-DATASET[-N])"
     parser.add_argument("--run-dir", metavar="PATH", help=about)
     parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
-    about = "train so many runs at once, with the seeds SEED, SEED + 1, ..."
+    about = "number of runs to train at once, with the seeds SEED, SEED + 1, ..."
     parser.add_argument("--members", metavar="INT", type=int, help=about)
-    about = "trace so many steps into the run directory, for TensorBoard or XProf"
+    about = "number of steps to trace into the run directory, for TensorBoard or XProf"
     parser.add_argument("--profile", metavar="STEPS", type=int, help=about)
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir")
     several = parser.add_argument_group("several processes, each started with the same flags")
     several.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="address of process 0, or auto: ask the cluster (not needed under srun and mpirun)",
+        help="address of process 0, or auto to ask the cluster (not needed under srun and mpirun)",
     )
     several.add_argument("--num-processes", metavar="INT", type=int, help="number of processes")
     several.add_argument(

@@ -31,63 +31,68 @@ class DataConfig:
     hf:NAME."""
 
     image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Pixels a side of the network's input. Default: the size of the first image if it is square
-    and at most 64 pixels, else 224. A default below 16 becomes 16 where the network has a choice
-    of stems and none is chosen."""
+    """Width and height of the network's input, in pixels. Default: the size of the first image if
+    it is square and at most 64 pixels, else 224. A default below 16 becomes 16 if the network has a
+    choice of stems and none is chosen."""
 
     resize_size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Pixels of the shorter side before the centre crop. Default: `image_size`."""
+    """Length in pixels to which the shorter side is resized before the centre crop. Default:
+    `image_size`."""
 
     train_size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Pixels a side of training images with `random_resized_crop`. Default: `image_size`."""
+    """Width and height in pixels of training images with `random_resized_crop`. Default:
+    `image_size`."""
 
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
-    """Filter of every resize, as Pillow and torchvision apply it to images."""
+    """Filter that resizes images, as in Pillow and torchvision."""
 
     grayscale: bool = False
     """Convert the images to one channel. Otherwise image files have three, digits have one."""
 
     validation_fraction: Fraction = 0.1
-    """Stratified share of the training split held out for validation, where the data set has no
-    validation split of its own."""
+    """Share of the training split that is held out for validation, every class in proportion, if
+    the data set has no validation split."""
 
     test_fraction: Fraction = 0.2
-    """Stratified share held out for the test, where the data set has one split only."""
+    """Share of the images that is held out for the test, every class in proportion, if the data set
+    has only one split."""
 
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Random seed of the validation and test splits."""
 
     folds: Annotated[int, Field(ge=2, le=1000)] | None = None
-    """Folds of a cross-validation: stratified parts of the training split, shuffled by
-    `split_seed`. Needs `fold`."""
+    """Number of folds of a cross-validation, the parts into which the training split is cut: every
+    class in proportion, shuffled by `split_seed`. Needs `fold`."""
 
     fold: Count | None = None
-    """The fold that is the test split, from 0 to `folds` - 1; the others are the training split. A
-    test split of the data set's own is left out."""
+    """Number of the fold that is the test split, from 0 to `folds` - 1; the others are the training
+    split. If the data set has a test split, it is left out."""
 
     train_images: PositiveCount | None = None
-    """Use at most this many training images (stratified where it is enough for every class)."""
+    """Largest number of training images to use, every class in proportion if it is enough for all
+    classes."""
 
     eval_images: PositiveCount | None = None
-    """Use at most this many validation and test images each."""
+    """Largest number of validation images to use, and of test images."""
 
     mean: tuple[pydantic.FiniteFloat, ...] | None = None
-    """Mean of each channel, in [0, 1]. Default: measured on at most 50,000 training images."""
+    """Mean of each channel, for pixels from 0 to 1. Default: measured on at most 50,000 training
+    images."""
 
     std: tuple[Positive, ...] | None = None
-    """Standard deviation of each channel, in [0, 1]. Default: measured as `mean` is."""
+    """Standard deviation of each channel, for pixels from 0 to 1. Default: measured like `mean`."""
 
     on_bad_image: Literal["error", "skip"] = "error"
-    """Treatment of files that are no readable images: "error" ends the run and names them, "skip"
-    counts, lists and leaves them out."""
+    """Treatment of files that are not readable images: "error" ends the run and names them, "skip"
+    lists them and leaves them out."""
 
     exif_transpose: bool = False
     """Turn images upright by their EXIF orientation, as viewers do; torchvision does not."""
 
     cache: Literal["auto", "device", "none"] = "auto"
-    """Place of decoded images. "device": training images on the device as uint8, the others in
-    host memory. "none": every epoch decodes them again. "auto": as "device" for the splits that fit
-    into `cache_gib`, the training split first."""
+    """Place where decoded images are kept. "device": training images on the device as uint8, the
+    others in host memory. "none": nowhere, so every epoch decodes them again. "auto": as "device"
+    for the splits that fit into `cache_gib`, the training split first."""
 
     cache_gib: Annotated[float, Field(ge=0, le=1e6)] = 2.0
     """Gibibytes of decoded images that `cache` "auto" keeps."""
@@ -158,36 +163,38 @@ class AugmentConfig:
     rand-m7-mstd0.5-inc1. `interpolation` is its filter."""
 
     ra_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
-    """Magnitude of torchvision's RandAugment, of 30."""
+    """Magnitude of torchvision's RandAugment, from 0 to 30."""
 
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Largest angle in degrees: angles are uniform in [-rotation, rotation], pixels bilinear."""
+    """Largest angle of a random rotation, in degrees: the angle is uniform between its negative and
+    it, and pixels are interpolated bilinearly."""
 
     brightness: NonNegative = 0.0
-    """Jitter x of the brightness: a factor uniform in [max(0, 1 - x), 1 + x]."""
+    """Strength x of the brightness jitter: its factor is uniform in [max(0, 1 - x), 1 + x]."""
 
     contrast: NonNegative = 0.0
-    """Jitter x of the contrast: a factor uniform in [max(0, 1 - x), 1 + x]."""
+    """Strength x of the contrast jitter: its factor is uniform in [max(0, 1 - x), 1 + x]."""
 
     saturation: NonNegative = 0.0
-    """Jitter x of the saturation: a factor uniform in [max(0, 1 - x), 1 + x]."""
+    """Strength x of the saturation jitter: its factor is uniform in [max(0, 1 - x), 1 + x]."""
 
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Jitter x of the hue: a shift uniform in [-x, x], as a share of the hue circle."""
+    """Strength x of the hue jitter: its shift is uniform in [-x, x], as a share of the hue
+    circle."""
 
     random_erasing: Probability = 0.0
     """Probability of blanking a random rectangle (2% to 33% of the area), after normalising."""
 
     mixup: NonNegative = 0.0
-    """Alpha of the Beta distribution of mixup's lambda; 0 is off. With `cutmix` each batch takes
-    one of the two by chance."""
+    """Alpha of the Beta distribution of mixup's lambda; 0 is off. If `cutmix` is on too, each batch
+    takes one of the two at random."""
 
     cutmix: NonNegative = 0.0
     """Alpha of the Beta distribution of the area that CutMix keeps of an image; 0 is off."""
 
     repeated_augmentation: Annotated[int, Field(ge=1, le=64)] = 1
-    """Copies of each image in a batch, each augmented in its own way (torchvision's RASampler); an
-    epoch keeps its number of batches and sees so many times fewer images."""
+    """Number of copies of each image in a batch, each augmented in its own way (torchvision's
+    RASampler). An epoch has as many batches as without copies, so it sees fewer images."""
 
     def __post_init__(self):
         for name in ("scale", "ratio"):

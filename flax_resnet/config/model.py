@@ -29,8 +29,9 @@ class ModelConfig:
     (3x3 stride 1, no pool). Default: "cifar" for images of 17 to 63 pixels, else "imagenet"."""
 
     shortcut: Literal["pad", "projection"] | None = None
-    """Shortcuts where the width changes, in He's five networks for CIFAR: "pad" (option A: channels
-    of zero) or "projection" (option B: 1x1 convolution and BatchNorm). Default: "pad"."""
+    """Shortcuts where the number of channels changes, in He's five networks for CIFAR: "pad"
+    (option A: channels of zeros) or "projection" (option B: 1x1 convolution and BatchNorm).
+    Default: "pad"."""
 
     num_classes: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     """Number of classes, which must be that of the data. Default: that of the data."""
@@ -39,28 +40,29 @@ class ModelConfig:
     """Probability of dropping a feature before the last linear layer."""
 
     stochastic_depth: Fraction = 0.0
-    """Probability of dropping the last residual block's branch for an image; that of the others
-    rises from 0 in equal steps."""
+    """Probability that the last residual block drops its branch for an image. The probabilities of
+    the blocks before it rise from 0 in equal steps."""
 
     zero_init_residual: bool = False
-    """Start the last BatchNorm scale of every block at zero."""
+    """Set the scale of the last BatchNorm of every residual block to zero at the start."""
 
     batch_norm_images: BatchSize | None = None
-    """Consecutive images of a batch that share BatchNorm's statistics in training. Default: all
-    images of the batch, over all devices."""
+    """Number of consecutive images of a batch that share BatchNorm's statistics in training.
+    Default: all images of the batch, over all devices."""
 
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the computation. Parameters are float64 with "float64", else float32."""
 
     precision: Literal["default", "tf32", "highest"] = "default"
-    """Digits of the products of `dtype` float32 on a GPU or TPU; a CPU always takes all. "default"
-    is what PyTorch does on the same card: convolutions in TF32 on a GPU and in one bfloat16 pass on
-    a TPU, linear layers with all digits. "tf32": both in TF32, or as close as a TPU comes to it in
-    three passes. "highest": both with all digits."""
+    """Number of digits that products have on a GPU or TPU with `dtype` float32; on a CPU they have
+    all digits. "default" is what PyTorch does on the same card: convolutions in TF32 on a GPU and
+    in one bfloat16 pass on a TPU, linear layers with all digits. "tf32": both in TF32, or in three
+    bfloat16 passes on a TPU. "highest": both with all digits."""
 
     kernels: Literal["auto", "library"] = "auto"
-    """Computation of the layers: "auto" uses this project's lowerings where they are faster on the
-    platform that the program is compiled for, "library" JAX's and Flax's operations alone."""
+    """Code that computes the layers: "auto" uses this project's own code (flax_resnet/kernels)
+    where it is faster on the platform that the program is compiled for, "library" uses only
+    operations of JAX and Flax."""
 
     def __post_init__(self):
         if self.zero_init_residual and self.arch == "basic_cnn":

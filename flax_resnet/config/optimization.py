@@ -72,7 +72,7 @@ class OptimizerConfig:
     """Factor of the sum of absolute weights that is added to the loss."""
 
     label_smoothing: Fraction = 0.1
-    """Share of the target spread evenly over all classes."""
+    """Share of the target that is spread evenly over all classes."""
 
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     """Loss of the training: softmax cross-entropy, or the mean of binary cross-entropies of all
@@ -95,10 +95,11 @@ class OptimizerConfig:
     """Decay of the exponential moving average of the weights, which evaluation uses; 0 is off."""
 
     ema_steps: Annotated[int, Field(ge=1, le=INT32)] = 1
-    """Updates between two that enter the moving average, from the first one on."""
+    """Updates of the weights between two updates of the moving average; the first update of the
+    weights enters it."""
 
     ema_after_warmup: bool = False
-    """Copy the weights until the warm-up ends, and average from there on."""
+    """Start the moving average when the warm-up ends; until then it is a copy of the weights."""
 
     def __post_init__(self):
         if self.optimizer == "lamb" and self.decoupled_weight_decay:
@@ -124,20 +125,22 @@ class ScheduleConfig:
     `lr` / `div_factor`)."""
 
     warmup_within: bool = False
-    """Let the warm-up replace the first epochs of the cosine, as in timm, not precede it."""
+    """Let the warm-up replace the first epochs of the cosine schedule, as in timm, instead of
+    coming before them."""
 
     schedule_per: Literal["update", "epoch"] = "update"
     """Time at which the learning rate changes: after every update, or after every epoch as in the
     reference trainings of torchvision and timm."""
 
     step_epochs: Epochs = 30
-    """Epochs between two cuts of the step schedule."""
+    """Epochs between two cuts of the learning rate in the step schedule."""
 
     milestones: tuple[Epochs, ...] = (100, 150)
-    """Epochs at which the multistep schedule cuts."""
+    """Epochs at which the multistep schedule cuts the learning rate."""
 
     gamma: Factor = 0.1
-    """Factor of a cut in the step, multistep and plateau schedules."""
+    """Factor by which a cut of the step, multistep and plateau schedules multiplies the learning
+    rate."""
 
     min_lr: NonNegative = 0.0
     """Lowest learning rate of the cosine and plateau schedules."""
@@ -155,7 +158,7 @@ class ScheduleConfig:
     """Let onecycle move the momentum from 0.95 to 0.85 and back, against the learning rate."""
 
     plateau_patience: Count = 10
-    """Epochs without improvement before the plateau schedule cuts."""
+    """Epochs without improvement before the plateau schedule cuts the learning rate."""
 
     plateau_threshold: NonNegative = 1e-4
     """Relative change that the plateau schedule counts as an improvement."""

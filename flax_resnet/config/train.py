@@ -35,7 +35,8 @@ class ParallelConfig:
     every device. Default: the type of the parameters. Not with `shard_parameters`."""
 
     steps_per_dispatch: PositiveCount | None = None
-    """Training steps in a dispatch. Default: 20 if the images are on a GPU or TPU, else 1."""
+    """Training steps that one call (dispatch) starts on the device. Default: 20 if the images are
+    on a GPU or TPU, else 1."""
 
 
 @dataclass
@@ -65,27 +66,28 @@ class TrainConfig:
 
     init_from: Name | None = None
     """Weights to fine-tune: a file, a run directory, torchvision:ARCH[:WEIGHTS], timm:NAME,
-    hf:OWNER/REPO or a URL. The head is new where the number of classes differs. What comes with the
-    weights (network, normalisation, sizes, interpolation) is the default of the command's flags."""
+    hf:OWNER/REPO or a URL. The head (the last layer) starts from random weights if the number of
+    classes differs. What comes with the weights (network, normalisation, sizes, interpolation) is
+    the default of the command's flags."""
 
     weights_key: Name | None = None
     """Key or prefix of the network in the file of `init_from`, such as "state_dict" or "encoder_k".
     Default: the only network, or the only one that is not an average."""
 
     ema: bool = False
-    """Fine-tune the averaged weights of the file of `init_from`, where it holds raw ones too."""
+    """Fine-tune the averaged weights of a file of `init_from` that holds raw ones too."""
 
     new_head: bool = False
     """Fine-tune with a new head even where the old one would fit."""
 
     freeze_backbone: bool = False
-    """Fine-tune the last linear layer only; BatchNorm keeps its statistics."""
+    """Train only the last linear layer; BatchNorm's statistics stay as they are."""
 
     log_steps: PositiveCount = 20
-    """Steps between two checks and logs of the loss."""
+    """Steps after which the loss is checked and logged."""
 
     checkpoint_epochs: PositiveCount = 1
-    """Epochs between two checkpoints; every improvement is kept as well."""
+    """Epochs from one checkpoint to the next; a checkpoint is also written at every improvement."""
 
     skip_nonfinite: Count = 0
     """Consecutive updates with non-finite gradients that are skipped before the run stops."""

@@ -52,17 +52,17 @@ class _Networks:
 
 
 def ensemble(runs: dict[str, LoadedRun], average: str = "probabilities") -> LoadedRun:
-    """A run whose probabilities are the means of those of several runs, or of their logits. One run
-    is returned as it is.
+    """Join several runs into one that averages what they predict.
 
-    Each image is decoded once and normalised for each run as in its training.
+    The ensemble decodes each image once and normalises it for each run as in that run's training. A
+    single run is returned as it is.
 
     Args:
-      runs: {name for messages: run}; the class names of the first are those of the ensemble.
-      average: "probabilities" or "logits".
+      runs: {name for messages: run}. The class names of the first run are those of the ensemble.
+      average: what is averaged, "probabilities" or "logits".
 
     Raises:
-      InputError: the runs have other classes, channels or image sizes than the first.
+      InputError: a run has other classes, channels or image sizes than the first run.
 
     Example:
       >>> runs = {name: flax_resnet.load_run(name) for name in ["runs/digits"]}  # and others

@@ -35,19 +35,20 @@ class LoadedRun:
     """A trained network with everything that is needed to use it."""
 
     config: TrainConfig
-    """Complete config of the run."""
+    """All settings of the run."""
 
     class_names: tuple[str, ...]
     """Names of the classes in the order of the logits."""
 
     channels: int
-    """Channels of the images: 1 or 3."""
+    """Number of channels of the images, 1 or 3."""
 
     network: Network
-    """Graph of the model."""
+    """Structure of the network, without its weights."""
 
     variables: Variables
-    """The best weights, or the last if none are best or `restore_best` is off."""
+    """Weights and BatchNorm statistics of the best epoch; those of the last one if no epoch was
+    marked as the best, or if `restore_best` is off."""
 
     contents: dict = dataclasses.field(default_factory=dict)
     """Facts about the training data (`data.prepare.contents`), or {} if they are unknown."""
@@ -59,24 +60,24 @@ class LoadedRun:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """`(H, W, C)` of the network's input."""
+        """Shape `(H, W, C)` of an input image."""
         size = self.config.data.image_size
         return size, size, self.channels
 
     @property
     def model(self) -> nnx.Module:
-        """The network with the run's weights, in evaluation mode; a new copy at every access."""
+        """The network with the run's weights, in evaluation mode. Every access makes a new copy."""
         return self.network.to_model(self.variables)
 
     def predict(self, images: np.ndarray | Sequence[Path | str] | Path | str) -> np.ndarray:
-        """Probabilities of the classes, `[B, K]`, in the order of `class_names`.
+        """Return the probabilities of the classes, `[B, K]`, in the order of `class_names`.
 
         Args:
-          images: uint8 `[B, H, W, C]` of the run's size and channels, or paths of image files,
-            which are resized and cropped as in the run's evaluations.
+          images: uint8 `[B, H, W, C]`, of the size and channels that `image_shape` says, or paths
+            of image files. Files are resized and cropped as in the run's evaluations.
 
         Raises:
-          InputError: images of another type or shape, or files that are no readable images.
+          InputError: the images have another type or shape, or a file is not a readable image.
           NonFiniteLoss: the probabilities are not finite.
 
         Example:
@@ -96,13 +97,13 @@ class LoadedRun:
         return found
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """The input of the last layer, `[B, D]`.
+        """Return the features, which are the input of the last layer, `[B, D]`.
 
         Args:
-          images: uint8 `[B, H, W, C]` of the run's size and channels.
+          images: uint8 `[B, H, W, C]`, of the size and channels that `image_shape` says.
 
         Raises:
-          InputError: images of another type or shape.
+          InputError: the images have another type or shape.
 
         Example:
           >>> run = flax_resnet.load_run("runs/digits")
@@ -158,10 +159,10 @@ class LoadedRun:
 
 
 def load_run(run_dir: Path | str) -> LoadedRun:
-    """Load the run in a directory; nothing outside the directory is read.
+    """Load the run in a directory. It reads nothing outside the directory.
 
     Raises:
-      InputError: there is no run, or none of its checkpoints is sound.
+      InputError: the directory holds no run, or none of its checkpoints is complete and unchanged.
 
     Example:
       >>> flax_resnet.load_run("runs/digits").class_names[:3]

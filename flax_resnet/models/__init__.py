@@ -23,7 +23,7 @@ _CHOICES = {"kernels": KERNELS, "precision": tuple(layers.PRECISIONS)}
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` takes.
+    """Return the names that `create_model` takes.
 
     Example:
       >>> len(flax_resnet.list_models())
@@ -76,29 +76,36 @@ def create_model(
     stochastic_depth: float = 0.0,
     batch_norm_images: int | None = None,
 ) -> nnx.Module:
-    """A freshly initialised network in training mode: `[B, H, W, C]` -> `[B, num_classes]`.
+    """Make a network with random weights in training mode: `[B, H, W, C]` -> `[B, num_classes]`.
 
     Args:
       arch: one of `list_models()`.
-      stem: "imagenet" (the default: 7x7 stride 2, max-pool) or "cifar" (3x3 stride 1, no pool);
-        only torchvision's ten have the choice.
+      num_classes: number of logits for each image.
+      in_channels: number of channels of the images.
+      stem: the first layers of torchvision's ten networks, "imagenet" (the default: 7x7 stride 2,
+        max-pool) or "cifar" (3x3 stride 1, no pool). The other networks have no choice.
       dropout: probability of dropping a feature before the last linear layer.
-      zero_init_residual: start the last BatchNorm scale of every block at zero.
-      dtype: of the computation; None promotes inputs and parameters.
-      param_dtype: of parameters and running statistics.
+      zero_init_residual: set the scale of the last BatchNorm of every residual block to zero.
+      dtype: type of the computation. None takes the common type of images and parameters.
+      param_dtype: type of parameters and running statistics.
       bn_axis_name: axis of a pmap or shard_map whose devices share BatchNorm's statistics.
-      rngs: left out, `nnx.Rngs(0)`.
-      shortcut: of He's five, where the width changes: "pad" (the default: option A, channels of
-        zero) or "projection" (option B: 1x1 convolution and BatchNorm).
-      kernels: "auto" (this project's own lowerings where they are faster on the platform that the
-        program is compiled for) or "library" (JAX's and Flax's operations alone).
-      precision: of float32 products on a GPU or TPU: "default" (PyTorch's on the same card: TF32
-        for convolutions, all digits for linear layers), "tf32" (for both) or "highest".
-      stochastic_depth: probability of dropping the last residual branch; the others' rise to it.
-      batch_norm_images: consecutive images that share BatchNorm's statistics; None: the batch.
+      rngs: random numbers for the weights; None takes `nnx.Rngs(0)`.
+      shortcut: the shortcuts of He's five networks where the number of channels changes, "pad"
+        (the default: option A, channels of zeros) or "projection" (option B: 1x1 convolution and
+        BatchNorm). The other networks have no choice.
+      kernels: "auto" (this project's own code for some operations, where it is faster on the
+        platform that the program is compiled for) or "library" (only operations of JAX and Flax).
+      precision: number of digits that float32 products have on a GPU or TPU: "default" (PyTorch's
+        choice on the same card: TF32 for convolutions, all digits for linear layers), "tf32" (for
+        both) or "highest" (all digits for both).
+      stochastic_depth: probability that the last residual block drops its branch for an image. The
+        probabilities of the blocks before it rise from 0 in equal steps.
+      batch_norm_images: number of consecutive images that share BatchNorm's statistics in training;
+        None takes all images of the batch.
 
     Raises:
-      InputError: an unknown name (the nearest one is named) or type, or a number out of range.
+      InputError: a name is unknown (the message has the nearest one), a type is wrong, or a number
+        is out of range.
 
     Example:
       >>> model = flax_resnet.create_model("resnet18", num_classes=3, stem="cifar")

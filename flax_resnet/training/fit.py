@@ -49,27 +49,34 @@ def fit(
     callbacks: Sequence[Callback] = (),
     profile: int = 0,
 ) -> dict:
-    """Train, evaluate and write a run directory. Of several processes all call it, and the first
-    alone writes and prints.
+    """Train a network, evaluate it and write a run directory.
+
+    If several processes train together, all of them call this function. Only the first one prints
+    and writes the tables and the report.
 
     Args:
-      config: what to do; a run that is resumed keeps its own, but for devices, workers and, where
-        it has moved, the place of its data.
-      run_dir: a new directory, or that of the run to resume or overwrite; None: a new one,
-        runs/ARCH-DATASET with a number where that is taken.
-      command: how it was called, for the report.
-      callbacks: functions that are called as `callback(event, step, values)`, in the first process:
-        "step" with the metrics of every logged step, "epoch" with the row of an epoch, "end" with
-        the report. An exception of theirs ends the training, with the work saved.
-      profile: number of steps to trace into the run directory, for TensorBoard or XProf; 0: none.
+      config: the settings. A run that is resumed keeps its own settings, except the devices, the
+        workers and, if the data have moved, their place.
+      run_dir: a new directory, or the directory of the run to resume or to overwrite. None makes
+        the new directory runs/ARCH-DATASET, with a number if that exists.
+      resume: continue the run in `run_dir`, or begin it if there is none.
+      overwrite: replace the run in `run_dir`.
+      command: the command line that called this function, for the report.
+      display: prints the progress; None prints to the terminal.
+      callbacks: functions that the first process calls as `callback(event, step, values)`. The
+        event is "step" with the metrics of a logged step, "epoch" with the row of an epoch, or
+        "end" with the report. If one raises an exception, the training ends and its work is saved.
+      profile: number of steps to trace into the run directory, for TensorBoard or XProf; 0 traces
+        none.
 
     Returns:
-      The report, as in report.json; its "splits" in the other processes.
+      The report, as in report.json. In all processes but the first, only its "splits".
 
     Raises:
-      InputError: bad input; nothing has been written then.
-      NonFiniteLoss: names the step and the checkpoint to go on from.
-      Interrupted: after SIGTERM, SIGHUP or Ctrl-C in the main thread, with the work saved.
+      InputError: the input is bad; nothing has been written.
+      NonFiniteLoss: a loss is not finite; the message names the step and the checkpoint to continue
+        from.
+      Interrupted: SIGTERM, SIGHUP or Ctrl-C has reached the main thread; the work is saved.
       RunLost: the run directory was moved, deleted or replaced.
 
     Example:

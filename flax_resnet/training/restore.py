@@ -72,12 +72,12 @@ class Weights(NamedTuple):
     """Names of the classes in the order of the logits; () if they are unknown."""
 
     data: dict = {}
-    """Fields of `DataConfig` that belong to them: mean, std, sizes, interpolation; {} if they are
-    unknown."""
+    """Fields of `DataConfig` that belong to the weights (mean, std, sizes, interpolation), or {} if
+    they are unknown."""
 
     @property
     def model(self) -> dict:
-        """Fields of `ModelConfig` that belong to them, found from names and shapes."""
+        """Fields of `ModelConfig` that belong to the weights, found from names and shapes."""
         kind = convert.nearest_architecture(self.arrays)
         return {"arch": kind.arch, "stem": kind.stem, "shortcut": kind.shortcut}
 
@@ -89,17 +89,17 @@ def pretrained(
     ema: bool = False,
     say: Callable[[str], object] = lambda line: None,
 ) -> Weights:
-    """Weights by name, of a file or of a run directory.
+    """Return trained weights: published ones by their name, or those of a file or a run directory.
 
     Args:
       source: a file, a run directory, `torchvision:ARCH[:WEIGHTS]`, `timm:NAME`, `hf:OWNER/REPO` or
-        a URL; what is downloaded is kept in the caches of torch.hub and huggingface_hub.
-      key: key or prefix of one of several networks in a file.
-      ema: take the averaged weights of a file that holds raw ones too.
-      say: is told in a line what was taken, where there is anything to tell.
+        a URL. Downloads are kept in the caches of torch.hub and huggingface_hub.
+      key: key or prefix of the network to take, in a file that holds several.
+      ema: take the averaged weights, in a file that holds raw ones too.
+      say: function that is called with a line about what was taken, if there was a choice.
 
     Raises:
-      InputError: there are none, they are damaged, or the network gives no answer.
+      InputError: the weights do not exist or are damaged, or the server does not answer.
 
     Example:
       >>> weights = flax_resnet.pretrained("runs/digits")  # or "torchvision:resnet50"

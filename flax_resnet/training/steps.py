@@ -90,13 +90,13 @@ def make_train_step(
     gather: Callable[[dict], dict] = lambda params: params,
     class_weights: np.ndarray | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """The step as a pure function (state, batch) -> (state, metrics).
+    """Make the training step, a pure function (state, batch) -> (state, metrics).
 
     Args:
-      steps_per_epoch: batches an epoch; lengths of schedules are in epochs.
+      steps_per_epoch: batches in an epoch, from which schedules count their epochs.
       axis_name: axis over which the batch is split (`Engine.axis_name`), or None.
-      gather: parameters as they live between steps -> as a forward pass needs them.
-      class_weights: of the loss, `[K]`.
+      gather: function from parameters as they are stored between steps to those of a forward pass.
+      class_weights: weights of the classes in the loss, `[K]`.
 
     Returns:
       A function that also takes `seed`, a number that may be traced, instead of the config's. Its
@@ -178,11 +178,11 @@ def prepare_batch(
     """Augment and normalise the images of a training batch, and smooth and mix its labels.
 
     Args:
-      state: of it the number of the step, and the type of the parameters, which the images get.
+      state: gives the number of the step, and the type of the parameters, which the images get.
       batch: image uint8 `[B, H, W, C]`, label int32 `[B]`, index int32 `[B]`.
       axis_name: as `make_train_step`; mixup pairs the images of all devices.
       class_weights: as `make_train_step`.
-      seed: of the random draws; None: the config's.
+      seed: seed of the random numbers; None takes the config's.
     """
     key = jax.random.key(config.seed if seed is None else seed)
     key = jax.random.fold_in(key, state.step)
@@ -298,13 +298,13 @@ def apply_gradients(
     momentum: jax.Array | float | None = None,
     copied: int = 0,
 ) -> TrainState:
-    """The state after one call of the optimizer, and of the moving average where weights changed.
+    """Return the state after one call of the optimizer, with a new average if the weights changed.
 
     Args:
-      gradients: as `loss_and_gradients` gives them.
+      gradients: what `loss_and_gradients` returns.
       batch_stats: the new running statistics.
-      learning_rate: of this update, [].
-      momentum: replaces the config's where it is cycled, []; else None.
+      learning_rate: the learning rate of this update, [].
+      momentum: replaces the config's momentum if the schedule moves it, []; else None.
       copied: batches at the start after which the moving average is a copy of the weights.
     """
     optimizer = _optimizer(config, learning_rate, momentum, dtype_of(state.params))
@@ -342,7 +342,7 @@ def _rates(config: TrainConfig, steps_per_epoch: int):
 def make_eval_step(
     network: Network, preprocess: Preprocess, *, num_classes: int
 ) -> Callable[[Variables, dict], dict]:
-    """(variables, batch) -> sums over the batch; "mask" [B] leaves out what only fills it up.
+    """Make the evaluation step (variables, batch) -> sums; "mask" [B] leaves out the padding.
 
     Returns:
       A function that returns loss, count and top5 (scalars), confusion `[K, K]` int32 with the

@@ -69,11 +69,11 @@ def to_nnx_layout(path: tuple, value) -> np.ndarray:
 
 
 def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
-    """All parameters and running statistics under torchvision's names, in torch's layouts.
+    """Return all parameters and running statistics under torchvision's names, in torch's layouts.
 
     Returns:
-      Copies, in torch's order of names: conv `[O, I, kh, kw]`, linear `[O, I]`, BatchNorm `[C]`;
-      `num_batches_tracked` is int64 as in torch.
+      Copies in torch's order: convolutions `[O, I, kh, kw]`, linear layers `[O, I]`, BatchNorm
+      `[C]`. `num_batches_tracked` is int64, as in torch.
 
     Example:
       >>> model = flax_resnet.create_model("resnet20", num_classes=10)
@@ -103,15 +103,16 @@ def load_state_dict(model: nnx.Module, arrays: dict[str, np.ndarray]) -> nnx.Mod
     Args:
       model: a model of `create_model`, which is changed in place.
       arrays: {name: array} with the names of torchvision, timm, Hugging Face or pytorch-cifar,
-        with or without the prefixes of Lightning, DataParallel and torch.compile. Half precision is
-        widened. All `num_batches_tracked` may be missing, as in files older than torch 0.4.1.
+        with or without the prefixes of Lightning, DataParallel and torch.compile. Arrays of half
+        precision become float32. All `num_batches_tracked` may be missing, as in files from before
+        torch 0.4.1.
 
     Returns:
       The model.
 
     Raises:
-      InputError: entries are missing, unexpected, misshaped or non-finite; the message names all of
-        them and the nearest architecture, and nothing is loaded.
+      InputError: entries are missing, unexpected, misshaped or non-finite. The message names them
+        and the nearest architecture, and the model stays as it was.
 
     Example:
       >>> arrays = flax_resnet.state_dict(flax_resnet.create_model("resnet20"))

@@ -11,17 +11,23 @@ PLACE = "MODULE:CALLABLE"
 
 def add_flags(parser):
     """Adds the flags that belong to --jax-model."""
-    parser.add_argument("--own-weights", action="store_true", help="not random ones")
-    parser.add_argument("--converter", metavar=PLACE, help="your own: state_dict -> variables")
     parser.add_argument(
-        "--mapping", type=Path, metavar="FILE", help="JSON that says which tensor is which leaf;"
-        " written if it is not there",
+        "--own-weights",
+        action="store_true",
+        help="compare with PyTorch's weights, not with random ones",
+    )
+    about = "your function from a PyTorch state_dict to the variables of --jax-model, to be checked"
+    parser.add_argument("--converter", metavar=PLACE, help=about)
+    parser.add_argument(
+        "--mapping", type=Path, metavar="FILE", help="JSON file that says which tensor of PyTorch"
+        " is which array of JAX; read if it exists, else written",
     )  # fmt: skip
     parser.add_argument(
-        "--optax-optimizer", metavar=PLACE, help="() -> a GradientTransformation, compared with"
-        " --torch-optimizer",
+        "--optax-optimizer", metavar=PLACE, help="function without arguments that returns an"
+        " Optax GradientTransformation, to be compared with --torch-optimizer",
     )  # fmt: skip
-    parser.add_argument("--torch-optimizer", metavar=PLACE, help="(parameters) -> an optimizer")
+    about = "function from parameters to a PyTorch optimizer"
+    parser.add_argument("--torch-optimizer", metavar=PLACE, help=about)
 
 
 def compared(args) -> dict:

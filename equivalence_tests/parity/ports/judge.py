@@ -54,26 +54,34 @@ def compare_models(
     torch_optimizer: Callable | None = None,
     seed: int = 0,
 ) -> Report:
-    """Compares a JAX network of any framework with a PyTorch network, in float64.
+    """Compare a JAX network of any framework with a PyTorch network, in float64.
 
-    No name is needed: parameters are matched by the structure of the networks and by what they
-    compute with them. Both objects stay as they are.
+    Parameters need not have the same names. They are matched by the structure of the two networks
+    and by their effect on the result. Both networks stay as they are.
 
     Args:
-      jax_net: what `adapters.adapt` takes.
-      torch_module: takes images `[B, C, H, W]` and returns logits `[B, K]`.
-      image_size: (H, W), or one number for both; None: a size at which no padding can hide.
-      batch: number of images; a prime is mistaken for no other size.
-      own_weights: compare with the PyTorch network's weights instead of random ones.
-      converter: your own conversion, (state_dict) -> variables; it is proven to move every number
-        to a place of its own, and its places are compared with those of the structure.
-      mapping: a JSON file that settles where tensors go; written if it is not there.
-      optax_optimizer: a `GradientTransformation`, compared with `torch_optimizer` over some steps.
-      torch_optimizer: (parameters) -> a PyTorch optimizer.
+      jax_net: an `nnx.Module`, a Linen, Equinox, Keras or transformers network, Haiku's
+        transformed functions, or a pair `(apply, variables)`.
+      torch_module: a network that takes images `[B, C, H, W]` and returns logits `[B, K]`.
+      image_size: (H, W), or one number for both. None chooses a size at which no wrong padding can
+        hide.
+      batch: number of images. A prime number is best, because no other dimension has that size.
+      own_weights: compare with the weights of the PyTorch network instead of random ones.
+      converter: your own function from a state_dict to JAX's variables. It is checked that the
+        function moves every number to a place of its own, and that the places are those that were
+        found by matching.
+      mapping: a JSON file that says which tensor of PyTorch is which array of JAX. It is read if it
+        exists, else it is written.
+      optax_optimizer: a `GradientTransformation`, which is compared with `torch_optimizer` over
+        three steps.
+      torch_optimizer: a function from parameters to a PyTorch optimizer.
+
+    Returns:
+      The verdict, and every layer that differs with its causes.
 
     Raises:
-      InputError: a network cannot be followed, or raises; a converter or a mapping is wrong; an
-        argument is of another kind.
+      InputError: a network raises an error or cannot be followed, a converter or a mapping is
+        wrong, or an argument is of another kind.
     """
     options.check_networks(torch_module)
     options.check_flag("own_weights", own_weights)

@@ -15,23 +15,24 @@ MOST_NAMES = 4
 
 
 class Report(NamedTuple):
-    """The findings of a comparison."""
+    """The result of `compare_models`."""
 
     verdict: str
-    """"equal", "divergent", or "undecided": equal on inputs that would hide a fault, or with
-    tensors that were compared with nothing."""
+    """"equal", "divergent" or "undecided". Undecided means that no difference was found, but the
+    inputs would hide a fault, or some tensors have no counterpart."""
 
     faults: list[Fault]
-    """Every layer that differs by itself."""
+    """Every layer that differs, compared with equal inputs on both sides."""
 
     hidden: list[str]
-    """Why a fault could have been hidden, one sentence each."""
+    """Reasons why a fault could have been hidden, one sentence each."""
 
     rows: dict[str, list[Row]]
-    """{"evaluation" or "training": differences of all tensors}, each side running freely."""
+    """{"evaluation" or "training": differences of all tensors}. Here each network runs from the
+    images to the logits with its own activations."""
 
     mapping: Mapping
-    """The place in JAX of each tensor of PyTorch."""
+    """The array of JAX that belongs to each tensor of PyTorch."""
 
     image_size: tuple[int, int]
     """(H, W) of the images."""
@@ -40,7 +41,7 @@ class Report(NamedTuple):
     """True if PyTorch's network computes what JAX's computes once the causes are put into it."""
 
     notes: list[str] = []
-    """Anything else that a reader should know, one sentence each."""
+    """Further remarks, one sentence each."""
 
     @property
     def largest(self) -> float:
