@@ -206,8 +206,9 @@ def teacher_forced(case, *, compute_dtype=None, autocast=None):
         yield budgets(*traces(index), compute_dtype or np.float32)
 
 
-def test_a_teacher_forced_epoch_of_digits():
-    assert over_budget_of_steps(teacher_forced(digits())) == []
+@pytest.mark.parametrize("steps", [12, pytest.param(None, id="an epoch", marks=pytest.mark.slow)])
+def test_teacher_forced_steps_of_digits(steps):
+    assert over_budget_of_steps(teacher_forced(digits(steps))) == []
 
 
 @pytest.mark.slow  # 390 steps

@@ -63,7 +63,9 @@ def test_one_step_of_training(arch, stem):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("arch", [*QUICK, "basic_cnn"])
+@pytest.mark.parametrize(
+    "arch", ["resnet20", "basic_cnn", pytest.param("resnet18", marks=pytest.mark.slow)]
+)
 def test_the_librarys_kernels(arch):
     case = make_case(arch, kernels="library")
     assert too_large(case) == [] and too_large(case, train=False) == []

@@ -176,12 +176,13 @@ def test_a_recipe_whose_files_are_damaged_is_not_taken_over(run):
     [
         ({"epochs": None}, "epochs is missing or wrong"),
         ({"environment": []}, "environment is missing or wrong"),
-        ({"splits": {"test": {"accuracy": 0.5}}}, "test is missing or wrong"),
+        ({"splits": {"test": {"accuracy": 0.5}}}, "train_accuracy, test_loss is missing or wrong"),
     ],
 )
 def test_the_table_of_recipes_refuses_a_report_without_its_facts(tmp_path, changes, words):
-    report = {"epochs": 1, "seconds": 2.5, "environment": {}, "command": "", "best_epoch": 1}
-    report["splits"] = {"test": {"accuracy": 0.5, "loss": 1.0}}
+    report = {"epochs": 1, "seconds": 2.5, "command": "", "best_epoch": 1}
+    report["environment"] = {"device": "a CPU"}
+    report["splits"] = dict.fromkeys(("train", "test"), {"accuracy": 0.5, "loss": 1.0})
     path = tmp_path / "imagenette-cnn" / "seed0" / "report.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(report))

@@ -179,7 +179,7 @@ BLOCK = {"leaf": "['b']", "shape": [2, 3], "tensor": [0, [3, 1]], "place": [0, [
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([], "an object of tensors is expected"),
+        ([], "holds no JSON object"),
         ({"c": None}, "c: PyTorch's network has no such tensor"),
         ({"count": {"leaf": "['n']", "axes": []}}, "count: this tensor holds no floats"),
         ({"a": {"leaf": "['n']", "axes": [1, 0]}}, "holds no floats"),

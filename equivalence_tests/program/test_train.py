@@ -269,6 +269,7 @@ def test_a_run_is_named_after_its_data(dataset, name, tmp_path, monkeypatch):
     assert reserve(config).name == f"resnet18-{name}-3"
 
 
+@pytest.mark.slow
 def test_a_run_under_pmap_is_that_on_a_mesh(tmp_path, monkeypatch):
     """The run is cut off, resumed, and evaluated with its best checkpoint."""
     for kind in ("jit", "pmap"):

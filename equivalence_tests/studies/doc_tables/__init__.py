@@ -21,6 +21,7 @@ TABLES = {
         speeds.speeds, speeds.gpu_speeds, speeds.gpu_bounds, speeds.gpu_ways,
         speeds.whole_trainings,
         programs.scaling, programs.gradient_sums, programs.plan, programs.step_bytes,
+        programs.compiled,
         recipes.recipes, recipes.recipe_pairs, recipes.regularization, recipes.transfer,
         recipes.depth,
     )

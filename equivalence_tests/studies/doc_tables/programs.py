@@ -1,7 +1,6 @@
 """Tables read from programs that were compiled and not run."""
 
 from equivalence_tests import results
-from equivalence_tests.studies.compiled import DTYPES, IMAGES
 from equivalence_tests.studies.markdown import table
 
 
@@ -61,14 +60,12 @@ def step_bytes() -> str:
 
 
 def compiled() -> str:
-    """Tables of docs/plan.md: the steps of all networks, as compiled."""
+    """Bytes and memory of the compiled steps of all networks."""
     rows = {(r["arch"], r["target"], r["dtype"]): r for r in results.read("compiled")["rows"]}
-    columns = [(target, dtype) for target in IMAGES for dtype in DTYPES]
-    header = ["network", *(f"{target}, {dtype}: GB a step; peak" for target, dtype in columns)]
-    lines = []
-    for arch in dict.fromkeys(arch for arch, *_ in rows):
-        found = [rows.get((arch, *column)) for column in columns]
-        lines.append([arch, *(_compiled(row) for row in found)])
+    columns = list(dict.fromkeys((target, dtype) for _, target, dtype in rows))
+    header = ["network", *(f"{target}, {dtype}" for target, dtype in columns)]
+    archs = dict.fromkeys(arch for arch, *_ in rows)
+    lines = [[arch, *(_compiled(rows.get((arch, *c))) for c in columns)] for arch in archs]
     return table(header, lines, numbers=len(columns))
 
 
