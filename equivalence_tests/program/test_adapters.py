@@ -12,6 +12,7 @@ from flax import linen, nnx
 
 from equivalence_tests.parity import own_model
 from equivalence_tests.parity.loading import load
+from equivalence_tests.parity.ports import frameworks
 from equivalence_tests.parity.ports.adapters import Network, adapt
 from flax_resnet.errors import InputError
 
@@ -262,3 +263,16 @@ def test_a_torch_network_drops_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net, images = own_model.load("torch_nets:Net"), torch.ones(4, 3, 2, 2, dtype=torch.float64)
     np.testing.assert_array_equal(net(images).detach(), net.eval()(images).detach())
+
+
+def test_weights_are_drawn_without_a_word_of_the_compiler(capfd):
+    """Folding the sum takes XLA over a second, of which it would complain."""
+
+    def init(key, images):
+        constant = jnp.asarray(np.random.default_rng(0).normal(size=(1, 500, 500, 1)), jnp.float32)
+        window = ((1, 21, 21, 1), (1, 1, 1, 1), "SAME")
+        return images.sum() + jax.lax.reduce_window(constant, 0.0, jax.lax.add, *window).mean()
+
+    images = jnp.zeros((1, 2, 2, 3))
+    frameworks._initialised(init, jax.random.key(0), images)
+    assert capfd.readouterr().err == ""

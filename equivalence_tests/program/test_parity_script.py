@@ -88,9 +88,10 @@ def report(tmp_path, *arguments):
     return outcome, json.loads((tmp_path / "report" / "parity.json").read_text())
 
 
-def test_our_own_network_is_equal(tmp_path):
+def test_our_own_network_is_equal(tmp_path, capfd):
     outcome, document = report(tmp_path, "--arch", "resnet20", "--image-size", 12, 13)
     assert outcome.status == 0, outcome.err
+    assert capfd.readouterr().err == ""  # not a word of the compiler
     assert "equal: every tensor agrees to rounding" in outcome.out
     assert "layer3.2.bn2" in outcome.out
     rows = document["rows"]["training"]
