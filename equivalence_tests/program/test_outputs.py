@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -259,6 +260,13 @@ def writers_of_nan(source: str) -> list[int]:
     named = [call for call in calls if ast.unparse(call.func) in ("json.dump", "json.dumps")]
     strict = "allow_nan=False"
     return [c.lineno for c in named if strict not in map(ast.unparse, c.keywords)]
+
+
+def test_a_closed_standard_output_takes_no_file(monkeypatch):
+    output_files.check_outputs({"--json": Path("-")})
+    monkeypatch.setattr(sys, "__stdout__", None)  # as Python starts where it is closed
+    with pytest.raises(InputError, match="--json -: standard output is closed"):
+        output_files.check_outputs({"--json": Path("-")})
 
 
 def test_nothing_writes_nan_into_a_json():

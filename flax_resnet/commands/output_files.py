@@ -33,6 +33,8 @@ def check_outputs(
     for flag, path in given.items():
         if str(path) != "-":
             _check_output(flag, path, _real(inputs), _real(data))
+        elif sys.__stdout__ is None:
+            raise InputError(f"{flag} -: standard output is closed")
 
 
 def _real(paths: Iterable[Path | str]) -> set[Path]:
