@@ -60,15 +60,16 @@ def product_types(made: ahead.Compiled) -> set[str]:
 
 
 def wide_activations(made: ahead.Compiled) -> list[str]:
-    """Results of kernels in float32 that have as many rows as a device has images, four axes and
-    more channels than an image."""
+    """Results of kernels in the device's memory and in float32 that have as many rows as a device
+    has images, four axes and more channels than an image."""
     read = program.parse(made.text)
     rows = made.batch_size // made.num_devices
     return [
         i.name
         for i in read.computations[read.entry].values()
-        for dtype, shape, _ in program.arrays(i.type)
-        if dtype == "f32" and len(shape) == 4 and shape[0] == rows and min(shape[1], shape[3]) > 3
+        for dtype, shape, outside in program.arrays(i.type)
+        if outside and dtype == "f32" and len(shape) == 4 and shape[0] == rows
+        if min(shape[1], shape[3]) > 3
     ]
 
 
