@@ -26,7 +26,7 @@ def _as_users_have_it():
 
 
 SIZE = (4, 6)
-"""Of images that are cut into six patches of 2 x 2 pixels."""
+"""Height and width of the images, which are cut into six patches of 2 x 2 pixels."""
 
 
 def patched(axes):

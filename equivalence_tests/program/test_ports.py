@@ -246,7 +246,7 @@ def test_sizes_that_would_hide_a_padding_are_no_proof():
 
 
 def _as_same(size: int) -> tuple[int, int]:
-    """What "SAME" pads for a window of 3 and a stride of 2."""
+    """The padding of "SAME" for a window of 3 and a stride of 2."""
     return (1, 1) if size % 2 else (0, 1)
 
 

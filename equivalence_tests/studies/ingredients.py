@@ -1,4 +1,4 @@
-"""What each ingredient of the recipes is defined by, the test of its equality, and its faults.
+"""Lists for each ingredient of the recipes its definition, the test of its equality, its faults.
 
     python -m equivalence_tests.studies.ingredients  # seconds; after the kill matrix
 

@@ -1,4 +1,4 @@
-"""How a command ends: signals, closed streams, one line of an error, the exit status."""
+"""The end of a command: signals, closed streams, one line of an error, the exit status."""
 
 import codecs
 import contextlib

@@ -1,4 +1,4 @@
-"""How the images of a split are chosen by their labels: cut in two, folded, or some of them.
+"""Choices of images by their labels: cut in two, folded, or some of them.
 
 All functions take labels, int32 [N], and return increasing indices. They are stratified: every
 class keeps its share.

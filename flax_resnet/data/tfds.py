@@ -14,7 +14,7 @@ from flax_resnet.weights.published import check_home
 
 
 class Found(NamedTuple):
-    """What a set holds."""
+    """The content of a set."""
 
     name: str
     """The full name, with the version."""

@@ -17,10 +17,10 @@ COLLECTIVES = (
 )  # fmt: skip
 
 BETWEEN = "between layers"
-"""Where operations of the network stand that belong to no layer and no block, such as pools."""
+"""The place of operations of the network that belong to no layer and no block, such as pools."""
 
 OUTSIDE = "input and update"
-"""Where operations outside of the network stand."""
+"""The place of operations outside of the network."""
 
 _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id",

@@ -37,7 +37,7 @@ _ROUNDED = {
 
 
 def products(model: ModelConfig, platform: str) -> str:
-    """What the products of a network are computed in on a platform ("cpu", "gpu", "tpu")."""
+    """The type in which a platform ("cpu", "gpu", "tpu") computes the products of a network."""
     rounded = _ROUNDED.get((platform, model.precision)) if model.dtype == "float32" else None
     return rounded or f"convolutions and linear layers in {model.dtype}"
 

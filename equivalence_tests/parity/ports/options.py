@@ -66,9 +66,10 @@ def mapping_file(mapping, converter) -> Path | None:
     if not isinstance(mapping, str | Path) or not str(mapping):
         raise InputError(f"mapping is {mapping!r}, no file name")
     file = Path(mapping)
-    if file.is_dir() or not file.parent.is_dir():
-        raise InputError(f"mapping: {file} is a folder" if file.is_dir() else
-                         f"mapping: there is no folder {file.parent}")  # fmt: skip
+    if file.is_dir():
+        raise InputError(f"mapping: {file} is a folder")
+    if not file.parent.is_dir():
+        raise InputError(f"mapping: there is no folder {file.parent}")
     return file
 
 

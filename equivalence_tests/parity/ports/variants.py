@@ -72,6 +72,12 @@ def _error(found: torch.Tensor, got, step: Step) -> float:
     return closest(found, got)[0]
 
 
+ACTIVATIONS = (
+    "relu", "gelu", "silu", "hardswish", "leaky_relu", "relu6", "hardtanh", "elu",
+)  # fmt: skip
+GATES = ("sigmoid", "hardsigmoid", "tanh")
+RESIZES = ("upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d")
+
 VARIANTS: dict[str, tuple[Callable[[Operation], Iterator[Variant]], ...]] = {
     "conv2d": (window_variants.convolutions, window_variants.patches),
     "conv_transpose2d": (window_variants.transposed_convolutions,),
@@ -87,17 +93,9 @@ VARIANTS: dict[str, tuple[Callable[[Operation], Iterator[Variant]], ...]] = {
     "rms_norm": (norm_variants.epsilons,),
     "layer_norm": (norm_variants.epsilons, norm_variants.norms),
     "group_norm": (norm_variants.epsilons, norm_variants.norms),
-    "relu": (point_variants.activations,),
-    "gelu": (point_variants.activations,),
-    "silu": (point_variants.activations,),
-    "hardswish": (point_variants.activations,),
-    "leaky_relu": (point_variants.activations,),
-    "relu6": (point_variants.activations,),
-    "hardtanh": (point_variants.activations,),
-    "elu": (point_variants.activations,),
-    "sigmoid": (point_variants.gates,),
-    "hardsigmoid": (point_variants.gates,),
-    "tanh": (point_variants.gates,),
+    **dict.fromkeys(ACTIVATIONS, (point_variants.activations,)),
+    **dict.fromkeys(GATES, (point_variants.gates,)),
+    **dict.fromkeys(RESIZES, (window_variants.interpolations,)),
     "add": (point_variants.additions,),
     "add_bias": (point_variants.biases,),
     "mul": (point_variants.scales, point_variants.omissions),
@@ -107,7 +105,4 @@ VARIANTS: dict[str, tuple[Callable[[Operation], Iterator[Variant]], ...]] = {
     "cat": (point_variants.joins,),
     "scaled_dot_product_attention": (point_variants.attentions,),
     "softmax": (point_variants.softmaxes,),
-    "upsample_bilinear2d": (window_variants.interpolations,),
-    "upsample_bicubic2d": (window_variants.interpolations,),
-    "upsample_nearest2d": (window_variants.interpolations,),
 }

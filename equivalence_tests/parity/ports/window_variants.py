@@ -89,7 +89,11 @@ def transposed_convolutions(operation: Operation) -> Iterator[Variant]:
 
 
 def _same_begin(stride: int, reach: int) -> int:
-    """What lax.conv_transpose cuts off in front for "SAME"; `reach` is the window less one."""
+    """The number of pixels that lax.conv_transpose cuts off in front for "SAME".
+
+    Args:
+      reach: the window less one.
+    """
     before = reach if stride > reach else -(-(reach + stride - 1) // 2)
     return reach - before
 
