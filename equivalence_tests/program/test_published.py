@@ -4,6 +4,9 @@ import csv
 import functools
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -20,7 +23,7 @@ from torchvision.models._api import Weights
 from torchvision.transforms._presets import ImageClassification
 
 import flax_resnet
-from equivalence_tests.program.command import refused, run_script
+from equivalence_tests.program.command import ROOT, refused, run_script
 from equivalence_tests.program.web import served
 from flax_resnet.commands import train
 from flax_resnet.config import DataConfig, TrainConfig
@@ -124,6 +127,17 @@ def test_torchvision_tells_arrays_classes_and_looks(site, resnet18, net, tmp_pat
     assert files_below(tmp_path) == [tmp_path / "torch/hub/checkpoints" / name]
     torch.hub.load_state_dict_from_url(resnet18, check_hash=True)  # torch finds the same file
     assert len(site.asked) == 1
+
+
+def test_the_hub_is_the_one_of_hf_endpoint(site, timm, net, tmp_path):
+    """In a process of its own, for huggingface_hub reads the variable when it is imported."""
+    code = f"import flax_resnet; print(len(flax_resnet.pretrained({timm!r}).arrays))"
+    variables = {"HF_ENDPOINT": site.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert int(out.stdout.split()[-1]) == len(net.state_dict())
+    assert any(path.startswith("/timm/resnet18.a1_in1k/") for path in site.asked), site.asked
 
 
 def test_a_name_becomes_a_network_of_ones_own_classes_in_two_commands(
