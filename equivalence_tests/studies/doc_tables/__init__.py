@@ -22,8 +22,8 @@ TABLES = {
         speeds.whole_trainings,
         programs.scaling, programs.gradient_sums, programs.plan, programs.step_bytes,
         programs.compiled,
-        recipes.recipes, recipes.recipe_pairs, recipes.regularization, recipes.transfer,
-        recipes.depth,
+        recipes.recipes, recipes.recipe_pairs, recipes.digits, recipes.regularization,
+        recipes.transfer, recipes.depth,
     )
 }  # fmt: skip
 """{name of a table: the function that makes it}"""

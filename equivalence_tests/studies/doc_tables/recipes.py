@@ -12,6 +12,26 @@ def recipes() -> str:
     return reproduction_page.markdown(rows)
 
 
+def digits() -> str:
+    """Folds and an ensemble on the digits: the runs alone, and all of them together."""
+    found = results.read("digits")
+    parts = {
+        "5 folds, all predictions together": (found["folds"]["alone"], found["folds"]["pooled"]),
+        "5 seeds, mean of probabilities": (found["ensemble"]["alone"], found["ensemble"]["mean"]),
+    }
+    header = ["runs", "accuracy of each alone", "together", "loss of each alone", "together"]
+    return table(header, [[name, *_together(*part)] for name, part in parts.items()], numbers=4)
+
+
+def _together(alone: list[dict], whole: dict) -> list[str]:
+    """Lowest and highest figure of the runs alone, and the figure of all, for both figures."""
+    cells = []
+    for figure in ("accuracy", "loss"):
+        values = [row[figure] for row in alone]
+        cells += [f"{min(values):.4f} to {max(values):.4f}", f"{whole[figure]:.4f}"]
+    return cells
+
+
 def regularization() -> str:
     """The accuracies of regularised networks and of plain ones."""
     return _question(
