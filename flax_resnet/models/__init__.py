@@ -83,33 +83,26 @@ def create_model(
       num_classes: number of logits for each image.
       in_channels: number of channels of the images.
       stem: the first layers of torchvision's ten networks, "imagenet" (the default: 7x7 stride 2,
-        max-pool) or "cifar" (3x3 stride 1, no pool). The other networks have no choice.
+        max-pool) or "cifar" (3x3 stride 1, no pool).
       dropout: probability of dropping a feature before the last linear layer.
       zero_init_residual: set the scale of the last BatchNorm of every residual block to zero.
       dtype: type of the computation. None takes the common type of images and parameters.
       param_dtype: type of parameters and running statistics.
       bn_axis_name: axis of a pmap or shard_map whose devices share BatchNorm's statistics.
       rngs: random numbers for the weights; None takes `nnx.Rngs(0)`.
-      shortcut: the shortcuts of He's five networks where the number of channels changes, "pad"
-        (the default: option A, channels of zeros) or "projection" (option B: 1x1 convolution and
-        BatchNorm). The other networks have no choice.
-      kernels: "auto" (this project's own code for some operations, where it is faster on the
-        platform that the program is compiled for) or "library" (only operations of JAX and Flax).
-      precision: number of digits that float32 products have on a GPU or TPU: "default" (PyTorch's
-        choice on the same card: TF32 for convolutions, all digits for linear layers), "tf32" (for
-        both) or "highest" (all digits for both).
-      stochastic_depth: probability that the last residual block drops its branch for an image. The
-        probabilities of the blocks before it rise from 0 in equal steps.
-      batch_norm_images: number of consecutive images that share BatchNorm's statistics in training;
-        None takes all images of the batch.
+      shortcut: the shortcuts of He's five networks where channels are added, "pad" (the default:
+        zeros, option A) or "projection" (1x1 convolution and BatchNorm, option B).
+      kernels: "auto" (own code for some operations on platforms where it is faster) or "library".
+      precision: digits of float32 products on a GPU or TPU: "default" (as PyTorch there: TF32 for
+        convolutions, all digits for linear layers), "tf32" (for both) or "highest" (all digits).
+      stochastic_depth: probability that the last block drops its branch; it rises linearly from 0.
+      batch_norm_images: images that share BatchNorm's statistics in training; None takes the batch.
 
     Raises:
-      InputError: a name is unknown (the message has the nearest one), a type is wrong, or a number
-        is out of range.
+      InputError: a name is unknown, a type is wrong, or a number is out of range.
 
     Example:
       >>> model = flax_resnet.create_model("resnet18", num_classes=3, stem="cifar")
-      >>> model.eval()
       >>> model(jnp.zeros((1, 32, 32, 3))).shape
       (1, 3)
     """

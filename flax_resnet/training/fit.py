@@ -66,16 +66,14 @@ def fit(
       callbacks: functions that the first process calls as `callback(event, step, values)`. The
         event is "step" with the metrics of a logged step, "epoch" with the row of an epoch, or
         "end" with the report. If one raises an exception, the training ends and its work is saved.
-      profile: number of steps to trace into the run directory, for TensorBoard or XProf; 0 traces
-        none.
+      profile: number of steps to trace for TensorBoard or XProf; 0 traces none.
 
     Returns:
       The report, as in report.json. In all processes but the first, only its "splits".
 
     Raises:
       InputError: the input is bad; nothing has been written.
-      NonFiniteLoss: a loss is not finite; the message names the step and the checkpoint to continue
-        from.
+      NonFiniteLoss: a loss is not finite; the message names the step and the last checkpoint.
       Interrupted: SIGTERM, SIGHUP or Ctrl-C has reached the main thread; the work is saved.
       RunLost: the run directory was moved, deleted or replaced.
 
@@ -96,8 +94,7 @@ def fit(
     try:
         announce(prepared, engine, network, directory.path, display)
         start = Start(prepared, engine, network, directory, display)
-        options = {"callbacks": callbacks, "profile": profile}
-        return run_all([start], directory.path, command, **options)[0]
+        return run_all([start], directory.path, command, callbacks=callbacks, profile=profile)[0]
     finally:
         display.stop()
         directory.close()
