@@ -153,6 +153,9 @@ def test_without_a_home_no_programs_are_kept(monkeypatch, place):
     monkeypatch.setattr(environment.os.path, "expanduser", lambda path: place)
     monkeypatch.setattr(environment.os, "access", lambda path, mode: os.path.isdir(path))
     assert environment._cache() is None
+
+
+def test_below_a_writable_file_no_programs_are_kept(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     assert environment._cache() is None
 
