@@ -26,6 +26,10 @@ from torch_ref.environment import configure_torch
 
 SIZE, BATCH = 32, 8192  # a large batch costs nothing: nothing runs, and arrays are of real sizes
 DATA = ahead.Data((SIZE, SIZE, 3), resident=0)
+ARCHS = [
+    pytest.param(arch, marks=[pytest.mark.slow] * (arch != "basic_cnn")) for arch in list_models()
+]
+"""All networks, all but one of them in the slow tier."""
 
 
 def compiled(target: str, dtype: str, arch: str = "resnet20", **changes) -> ahead.Compiled:
@@ -307,10 +311,9 @@ def test_pytorch_s_default_is_the_default():
     assert found["default"] == fresh
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", study.DTYPES)
 @pytest.mark.parametrize("target", study.IMAGES)
-@pytest.mark.parametrize("arch", list_models())
+@pytest.mark.parametrize("arch", ARCHS)
 def test_the_step_of_every_network_keeps_all_promises(arch, target, dtype):
     if target == "v5e":
         pytest.importorskip("libtpu")

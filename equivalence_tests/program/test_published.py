@@ -132,9 +132,10 @@ def test_torchvision_tells_arrays_classes_and_looks(site, resnet18, net, tmp_pat
 def test_the_hub_is_the_one_of_hf_endpoint(site, timm, net, tmp_path):
     """In a process of its own, for huggingface_hub reads the variable when it is imported."""
     code = f"import flax_resnet; print(len(flax_resnet.pretrained({timm!r}).arrays))"
-    variables = {"HF_ENDPOINT": site.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    variables = {"HF_ENDPOINT": site.url, "HF_HOME": str(tmp_path / "home")}
+    variables = os.environ | variables | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
-    out = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    out = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert int(out.stdout.split()[-1]) == len(net.state_dict())
     assert any(path.startswith("/timm/resnet18.a1_in1k/") for path in site.asked), site.asked
