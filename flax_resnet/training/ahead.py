@@ -9,6 +9,7 @@ import itertools
 import math
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -238,28 +239,30 @@ def _first(devices: list, count: int | None, target: Target) -> list:
 
 
 def largest_batch(plan: Plan, first: Compiled | None) -> int | None:
-    """The largest batch that fits, to about 3%, by bisection; None if not even the smallest does.
+    """The largest batch that fits, to about 3%; None if not even the smallest does.
 
-    Each guess takes the memory beside the arguments as proportional to the batch, so that one or
-    two programs are usually enough.
+    Each round compiles two programs at the same time. They narrow the range between the largest
+    batch that fits and the smallest that does not.
 
     Args:
       first: the program of the config's own batch; None if the compiler refused it.
     """
-    devices, program = len(plan.engine.devices), first
-    tried, low, high = plan.batch_size, 0, math.inf
+    devices, made = len(plan.engine.devices), {0: None, plan.batch_size: first}
     for attempt in itertools.count():
-        fits = program is not None and program.fits
-        low, high = (tried, high) if fits else (low, tried)
-        filled = fits and program.peak_bytes >= _FULL * plan.target.card.memory_bytes
+        fitting = [batch for batch, program in made.items() if program and program.fits]
+        low = max(fitting, default=0)
+        high = min((batch for batch in made if batch > low), default=math.inf)
+        filled = low and made[low].peak_bytes >= _FULL * plan.target.card.memory_bytes
         if filled or high - low <= max(devices, (1 - _FULL) * low):
             return low or None
-        halve = program is None or (high < math.inf and attempt % 2)
-        guess = (low + high) // 2 if halve else _guess(program)
-        tried = _shared(plan, guess, low, high)
-        if tried is None:
+        nearest = made[low] or made.get(high)
+        thirds = nearest is None or (high < math.inf and attempt % 2)
+        guesses = _thirds(low, high) if thirds else _guesses(nearest)
+        tried = {_shared(plan, guess, low, high) for guess in guesses} - {None}
+        if not tried:
             return low or None
-        program = plan.compile(tried)
+        with ThreadPoolExecutor() as pool:
+            made |= zip(tried, pool.map(plan.compile, tried), strict=True)
 
 
 def _shared(plan: Plan, guess: int, low: int, high: float) -> int | None:
@@ -276,8 +279,14 @@ _FULL = 0.97
 """Share of the memory from which a card counts as full."""
 
 
-def _guess(program: Compiled) -> int:
-    """The batch that would fill the card."""
+def _guesses(program: Compiled) -> list[int]:
+    """The batch that would fill the card if the memory beside the arguments were proportional to
+    the batch, and a larger one, because it usually grows less."""
     room = program.target.card.memory_bytes - program.argument_bytes
     used = program.peak_bytes - program.argument_bytes
-    return int(program.batch_size * room / max(used, 1))
+    filling = program.batch_size * room / max(used, 1)
+    return [int(filling), int(1.2 * filling)]
+
+
+def _thirds(low: int, high: int) -> list[int]:
+    return [low + (high - low) // 3, low + 2 * (high - low) // 3]
