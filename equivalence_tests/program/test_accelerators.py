@@ -4,7 +4,10 @@ Every claim has a control: a program in which the fault exists, on which the che
 """
 
 import json
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -13,6 +16,7 @@ import pytest
 import torch
 from flax import nnx
 
+from equivalence_tests.program.command import ROOT
 from equivalence_tests.studies import compiled as study
 from equivalence_tests.studies.compiled import FOREIGN, UNORDERED, convolutions, wide_activations
 from flax_resnet import create_model, list_models
@@ -233,6 +237,17 @@ def test_the_command_writes_table_json_and_picture(float32, monkeypatch, tmp_pat
     assert (tmp_path / "plan.png").stat().st_size > 10_000
     shown = capsys.readouterr().out
     assert "floor of bytes" in shown and "conv3" in shown and "bound" in shown
+
+
+@pytest.mark.slow
+def test_a_second_plan_says_nothing_of_the_compiler_and_its_cache(tmp_path):
+    environ = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    environ |= {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, ROOT / "scripts/plan.py", "--arch", "basic_cnn", "--target", "h100"]
+    for _ in range(2):
+        outcome = subprocess.run(command, env=environ, capture_output=True, text=True)
+        assert not outcome.returncode, outcome.stderr
+        assert not re.search(r"Warning|\.cc:", outcome.stderr), outcome.stderr
 
 
 def test_a_program_that_does_not_fit_ends_the_command(float32, monkeypatch):

@@ -11,9 +11,13 @@ data sheet of the card. Exit status: 0 done, 1 a program does not fit, 2 bad inp
 import argparse
 import dataclasses
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
+
+# The warnings of XLA about memory, which a plan tells more plainly.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax.numpy as jnp
 from flax import nnx
@@ -236,7 +240,8 @@ def too_large(rows: list[Row]) -> str:
 def main():
     args = parse()
     config = cli.build_config(args, TrainConfig())
-    environment.configure_jax(config)
+    # A program for a device that is not here can be written into a cache but not read from it.
+    environment.configure_jax(dataclasses.replace(config, compilation_cache=False))
     config, data = of_data(config) if args.dataset else of_flags(config)
     rows = [planned(config, data, target, args) for target in args.targets]
     floors = [
