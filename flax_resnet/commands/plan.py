@@ -16,8 +16,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-# The warnings of XLA about memory, which a plan tells more plainly.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# JAX's default, 1, shows XLA's warnings about memory, which a plan tells more plainly.
+if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
 import jax.numpy as jnp
 from flax import nnx
