@@ -47,7 +47,7 @@ def parse():
     parser.add_argument("--target", nargs="+", required=True, metavar="CARD[:SHAPE]", help=about)
     about = "compile an evaluation step instead of a training step"
     parser.add_argument("--evaluation", action="store_true", help=about)
-    about = "search for the largest batch that fits, by compiling one or two programs more"
+    about = "search for the largest batch that fits, by compiling two programs at a time"
     how = {"action": argparse.BooleanOptionalAction, "default": True}
     parser.add_argument("--largest-batch", help=about, **how)
     for flag, what in (("--json", "the figures to FILE as JSON; - is stdout"),
