@@ -153,7 +153,7 @@ def _short_resnet20(epochs, lr, pixels=32, **groups) -> TrainConfig:
 def _he_recipe(depth: int, error: float) -> Recipe:
     return Recipe(
         config=_he(f"resnet{depth}"),
-        method="SGD 0.1, weight decay 1e-4, flip and crop, 64,000 steps of 128",
+        method="SGD 0.1, weight decay 1e-4, flip and crop, about 64,000 steps of 128",
         published={"test_accuracy": round(1 - error / 100, 4)},
         source="He et al. 2015, table 6",
         gpu=True,
@@ -168,15 +168,15 @@ def _imagenette(**groups) -> TrainConfig:
 RECIPES = {
     "cifar10-resnet18": Recipe(
         config=TrainConfig(**_resnet18_32(l1=1e-5)),
-        method="7x7 stem at 32 px, flip, L1, one-cycle, batch 128, std 0.5",
+        method="ResNet-18, 7x7 stem at 32 px, flip, L1, one-cycle, batch 128, std 0.5",
         published={"test_accuracy": 0.8766},
         source="a public ResNet-18 on CIFAR-10 in PyTorch",
     ),
     "cifar10-resnet18-64px": Recipe(
         config=_enlarged(12, lr=0.1),
-        method="the same net, images enlarged to 64 px: the stem keeps four times the pixels",
+        method="ResNet-18 with the 7x7 stem on images enlarged from 32 to 64 px",
         published={"test_accuracy": 0.85},
-        source="the same, by epoch 12",
+        source="a public ResNet-18 on CIFAR-10 in PyTorch, by epoch 12",
     ),
     "cifar10-resnet18-48px-start": Recipe(
         config=_enlarged(
@@ -187,16 +187,16 @@ RECIPES = {
             schedule=dict(schedule="constant", warmup_epochs=1),
             early_stopping=BEST_ACCURACY | dict(restore_best=False),
         ),
-        method="the first 6 epochs at 48 px, 48,000 images: what the next one starts from",
+        method="6 epochs at 48 px on 48,000 images, to start cifar10-resnet18-48-to-80px from",
     ),
     "cifar10-resnet18-48-to-80px": Recipe(
         config=_enlarged(
             5, lr=0.1, pixels=80, validation_fraction=0.04, schedule=dict(schedule="cosine")
         ),
         starts_from="cifar10-resnet18-48px-start",
-        method="5 more at 80 px: the pixels that cost most are paid for last",
+        method="5 more epochs at 80 px, 11 in all",
         published={"test_accuracy": 0.85},
-        source="the same, by epoch 12",
+        source="a public ResNet-18 on CIFAR-10 in PyTorch, by epoch 12",
     ),
     "cifar10-resnet18-48-to-64px": Recipe(
         config=_enlarged(
@@ -207,20 +207,20 @@ RECIPES = {
             early_stopping=BEST_ACCURACY | dict(restore_best=False),
         ),
         starts_from="cifar10-resnet18-48px-start",
-        method="10 more at 64 px: what the next one starts from",
+        method="10 more epochs at 64 px, to start cifar10-resnet18-64-to-80px from",
     ),
     "cifar10-resnet18-64-to-80px": Recipe(
         config=_enlarged(
             8, lr=0.1, pixels=80, validation_fraction=0.04, schedule=dict(schedule="cosine")
         ),
         starts_from="cifar10-resnet18-48-to-64px",
-        method="8 more at 80 px, 24 epochs in all",
+        method="8 more epochs at 80 px, 24 in all",
         published={"test_accuracy": 0.8766},
-        source="the same, by epoch 46",
+        source="a public ResNet-18 on CIFAR-10 in PyTorch, by epoch 46",
     ),
     "resnet18-regularized": Recipe(
         config=_regularized(dropout=0.5, weight_decay=1e-4, patience=5),
-        method="Adam, weight decay, dropout 0.5, early stopping",
+        method="ResNet-18, 3x3 stem, Adam, weight decay, dropout 0.5, early stopping",
         published={
             "test_accuracy": 0.8793,
             "test_loss": 0.3229,
@@ -232,10 +232,14 @@ RECIPES = {
         gpu=True,
     ),
     "resnet18-regularized-base": Recipe(
-        config=_regularized(), method="the same without any of them: it overfits", gpu=True
+        config=_regularized(),
+        method="ResNet-18, 3x3 stem, Adam, without the three regularisers",
+        gpu=True,
     ),
     "resnet18-regularized-decay": Recipe(
-        config=_regularized(weight_decay=1e-4), method="the same with weight decay alone", gpu=True
+        config=_regularized(weight_decay=1e-4),
+        method="ResNet-18, 3x3 stem, Adam, weight decay",
+        gpu=True,
     ),
     "resnet18-224": Recipe(
         config=_against_overfitting(),
@@ -246,22 +250,22 @@ RECIPES = {
     ),
     "resnet18-224-plain": Recipe(
         config=_overfitting(),
-        method="the same without them",
+        method="224 px, without weight decay, dropout, flip, crop and early stopping",
         published={"validation_accuracy": 0.8144, "validation_loss": 0.4898},
-        source="the same",
+        source="a public study of overfitting with ResNet-18 in PyTorch",
         gpu=True,
     ),
     "resnet18-48px": Recipe(
         config=_against_overfitting(48),
-        method="resnet18-224 at 48 px: a size that a CPU core can finish",
+        method="resnet18-224 at 48 px, a size that one CPU core can finish",
         published={"validation_accuracy": 0.8676, "validation_loss": 0.3355},
-        source="the same",
+        source="a public study of overfitting with ResNet-18 in PyTorch",
     ),
     "resnet18-48px-plain": Recipe(
         config=_overfitting(48),
-        method="the same without weight decay, dropout, flip, crop and early stopping",
+        method="48 px, without weight decay, dropout, flip, crop and early stopping",
         published={"validation_accuracy": 0.8144, "validation_loss": 0.4898},
-        source="the same",
+        source="a public study of overfitting with ResNet-18 in PyTorch",
     ),
     "imagenette-cnn": Recipe(
         config=_imagenette(
@@ -285,9 +289,9 @@ RECIPES = {
             optimizer=ADAM,
             schedule=dict(schedule="constant"),
         ),
-        method="the source's own settings: without flip and schedule",
+        method="imagenette-cnn without flip and cosine, as the source has it",
         published={"test_accuracy": 0.6308},
-        source="the same",
+        source="a public CNN and ResNet-18 on Imagenette in PyTorch",
     ),
     "imagenette-resnet18": Recipe(
         config=_imagenette(
@@ -299,9 +303,9 @@ RECIPES = {
             schedule=dict(schedule="constant"),
             early_stopping=dict(patience=5),
         ),
-        method="7x7 stem, grayscale at 64 px, Adam, early stopping",
+        method="ResNet-18, 7x7 stem, grayscale at 64 px, Adam, early stopping",
         published={"test_accuracy": 0.5640},
-        source="the same",
+        source="a public CNN and ResNet-18 on Imagenette in PyTorch",
     ),
     "cifar10-resnet18-dropout": Recipe(
         config=TrainConfig(
@@ -313,7 +317,7 @@ RECIPES = {
             schedule=dict(schedule="constant"),
             early_stopping=dict(patience=5),
         ),
-        method="dropout 0.5, flip, rotation, colour jitter",
+        method="ResNet-18, 3x3 stem, Adam, dropout 0.5, flip, rotation, colour jitter",
         published={"test_accuracy": 0.8206},
         source="a public ResNet-18 with dropout in PyTorch",
         gpu=True,
@@ -326,46 +330,46 @@ RECIPES = {
             optimizer=dict(lr=0.05),
             early_stopping=BEST_ACCURACY,
         ),
-        method="Imagenette at 64 px: what the next ones start from",
+        method="Imagenette at 64 px, to start transfer and transfer-12-epochs from",
     ),
     "transfer": Recipe(
         config=_enlarged(5, lr=0.02),
         starts_from="transfer-source",
-        method="fine-tuned on CIFAR-10 at 64 px from Imagenette",
+        method="5 epochs on CIFAR-10 at 64 px from the weights of transfer-source",
         published={"validation_accuracy": 0.834},
         source="a public transfer from Imagenette to CIFAR-10 in PyTorch",
     ),
     "transfer-12-epochs": Recipe(
         config=_enlarged(12, lr=0.02),
         starts_from="transfer-source",
-        method="the same, 12 epochs: as long as cifar10-resnet18-64px",
+        method="12 epochs on CIFAR-10 at 64 px from the weights of transfer-source",
         published={"validation_accuracy": 0.834},
-        source="the same",
+        source="a public transfer from Imagenette to CIFAR-10 in PyTorch",
     ),
     "transfer-scratch": Recipe(
         config=_enlarged(5, lr=0.05),
-        method="5 epochs from random weights",
+        method="5 epochs on CIFAR-10 at 64 px from random weights",
         published={"validation_accuracy": 0.786},
-        source="the same",
+        source="a public transfer from Imagenette to CIFAR-10 in PyTorch",
     ),
     "cifar10-resnet50-224": Recipe(
         config=_bottleneck("resnet50", epochs=2),
-        method="224 px, Adam 1e-3, batch 32, 2 epochs",
+        method="ResNet-50, 224 px, Adam 1e-3, batch 32, 2 epochs",
         published={"test_accuracy": 0.5647, "test_loss": 1.1774},
         source="a public comparison of ResNet-50 and ResNet-101 in PyTorch",
         gpu=True,
     ),
     "cifar10-resnet50-64px": Recipe(
         config=_bottleneck("resnet50", epochs=2, pixels=64),
-        method="the same at 64 px: a size that a CPU core can finish",
+        method="ResNet-50, 64 px (one CPU core can finish it), Adam 1e-3, batch 32, 2 epochs",
         published={"test_accuracy": 0.5647, "test_loss": 1.1774},
-        source="the same",
+        source="a public comparison of ResNet-50 and ResNet-101 in PyTorch",
     ),
     "cifar10-resnet101-224": Recipe(
         config=_bottleneck("resnet101", epochs=6),
-        method="224 px, Adam 1e-3, batch 32, 6 epochs",
+        method="ResNet-101, 224 px, Adam 1e-3, batch 32, 6 epochs",
         published={"test_accuracy": 0.7312, "test_loss": 0.8384},
-        source="the same",
+        source="a public comparison of ResNet-50 and ResNet-101 in PyTorch",
         gpu=True,
     ),
     "cifar10-resnet20": _he_recipe(20, 8.75),
@@ -375,7 +379,7 @@ RECIPES = {
     "cifar10-resnet110": _he_recipe(110, 6.43),
     "cifar10-resnet20-short": Recipe(
         config=_short_resnet20(30, lr=0.2),
-        method="one-cycle up to 0.2, a sixth of the epochs: for two CPU cores",
+        method="one-cycle up to 0.2, a sixth of the epochs, for two CPU cores",
         published={"test_accuracy": 0.9125},
         source="He et al. 2015, table 6",
     ),
@@ -387,12 +391,12 @@ RECIPES = {
             schedule=dict(schedule="constant", warmup_epochs=1),
             early_stopping=BEST_ACCURACY | dict(restore_best=False),
         ),
-        method="the first 18 epochs at 24 px: what the next one starts from",
+        method="18 epochs at 24 px, to start cifar10-resnet20-24-to-32px from",
     ),
     "cifar10-resnet20-24-to-32px": Recipe(
         config=_short_resnet20(18, lr=0.1, schedule=dict(schedule="cosine")),
         starts_from="cifar10-resnet20-24px-start",
-        method="18 more at 32 px",
+        method="18 more epochs at 32 px, 36 in all",
         published={"test_accuracy": 0.9125},
         source="He et al. 2015, table 6",
     ),
@@ -406,7 +410,7 @@ RECIPES = {
             optimizer=dict(lr=0.4, label_smoothing=0.2, decay_norm_and_bias=False),
             early_stopping=BEST_ACCURACY,
         ),
-        method="3x3 stem, bfloat16, one-cycle, label smoothing 0.2: short",
+        method="ResNet-18, 3x3 stem, bfloat16, one-cycle, label smoothing 0.2, 18 epochs",
         published={"test_accuracy": 0.9547},
         source="pytorch-cifar",
         gpu=True,

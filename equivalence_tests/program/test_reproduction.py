@@ -59,10 +59,11 @@ def test_comparisons_are_of_recipes():
 
 
 def test_a_comparison_names_every_setting_in_which_its_recipes_differ():
-    assert reproduction.differences(["transfer-scratch", "transfer"]) == (
-        "starts from None, transfer-source; lr 0.05, 0.02"
-    )
-    assert reproduction.differences(["transfer", "transfer"]) == ""
+    assert reproduction.differences(["transfer-scratch", "transfer"]) == {
+        "starts from": ["random weights", "transfer-source"],
+        "lr": ["0.05", "0.02"],
+    }
+    assert reproduction.differences(["transfer", "transfer"]) == {}
 
 
 def test_list_recipes_says_what_each_is():
@@ -166,7 +167,7 @@ def test_runs_are_compared_on_the_same_images_alone(tmp_path):
         write_run(tmp_path, f"cifar10-{recipe}-224", "seed0-subset512", accuracy=accuracy)
     reproduction_page.rebuild(tmp_path)
     page = (tmp_path / "recipes.html").read_text()
-    assert "<h2>ResNet-50 and ResNet-101 (512 images)</h2>" in page
+    assert "<h3>ResNet-50 and ResNet-101 (512 images)</h3>" in page
     assert "+10.0 points against cifar10-resnet50-224" in page
     assert page.count("points against") == 1
     assert [path.name for path in tmp_path.glob("*.png")] == [

@@ -128,7 +128,7 @@ def rows() -> list[dict]:
 
 def markdown(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    header = ["ingredient", "defined by", "equal by", "faults that tests find"]
+    header = ["ingredient", "defined by", "test of equality", "mutants that tests find"]
     cells = [
         [
             row["ingredient"],
@@ -141,11 +141,23 @@ def markdown(rows: list[dict]) -> str:
     return table(header, cells)
 
 
+def page(rows: list[dict]) -> str:
+    """The table, with what its columns mean."""
+    return f"# Ingredients of the recipes\n\n{INTRODUCTION}\n\n{markdown(rows)}"
+
+
+INTRODUCTION = """\
+An ingredient is a part of a published training recipe: an augmentation, a loss, an optimizer or a
+schedule, with its flag of `flax-resnet train`. Each row names the library that defines the
+ingredient and the test that compares the two. The tests are in `equivalence_tests/numerics`. A
+mutant is a fault injected into the JAX code; the [kill matrix](kill-matrix.md) says what each one
+does and which test fails on it."""
+
+
 def main() -> int:
     found = rows()
     results.write("ingredients", {"rows": found})
-    text = f"# Ingredients of the recipes\n\n{markdown(found)}"
-    (results.FOLDER / "ingredients.md").write_text(text)
+    (results.FOLDER / "ingredients.md").write_text(page(found))
     return int(not all(all(row["killed"].values()) for row in found))
 
 

@@ -125,7 +125,7 @@ def markdown(rows: list[dict]) -> str:
     lines += ["|---" * (4 + len(others)) + "|"]
     for r in sorted(rows, key=lambda r: _order(r["difference"])):
         killer = f"`{r['killed_by']}`" if r["killed_by"] else "**survives**"
-        seen = ["sees it" if name in r["seen_by"] else "blind" for name in others]
+        seen = ["found" if name in r["seen_by"] else "missed" for name in others]
         cells = [r["difference"], r["mutant"], r["what"], killer, *seen]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -139,8 +139,11 @@ def _order(difference: str) -> tuple[int, str]:
 def summary(rows: list[dict]) -> str:
     """All counts in two sentences."""
     killed = sum(bool(r["killed_by"]) for r in rows)
-    others = [f"{name} {sum(name in r['seen_by'] for r in rows)}" for name in criteria.CRITERIA]
-    return f"{killed} of {len(rows)} mutants killed. Seen by others' criteria: {', '.join(others)}."
+    others = [f"{sum(name in r['seen_by'] for r in rows)} ({name})" for name in criteria.CRITERIA]
+    return (
+        f"A test fails on {killed} of {len(rows)} mutants. The criteria of other projects find"
+        f" {', '.join(others)}."
+    )
 
 
 def parse():
@@ -175,14 +178,34 @@ def _updated(before: list[dict], rows: list[dict]) -> list[dict]:
 
 def write(document: dict):
     results.write("kill-matrix", document)
-    without = [f"- {n}: {why}" for n, why in mutants.NOT_APPLICABLE.items()]
-    (results.FOLDER / "kill-matrix.md").write_text(
-        f"# Kill matrix\n\n`{document['command']}`\n\n{document['summary']}\n\n"
-        + markdown(document["rows"])
-        + "\nThe criteria run on resnet18, and on resnext50_32x4d for 8a and 11b; faults of"
-        " optimizers, schedules, images and other networks are out of their reach. Without a"
-        " mutant:\n\n" + "\n".join(without) + "\n"
-    )
+    (results.FOLDER / "kill-matrix.md").write_text(page(document))
+
+
+def page(document: dict) -> str:
+    """The matrix in Markdown, with what its columns mean."""
+    projects = [f"- {name}: {_sentence(see)}" for name, see in criteria.CRITERIA.items()]
+    without = [f"- {number}: {why}" for number, why in mutants.NOT_APPLICABLE.items()]
+    return "\n".join([
+        f"# Kill matrix\n\n{INTRODUCTION}\n\n`{document['command']}`\n\n{document['summary']}\n",
+        f"{CRITERIA}\n", *projects, "", markdown(document["rows"]),
+        "One known difference has a number and no mutant:\n", *without, "",
+    ])  # fmt: skip
+
+
+INTRODUCTION = """\
+A mutant is a known difference between JAX ports and PyTorch, injected as a fault. Mutants with the
+same number are variants of one difference. The tests that compare JAX with PyTorch run on each
+mutant, and the table names the first test that fails: `layers::test_bottleneck` is in
+`equivalence_tests/numerics/test_layers.py`. This command made the table:"""
+
+CRITERIA = """\
+The last six columns are criteria by which other projects accept a port. They run on resnet18, and
+for the mutants 8a and 11b on resnext50_32x4d. They cannot find faults of optimizers, schedules,
+images and other networks. "Found" means that the criterion rejects the mutant:"""
+
+
+def _sentence(see) -> str:
+    return " ".join(see.__doc__.split()).rstrip(".")
 
 
 if __name__ == "__main__":

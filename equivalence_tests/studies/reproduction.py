@@ -194,38 +194,33 @@ def comparisons(runs: list[Run]) -> dict[str, list[Run]]:
     return found
 
 
-def discussion(runs: list[Run]) -> str:
-    """One sentence for each recipe: its changes from the plainest one."""
-    plain, sentences = runs[0], []
-    for run in runs:
-        gap = score(run.report, "train_accuracy") - score(run.report, "test_accuracy")
-        change = score(run.report, "test_accuracy") - score(plain.report, "test_accuracy")
-        words = "" if run is plain else f", {100 * change:+.1f} points against {plain.recipe}"
-        sentences.append(
-            f"{run.recipe} ({RECIPES[run.recipe].method}) tests at"
-            f" {score(run.report, 'test_accuracy'):.4f}{words}; training accuracy is"
-            f" {100 * gap:+.1f} points above that, best epoch {run.report['best_epoch']}."
-        )
-    return " ".join(sentences)
+def discussion(run: Run, plain: Run) -> str:
+    """The accuracies of a run, beside the test accuracy of the plainest run."""
+    train, test = (score(run.report, f"{split}_accuracy") for split in ("train", "test"))
+    change = test - score(plain.report, "test_accuracy")
+    words = "" if run is plain else f" ({100 * change:+.1f} points against {plain.recipe})"
+    monitor = RECIPES[run.recipe].config.early_stopping.monitor.replace("_", " ")
+    return (
+        f"Seed {run.seed} reached a test accuracy of {test:.4f}{words} and a training accuracy of"
+        f" {train:.4f}. Epoch {run.report['best_epoch']} had the best {monitor}."
+    )
 
 
-def differences(names: Sequence[str]) -> str:
-    """Every setting in which recipes differ, with its values in their order."""
+def differences(names: Sequence[str]) -> dict[str, list[str]]:
+    """{setting in which recipes differ: its value in each of them}."""
     settings = [_settings(name) for name in names]
-    parts = []
-    for field in settings[0]:
-        values = [each[field] for each in settings]
-        if any(value != values[0] for value in values):
-            parts.append(f"{field.replace('_', ' ')} {', '.join(map(_value, values))}")
-    return "; ".join(parts)
+    values = {field: [_value(each[field]) for each in settings] for field in settings[0]}
+    return {f.replace("_", " "): found for f, found in values.items() if len(set(found)) > 1}
 
 
 def _settings(name: str) -> dict:
-    return {"starts_from": RECIPES[name].starts_from} | _flat(to_dict(RECIPES[name].config))
+    start = {"starts_from": RECIPES[name].starts_from or "random weights"}
+    return start | _flat(to_dict(RECIPES[name].config))
 
 
 def _value(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    words = value if isinstance(value, list) else ["default" if value is None else value]
+    return " ".join(map(str, words))
 
 
 def side_by_side(rows: list[dict]) -> list[dict]:

@@ -35,7 +35,7 @@ def rebuild(folder: Path) -> list[dict]:
     figures = {"rows": rows, "side_by_side": side_by_side(rows)}
     content = json.dumps(finite(figures), indent=1, allow_nan=False)
     _write(folder / "recipes.json", content + "\n")
-    text = f"# Published figures, and ours\n\n{markdown(rows)}"
+    text = f"# Published figures, and ours\n\n{COLUMNS}\n\n{markdown(rows)}"
     if pairs := pairs_markdown(rows):
         text += f"\n## The same recipe in JAX and in PyTorch\n\n{PAIRS_METHOD}\n\n{pairs}"
     _write(folder / "recipes.md", text)
@@ -50,6 +50,15 @@ def rebuild(folder: Path) -> list[dict]:
 def _write(path: Path, text: str):
     with replacing(path) as place:
         place.write_text(text)
+
+
+COLUMNS = """\
+A recipe is a named config of a training. Each row has one figure of one recipe. "Published" is the
+figure of the recipe's source, and "reached" is the figure here: the mean over the seeds, with the
+standard deviation if there are several. A dash means that the source has no such figure. Minutes
+are the median of a run. An image folder is a copy of the data set as JPEG files, which for CIFAR-10
+are of quality 75. Every figure is read from the report of a run. Validation images choose the epoch
+whose weights are evaluated, where a recipe chooses one. Test images are read once, at the end."""
 
 
 def markdown(rows: list[dict]) -> str:
@@ -102,9 +111,10 @@ def reached(spread: dict) -> str:
 
 
 PAIRS_METHOD = f"""\
-Mean over the same seeds, which are two independent samples: weights, batches and augmentation are
-drawn by each framework. Equivalent is a difference of the means below {100 * MARGIN:.1f} points by
-two one-sided Welch tests at {100 * LEVEL:.0f}%; minutes are the median of a run."""
+Both frameworks ran the same seeds, but each draws its own weights, batches and augmentation, so the
+runs are two independent samples. The accuracies are means, with the standard deviation. The two are
+called equivalent if two one-sided Welch tests at {100 * LEVEL:.0f}% show that their means differ by
+less than {100 * MARGIN:.1f} percentage points. Minutes are the median of a run."""
 
 
 def pairs_markdown(rows: list[dict]) -> str:
@@ -148,19 +158,24 @@ _PAGE = Template("""<!doctype html>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto;
   padding: 0 1rem; color: #222 }
-h2 { margin-top: 2.5rem } img { max-width: 100% }
+h2 { margin-top: 2.5rem } img { max-width: 100%; margin-top: 1rem }
 table { border-collapse: collapse; font-size: .85rem }
 th, td { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top }
+summary { padding: .15rem 0; cursor: pointer }
 th { border-bottom: 2px solid #999 } td { border-bottom: 1px solid #ddd }
 code, pre { background: #f6f6f6; font-size: .85rem } pre { padding: .6rem; overflow-x: auto }
 </style>
 <h1>Published figures, and ours</h1>
-<p>Every figure is read from the report of a run; models are selected on validation images, the
-test split is read once, at the end.</p>
+<p>$columns</p>
 $table
 $pairs
+<h2>Comparisons</h2>
+<p>Each comparison takes the first seed of its recipes, the plainest recipe first. Points are
+percentage points. In the plots, solid lines are validation images and dashed lines are training
+images, which are augmented.</p>
 $comparisons
 <h2>Every run</h2>
+<p>Each entry opens to the command, the curves and the confusion matrix of the run.</p>
 $runs
 </html>
 """)
@@ -169,17 +184,29 @@ $runs
 def page(folder: Path, runs: list[Run], rows: list[dict]) -> str:
     """The page as one self-contained HTML file."""
     compared = [
-        f"<h2>{html.escape(title)}</h2><p>{html.escape(discussion(group))}</p>"
-        + f"<p>They differ in: {html.escape(differences([run.recipe for run in group]))}.</p>"
+        f"<h3>{html.escape(title)}</h3>"
+        + _discussion(group)
         + _image(folder / picture_name(title), title)
         for title, group in comparisons(runs).items()
     ]
     return _PAGE.substitute(
+        columns=html.escape(COLUMNS),
         table=_html_table(markdown(rows)),
         pairs=_pairs_section(rows),
         comparisons="".join(compared),
         runs="".join(map(_section, runs)),
     )
+
+
+def _discussion(runs: list[Run]) -> str:
+    items = "".join(
+        f"<li><code>{html.escape(run.recipe)}</code>: {html.escape(RECIPES[run.recipe].method)}."
+        f" {html.escape(discussion(run, runs[0]))}"
+        for run in runs
+    )
+    names = [run.recipe for run in runs]
+    rows = [["setting", *names], *([name, *cells] for name, cells in differences(names).items())]
+    return f"<ul>{items}</ul><p>The recipes differ in these settings:</p>{_html_rows(rows)}"
 
 
 def _pairs_section(rows: list[dict]) -> str:
@@ -189,9 +216,13 @@ def _pairs_section(rows: list[dict]) -> str:
 
 
 def _html_table(text: str) -> str:
-    lines = [line.strip("| ").split("|") for line in text.splitlines() if line.startswith("| ")]
-    cells = [[html.escape(cell.strip().replace("`", "")) for cell in line] for line in lines]
-    head, *body = cells
+    lines = [line.strip()[1:-1].split("|") for line in text.splitlines() if line.startswith("| ")]
+    return _html_rows([[cell.strip().replace("`", "") for cell in line] for line in lines])
+
+
+def _html_rows(cells: list[list[str]]) -> str:
+    """A table, whose first row is the header."""
+    head, *body = [[html.escape(cell) for cell in line] for line in cells]
     rows = "".join("<tr><td>" + "<td>".join(line) + "</tr>" for line in body)
     return f"<table><tr><th>{'<th>'.join(head)}</tr>{rows}</table>"
 
@@ -199,8 +230,10 @@ def _html_table(text: str) -> str:
 def _section(run: Run) -> str:
     recipe = RECIPES[run.recipe]
     pictures = [run.folder / name for name in ("curves.png", "confusion_matrix.png")]
+    words = [{"jax": "JAX", "torch": "PyTorch"}[run.framework], f"seed {run.seed}"]
+    words += [f"{run.subset:,} images"] if run.subset else []
     return (
-        f"<details><summary>{html.escape(run.recipe)}, {run.folder.name}: test accuracy"
+        f"<details><summary>{html.escape(run.recipe)}, {', '.join(words)}: test accuracy"
         f" {score(run.report, 'test_accuracy'):.4f}</summary><p>{html.escape(recipe.method)}</p>"
         f"<pre>{html.escape(run.report['command'])}</pre>"
         + "".join(_image(path, path.stem) for path in pictures if path.is_file())
