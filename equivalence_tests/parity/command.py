@@ -234,7 +234,7 @@ def layer_table(rows: dict) -> Table:
     """One line per layer: the largest relative difference in each phase of a training step."""
     title = "one step of training: largest relative differences"
     table = Table(title=title, box=box.SIMPLE, padding=0)  # within 80 columns
-    table.add_column("layer", no_wrap=True)
+    table.add_column("layer", overflow="fold")
     for name in (*COLUMNS.values(), "ulp"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)

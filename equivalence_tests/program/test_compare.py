@@ -17,6 +17,7 @@ from flax_resnet.commands import compare, cross_validate
 from flax_resnet.errors import InputError
 from flax_resnet.runs import tables, views
 from flax_resnet.runs.directory import RunDirectory
+from flax_resnet.runs.display import Display, results_table
 
 REPORT = {"splits": {"test": {"accuracy": 0.5, "loss": math.nan}}, "images_per_second": 9.0}
 ROWS = [{"epoch": 1, "loss": 0.5}]
@@ -196,3 +197,21 @@ def test_a_table_that_is_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "metrics.csv")
     with pytest.raises(InputError, match="is no file"):
         tables.read_rows(tmp_path / "metrics.csv")
+
+
+def test_no_figure_and_no_name_is_cut_off(run, monkeypatch, capsys):
+    """In a terminal of 80 columns, with runs in deep folders."""
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"/data/experiments/{number}/birds-with-a-long-name" for number in range(4)]
+    figures = dict.fromkeys(("loss", "accuracy", "top5_accuracy", "precision_macro"), 0.1234)
+    figures |= dict.fromkeys(("recall_macro", "f1_macro"), 0.1234)
+    course = compare.read(run)
+    shown = [
+        results_table(dict.fromkeys(names, figures)),
+        compare.table_of_figures(dict.fromkeys(names, course)),
+        compare.table_of_settings({"optimization.learning_rate": dict.fromkeys(names, 0.125)}),
+    ]
+    for table in shown:
+        Display().show(table)
+    out = capsys.readouterr().out
+    assert "…" not in out and out.count("0.1234") == 4 * 6

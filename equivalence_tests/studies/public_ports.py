@@ -6,9 +6,9 @@ flax-resnet parity --jax-model $P:haiku --torch-model $P:resnet18 --report out/h
 python -m equivalence_tests.studies.public_ports out/*/parity.json
 """
 
+import argparse
 import inspect
 import json
-import sys
 from pathlib import Path
 
 from equivalence_tests import results
@@ -26,5 +26,7 @@ def row(document: dict) -> dict:
 
 
 if __name__ == "__main__":
-    rows = [row(json.loads(Path(path).read_text())) for path in sys.argv[1:]]
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("reports", nargs="+", type=Path, help="parity.json of the comparisons")
+    rows = [row(json.loads(path.read_text())) for path in parser.parse_args().reports]
     results.write("ports", {"rows": rows})

@@ -115,7 +115,8 @@ def table_of_figures(courses: dict[str, Course]) -> Table:
     tops = best(figures)
     table = Table(caption="*: best of its column", caption_justify="left")
     for header in ("run", "epochs", *(name.replace("_", " ") for name in tops)):
-        table.add_column(header, justify="left" if header == "run" else "right")
+        justify = "left" if header == "run" else "right"
+        table.add_column(header, justify=justify, overflow="fold")
     for name, course in courses.items():
         cells = [_cell(figures[name].get(figure), tops[figure]) for figure in tops]
         done = f"{len(course.rows)}/{course.config.epochs}"
@@ -132,9 +133,9 @@ def _cell(value: float | None, top: float) -> str:
 def table_of_settings(settings: dict[str, dict]) -> Table:
     """A row for each setting that differs, a column for each run."""
     table = Table(title="settings that differ", title_justify="left")
-    table.add_column("setting")
+    table.add_column("setting", overflow="fold")
     for run in next(iter(settings.values())):
-        table.add_column(printable(run))
+        table.add_column(printable(run), overflow="fold")
     for name, values in settings.items():
         table.add_row(name, *(printable(str(value), 40) for value in values.values()))
     return table

@@ -207,9 +207,9 @@ def heaviest(made: ahead.Compiled) -> Table:
     """The kernels whose bounds are the longest."""
     table = Table(title=f"{made.target.name}: the kernels with the longest bounds, in us")
     for name in ("layer", "pass", "kind"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold")
     for name in ("times", "MB", "GFLOPs", "us"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     card = made.target.card
     ranked = sorted(made.kernels, key=lambda kernel: -kernel.times * ahead.bound(kernel, card))
     for each in ranked[:HEAVIEST]:

@@ -154,7 +154,7 @@ def drop_output(file: TextIO):
 def results_table(splits: dict[str, dict], num_classes: int | None = None) -> Table:
     """A table of {"test": {"loss", "accuracy", ...}}, a row a split, at most 80 columns wide."""
     table = Table(caption="precision, recall and F1: means over classes", caption_justify="left")
-    table.add_column("split", no_wrap=True)
+    table.add_column("split", overflow="fold")  # names of runs may be long
     for header in _COLUMNS.values():
         if header == "top 5" and num_classes:
             header = f"top {min(5, num_classes)}"
