@@ -12,7 +12,14 @@ from torch_ref import checkpoint
 
 
 def load(place: str) -> nn.Module:
-    """Imports "package.module:callable" and calls it; the network has dropout off and is float64.
+    """Like `read`, but the network has dropout off and is float64."""
+    model = read(place)
+    drop_nothing(model)
+    return model.double()
+
+
+def read(place: str) -> nn.Module:
+    """Imports "package.module:callable" and calls it.
 
     Raises:
       InputError: the callable cannot be imported, raises, or returns no network.
@@ -20,8 +27,7 @@ def load(place: str) -> nn.Module:
     model = loading.load(place, "--torch-model")
     if not isinstance(model, nn.Module):
         raise InputError(f"--torch-model {place} returns {type(model).__name__}, no nn.Module")
-    drop_nothing(model)
-    return model.double()
+    return model
 
 
 def drop_nothing(model: nn.Module):

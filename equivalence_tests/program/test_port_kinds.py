@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import torch.nn.functional as F
 from flax import nnx
 from torch import nn
@@ -149,6 +150,118 @@ def test_both_sides_may_return_logits_among_other_values():
 
     net = Torch(twin, conv=nn.Conv2d(3, 6, 3, padding=1), head=nn.Linear(6, 4))
     assert compare_models(Linen(body), net).verdict == "equal"
+
+
+class Normalising(linen.Module):
+    """A BatchNorm of its own over some axes, or Flax's along another axis than the channels."""
+
+    axes: tuple[int, ...]
+
+    @linen.compact
+    def __call__(self, x, train=False):
+        x = linen.Conv(6, (3, 3), padding=1, use_bias=False)(x)
+        x = self.normalised(x, train) if len(self.axes) > 1 else self.along(x, train)
+        return linen.Dense(4)(linen.relu(x).mean((1, 2)))
+
+    def along(self, x, train):
+        options = {"momentum": 0.9, "epsilon": 1e-5, "axis": self.axes[0]}
+        return linen.BatchNorm(use_running_average=not train, **options)(x)
+
+    def normalised(self, x, train):
+        scale, bias = (self.param(name, linen.initializers.ones, (6,)) for name in ("s", "b"))
+        means, spreads = (self.variable("batch_stats", n, jnp.ones, (6,)) for n in ("m", "v"))
+        mean, spread = means.value, spreads.value
+        if train:
+            count = x.size / 6
+            means.value = 0.9 * mean + 0.1 * x.mean((0, 1, 2))
+            spreads.value = 0.9 * spread + 0.1 * x.var((0, 1, 2)) * count / (count - 1)
+            mean, spread = (f(self.axes, keepdims=True) for f in (x.mean, x.var))
+        return (x - mean) * jax.lax.rsqrt(spread + 1e-5) * scale + bias
+
+
+@pytest.mark.control
+@pytest.mark.parametrize(
+    ("axes", "cause"),
+    [
+        ((0, 1), "BatchNorm normalises over the axes B, H instead of B, H, W"),
+        ((2,), "BatchNorm has a scale and statistics for each of 7 positions along W instead of"
+               " 6 channels"),
+    ],
+)  # fmt: skip
+def test_a_batch_norm_over_other_axes_is_named(axes, cause):
+    conv = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+    net = nn.Sequential(conv, nn.BatchNorm2d(6), nn.ReLU(), *pooled())
+    assert compare_models(Normalising(axes), net, image_size=(5, 7)).groups() == {cause: ["1"]}
+
+
+@pytest.mark.control
+def test_classes_in_another_order_and_other_constants_of_the_input_are_named():
+    def normalised(x, mean, std):
+        return (x - jnp.asarray(mean, x.dtype)) / jnp.asarray(std, x.dtype)
+
+    def body(x, train):
+        x = linen.relu(conv(normalised(x, (0.5, 0.5, 0.5), (0.229, 0.224, 0.225))))
+        return linen.Dense(4)(x.mean((1, 2)))[:, jnp.array([0, 3, 1, 2])]
+
+    def twin(net, x):
+        x = (x - net.mean) / net.std
+        return net.head(F.relu(net.conv(x)).mean((2, 3)))
+
+    net = Torch(twin, conv=nn.Conv2d(3, 6, 3, padding=1), head=nn.Linear(6, 4))
+    for name, values in ("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225]):
+        net.register_buffer(name, torch.tensor(values).reshape(3, 1, 1))
+    report = compare_models(Linen(body), net, image_size=(5, 7))
+    std = "std (0.229, 0.224, 0.225)"
+    mean = f"mean 0.5 and {std} instead of mean (0.485, 0.456, 0.406) and {std}"
+    assert report.groups() == {
+        f"the input is normalised by {mean}": ["div"],
+        "the classes are in another order: JAX's 1, 2, 3 are PyTorch's 3, 1, 2": ["logits"],
+    }
+
+
+def returning(values, in_torch=lambda x, logits: logits):
+    """A pair of networks, and what each returns of six features and of its logits."""
+
+    def body(x, train):
+        x = linen.relu(conv(x)).mean((1, 2))
+        return values(x, linen.Dense(4)(x))
+
+    def twin(net, x):
+        x = F.relu(net.conv(x)).mean((2, 3))
+        return in_torch(x, net.head(x))
+
+    return Linen(body), Torch(twin, conv=nn.Conv2d(3, 6, 3, padding=1), head=nn.Linear(6, 4))
+
+
+@pytest.mark.parametrize("last", [lambda x, y: (x, y), lambda x, y: {"x": x[:, None], "y": y}])
+def test_the_value_of_as_many_classes_is_the_logits(last):
+    assert compare_models(*returning(last), image_size=(5, 7)).verdict == "equal"
+    port, net = returning(lambda x, y: y, last)
+    assert compare_models(port, net, image_size=(5, 7)).verdict == "equal"
+
+
+def test_values_that_may_all_be_logits_are_refused_in_a_line():
+    port, net = returning(lambda x, y: (x, [y]), lambda x, y: (x, y))
+    message = r"several values that may be logits: \[0\] \[5, 6\], \[1\]\[0\] \[5, 4\]; return one"
+    with pytest.raises(InputError, match=message):
+        compare_models(port, net, image_size=(5, 7))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_rms_norm_without_an_eps_takes_that_of_float32(own):
+    def apply(variables, x, train):
+        x = 1e-3 * (x.mean((1, 2)) @ variables["first"])
+        eps = jnp.finfo(x.dtype).eps if own else 2.0**-23
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * variables["scale"]
+        return x @ variables["head"], variables
+
+    shapes = {"first": (3, 6), "scale": (6,), "head": (6, 4)}
+    net = Torch(
+        lambda net, x: net.head(net.norm(1e-3 * net.first(x.mean((2, 3))))),
+        first=nn.Linear(3, 6, False), norm=nn.RMSNorm(6), head=nn.Linear(6, 4, False),
+    )  # fmt: skip
+    port = apply, {n: jnp.zeros(shape) for n, shape in shapes.items()}
+    assert compare_models(port, net, image_size=(5, 7)).verdict == "equal"
 
 
 def slow_to_fold():

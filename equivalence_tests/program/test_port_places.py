@@ -352,17 +352,6 @@ def dense_in_torch(body):
     return Torch(body, head=nn.Linear(3, 4, bias=False))
 
 
-def test_dropout_that_is_a_function_is_off():
-    def body(net, x):
-        x = F.dropout(x, 0.5, net.training).mean((2, 3))[:, None]
-        rate = 0.5 if net.training else 0.0
-        one = F.scaled_dot_product_attention(x, x, x, dropout_p=rate)[:, 0]  # of one position: x
-        return {"out": net.head(torch.dropout(one, 0.5, net.training))}
-
-    report = compare_models(dense(), dense_in_torch(body), image_size=SIZE)
-    assert report.verdict == "equal", str(report)
-
-
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -16,7 +16,7 @@ from torch import nn
 
 from equivalence_tests.mutants import foreign_networks
 from equivalence_tests.mutants.foreign_networks import in_nnx, in_torch, pairs_nnx, pairs_torch
-from equivalence_tests.parity import compare_models
+from equivalence_tests.parity import compare_models, own_model
 from equivalence_tests.parity.ports import cases, exported, mapping_file, written
 from equivalence_tests.program.command import run_installed
 from flax_resnet.errors import InputError
@@ -310,7 +310,7 @@ def test_an_exponent_named_p_is_no_dropout():
     class GeM(nn.Module):
         p = 3.0
 
-    net = cases.prepared(nn.Sequential(GeM(), nn.Dropout(0.5)))
+    own_model.drop_nothing(net := nn.Sequential(GeM(), nn.Dropout(0.5)))
     ones = torch.ones(1, 100)
     assert net[0].p == 3.0 and torch.equal(net.train()[1](ones), ones)
 

@@ -3,33 +3,38 @@
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from equivalence_tests.parity.ports import outputs
 from equivalence_tests.parity.ports.frameworks import FRAMEWORKS
 from flax_resnet.errors import InputError
 
 
 class Network(NamedTuple):
-    """A network as a pure function; it drops nothing at random."""
+    """A network as a pure function."""
 
     apply: Callable
     """`apply(variables, images [B, H, W, C], train)` -> (logits [B, K], variables after)."""
     variables: Any
     """The pytree of arrays that `apply` takes."""
 
+    classes: int | None = None
+    """K, if it is known."""
 
-def adapt(net, image_shape: tuple[int, int, int, int]) -> Network:
+
+def adapt(net, image_shape: tuple[int, int, int, int], classes: Collection[int] = ()) -> Network:
     """Takes a network of any JAX framework; random weights come from the framework's own start.
 
     Args:
       net: an NNX, Linen, Equinox, Keras or transformers network, Haiku's transformed functions,
         `(apply, variables)`, or a `Network`. Variables, or an Equinox state, may follow in a tuple.
       image_shape: (B, H, W, C).
+      classes: numbers of classes, by which one of several values is chosen as the logits.
 
     Raises:
       InputError: `net` is something else, or its forward pass raises or returns no logits.
@@ -38,11 +43,12 @@ def adapt(net, image_shape: tuple[int, int, int, int]) -> Network:
     network = network._replace(variables=jax.tree.map(_typed, network.variables))
     images = jax.ShapeDtypeStruct(image_shape, _precision(network.variables))
     while True:
-        checked = _checked(network.apply)
+        checked = _checked(network.apply, classes)
         try:
             for train in False, True:
-                jax.eval_shape(partial(checked, train=train), network.variables, images)
-            return Network(checked, network.variables)
+                run = partial(checked, train=train)
+                logits, _ = jax.eval_shape(run, network.variables, images)
+            return Network(checked, network.variables, logits.shape[1])
         except InputError as error:
             axis = _unbound_axis(error.__cause__)
             if axis is None:
@@ -114,7 +120,7 @@ def _with_axis(apply, name) -> Callable:
     return bound
 
 
-def _checked(apply) -> Callable:
+def _checked(apply, classes) -> Callable:
     def checked(variables, images, train):
         try:
             out = apply(variables, images, train)
@@ -125,35 +131,14 @@ def _checked(apply) -> Callable:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"the forward pass of {size} raises {reason}") from error
         if not (isinstance(out, tuple) and len(out) == 2):
-            raise InputError(f"apply returns {_shown(out)}, not (logits, variables after)")
+            raise InputError(f"apply returns {outputs.shown(out)}, not (logits, variables after)")
         if jax.tree.structure(out[1]) != jax.tree.structure(variables):
             raise InputError("the variables after a forward pass have other parts than before it")
-        return _logits(out[0], len(images)), out[1]
+        given = len(images), _is_float, "the network", classes
+        return outputs.logits(out[0], *given), out[1]
 
     return checked
 
 
-def _logits(out, batch: int):
-    inner = _unwrapped(out)
-    shape = getattr(inner, "shape", ())
-    if not (len(shape) == 2 and shape[0] == batch and jnp.issubdtype(inner.dtype, jnp.floating)):
-        raise InputError(f"the network returns {_shown(inner)}, not logits [{batch}, classes]")
-    return inner
-
-
-def _unwrapped(out):
-    """The logits in an output: its `logits`, or the first of several values."""
-    if hasattr(out, "logits"):
-        return out.logits
-    if isinstance(out, Mapping):
-        name = "logits" if "logits" in out else next(iter(out)) if len(out) == 1 else None
-        return out if name is None else _unwrapped(out[name])
-    if isinstance(out, tuple | list) and out:
-        return _unwrapped(out[0])
-    return out
-
-
-def _shown(out) -> str:
-    if hasattr(out, "shape"):
-        return f"{out.dtype}{list(out.shape)}"
-    return type(out).__name__
+def _is_float(array) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))

@@ -35,7 +35,7 @@ def compared(args) -> dict:
     from equivalence_tests.parity import own_model
     from equivalence_tests.parity.ports.judge import compare_models
 
-    net = own_model.load(args.torch_model)
+    net = own_model.read(args.torch_model)
     jax_net = loading.load(args.jax_model, "--jax-model")
     optax_optimizer = args.optax_optimizer and loading.load(
         args.optax_optimizer, "--optax-optimizer"

@@ -9,7 +9,7 @@ import functools
 import itertools
 import operator
 import warnings
-from unittest import mock
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._pytree import tree_map
 
-from equivalence_tests.parity.ports import written
+from equivalence_tests.parity.ports import draws, outputs, written
 from equivalence_tests.parity.ports.graph import Graph, Operation
 from flax_resnet.errors import InputError
 
@@ -27,33 +27,34 @@ BATCH_NORM = "batch_norm"
 """Name of BatchNorm's operation, `batch_norm` below."""
 
 
-def graph(net: nn.Module, image_shape: tuple[int, ...], *, train: bool) -> Graph:
+def graph(
+    net: nn.Module, image_shape: tuple[int, ...], *, train: bool, classes: Collection[int] = ()
+) -> Graph:
     """The graph of a float64 network for images `[B, C, H, W]`; the network stays as it is.
+
+    Args:
+      classes: numbers of classes, by which one of several values is chosen as the logits.
 
     Raises:
       InputError: the network raises, or `torch.export` cannot follow it.
     """
     net = copy.deepcopy(net).train(train)
-    net.register_forward_hook(lambda module, inputs, output: _logits(output))
+    given = image_shape[0], torch.is_floating_point, "the PyTorch network", classes
+    net.register_forward_hook(lambda module, inputs, output: outputs.logits(output, *given))
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # attention as one opaque operation
     images = torch.zeros(image_shape, dtype=torch.float64)
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _no_dropout():
+        with torch.no_grad(), warnings.catch_warnings(), _raising(images):
             warnings.simplefilter("ignore")
-            _check_logits(net(images + torch.randn_like(images)), len(images))
+            net(images + torch.randn_like(images))
             program = torch.export.export(net, (images,), strict=False).run_decompositions({})
-    except InputError:
-        raise
-    except Exception as error:  # whatever the user's own code raises
-        size = "x".join(map(str, image_shape[1:]))
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"the PyTorch network raises on images of {size}: {reason}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     builder = _Builder(program)
     found = builder.graph()
-    drawing = builder.random & set(found.needed([found.logits]))
+    drawn = {i for i, o in enumerate(found.operations) if o.name == draws.DRAW and not train}
+    drawing = (builder.random | drawn) & set(found.needed([found.logits]))
     if drawing:
         mode, operation = "training" if train else "evaluation", found.operations[min(drawing)]
         where = f" at {operation.module}" if operation.module else ""
@@ -63,33 +64,25 @@ def graph(net: nn.Module, image_shape: tuple[int, ...], *, train: bool) -> Graph
     return found
 
 
-_DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
-             "feature_alpha_dropout")  # fmt: skip
+def classes(net: nn.Module, images: torch.Tensor) -> set[int]:
+    """Numbers of classes that the network may have, of all values that may be its logits."""
+    with torch.no_grad(), _raising(images):
+        output = net.eval()(images)
+    found = outputs.candidates(output, len(images), torch.is_floating_point)
+    return {value.shape[1] for value in found.values()}
 
 
 @contextlib.contextmanager
-def _no_dropout():
-    """Functions that drop values return their input; modules are replaced by `drop_nothing`."""
-    with contextlib.ExitStack() as stack:
-        for name in _DROPOUTS:
-            stack.enter_context(mock.patch.object(F, name, lambda input, *_, **__: input))
+def _raising(images):
+    """Whatever the user's own code raises is an InputError."""
+    try:
         yield
-
-
-def _check_logits(output, batch: int):
-    shape = getattr(output, "shape", None)
-    if shape is None or len(shape) != 2 or shape[0] != batch or not output.is_floating_point():
-        what = type(output).__name__ if shape is None else list(shape)
-        raise InputError(f"the PyTorch network returns {what}, not logits [{batch}, classes]")
-
-
-def _logits(output):
-    """The logits in an output: its `logits`, or the first of several values."""
-    if hasattr(output, "logits"):
-        return output.logits
-    if isinstance(output, dict) and ("logits" in output or len(output) == 1):
-        return output["logits" if "logits" in output else next(iter(output))]
-    return output[0] if isinstance(output, tuple | list) and output else output
+    except InputError:
+        raise
+    except Exception as error:
+        size = "x".join(map(str, images.shape[1:]))
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"the PyTorch network raises on images of {size}: {reason}") from error
 
 
 class _Builder:
@@ -136,17 +129,62 @@ class _Builder:
         elif name.startswith("_native_batch_norm_legit"):
             self._batch_norm(node)
         elif name == "dropout":
-            self._values[node] = self._values[node.args[0]]
+            self._values[node] = self._dropout(node, node.meta["val"])
         elif name == "native_dropout":
-            self._several[node] = {0: self._values[node.args[0]]}
+            self._several[node] = {0: self._dropout(node, node.meta["val"][0])}
+        elif name == "bernoulli" and len(node.args) == 2:
+            self._values[node] = self._mask(node, node.meta["val"].shape, node.args[1])
+        elif name in ("rand", "rand_like"):
+            self._values[node] = self._draw(node, node.meta["val"].shape)
+        elif name == "scaled_dot_product_attention" and len(node.args) > 4 and node.args[4]:
+            self._values[node] = self._attention(node)
         elif node.target is operator.getitem and node.args[0] in self._several:
             self._values[node] = self._several[node.args[0]][node.args[1]]
         else:
-            if name == "scaled_dot_product_attention":  # its fifth argument is a dropout's rate
-                node.args = node.args[:4]
-            elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            if name == "rms_norm":
+                node.args, node.kwargs = _with_eps(*node.args, **node.kwargs), {}
+            drawing = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            if drawing and name != "scaled_dot_product_attention":  # a rate of 0
                 self.random.add(len(self.operations))
             self._values[node] = self._add(name, _function(node), node.all_input_nodes, node)
+
+    def _draw(self, node, shape) -> int:
+        seed = 1, len(self.operations)
+
+        def run():
+            return (torch.from_numpy(draws.numbers(*seed, shape=shape)),)
+
+        return self._add(draws.DRAW, run, [], node, options={"shape": tuple(shape)})
+
+    def _mask(self, node, shape, share: float) -> int:
+        def run(drawn):
+            return ((drawn < share).double(),)
+
+        options = {"share": share, "shape": tuple(shape)}
+        return self._add(draws.KEEP, run, [self._draw(node, shape)], node, options=options)
+
+    def _dropout(self, node, output) -> int:
+        x, rate, training = node.args
+        if not training or rate == 0:
+            return self._values[x]
+        share = 1 - rate
+        mask = self._mask(node, output.shape, share)
+        return self._add("apply_mask", lambda x, mask: (x * mask / (share or 1),), [x, mask], node)
+
+    def _attention(self, node) -> int:
+        """Attention whose dropout is a mask of its own."""
+        query, key, value, bias, rate, *causal = node.args
+        shape = (*query.meta["val"].shape[:-1], key.meta["val"].shape[-2])
+        mask = self._mask(node, shape, 1 - rate)
+
+        def run(q, k, v, mask, bias=None):
+            found, weights = torch.ops.aten._scaled_dot_product_attention_math(
+                q, k, v, bias, 0.0, *causal, **node.kwargs
+            )
+            return (weights * mask / (1 - rate) @ v,)
+
+        inputs = [query, key, value, mask, *([] if bias is None else [bias])]
+        return self._add("scaled_dot_product_attention", run, inputs, node)
 
     def _product(self, node, name):
         """A kernel and its bias are two operations, as in JAX."""
@@ -194,6 +232,11 @@ class _Builder:
         return outputs[0] if count == 1 else outputs
 
 
+def _with_eps(x, shape, weight=None, eps=None) -> tuple:
+    """RMSNorm's arguments; by default its eps is that of float32, in which users compute."""
+    return x, shape, weight, written.EPS if eps is None else eps
+
+
 def _module(node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     return next(reversed(stack.values()))[0] if stack else ""
@@ -234,7 +277,7 @@ def batch_norm(x, *leaves, training, momentum, eps, given, biased=False, by=None
       given: which of the four are.
       biased: the running variance takes the biased variance of the batch.
       by: (x, running mean, running variance) -> the mean and variance that x is normalised by,
-        where these are not PyTorch's.
+        where these are not PyTorch's: of each channel, or of as many axes as x has.
     """
     arrays = iter(leaves)
     weight, bias, mean, variance = (next(arrays) if part else None for part in given)
@@ -253,7 +296,8 @@ def batch_norm(x, *leaves, training, momentum, eps, given, biased=False, by=None
 def _normalised(x, mean, variance, weight, bias, eps):
     """F.batch_norm in evaluation; unlike it, this passes a gradient to the statistics."""
     shape = [1, -1, *[1] * (x.ndim - 2)]
-    y = (x - mean.reshape(shape)) * (variance + eps).rsqrt().reshape(shape)
+    mean, variance = (a.reshape(shape) if a.ndim == 1 else a for a in (mean, variance))
+    y = (x - mean) * (variance + eps).rsqrt()
     return y if weight is None else y * weight.reshape(shape) + bias.reshape(shape)
 
 

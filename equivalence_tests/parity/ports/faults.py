@@ -31,6 +31,27 @@ class Fault(NamedTuple):
     """Known faults, each of which gives what JAX has; [] if none does."""
 
 
+def unshared(walk: Walk, found: list[Fault]) -> list[str]:
+    """Remarks on faults without a cause whose masks of dropout are not the same, one sentence each.
+
+    Args:
+      found: of `forward` on the walk.
+    """
+    bare = [fault.error for fault in found if not fault.causes]
+    return [
+        f"the masks of dropout before {last(walk.standard.operations, step)} could not be shared:"
+        f" {step.drawn.apart}"
+        for step in walk.steps
+        if step.error in bare and step.drawn.apart
+    ]
+
+
+def last(operations, step) -> str:
+    """The module of the last operation above an anchor."""
+    last = operations[step.operations[-1]] if step.operations else None
+    return (last.module or last.name) if last else LOGITS
+
+
 LOGITS = "logits"
 """Stands for a module where the logits differ after the last layer."""
 
@@ -57,6 +78,11 @@ def forward(walk: Walk, mode: str) -> tuple[list[Fault], Changes]:
 def _after_logits(walk: Walk) -> list[str]:
     """Name the function of its logits that JAX's network returns; [] if none is known."""
     logits, end = (np.asarray(walk.of_jax[step.subject]) for step in walk.steps[-2:])
+    for one in walk.steps[-1].drawn.dropouts:
+        if any(variants.nearly(end, logits * one.factor(a).numpy()) for a in one.like(end.shape)):
+            return [f"the network drops values of its logits at a rate of {one.rate}"]
+    if permuted := _permuted(logits, end):
+        return [permuted]
     functions = {"softmax": jax.nn.softmax, "log-softmax": jax.nn.log_softmax}
     names = [n for n, f in functions.items() if variants.nearly(end, np.asarray(f(logits)))]
     found = [f"the network returns the {name} of its logits" for name in names]
@@ -64,6 +90,27 @@ def _after_logits(walk: Walk) -> list[str]:
     if variants.nearly(end, factor * logits):
         found.append(f"the network returns its logits times {factor:.6g}")
     return found
+
+
+MOST_CLASSES = 8
+"""Classes of another order that a line names."""
+
+
+def _permuted(logits: np.ndarray, end: np.ndarray) -> str:
+    """Says which classes are in another order; "" if the logits differ otherwise."""
+    if logits.shape != end.shape:
+        return ""
+    apart = np.linalg.norm(end[:, :, None] - logits[:, None, :], axis=0)
+    order = apart.argmin(1)
+    if len(set(order)) < len(order) or not variants.nearly(end, logits[:, order]):
+        return ""
+    moved = np.flatnonzero(order != np.arange(len(order)))
+    ours, theirs = ([str(i) for i in part[:MOST_CLASSES]] for part in (moved, order[moved]))
+    more = f" and {len(moved) - MOST_CLASSES} more" if len(moved) > MOST_CLASSES else ""
+    return (
+        f"the classes are in another order: JAX's {', '.join(ours)}{more} are PyTorch's"
+        f" {', '.join(theirs)}{more}"
+    )
 
 
 def _named(operations, step, causes, mode) -> list[Fault]:
@@ -75,8 +122,7 @@ def _named(operations, step, causes, mode) -> list[Fault]:
             for i, variant in causes[0].items()
         ]
     if not causes:
-        last = operations[step.operations[-1]]
-        return [Fault(last.module or last.name, mode, "forward", step.error, [])]
+        return [Fault(last(operations, step), mode, "forward", step.error, [])]
     reasons = {}
     for cause in causes:
         for index, variant in cause.items():

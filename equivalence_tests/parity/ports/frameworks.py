@@ -5,16 +5,13 @@ A framework is recognised only if the user's code has imported it: nothing here 
 
 import dataclasses
 import inspect
-from contextlib import ExitStack, contextmanager
 from functools import partial
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from flax import linen, nnx
+from flax import nnx
 from flax.errors import ModifyScopeVariableError
 
-from equivalence_tests.parity.loading import drops
 from flax_resnet.errors import InputError
 
 _IS_TRAINING = {
@@ -23,22 +20,20 @@ _IS_TRAINING = {
 }  # fmt: skip
 """Names of a flag, and its value in training."""
 
-_RATES = ("dropout_rate", "dropout_prob", "drop_rate", "drop_prob", "drop_path_rate")
-"""Attributes of a layer that drops values besides its own work, as attention does."""
-
 
 def _nnx(images, model):
     graph, state = nnx.split(model)
-    parts = [part for _, part in nnx.iter_modules(model)]
+    keys, _ = nnx.split_state(state, nnx.RngState, ...)
     takes = inspect.signature(model.__call__).parameters
 
     def apply(state, images, train):
         model = nnx.merge(graph, state)
         _set_mode(model, train)
-        with _calls_replaced(parts):
-            out = model(images, **_flags(takes, train))
+        keys_given = {"rngs": nnx.Rngs(0)} if "rngs" in takes else {}
+        out = model(images, **keys_given, **_flags(takes, train))
         nnx.pop(model, nnx.Intermediate)  # what it sows is no state
-        return out, nnx.state(model)
+        _, after = nnx.split_state(nnx.state(model), nnx.RngState, ...)
+        return out, nnx.merge_state(after, keys)  # each step draws the same numbers
 
     return apply, state
 
@@ -47,8 +42,6 @@ def _set_mode(model, train):
     model.train() if train else model.eval()
     others = {"training": train, "is_training": train, "inference": not train}
     model.set_attributes(**others, raise_if_not_found=False)
-    for _, part in nnx.iter_modules(model):
-        _set_rates_to_zero(part)
 
 
 def _linen(images, module, variables=None):
@@ -58,8 +51,7 @@ def _linen(images, module, variables=None):
 
     def run(method, train, *args, **settings):
         bound = getattr(module.clone(**_flags(fields, train)), method)
-        with linen.intercept_methods(_dropping_nothing):
-            return bound(*args, **settings, **_flags(takes, train))
+        return bound(*args, **settings, **_flags(takes, train))
 
     def apply(variables, images, train):
         others = [name for name in variables if name != "params"]
@@ -90,8 +82,7 @@ def _haiku(images, transformed, params=None, state=None):
     takes = inspect.signature(transformed.init).parameters
 
     def run(function, train, *args):
-        with haiku.intercept_methods(_dropping_nothing), _no_haiku_dropout():
-            return function(*args, **_flags(takes, train))
+        return function(*args, **_flags(takes, train))
 
     def apply(variables, images, train):
         out, state = run(transformed.apply, train, *variables, key, images)
@@ -102,16 +93,11 @@ def _haiku(images, transformed, params=None, state=None):
     return apply, (params, state or {})
 
 
-def _no_haiku_dropout():
-    """Haiku's dropout is a function, which Haiku keeps apart so that it can be replaced."""
-    return mock.patch("haiku._src.basic.dropout_impl", lambda rng, rate, x, **_: x)
-
-
 def _equinox(images, model, state=None):
     import equinox
 
     takes = inspect.signature(model.__call__).parameters
-    key = {"key": jax.random.key(0)} if "key" in takes else {}
+    keyed = "key" in takes
     parts = _parts(model)
     axis = next((part.axis_name for part in parts if hasattr(part, "axis_name")), "batch")
     has_state = state is not None or any(isinstance(p, equinox.nn.StateIndex) for p in parts)
@@ -123,14 +109,14 @@ def _equinox(images, model, state=None):
         arrays, state = variables
         net = equinox.nn.inference_mode(equinox.combine(arrays, static), not train)
 
-        def one(image, state):
+        def one(image, key, state):
             args = (image, state) if has_state else (image,)
-            out = net(*args, **key, **_flags(takes, train))
+            out = net(*args, **({"key": key} if keyed else {}), **_flags(takes, train))
             return out if has_state else (out, state)
 
-        run = jax.vmap(one, in_axes=(0, None), out_axes=(0, None), axis_name=axis)
-        with _calls_replaced(parts):
-            out, state = run(jnp.moveaxis(images, -1, 1), state)
+        run = jax.vmap(one, in_axes=(0, 0, None), out_axes=(0, None), axis_name=axis)
+        keys = jax.random.split(jax.random.key(0), len(images))
+        out, state = run(jnp.moveaxis(images, -1, 1), keys, state)
         return out, (arrays, state)
 
     return apply, (arrays, state)
@@ -154,13 +140,11 @@ def _keras(images, model):
         raise InputError("Keras computes with another library; set KERAS_BACKEND=jax")
     if not model.built:
         model.build(images.shape)
-    layers = model._flatten_layers()
     parts = model.trainable_variables, model.non_trainable_variables
 
     def apply(variables, images, train):
         values = [[of[v.path] for v in part] for of, part in zip(variables, parts, strict=True)]
-        with _calls_replaced(layers):
-            out, after = model.stateless_call(*values, images, training=train)
+        out, after = model.stateless_call(*values, images, training=train)
         names = [v.path for v in parts[1]]
         return out, (variables[0], dict(zip(names, after, strict=True)))
 
@@ -189,32 +173,3 @@ def _initialised(init, key, images):
 
 def _flags(names, train: bool) -> dict[str, bool]:
     return {name: train == value for name, value in _IS_TRAINING.items() if name in names}
-
-
-def _identity(part, *args, **settings):
-    return next(iter((*args, *settings.values())))
-
-
-@contextmanager
-def _calls_replaced(parts):
-    """Layers that drop values return their input."""
-    with ExitStack() as stack:
-        for kind in {type(part) for part in parts if drops(part)}:
-            stack.enter_context(mock.patch.object(kind, "__call__", _identity))
-        yield
-
-
-def _dropping_nothing(function, args, settings, context):
-    """An interceptor of methods for Linen and Haiku."""
-    part = context.module
-    if context.method_name == "__call__" and drops(part):
-        return _identity(part, *args, **settings)
-    _set_rates_to_zero(part)
-    return function(*args, **settings)
-
-
-def _set_rates_to_zero(part):
-    """Changes a module that is a copy, made for one call."""
-    for rate in _RATES:
-        if isinstance(getattr(part, rate, None), float):
-            object.__setattr__(part, rate, 0.0)

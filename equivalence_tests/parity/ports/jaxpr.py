@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from equivalence_tests.parity.ports import written
+from equivalence_tests.parity.ports import draws, written
 from equivalence_tests.parity.ports.graph import Graph, Operation
 from flax_resnet.errors import InputError
 
@@ -89,7 +89,7 @@ def _check(found: Graph, *, train: bool):
         name = found.operations[index].name
         if "callback" in name:
             raise InputError(f"the JAX network calls the host ({name}), which cannot be followed")
-        if name in RANDOM:
+        if name in RANDOM or (name == draws.DRAW and not train):
             raise InputError(f"the JAX network draws random numbers in {mode} ({name})")
         if name in OPAQUE:
             raise InputError(f"the JAX network holds a lax.{name}, which cannot be followed")
@@ -108,6 +108,7 @@ class _Flat:
     def constant(self, array) -> int:
         value = self.new()
         self.constants[value] = written.lifted(array)
+        self.narrow |= self.constants[value] is written.EPS
         return value
 
     def walk(self, jaxpr, consts, inputs) -> list[int]:
@@ -127,6 +128,8 @@ class _Flat:
 
     def _equation(self, equation, inputs) -> list[int]:
         name = equation.primitive.name
+        if self._draws(equation, inputs):
+            return [self._draw(equation.outvars[0].aval.shape)]
         if name in CALLS:
             inner = equation.params[CALLS[name]]
             jaxpr, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "jaxpr") else (inner, ())
@@ -145,12 +148,27 @@ class _Flat:
         )
         return outputs
 
+    def _draws(self, equation, inputs) -> bool:
+        """True of a call of `jax.random.uniform` from 0 to 1, which `bernoulli` uses, too."""
+        called = equation.primitive.name in CALLS and equation.params.get("name")
+        bounds = [self.constants.get(value) for value in inputs[1:]]
+        return called == "_uniform" and bounds == [0.0, 1.0]
+
+    def _draw(self, shape) -> int:
+        output, index = self.new(), len(self.operations)
+
+        def run():
+            return (jnp.asarray(draws.numbers(0, index, shape=shape)),)
+
+        self.operations.append(Operation(draws.DRAW, run, (), (output,), "", {"shape": shape}))
+        return output
+
     def _known(self, value):
         """The array of a value that depends on constants only; None for any other."""
         if value in self.constants:
             return self.constants[value]
         operation = next((op for op in self.operations if value in op.outputs), None)
-        if operation is None:
+        if operation is None or operation.name == draws.DRAW:
             return None
         inputs = [self._known(v) for v in operation.inputs]
         if any(array is None for array in inputs):

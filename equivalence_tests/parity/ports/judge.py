@@ -31,6 +31,7 @@ from equivalence_tests.parity.ports import (
     matching,
     optimizers,
     options,
+    other_axes,
     traces,
 )
 from equivalence_tests.parity.ports.mapping import Mapping
@@ -63,17 +64,14 @@ def compare_models(
       jax_net: an `nnx.Module`, a Linen, Equinox, Keras or transformers network, Haiku's
         transformed functions, or a pair `(apply, variables)`.
       torch_module: a network that takes images `[B, C, H, W]` and returns logits `[B, K]`.
-      image_size: (H, W), or one number for both. None chooses a size at which no wrong padding can
-        hide.
+      image_size: (H, W), or one number for both. None chooses sizes that hide no wrong padding.
       batch: number of images. A prime number is best, because no other dimension has that size.
       own_weights: compare with the weights of the PyTorch network instead of random ones.
       converter: your own function from a state_dict to JAX's variables. It is checked that the
         function moves every number to a place of its own, and that the places are those that were
         found by matching.
-      mapping: a JSON file that says which tensor of PyTorch is which array of JAX. It is read if it
-        exists, else it is written.
-      optax_optimizer: a `GradientTransformation`, which is compared with `torch_optimizer` over
-        three steps.
+      mapping: a JSON file of which tensor is which array. It is read if it exists, else written.
+      optax_optimizer: a `GradientTransformation`, compared with `torch_optimizer` over three steps.
       torch_optimizer: a function from parameters to a PyTorch optimizer.
 
     Returns:
@@ -94,7 +92,8 @@ def compare_models(
     images = rng.standard_normal(shape)
     if not own_weights:
         cases.fill(net, images, rng)
-    network = adapters.adapt(jax_net, shape)
+    classes = exported.classes(net, torch.from_numpy(images).permute(0, 3, 1, 2))
+    network = adapters.adapt(jax_net, shape, classes)
     with jax.enable_x64(True):
         pair = _Pair(network, net, images)
         found = pair.matched(converter, file)
@@ -114,11 +113,12 @@ class _Pair:
         self.leaves = _arrays(network.variables)
         batch, height, width, channels = images.shape
         sizes = {"standard": (batch, channels, height, width), "subject": images.shape}
-        self.standard = {
-            m: exported.graph(net, sizes["standard"], train=t) for m, t in MODES.items()
-        }
         self.subject = {
             m: jaxpr.graph(network, sizes["subject"], train=t) for m, t in MODES.items()
+        }
+        self.standard = {
+            m: exported.graph(net, sizes["standard"], train=t, classes=[network.classes])
+            for m, t in MODES.items()
         }
         self.walks, self.notes, self.remarks, self.elsewhere = {}, [], [], {}
 
@@ -214,9 +214,11 @@ class _Pair:
         for mode, walk in self.walks.items():
             part, rows[mode], whole = _one_mode(self.network, walk, self.given, mapping, mode)
             found, explained = found + part, explained and whole
+            self.remarks += faults.unshared(walk, part)
         found = faults.with_reasons(faults.with_ties(found, mapping), self.elsewhere)
         found += faults.own_parameters(self.walks["evaluation"], mapping)
         found += faults.counted(self.walks["evaluation"], self.walks["training"], mapping)
+        found = other_axes.named(found, self.walks["evaluation"], mapping)
         if explained:  # every tensor agrees, so every assignment is confirmed
             mapping.ambiguous.clear()
         hidden = cases.faults(self.state, self.standard["evaluation"], self.images)

@@ -6,8 +6,9 @@ import numpy as np
 
 from equivalence_tests.parity.ports import layers
 from equivalence_tests.parity.ports.layers import Layer
+from equivalence_tests.parity.ports.layouts import closest
 from equivalence_tests.parity.ports.mapping import Mapping, Piece, filled, pieces_of
-from equivalence_tests.parity.ports.walk import Walk, closest
+from equivalence_tests.parity.ports.walk import Walk
 
 
 def placed(walk: Walk, layer: Layer, subject: Layer) -> dict[str, list[Piece]]:

@@ -13,8 +13,9 @@ import numpy as np
 
 from equivalence_tests.parity.ports import kernel_orders, layers
 from equivalence_tests.parity.ports.layers import Layer
+from equivalence_tests.parity.ports.layouts import LARGEST, closest
 from equivalence_tests.parity.ports.mapping import Mapping, Piece, filled
-from equivalence_tests.parity.ports.walk import LARGEST, Walk, closest
+from equivalence_tests.parity.ports.walk import Walk
 from equivalence_tests.parity.tolerances import relative_error
 
 RADII = (1000, 8, 4, 2, 1, 0)

@@ -1,6 +1,7 @@
 """Faults of normalisations."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -101,3 +102,21 @@ def averaged(operation: Operation) -> Iterator[Variant]:
 def _blended(share: float, x, *running):
     pairs = zip(running, exported.batch_statistics(x), strict=True)
     return [(1 - share) * old + share * new for old, new in pairs]
+
+
+def axes(operation: Operation) -> Iterator[Variant]:
+    """Training that normalises by the statistics of other axes than those of a channel."""
+    if operation.options["training"]:
+        for count in range(1, 5):
+            for chosen in itertools.combinations(range(4), count):
+                if chosen != (0, 2, 3):
+                    names = ", ".join("BCHW"[axis] for axis in chosen)
+                    reason = f"BatchNorm normalises over the axes {names} instead of B, H, W"
+                    yield _batch_norm(operation, reason, by=functools.partial(_over, chosen))
+
+
+def _over(axes, x, *_):
+    if x.ndim != 4:
+        raise ValueError(f"{axes} are axes of images")
+    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    return mean, variance

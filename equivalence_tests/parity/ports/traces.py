@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from equivalence_tests.parity.engine import Trace
+from equivalence_tests.parity.ports import draws
 from equivalence_tests.parity.ports.graph import Graph
 from equivalence_tests.parity.ports.mapping import Mapping
 from equivalence_tests.parity.ports.walk import Walk
@@ -81,12 +82,13 @@ def of_jax(
 ) -> Trace:
     """JAX's trace; gradients are those of the user's function by JAX's own differentiation.
 
-    Where the function holds narrower floats than float64, its graph takes its place.
+    Where the function holds narrower floats than float64 or draws, its graph takes its place.
     """
     graph = walk.subject
     forward = [step.layout.to_torch(walk.of_jax[step.subject]).numpy() for step in walk.steps[:-1]]
     forward.append(np.asarray(walk.of_jax[graph.logits]))
-    run = _through_graph(graph) if graph.narrow else network.apply
+    through = graph.narrow or any(o.name == draws.DRAW for o in graph.operations)
+    run = _through_graph(graph) if through else network.apply
     loss, found, images = _differentiated(run, network.variables, given, train=train)
     gradients = {n: mapping.gradient(n, found, given.state[n].shape) for n in given.parameters}
     after = after_step(walk)

@@ -10,10 +10,19 @@ import numpy as np
 import torch
 
 from equivalence_tests.parity.causes.evidence import SAME
-from equivalence_tests.parity.ports import exported, norm_variants, point_variants, window_variants
+from equivalence_tests.parity.ports import (
+    draws,
+    exported,
+    input_variants,
+    norm_variants,
+    point_variants,
+    window_variants,
+)
 from equivalence_tests.parity.ports.graph import Operation
+from equivalence_tests.parity.ports.input_variants import NORMALISED
+from equivalence_tests.parity.ports.layouts import closest, error_in
 from equivalence_tests.parity.ports.variant import Variant
-from equivalence_tests.parity.ports.walk import Step, Walk, closest, error_in
+from equivalence_tests.parity.ports.walk import Step, Walk
 
 Cause = dict[int, Variant]
 """{index of PyTorch's operation: variant}; together they give what JAX has."""
@@ -33,7 +42,7 @@ def explain(walk: Walk, step: Step, got) -> list[Cause]:
       got: JAX's activation.
     """
     known = {v: a for v, a in walk.of_torch.items() if v != step.standard}
-    choices = {i: list(variants(walk.standard.operations[i])) for i in step.operations}
+    choices = _choices(walk, step)
     for number in (1, 2):
         found = []
         for indices in itertools.combinations([i for i in choices if choices[i]], number):
@@ -45,8 +54,31 @@ def explain(walk: Walk, step: Step, got) -> list[Cause]:
             first = next((c for c, run in runs if _gives(walk, known, step, got, run)), None)
             found += [first] if first else []
         if found:
-            return found
+            return _plainest(walk, found)
     return []
+
+
+def _choices(walk: Walk, step: Step) -> dict[int, list[Variant]]:
+    """The variants of each operation above an anchor."""
+    first = input_variants.normalisations(walk, step)
+    dropped = step.drawn.dropouts
+    operations = {i: walk.standard.operations[i] for i in step.operations}
+    return {
+        i: [*first.get(i, ()), *variants(operation), *draws.extra(operation, dropped)]
+        for i, operation in operations.items()
+    }
+
+
+def _plainest(walk: Walk, found: list[Cause]) -> list[Cause]:
+    """The causes that speak of dropout or of normalised images, if there are any.
+
+    Of those that say that JAX drops more, the last.
+    """
+    operations = walk.standard.operations
+    of_dropout = [c for c in found if any(operations[i].name == draws.KEEP for i in c)]
+    of_input = [c for c in found if any(NORMALISED in v.reason for v in c.values())]
+    of_more = [c for c in found if any(v.reason.startswith(draws.EXTRA) for v in c.values())]
+    return of_dropout or of_input or of_more[-1:] or found
 
 
 def _gives(walk: Walk, known, step: Step, got, runs) -> bool:
@@ -79,6 +111,7 @@ GATES = ("sigmoid", "hardsigmoid", "tanh")
 RESIZES = ("upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d")
 
 VARIANTS: dict[str, tuple[Callable[[Operation], Iterator[Variant]], ...]] = {
+    draws.KEEP: (draws.dropouts,),
     "conv2d": (window_variants.convolutions, window_variants.patches),
     "conv_transpose2d": (window_variants.transposed_convolutions,),
     "max_pool2d": (window_variants.max_pools,),
@@ -89,6 +122,7 @@ VARIANTS: dict[str, tuple[Callable[[Operation], Iterator[Variant]], ...]] = {
         norm_variants.modes,
         norm_variants.unbiased,
         norm_variants.averaged,
+        norm_variants.axes,
     ),
     "rms_norm": (norm_variants.epsilons,),
     "layer_norm": (norm_variants.epsilons, norm_variants.norms),

@@ -4,50 +4,16 @@ After every layer that both have, an anchor, PyTorch goes on from JAX's activati
 differs is seen by itself: differences above it do not reach it.
 """
 
-import itertools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import torch
 
+from equivalence_tests.parity.ports import draws
 from equivalence_tests.parity.ports.graph import Graph, Value
+from equivalence_tests.parity.ports.layouts import Layout, closest, without_ones
 from flax_resnet.errors import InputError
-
-LARGEST = 1e3
-"""The relative error of arrays of different shapes, or of values that are not finite."""
-
-
-class Layout(NamedTuple):
-    """The order of axes in which an activation of PyTorch lies in JAX."""
-
-    shape: tuple[int, ...]
-    """PyTorch's."""
-
-    split: tuple[int, ...]
-    """PyTorch's shape, or the same with an axis split in two."""
-
-    axes: tuple[int, ...]
-    """The axes of `split` in JAX's order."""
-
-    @property
-    def permuted(self) -> tuple[int, ...]:
-        """The shape in JAX's order, before a reshape to JAX's shape."""
-        return tuple(self.split[a] for a in self.axes)
-
-    def to_torch(self, array) -> torch.Tensor:
-        """An activation of JAX in PyTorch's layout."""
-        array = np.asarray(array)
-        if array.size == np.prod(self.shape):
-            array = array.reshape(self.permuted).transpose(np.argsort(self.axes))
-            array = array.reshape(self.shape)
-        else:
-            array = array.transpose(np.argsort(self.axes))
-        return torch.from_numpy(np.array(array, order="C"))
-
-    def to_jax(self, array, shape) -> np.ndarray:
-        """An activation of PyTorch in JAX's layout."""
-        return array.reshape(self.split).transpose(self.axes).reshape(shape)
 
 
 class Step(NamedTuple):
@@ -70,6 +36,8 @@ class Step(NamedTuple):
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     """PyTorch's and JAX's."""
 
+    drawn: draws.Place
+
 
 class Walk:
     """One pass through both networks, anchor by anchor."""
@@ -89,6 +57,7 @@ class Walk:
         self.of_jax = {subject.images: jnp.asarray(images)}
         self._data = subject.data()
         self.steps: list[Step] = []
+        self.draws = draws.Draws(standard, subject)
 
     def in_jax(self, value: Value, leaves=None):
         """A value of JAX; with other leaves than the walk's, nothing is kept.
@@ -138,8 +107,11 @@ class Walk:
     def anchor(self, standard: Value, subject: Value) -> Step:
         """Compares an activation that both have; PyTorch goes on from JAX's."""
         operations = tuple(self.standard.needed([standard], self.of_torch))
-        got, expected = self.in_jax(subject), self.in_torch(standard)
-        if len(_without_ones(np.shape(got))) < 2 < expected.ndim:
+        ours = self.subject.needed([subject], self.of_jax)
+        got = self.in_jax(subject)
+        drawn = self.draws.share(operations, ours, lambda: closest(self.in_torch(standard), got)[0])
+        expected = self.in_torch(standard)
+        if len(without_ones(np.shape(got))) < 2 < expected.ndim:
             subject = self._applied(subject, expected.numel())
             got = self.in_jax(subject)
         for side, array in ("PyTorch", expected.numpy()), ("JAX", got):
@@ -148,72 +120,8 @@ class Walk:
                 raise InputError(f"the activation of {side} at {where} is not finite")
         error, layout = closest(expected, got)
         step = Step(standard, subject, layout, error, operations,
-                    (tuple(expected.shape), tuple(np.shape(got))))  # fmt: skip
+                    (tuple(expected.shape), tuple(np.shape(got))), drawn)  # fmt: skip
         fits = np.size(got) == expected.numel() or np.ndim(got) == expected.ndim
         self.of_torch[standard] = layout.to_torch(got) if fits else expected
         self.steps.append(step)
         return step
-
-
-def closest(expected: torch.Tensor, got) -> tuple[float, Layout]:
-    """The layout in which an array of JAX is most like PyTorch's, with its relative error."""
-    expected, got = expected.detach().numpy(), np.asarray(got)
-    found = [(error_in(way, expected, got), way) for way in layouts(expected.shape, got.shape)]
-    return min(found, key=lambda pair: pair[0])
-
-
-def layouts(standard: tuple[int, ...], subject: tuple[int, ...]) -> list[Layout]:
-    """Ways in which PyTorch's axes may lie in JAX's shape."""
-    own = _orders(standard, standard)
-    if exact := [way for way in own if _same(way.permuted, subject)]:
-        return exact
-    split = [way for shape in _splits(standard, subject) for way in _orders(standard, shape)]
-    found = [way for way in own if _joined(way.permuted, subject)]
-    found += [way for way in split if _same(way.permuted, subject)]
-    return found or [_usual(standard, subject)]
-
-
-def _orders(standard, shape) -> list[Layout]:
-    return [Layout(standard, shape, a) for a in itertools.permutations(range(len(shape)))]
-
-
-def _splits(standard, subject) -> list[tuple[int, ...]]:
-    """The shapes with one axis split into two of JAX's."""
-    return [
-        (*standard[:axis], first, second, *standard[axis + 1 :])
-        for axis, size in enumerate(standard)
-        for first, second in itertools.permutations(subject, 2)
-        if first * second == size and first > 1 and second > 1
-    ]
-
-
-def _same(permuted, subject) -> bool:
-    return _without_ones(permuted) == _without_ones(subject)
-
-
-def _joined(permuted, subject) -> bool:
-    """True if the axes of one shape are neighbouring axes of the other, joined."""
-    first, second = (set(np.cumprod(_without_ones(shape))) for shape in (permuted, subject))
-    return np.prod(permuted) == np.prod(subject) and (first <= second or second <= first)
-
-
-def _usual(standard, subject) -> Layout:
-    """Channels last or first, for another number of pixels."""
-    last = (0, *range(2, len(standard)), 1)[: len(standard)]
-    ways = [Layout(standard, standard, axes) for axes in (last, tuple(range(len(standard))))]
-    pairs = [sum(a == b for a, b in zip(w.permuted, subject, strict=False)) for w in ways]
-    return ways[pairs.index(max(pairs))]
-
-
-def _without_ones(shape):
-    return tuple(n for n in shape if n != 1)
-
-
-def error_in(layout: Layout, expected: np.ndarray, got: np.ndarray) -> float:
-    """Norm of the difference in a layout over the norm of PyTorch's activation."""
-    if got.size != expected.size:
-        return LARGEST
-    moved = layout.to_jax(expected, got.shape)
-    difference = float(np.linalg.norm(got - moved))
-    error = difference / max(float(np.linalg.norm(moved)), 1e-300)
-    return error if np.isfinite(error) else LARGEST

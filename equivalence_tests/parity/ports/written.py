@@ -8,11 +8,15 @@ NARROW = (jnp.float16, jnp.bfloat16, jnp.float32)
 MOST = 10_000
 """Elements of an array whose decimals are looked for: constants, not tables."""
 
+EPS = float(np.finfo(np.float32).eps)
+"""What a network's author means by the eps of an activation's type, which is float64 here only."""
+
 
 def lifted(array):
     """A narrow float array as float64; numbers as their author wrote them (0.9, root of 1/2)."""
     if jnp.result_type(array) not in NARROW:
-        return array
+        number = np.ndim(array) == 0 and jnp.result_type(array) == np.float64
+        return EPS if number and array == np.finfo(np.float64).eps else array
     array = np.asarray(array, np.float32)
     return _as_written(array) if array.ndim == 0 else _decimals(array)
 
