@@ -5,9 +5,10 @@ be there. Of three repositories a file or folder has to be on the Python path:
 
     flax_example   google/flax, examples/imagenet/models.py, saved as flax_example_models.py
     bonsai         jax-ml/bonsai, the folder bonsai/
-    maxvit         jax-ml/jax-ai-stack, docs/source/JAX_porting_PyTorch_model: `import torch` and the
-                   cells that define the network, saved as maxvit_tutorial.py, with `module.bias is
-                   not None` for `module.bias.value is not None`, which fails in today's Flax
+    maxvit         jax-ml/jax-ai-stack, docs/source/JAX_porting_PyTorch_model: `import torch` and
+                   the cells that define the network, saved as maxvit_tutorial.py, with
+                   `module.bias is not None` for `module.bias.value is not None`, which fails in
+                   today's Flax
 """
 
 import functools
