@@ -94,6 +94,25 @@ def test_a_converter_with_another_order_inside_a_patch_is_named():
 
 
 @pytest.mark.control
+@pytest.mark.parametrize("rows", [[0, 1, 2, 1], [0, 3, 3, 5]])
+def test_a_table_whose_rows_are_read_many_times_is_placed(rows):
+    """As the biases of relative positions in attention."""
+
+    def apply(variables, x, train):
+        x = x.mean((1, 2)) @ variables["head"] + variables["table"][np.array(rows)].reshape(-1)
+        return jax.nn.relu(x) @ variables["last"], variables
+
+    shapes = {"head": (3, 8), "table": (6, 2), "last": (8, 4)}
+    net = Torch(
+        lambda net, x: net.last(F.relu(net.head(x.mean((2, 3))) + net.table.weight[rows].view(8))),
+        head=nn.Linear(3, 8, bias=False), table=nn.Embedding(6, 2),
+        last=nn.Linear(8, 4, bias=False),
+    )  # fmt: skip
+    port = apply, {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    report = compare_models(port, net, image_size=SIZE)
+    assert report.verdict == "equal", str(report)
+
+
 def test_a_converter_that_flattens_another_layout_is_the_cause():
     def apply(variables, x, train):
         x = jax.nn.relu(x).reshape(len(x), -1) @ variables["w"]

@@ -66,6 +66,8 @@ def turned(mapping: Mapping, state: dict, leaves: dict) -> list[str]:
         if len(pieces) != 1 or len(shape) not in (2, 4):
             continue
         numbers = _as_it_lies(pieces[0], np.shape(leaves[pieces[0].leaf]))
+        if numbers is None:
+            continue
         if len(shape) == 4 and min(shape[2:]) > 1:
             places = np.unravel_index(numbers, shape)[1:]
             found += _turned_patch(name, *places) or _turned_pixels(name, *places[1:])
@@ -74,11 +76,13 @@ def turned(mapping: Mapping, state: dict, leaves: dict) -> list[str]:
     return found
 
 
-def _as_it_lies(piece: Piece, leaf_shape) -> np.ndarray:
-    """The numbers of a tensor's elements in the part of the leaf that they fill."""
+def _as_it_lies(piece: Piece, leaf_shape) -> np.ndarray | None:
+    """The numbers of a tensor's elements in the part of the leaf that they fill; None if that part
+    is no block."""
     order = np.argsort(piece.ours)
     places = np.unravel_index(piece.ours[order], leaf_shape)
-    return piece.theirs[order].reshape([len(np.unique(place)) for place in places])
+    block = [len(np.unique(place)) for place in places]
+    return piece.theirs[order].reshape(block) if len(order) == np.prod(block) else None
 
 
 def _in_order(columns: np.ndarray) -> bool:

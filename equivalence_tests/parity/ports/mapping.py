@@ -67,10 +67,10 @@ class Mapping(NamedTuple):
 
     def gradient(self, name: str, leaves: dict, shape) -> np.ndarray:
         """The gradient of a tensor: the sum over its copies of the gradients of leaves."""
-        found = np.full(int(np.prod(shape)), np.nan)
+        found = np.zeros(int(np.prod(shape)))  # elements that no layer reads have no gradient
         for piece in self.pieces[name]:
             part = np.asarray(leaves[piece.leaf]).reshape(-1)[piece.ours]
-            found[piece.theirs] = np.nan_to_num(found[piece.theirs]) + part
+            np.add.at(found, piece.theirs, part)
         return found.reshape(shape)
 
 
@@ -98,5 +98,13 @@ def pieces_of(theirs: dict, ours: dict) -> dict[str, list[Piece]]:
         for leaf, right in ours.items():
             both = (left >= 0) & (right >= 0)
             if both.any():
-                found.setdefault(name, []).append(Piece(leaf, right[both], left[both]))
+                found.setdefault(name, []).append(piece_of(leaf, right[both], left[both]))
     return found
+
+
+def piece_of(leaf: str, ours: np.ndarray, theirs: np.ndarray) -> Piece:
+    """A piece with each pair of elements once; a network may read an element many times."""
+    if np.bincount(ours - ours.min(initial=0)).max(initial=0) > 1:
+        _, first = np.unique(ours * (theirs.max() + 1) + theirs, return_index=True)
+        ours, theirs = ours[first], theirs[first]
+    return Piece(leaf, ours, theirs)

@@ -14,7 +14,7 @@ import numpy as np
 from equivalence_tests.parity.ports import kernel_orders, layers
 from equivalence_tests.parity.ports.layers import Layer
 from equivalence_tests.parity.ports.layouts import LARGEST, closest
-from equivalence_tests.parity.ports.mapping import Mapping, Piece, filled
+from equivalence_tests.parity.ports.mapping import Mapping, Piece, filled, piece_of
 from equivalence_tests.parity.ports.walk import Walk
 from equivalence_tests.parity.tolerances import relative_error
 
@@ -258,7 +258,7 @@ def assignments(theirs: dict, ours: dict, statistics) -> Iterator[dict[str, list
     heeded = counts[1] <= counts[0] and len(ours) - counts[1] <= len(theirs) - counts[0]
     options = [
         [
-            [Piece(leaf, ours[leaf].reshape(-1), left)]
+            [piece_of(leaf, ours[leaf].reshape(-1), left)]
             for leaf in ours
             if not heeded or (name in buffers) == (leaf in changed)
             for left in _orders(theirs[name], ours[leaf])
