@@ -1,10 +1,12 @@
-"""Files that are complete or not there at all."""
+"""Files that are complete or not there at all, and lines of CSV."""
 
 import contextlib
+import csv
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 
 @contextlib.contextmanager
@@ -20,3 +22,19 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class CsvRows:
+    """Writes rows of CSV, whose lines end with a line feed."""
+
+    def __init__(self, file: TextIO):
+        kinds = (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+        self._plain, self._quoted = (
+            csv.writer(file, lineterminator="\n", quoting=k) for k in kinds
+        )
+
+    def write(self, row: Iterable):
+        """Write a row. Python 3.11 puts no quotes around a carriage return, which ends a line."""
+        values = list(row)
+        returns = any(isinstance(value, str) and "\r" in value for value in values)
+        (self._quoted if returns else self._plain).writerow(values)

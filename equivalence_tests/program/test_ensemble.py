@@ -71,6 +71,26 @@ def test_runs_that_do_not_fit_are_refused_by_name(runs):
         ensemble(runs, "votes")
 
 
+def test_runs_that_turn_images_otherwise_do_not_share_them(runs):
+    data = replace(runs["second"].config.data, exif_transpose=True)
+    turning = replace(runs["second"], config=replace(runs["second"].config, data=data))
+    with pytest.raises(InputError, match="second takes images of exif_transpose True, first of F"):
+        ensemble({"first": runs["first"], "second": turning})
+
+
+def test_classes_of_one_name_keep_their_order(runs, images):
+    """Two classes of ImageNet are called crane."""
+    expected = np.mean([run.predict(images) for run in runs.values()], axis=0)
+    cranes = {name: replace(run, class_names=("crane", "crane")) for name, run in runs.items()}
+    np.testing.assert_allclose(ensemble(cranes).predict(images), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [{}, [], None])
+def test_no_runs_are_no_ensemble(wrong):
+    with pytest.raises(InputError, match="`runs` is a dict of names and loaded runs"):
+        ensemble(wrong)
+
+
 def test_evaluate_tells_what_each_run_reaches_alone(insects, other, tmp_path):
     alone, together, rows = (tmp_path / name for name in ("alone.json", "all.json", "rows.csv"))
     outcome = run_script("evaluate.py", other, "--json", alone)

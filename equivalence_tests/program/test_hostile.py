@@ -18,7 +18,7 @@ from equivalence_tests.program.command import refused, run_script
 from flax_resnet.data import cifar10
 from flax_resnet.errors import InputError
 from flax_resnet.interop.weights_to_run import class_names
-from flax_resnet.runs import plots
+from flax_resnet.runs import plots, tables
 from flax_resnet.runs.display import Display
 
 MEGABYTE = 1 << 20
@@ -135,6 +135,26 @@ def test_names_in_any_script_are_drawn_without_a_warning(tmp_path, monkeypatch):
         plots.confusion_matrix(tmp_path / "matrix.png", np.eye(4, dtype=int), names)
     monkeypatch.setattr(plots.font_manager.fontManager, "ttflist", [])
     assert plots._writable(names) == (["0", "птица", "ptak", "a\\u202eb"], ["DejaVu Sans"])
+
+
+def test_names_of_runs_are_only_names_in_a_legend(tmp_path, monkeypatch):
+    """Matplotlib would set $ as mathematics and leave a name with an underscore out."""
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    row = {"epoch": 1, "train_loss": 1.0, "train_accuracy": 0.5}
+    plots.comparison(tmp_path / "runs.png", {"$\\x$": [row], "_a": [row], "b\x1bc": [row]}, "Runs")
+    monkeypatch.undo()
+    plots.save(drawn[0], tmp_path / "runs.png")
+    shown = [text.get_text() for text in drawn[0].axes[1].get_legend().get_texts()]
+    assert shown == ["$\\x$", " _a", "b\\x1bc"]
+
+
+def test_a_carriage_return_in_a_name_ends_no_line_of_csv():
+    rows = [{"class": "a\rb", "precision": 1.5}, {"class": 'c"d', "precision": 2.5}]
+    text = tables.as_csv(rows).decode()
+    assert text == 'class,precision\n"a\rb","1.5"\n"c""d",2.5\n'
+    found = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert [row["class"] for row in found] == ["a\rb", 'c"d']
 
 
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):

@@ -28,6 +28,7 @@ FOREIGN = {
     "a module": (lambda w: Net(2, 3), "test_hostile_weights.Net"),
     "code": (lambda w: {"fc.bias": Code()}, ".print"),
     "eight bits": (lambda w: {"fc.bias": torch.ones(3).to(torch.float8_e5m2)}, "torch."),
+    "negated when it is read": (lambda w: {"fc.bias": torch._neg_view(torch.ones(3))}, "computed"),
     "sparse": (lambda w: {"fc.weight": torch.eye(3).to_sparse()}, "torch."),
 }
 
@@ -147,6 +148,16 @@ def test_tensors_that_reach_out_of_their_storage_are_refused(tmp_path):
     for numbers in ((0, 2, 1), (1, 1, 1), (-1, 1, 1), (0, 2, -1), (0, -1, 1)):
         with pytest.raises(InputError, match="damaged: a tensor"):
             files.load(forged(path, tensor_of_one_number(*numbers)))
+
+
+def test_a_header_of_gigabytes_is_not_read(tmp_path):
+    """The file is sparse and takes no space."""
+    size = 2**40
+    with (path := tmp_path / "net.safetensors").open("wb") as file:
+        file.write(size.to_bytes(8, "little") + b"{")
+        file.truncate(8 + size)
+    with pytest.raises(InputError, match="its table of contents takes 1,099,511,627,776 bytes"):
+        files.load(path)
 
 
 def test_networks_whose_names_collapse_are_refused(tmp_path):

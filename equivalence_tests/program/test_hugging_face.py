@@ -113,6 +113,22 @@ def test_names_of_classes_are_in_one_form_of_unicode(written):
     refused(written({"train": 20}, names=["cafe\u0301", "café"]), "look alike", "caf\\xe9")
 
 
+def test_splits_with_other_classes_or_columns_are_refused(written, tmp_path):
+    import datasets
+
+    name = written({"train": 20, "test": 4})
+    sets = datasets.load_from_disk(str(tmp_path / "set"))
+    swapped = sets["test"].cast_column("label", datasets.ClassLabel(names=list(NAMES[::-1])))
+    for fault, words in (
+        (swapped, ("split test has the classes dog, cat", "train has cat, dog")),
+        (sets["test"].remove_columns("label"), ("no image classification set",)),
+    ):
+        place = str(tmp_path / words[0][:5])
+        datasets.DatasetDict({"train": sets["train"], "test": fault}).save_to_disk(place)
+        refused(f"hf:{place}", *words)
+    assert len(open_dataset(DataConfig(dataset=name)).test) == 4
+
+
 def test_shards_of_a_saved_set_are_the_same_data(written, tmp_path):
     name = written({"train": 12, "test": 4})
     outcome = run_script("shards.py", name, tmp_path / "out", "--images-per-shard", 5)

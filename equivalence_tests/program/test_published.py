@@ -242,6 +242,22 @@ def test_the_hub_tells_looks_of_timm_and_of_transformers(site, timm, net):
     assert (weights.data["image_size"], weights.data["resize_size"]) == (56, 64)
 
 
+def test_another_network_of_the_same_names_and_shapes_is_refused(site):
+    """timm's resnetaa50 has the weights of a resnet50, and average pooling instead of strides."""
+    usual = dict(architecture="resnet18", hidden_act="relu", downsample_in_bottleneck=False)
+    others = dict(architecture="resnetaa50", global_pool="max", hidden_act="gelu")
+    others |= dict(downsample_in_first_stage=True, downsample_in_bottleneck=True)
+    for name, config in {"usual": usual} | {
+        key: usual | {key: others[key]} for key in others
+    }.items():
+        site.publish(f"lab/{name}", "config.json", json.dumps(config).encode())
+        site.publish(f"lab/{name}", "model.safetensors", b"weights")
+    assert published.find("hf:lab/usual", print).path.read_bytes() == b"weights"
+    for key in others:
+        with pytest.raises(InputError, match=f"hf:lab/{key}: its {key} .* no network here"):
+            published.find(f"hf:lab/{key}", print)
+
+
 def test_the_default_weights_of_timm_are_taken_without_a_tag(site, timm):
     assert flax_resnet.pretrained("timm:resnet18").arrays
     with pytest.raises(InputError, match="timm:resnet19: timm has no weights of this name"):
@@ -369,6 +385,10 @@ def test_a_hub_that_answers_with_html(site, timm, tmp_path, file):
         ("hf:net", "OWNER/REPO"),
         ("hf:lab/empty", "none of the files model.safetensors"),
         ("https://", "names no file"),
+        ("http://[::1", "Invalid IPv6 URL"),
+        ("https://[x]/net.pth", "IPv6"),
+        ("hf:../..", "OWNER/REPO"),
+        ("hf:lab/.net", "OWNER/REPO"),
     ],
 )
 def test_a_wrong_name_is_one_line(site, resnet18, tmp_path, name, words):

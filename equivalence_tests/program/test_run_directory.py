@@ -22,13 +22,26 @@ from flax_resnet.errors import InputError
 from flax_resnet.interop import export
 from flax_resnet.models import create_model
 from flax_resnet.runs import tables, views
-from flax_resnet.runs.checkpoint import newest_document, steps_in
+from flax_resnet.runs.checkpoint import Checkpoints, newest_document, steps_in
 from flax_resnet.runs.directory import RunDirectory, reserve
 from flax_resnet.training import loop
 from flax_resnet.training.fit import _open_directory, fit
 from flax_resnet.weights import convert
 
 HUGGING_FACE = '{"model_type": "bert", "hidden_size": 768}'
+
+
+# Where a run can be
+
+
+@pytest.mark.parametrize("name", ["a\\b", "gs:", os.fsdecode(b"caf\xe9")])
+def test_a_name_that_checkpoints_would_leave_is_refused(tmp_path, name):
+    """TensorStore writes into a/b instead."""
+    outcome = run_script("train.py", "--arch", "basic_cnn", "--run-dir", tmp_path / name / "run")
+    refused(outcome, "checkpoints cannot lie in a folder whose name")
+    with pytest.raises(InputError, match="checkpoints cannot lie"):
+        Checkpoints(tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 # Which files are deleted

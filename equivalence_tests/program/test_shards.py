@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import random
@@ -162,6 +163,24 @@ def test_sets_that_are_not_whole_are_refused(written, folder, tmp_path):
     refused(place, "index.json", "changed", "SHA256SUMS")
 
 
+@pytest.mark.parametrize("runs, words", [
+    ([[0, 5], [7, 4]], ["an image of class 7", "2 classes"]),
+    ([[0, 10**15]], ["more images than bytes", SHARD]),
+    ([[0, 10**30]], ["more images than bytes", SHARD]),
+    ([[2**31, 1]], ["no index of shards"]),
+])  # fmt: skip
+def test_an_index_that_cannot_be_is_refused(written, runs, words):
+    """Whoever forges an index writes its checksum, too."""
+    index = json.loads((written / "index.json").read_bytes())
+    index["shards"][SHARD]["runs"] = runs
+    content = json.dumps(index).encode()
+    (written / "index.json").write_bytes(content)
+    lines = (written / "SHA256SUMS").read_text().splitlines(True)
+    digest = hashlib.sha256(content).hexdigest()
+    (written / "SHA256SUMS").write_text("".join(lines[:-1]) + f"{digest}  index.json\n")
+    refused(f"arrayrecord:{written}", *words)
+
+
 @pytest.mark.parametrize("name", ["index.json", "SHA256SUMS"])
 def test_a_pipe_is_not_waited_for(written, name):
     (written / name).unlink()
@@ -230,5 +249,7 @@ def test_wrong_flags(flags, words, tmp_path):
     outcome = run_script("shards.py", "digits", tmp_path / "out", *flags)
     assert outcome.status == 2 and all(word in outcome.err for word in words), outcome.err
     assert not list(tmp_path.iterdir())
-    outcome = run_script("shards.py", "digits", tmp_path)
-    assert outcome.status == 2 and "exists" in outcome.err
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place in tmp_path, tmp_path / "link":
+        outcome = run_script("shards.py", "digits", place)
+        assert outcome.status == 2 and "exists" in outcome.err

@@ -206,15 +206,15 @@ def main():
     read = [args.dataset or run.config.data.dataset for run in runs.values()]
     data = [place for name in read for place in places(name)]
     output_files.check_outputs(outputs(args), data=data)
-    several = len(runs) > 1
+    run, several = ensemble(runs, args.average), len(runs) > 1
     skip = args.on_bad_image == "skip"
     table = {
-        name: measure(run, dataset, args.split, [] if skip else None)[0]
-        for name, run in (runs.items() if several else ())
+        name: measure(member, dataset, args.split, [] if skip else None)[0]
+        for name, member in (runs.items() if several else ())
     }
     for name, values in table.items():
         check_finite(name, values)
-    run, left_out = ensemble(runs, args.average), [] if skip else None
+    left_out = [] if skip else None
     subject = "ensemble" if several else names[0]
     figures, num_images, worst = measured(run, dataset, args, left_out, subject)
     table["ensemble" if several else args.split] = figures

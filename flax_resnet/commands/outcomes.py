@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import csv
 import html
 import io
 import os
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from flax_resnet.commands import output_files
+from flax_resnet.files import CsvRows
 from flax_resnet.text import printable
 
 COLUMNS = ("path", "label", "prediction", "probability", "loss")
@@ -60,9 +60,14 @@ def naming(source, split: str) -> Callable[[int], str]:
 def csv_rows(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[Write]:
     """Yields a function that writes rows; "-" is standard output."""
     with output_files.output(path) as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        yield writer.writerows
+        table = CsvRows(file)
+        table.write(columns)
+
+        def write(rows: list[dict]):
+            for row in rows:
+                table.write(row[name] for name in columns)
+
+        yield write
 
 
 class Worst:

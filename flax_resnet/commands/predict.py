@@ -7,7 +7,6 @@ python scripts/predict.py runs/resnet18-birds photos/ --on-bad-image skip --csv 
 """
 
 import contextlib
-import csv
 import itertools
 import json
 import sys
@@ -23,6 +22,7 @@ from flax_resnet.data.folders import images_below
 from flax_resnet.data.image_files import BadImage, is_turned, reason
 from flax_resnet.data.sources import AS_TRAINED, passed_over_remarks, turned_remark
 from flax_resnet.errors import InputError
+from flax_resnet.files import CsvRows
 from flax_resnet.interop.ensemble import AVERAGES, ensemble
 from flax_resnet.interop.loaded_run import predict_files
 from flax_resnet.interop.weights_to_run import open_run
@@ -129,14 +129,14 @@ def json_rows(path: Path) -> Iterator[Callable[[dict], None]]:
 def csv_rows(path: Path) -> Iterator[Callable[[dict], None]]:
     """Yields a function that writes a line for each class of a row, or one with its error."""
     with output_files.output(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image", "rank", "class", "probability", "error"])
+        table = CsvRows(file)
+        table.write(["image", "rank", "class", "probability", "error"])
 
         def write(row: dict):
             for rank, p in enumerate(row.get("predictions", ()), 1):
-                writer.writerow([row["image"], rank, p["class"], p["probability"], ""])
+                table.write([row["image"], rank, p["class"], p["probability"], ""])
             if "error" in row:
-                writer.writerow([row["image"], "", "", "", row["error"]])
+                table.write([row["image"], "", "", "", row["error"]])
 
         yield write
 

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import io
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from itertools import chain
@@ -63,7 +64,7 @@ def _parse():
     args = parser.parse_args()
     for flag in ("images_per_shard", "resize"):
         cli.check_positive(f"--{flag.replace('_', '-')}", getattr(args, flag))
-    if args.out.exists():
+    if os.path.lexists(args.out):
         raise InputError(f"OUT: {args.out} exists")
     output_files.check_outputs({"OUT": args.out}, places(args.dataset))
     if args.interpolation and not args.resize:
@@ -77,7 +78,7 @@ def _parse():
 @contextlib.contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
     """Yields a folder that gets its name when it is complete."""
-    temporary = path.with_name(f".{path.name[-100:]}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
     try:
         yield temporary

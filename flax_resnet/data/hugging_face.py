@@ -60,17 +60,30 @@ def read(place: str) -> Found:
             ' `pip install -e ".[datasets]"`'
         ) from None
     splits = _loaded(datasets, place)
-    features = next(iter(splits.values())).features
-    image = _column(place, features, datasets.Image, "image")
-    label = _column(place, features, datasets.ClassLabel, "label")
     encoded = datasets.Image(decode=False)
     chosen, left_over = chosen_splits(splits)
-    found = {}
+    found, classes = {}, {}
     for split, name in chosen.items():
+        features = splits[name].features
+        image = _column(place, features, datasets.Image, "image")
+        label = _column(place, features, datasets.ClassLabel, "label")
+        classes[name] = features[label].names
         labels = _labels(splits[name].select_columns([label])[:][label])
         rows = splits[name].select_columns([image]).cast_column(image, encoded)
         found[split] = _Images(rows), labels
-    return Found(found, tuple(features[label].names), left_over)
+    return Found(found, _common(place, classes), left_over)
+
+
+def _common(place: str, classes: dict[str, list[str]]) -> tuple[str, ...]:
+    """The names of the classes; InputError unless all splits have the same in the same order."""
+    (first, names), *others = classes.items()
+    for split, own in others:
+        if own != names:
+            raise InputError(
+                f"hf:{place}: the split {printable(split)} has the classes {listed(own)},"
+                f" {printable(first)} has {listed(names)}"
+            )
+    return tuple(names)
 
 
 def _loaded(datasets, place: str) -> dict:

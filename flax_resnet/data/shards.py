@@ -22,6 +22,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 from pydantic.dataclasses import dataclass
 
+from flax_resnet.config import INT32
 from flax_resnet.errors import InputError
 from flax_resnet.text import listed, printable
 
@@ -29,6 +30,7 @@ INDEX, CHECKSUMS = "index.json", "SHA256SUMS"
 
 _OPTIONS = "group_size:1,uncompressed"  # images are compressed, and are read one by one
 _Number = Annotated[int, pydantic.Field(ge=0)]
+_Class = Annotated[int, pydantic.Field(ge=0, le=INT32)]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Shard:
     size: _Number
     """Size of the file in bytes."""
 
-    runs: list[tuple[_Number, _Number]]
+    runs: list[tuple[_Class, _Number]]
     """Classes of the images in their order, as (class, number of images in a row)."""
 
     @property
@@ -159,6 +161,9 @@ def _read_index(folder: Path) -> tuple[Index, str]:
         index = pydantic.TypeAdapter(Index).validate_json(content)
     except pydantic.ValidationError:
         raise InputError(f"{folder / INDEX}: no index of shards") from None
+    for name, shard in index.shards.items():
+        if sum(length for _, length in shard.runs) > shard.size:
+            raise InputError(f"{folder / INDEX}: more images than bytes in {printable(name)}")
     return index, hashlib.sha256(sums).hexdigest()
 
 

@@ -402,6 +402,11 @@ def _encoded(
             left_out.append(
                 f"{missing:,} of {len(labels):,} images of {whole.name}, without labels"
             )
+        if len(labels) and labels.max() >= len(class_names):
+            raise InputError(
+                f"{printable(whole.name)}: an image of class {labels.max()}, where"
+                f" {len(class_names)} classes have names, from 0"
+            )
         if len(labelled):
             sources[split] = Subset(whole, labelled) if missing else whole
     if "train" not in sources:

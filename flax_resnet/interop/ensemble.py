@@ -1,7 +1,7 @@
 """Several runs as one, which averages what they predict."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,8 @@ def ensemble(runs: dict[str, LoadedRun], average: str = "probabilities") -> Load
       average: what is averaged, "probabilities" or "logits".
 
     Raises:
-      InputError: a run has other classes, channels or image sizes than the first run.
+      InputError: a run has other classes, channels, image sizes or EXIF turns than the first run,
+        or there is no run.
 
     Example:
       >>> runs = {name: flax_resnet.load_run(name) for name in ["runs/digits"]}  # and others
@@ -71,6 +72,8 @@ def ensemble(runs: dict[str, LoadedRun], average: str = "probabilities") -> Load
     """
     if average not in AVERAGES:
         raise InputError(f"`average` is {listed(AVERAGES)}, got {average!r}")
+    if not (isinstance(runs, Mapping) and runs):
+        raise InputError("`runs` is a dict of names and loaded runs, and not empty")
     (first_name, first), *others = runs.items()
     if not others:
         return first
@@ -92,7 +95,10 @@ def ensemble(runs: dict[str, LoadedRun], average: str = "probabilities") -> Load
 
 
 def _order(run: LoadedRun, names: Sequence[str]) -> np.ndarray:
-    return np.array([run.class_names.index(name) for name in names])
+    """Published weights may give several classes one name; these keep their order."""
+    order = np.empty(len(names), int)
+    order[np.argsort(names, kind="stable")] = np.argsort(run.class_names, kind="stable")
+    return order
 
 
 def _check(name: str, run: LoadedRun, first_name: str, first: LoadedRun):
@@ -102,7 +108,8 @@ def _check(name: str, run: LoadedRun, first_name: str, first: LoadedRun):
             f" {listed(first.class_names)}"
         )
     own, other = (
-        {"channels": each.channels} | dataclasses.asdict(evaluation_decoder(each.config.data))
+        {"channels": each.channels, "exif_transpose": each.config.data.exif_transpose}
+        | dataclasses.asdict(evaluation_decoder(each.config.data))
         for each in (run, first)
     )
     for what, value in own.items():

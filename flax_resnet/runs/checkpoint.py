@@ -41,10 +41,26 @@ _UNKNOWN = -1  # instead of a step
 _NAME = re.compile("0|[1-9][0-9]*")
 
 
+def check_place(directory: Path | str):
+    """Raises InputError for a path that Orbax or TensorStore takes for another one: they would
+    write there."""
+    path = os.path.abspath(directory)
+    if "\\" in path or "gs:/" in f"{path}/" or path != _as_utf8(path):
+        raise InputError(
+            f"{printable(path)}: checkpoints cannot lie in a folder whose name has a backslash,"
+            " ends with gs: or is not in UTF-8; rename it"
+        )
+
+
+def _as_utf8(path: str) -> str:
+    return path.encode(errors="replace").decode()
+
+
 class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(self, directory: Path | str, *, say: Callable[[str], None] = say):
+        check_place(directory)
         self.directory = Path(directory).absolute()
         _quieten()
         self._say, self._said = say, set()

@@ -19,7 +19,7 @@ from flax_resnet.config import TrainConfig, config_from_file, finite, flat, to_d
 from flax_resnet.devices.distributed import RunLost
 from flax_resnet.errors import InputError
 from flax_resnet.runs import tables
-from flax_resnet.runs.checkpoint import steps_in
+from flax_resnet.runs.checkpoint import check_place, steps_in
 from flax_resnet.runs.owned import DIGESTS, LOCK, RESULTS, clear
 from flax_resnet.runs.tables import Table
 from flax_resnet.runs.views import (
@@ -210,6 +210,7 @@ def default_name(config: TrainConfig) -> str:
 def reserve(config: TrainConfig) -> Path:
     """Make a new directory runs/ARCH-DATASET, or runs/ARCH-DATASET-N if that exists."""
     name = default_name(config)
+    check_place("runs")
     for number in itertools.count(1):
         path = Path("runs") / (name + (f"-{number}" if number > 1 else ""))
         path.parent.mkdir(exist_ok=True)
@@ -234,6 +235,7 @@ def check_root(root: Path, what: str):
 
 def check_usable(run_dir: Path, *, resume: bool, overwrite: bool):
     """Raises InputError if no run may begin at `run_dir`, or go on or be replaced as asked."""
+    check_place(run_dir)
     if os.path.lexists(run_dir) and not run_dir.is_dir():
         raise InputError(f"{run_dir} is not a directory")
     if not run_dir.exists() or _names(run_dir) <= {LOCK}:

@@ -142,8 +142,11 @@ def comparison(path: Path, courses: dict[str, list[dict]], title: str):
       courses: {label: rows, as in `curves`}.
     """
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    names, families = _writable(courses)
+    # Matplotlib leaves a label that begins with an underscore out of the legend.
+    labels = [name if not name.startswith("_") else f" {name}" for name in names]
     for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
-        for number, (label, rows) in enumerate(courses.items()):
+        for number, (label, rows) in enumerate(zip(labels, courses.values(), strict=True)):
             epochs = [row["epoch"] for row in rows]
             splits = {"train": "--", "validation": "-"}
             known = [split for split in splits if rows and f"{split}_{name}" in rows[0]]
@@ -156,7 +159,8 @@ def comparison(path: Path, courses: dict[str, list[dict]], title: str):
         axis.xaxis.get_major_locator().set_params(integer=True)
     losses = [v for rows in courses.values() for row in rows for k, v in row.items() if "loss" in k]
     _fit_losses(axes[0], losses)
-    axes[1].legend(loc="best", frameon=False)
+    for text in axes[1].legend(loc="best", frameon=False, prop={"family": families}).get_texts():
+        text.set_parse_math(False)
     figure.suptitle(f"{title} (training dashed)", fontsize=11)
     save(figure, path)
 

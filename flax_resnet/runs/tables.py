@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from flax_resnet.errors import InputError, no_link
+from flax_resnet.files import CsvRows
 
 
 class Table:
@@ -109,8 +110,8 @@ def _number(text: str) -> int | float:
 def as_csv(rows: list[dict]) -> bytes:
     """The rows as CSV, with a header."""
     lines = io.StringIO(newline="")
-    writer = csv.DictWriter(lines, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    table = CsvRows(lines)
+    for row in (rows[0], *(row.values() for row in rows)):
+        table.write(row)
     # Class names are names of folders, which may hold any bytes.
     return lines.getvalue().encode(errors="surrogateescape")

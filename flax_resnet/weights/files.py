@@ -12,6 +12,9 @@ from safetensors.numpy import load_file
 from flax_resnet.errors import InputError
 from flax_resnet.weights import names, torch_file
 
+_LARGEST_HEADER = 100_000_000
+"""Most bytes of the table of contents of a .safetensors file, as its library has it."""
+
 _UNSUPPORTED = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file: git lfs pull",
     b"\x89HDF": "an HDF5 file; weights of Keras are not read",
@@ -83,9 +86,11 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file:
             length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
-            header = json.loads(file.read(length)) if length <= size - 8 else None
-        if header is None:
-            raise InputError(f"{path}: truncated, its table of contents is incomplete")
+            if length > size - 8:
+                raise InputError(f"{path}: truncated, its table of contents is incomplete")
+            if length > _LARGEST_HEADER:
+                raise InputError(f"{path}: its table of contents takes {length:,} bytes")
+            header = json.loads(file.read(length))
         entries = [value for name, value in header.items() if name != "__metadata__"]
         if len(entries) > torch_file.MOST_TENSORS:
             raise InputError(f"{path}: more than {torch_file.MOST_TENSORS:,} tensors")

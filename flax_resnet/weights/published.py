@@ -32,6 +32,15 @@ from flax_resnet.weights import files
 _SECONDS = 30  # a server that says nothing for so long has no answer
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_NETWORK = {
+    "architecture": (None, *list_models()),  # timm's
+    "global_pool": (None, "avg"),
+    "hidden_act": (None, "relu"),  # transformers'
+    "downsample_in_first_stage": (None, False),
+    "downsample_in_bottleneck": (None, False),
+}
+"""{key of a config.json: its values for networks that are here}"""
+
 _FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers, in files of transformers
 
 
@@ -113,6 +122,7 @@ def _from_hub(source: str, repo: str) -> Found:
     _check_blob(source, path)
     read = lambda name: _json(source, _hub_file(source, repo, name))  # noqa: E731
     config = read("config.json")
+    _check_network(source, config, path)
     try:
         data = _data_of_timm(config) or _data_of_transformers(read("preprocessor_config.json"))
         return Found(path, data, _names_in(config))
@@ -120,6 +130,17 @@ def _from_hub(source: str, repo: str) -> Found:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{source}: its config.json is not understood: {error!r}") from None
+
+
+def _check_network(source: str, config: dict, path: Path):
+    """Raises InputError for another network, which may have the names and shapes of one that is
+    here: a pooling or a stride has no weights."""
+    for key, values in _NETWORK.items():
+        if (own := config.get(key)) not in values:
+            raise InputError(
+                f"{source}: its {key} {printable(repr(own))} is of no network here; to take the"
+                f" weights all the same, give {path}"
+            )
 
 
 def _data_of_timm(config: dict) -> dict:
@@ -164,11 +185,13 @@ def _hub_file(source: str, repo: str, name: str) -> Path | None:
         for name in ("huggingface_hub", "huggingface_hub.constants", "huggingface_hub.errors")
     )
     check_home(constants.HF_HUB_CACHE, source, "HF_HOME")
-    if hub.try_to_load_from_cache(repo, name) is hub._CACHED_NO_EXIST:
-        return None  # which it says without a network too
     try:
+        if hub.try_to_load_from_cache(repo, name) is hub._CACHED_NO_EXIST:
+            return None  # which it says without a network too
         with quiet("huggingface_hub"):  # it logs every retry
             return Path(hub.hf_hub_download(repo, name))
+    except errors.HFValidationError:
+        raise InputError(f"{source}: the Hub's names are OWNER/REPO") from None
     except errors.RepositoryNotFoundError:
         raise InputError(f"{source}: the Hub has no such repository, or a private one") from None
     except errors.LocalEntryNotFoundError:
@@ -240,7 +263,10 @@ def check_home(folder: str, source: str, variable: str):
 def _from_url(source: str, rest: str) -> Found:
     """The file of a URL. A digest in its name is checked, and torch.hub has the file under the same
     name; without one the URL's digest keeps files of one name apart."""
-    name = unquote(Path(urlsplit(source).path).name)
+    try:
+        name = unquote(Path(urlsplit(source).path).name)
+    except ValueError as error:
+        raise InputError(f"{source}: {printable(error)}") from None
     if not name or "/" in name:
         raise InputError(f"{source}: the URL names no file")
     folder = _torch_hub()

@@ -209,9 +209,11 @@ def _joined(above: str, key, depth: int) -> str:
     return name
 
 
-def _tensor(storage, offset, shape, strides, *_) -> _Tensor:
+def _tensor(storage, offset, shape, strides, _=False, hooks=(), marks=None) -> _Tensor:
     if not isinstance(storage, _Storage):
         raise _Damaged("a tensor without a storage")
+    if marks:  # such as {"neg": True}: the values are those of the storage, negated
+        raise _Foreign("a tensor that is computed from its storage when it is read")
     return _Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
 
 
