@@ -242,14 +242,41 @@ def test_the_hub_tells_looks_of_timm_and_of_transformers(site, timm, net):
     assert (weights.data["image_size"], weights.data["resize_size"]) == (56, 64)
 
 
+LOOKS = {"image_mean": MEAN, "image_std": STD, "size": {"shortest_edge": 56}}
+
+
+@pytest.mark.parametrize(
+    ("looks", "sizes"),
+    [
+        ({}, (56, 56)),
+        ({"size": 56, "crop_size": {"height": 48, "width": 48}}, (48, 56)),
+        ({"crop_size": 48, "do_center_crop": False}, (56, 56)),
+        ({"size": {"height": 48, "width": 48}}, "lose their proportions"),
+        ({"size": {"shortest_edge": 384}, "crop_pct": 1.0}, "lose their proportions"),
+        ({"do_rescale": False}, "rescaled"),
+        ({"do_normalize": False}, "normalised"),
+    ],
+)
+def test_how_transformers_cuts_images_is_read_or_refused(looks, sizes, site):
+    site.publish("lab/net", "preprocessor_config.json", json.dumps(LOOKS | looks).encode())
+    site.publish("lab/net", "config.json", b"{}")
+    site.publish("lab/net", "model.safetensors", b"weights")
+    if isinstance(sizes, str):
+        with pytest.raises(InputError, match=sizes):
+            published.find("hf:lab/net", print)
+    else:
+        data = published.find("hf:lab/net", print).data
+        assert (data["image_size"], data["resize_size"]) == sizes
+
+
 def test_another_network_of_the_same_names_and_shapes_is_refused(site):
     """timm's resnetaa50 has the weights of a resnet50, and average pooling instead of strides."""
     usual = dict(architecture="resnet18", hidden_act="relu", downsample_in_bottleneck=False)
     others = dict(architecture="resnetaa50", global_pool="max", hidden_act="gelu")
     others |= dict(downsample_in_first_stage=True, downsample_in_bottleneck=True)
-    for name, config in {"usual": usual} | {
-        key: usual | {key: others[key]} for key in others
-    }.items():
+    others |= dict(model_args={"act_layer": "silu"})
+    configs = {key: usual | {key: value} for key, value in others.items()}
+    for name, config in {"usual": usual, **configs}.items():
         site.publish(f"lab/{name}", "config.json", json.dumps(config).encode())
         site.publish(f"lab/{name}", "model.safetensors", b"weights")
     assert published.find("hf:lab/usual", print).path.read_bytes() == b"weights"

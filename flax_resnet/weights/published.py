@@ -35,11 +35,15 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _NETWORK = {
     "architecture": (None, *list_models()),  # timm's
     "global_pool": (None, "avg"),
+    "model_args": (None, {}),
     "hidden_act": (None, "relu"),  # transformers'
     "downsample_in_first_stage": (None, False),
     "downsample_in_bottleneck": (None, False),
 }
 """{key of a config.json: its values for networks that are here}"""
+
+_SQUASHED = 384
+"""From this size on, transformers' ConvNextImageProcessor cuts nothing off an image."""
 
 _FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers, in files of transformers
 
@@ -148,6 +152,8 @@ def _data_of_timm(config: dict) -> dict:
     if looks is None:
         return {}
     size = looks["input_size"][1]
+    if (mode := looks.get("crop_mode", "center")) != "center":
+        raise ValueError(f"crop_mode {mode!r}")
     return {
         "mean": tuple(looks["mean"]),
         "std": tuple(looks["std"]),
@@ -160,15 +166,32 @@ def _data_of_timm(config: dict) -> dict:
 def _data_of_transformers(images: dict) -> dict:
     if "image_mean" not in images:
         return {}
-    size = images["size"]
-    size = size if isinstance(size, int) else next(iter(size.values()))
+    size, share = _side(images["size"]), images.get("crop_pct")
+    if share and size >= _SQUASHED:
+        raise ValueError(f"images of {size} pixels lose their proportions")
+    resize_size = int(size / (share or 1))  # as transformers rounds it
+    if images.get("crop_size") and images.get("do_center_crop", True):
+        size = _side(images["crop_size"], crop=True)
+    if not all(images.get(step, True) for step in ("do_resize", "do_rescale", "do_normalize")):
+        raise ValueError("images are not resized, rescaled or normalised")
     return {
         "mean": tuple(images["image_mean"]),
         "std": tuple(images["image_std"]),
         "image_size": size,
-        "resize_size": int(size / (images.get("crop_pct") or 1)),  # as transformers rounds it
+        "resize_size": resize_size,
         "interpolation": _FILTERS[images.get("resample", 2)],
     }
+
+
+def _side(size: int | dict, *, crop: bool = False) -> int:
+    """The shorter side of an image, or the side of a square that is cut out of it."""
+    if isinstance(size, int):
+        return size
+    if "shortest_edge" in size:
+        return size["shortest_edge"]
+    if not crop or size["height"] != size["width"]:
+        raise ValueError(f"images of {size} lose their proportions")
+    return size["height"]
 
 
 def _names_in(config: dict) -> tuple[str, ...]:
