@@ -76,8 +76,8 @@ def read(place: str) -> Found:
 
 def _common(place: str, classes: dict[str, list[str]]) -> tuple[str, ...]:
     """The names of the classes; InputError unless all splits have the same in the same order."""
-    (first, names), *others = classes.items()
-    for split, own in others:
+    first, names = next(iter(classes.items()), ("", []))
+    for split, own in classes.items():
         if own != names:
             raise InputError(
                 f"hf:{place}: the split {printable(split)} has the classes {listed(own)},"
