@@ -121,3 +121,22 @@ def whole_trainings() -> str:
         ],
         numbers=2,
     )
+
+
+def decoding() -> str:
+    """Images per second and core of each way to read JPEGs."""
+    names = {
+        "pillow": "Pillow alone, one thread",
+        "torchvision_io": "`torchvision.io` alone, one thread",
+        "timm_loader": "timm's loader",
+        "worker_processes": "this project, `--num-workers`, image files",
+        "worker_processes_and_shards": "this project, `--num-workers`, ArrayRecord shards",
+        "threads": "this project, threads",
+    }
+    ways = results.read("decoding")["ways"]
+    rows = [
+        [names[way], str(row["cores"]), f"{row['images_per_second_a_core']:.0f}",
+         f"{min(row['all']):.0f} to {max(row['all']):.0f}"]
+        for way, row in ways.items()
+    ]  # fmt: skip
+    return table(["way", "cores", "images/s a core, median", "of 3 rounds"], rows, numbers=3)
