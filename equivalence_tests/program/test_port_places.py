@@ -93,10 +93,9 @@ def test_a_converter_with_another_order_inside_a_patch_is_named():
     assert "puts patches.weight into ['patches'] in another order" in report.notes[0]
 
 
-@pytest.mark.control
 @pytest.mark.parametrize("rows", [[0, 1, 2, 1], [0, 3, 3, 5]])
 def test_a_table_whose_rows_are_read_many_times_is_placed(rows):
-    """As the biases of relative positions in attention."""
+    """Attention reads its biases of relative positions in this way."""
 
     def apply(variables, x, train):
         x = x.mean((1, 2)) @ variables["head"] + variables["table"][np.array(rows)].reshape(-1)
@@ -113,6 +112,7 @@ def test_a_table_whose_rows_are_read_many_times_is_placed(rows):
     assert report.verdict == "equal", str(report)
 
 
+@pytest.mark.control
 def test_a_converter_that_flattens_another_layout_is_the_cause():
     def apply(variables, x, train):
         x = jax.nn.relu(x).reshape(len(x), -1) @ variables["w"]

@@ -19,7 +19,7 @@ KEPT = ("command", "environment", "verdict", "explained", "causes", "unplaced", 
 
 
 def row(document: dict) -> dict:
-    """What is kept of one report."""
+    """The part of a report that is kept."""
     name = document["subject"].rpartition(":")[2]
     what = inspect.getdoc(getattr(public_networks, name)).splitlines()[0].removesuffix(".")
     return {"name": name, "network": what} | {key: document[key] for key in KEPT}

@@ -35,7 +35,7 @@ class Card(NamedTuple):
     """FLOPs a second of products without sparsity: {type of the operands, or "tf32": number}."""
 
     description: str
-    """For "cuda" the properties of the card that the compiler asks for; for "tpu" its axes."""
+    """The properties that the compiler asks for ("cuda"), or the axes of the chips ("tpu")."""
 
     source: str
 

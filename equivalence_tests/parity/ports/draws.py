@@ -78,7 +78,7 @@ class Drawn(NamedTuple):
         return [a for a in found if _broadcast_together(a.shape, shape)]
 
     def factor(self, array: np.ndarray) -> torch.Tensor:
-        """What values are multiplied by, for the numbers in some layout."""
+        """The mask, divided by the share that is kept, for the numbers in some layout."""
         return torch.from_numpy((array < self.share) / self.share)
 
     @property
@@ -247,7 +247,7 @@ def dropouts(operation: Operation) -> Iterator[Variant]:
 
 
 def _kinds(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """What JAX drops instead of what PyTorch drops; "" if it is the same."""
+    """A sentence on what JAX drops instead of what PyTorch drops; "" if it is the same."""
     if tuple(got) == tuple(expected):
         return ""
     whole = [max(pair) for pair in zip(got, expected, strict=True)]
@@ -256,7 +256,7 @@ def _kinds(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
 
 
 def _kind(shape, whole) -> str:
-    """What a mask of some shape drops of values of the shape `whole`."""
+    """The name of what a mask of some shape drops of values of the shape `whole`."""
     shared = [axis for axis, (m, n) in enumerate(zip(shape, whole, strict=True)) if m < n]
     names = {(): "elements", (2, 3): "whole channels", (1, 2, 3): "whole images"}
     if len(whole) == 3:

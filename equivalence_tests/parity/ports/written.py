@@ -9,7 +9,8 @@ MOST = 10_000
 """Elements of an array whose decimals are looked for: constants, not tables."""
 
 EPS = float(np.finfo(np.float32).eps)
-"""What a network's author means by the eps of an activation's type, which is float64 here only."""
+"""The eps of float32, which an author means by the eps of an activation's type. Here that type is
+float64."""
 
 
 def lifted(array):
