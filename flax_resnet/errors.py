@@ -42,6 +42,12 @@ class InputError(ValueError):
     exit_status = BAD_INPUT
 
 
+def check_type(name: str, value, kinds: type | tuple[type, ...], what: str):
+    """Raise InputError if the argument `name` of a public function is no instance of `kinds`."""
+    if not isinstance(value, kinds):
+        raise InputError(f"`{name}` is {what}, got {type(value).__name__}")
+
+
 def verdict(error: BaseException) -> tuple[int, str]:
     """The exit status of an error and the line that is printed for it.
 

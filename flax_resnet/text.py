@@ -1,8 +1,11 @@
 """Prints names of tensors, files and classes, which come from outside, safely and in brief."""
 
+import re
 import sys
 from collections.abc import Iterable
 from typing import TextIO
+
+_PASSWORD = re.compile(r"(?<=://)[^/\s@]*@")
 
 _verbose = False
 
@@ -20,13 +23,13 @@ def most(limit: int) -> int:
 
 def printable(text: object, limit: int = 200) -> str:
     r"""The text with control characters and marks of writing direction escaped, as `\x1b` and
-    `\u202e`.
+    `\u202e`, and without the name and password of a URL.
 
     Args:
       limit: characters of the result; a longer one is cut and ends with "...".
     """
     limit = most(limit)
-    start = str(text)[: limit + 1]
+    start = _PASSWORD.sub("***@", str(text))[: limit + 1]
     shown = "".join(map(_escaped, start))
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 

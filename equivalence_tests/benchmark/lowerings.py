@@ -60,7 +60,7 @@ def not_stopped(values):
 
 def two_pass(norm: BatchNorm, x):
     """The corrected algorithm: what the mean loses to rounding is the mean of the distances."""
-    return _from_sums(x, layers._sums(x)[0] / np.prod(x.shape[:-1]))
+    return _from_sums(x, layers._sums(layers._wide(x))[0] / np.prod(x.shape[:-1]))
 
 
 def one_pass(norm: BatchNorm, x):
@@ -73,7 +73,7 @@ def shifted(norm: BatchNorm, x):
 
 def _from_sums(x, shift):
     """The variance as E[(x - shift)^2] - E[x - shift]^2, with both sums in one pass."""
-    distance, count = x - layers._per_channel(shift, x), np.prod(x.shape[:-1])
+    distance, count = layers._wide(x) - layers._per_channel(shift, x), np.prod(x.shape[:-1])
     mean, square = layers._sums(distance, jnp.square(distance)) / count
     return mean + shift, square - jnp.square(mean), count
 

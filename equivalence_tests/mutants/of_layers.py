@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +60,9 @@ def _fast_variance(self, x):
 
 
 def _narrow_statistics(self, x):
-    mean, var, count = _STATISTICS(self, x.astype(self.dtype or x.dtype))
-    return mean.astype(x.dtype), var.astype(x.dtype), count
+    with mock.patch.object(layers, "_wide", lambda x: x):
+        mean, var, count = _STATISTICS(self, x)
+    return layers._wide(mean), layers._wide(var), count
 
 
 def _uncounted(self, mean, var, count):

@@ -96,6 +96,19 @@ def test_other_images_are_refused(run, wrong):
             function(wrong)
 
 
+@pytest.mark.parametrize("call, words", [
+    (lambda run: flax_resnet.load_run(None), "`run_dir` is a path, got NoneType"),
+    (lambda run: flax_resnet.pretrained(3), "`source` is a path, a name or a URL, got int"),
+    (lambda run: flax_resnet.state_dict(None), "`model` is an nnx.Module, got NoneType"),
+    (lambda run: flax_resnet.load_state_dict({}, run.model), "`model` is an nnx.Module, got dict"),
+    (lambda run: flax_resnet.ensemble({"a": run, "b": "runs/b"}), "b'.` is a LoadedRun, got str"),
+    (lambda run: run.predict(list(images(2))), "`images` is one array, or a list of paths"),
+])  # fmt: skip
+def test_arguments_of_other_types_are_refused(call, words, run):
+    with pytest.raises(InputError, match=words):
+        call(run)
+
+
 class SomeOutput(doctest.OutputChecker):
     """Compares the last line of output, if an example shows one; a training prints more."""
 

@@ -86,9 +86,16 @@ def test_an_exception_of_a_callback_ends_the_training_with_the_work_saved(tmp_pa
     assert rows == read_rows(tmp_path / "whole/metrics.csv")
 
 
-def test_what_is_no_function_is_refused(tmp_path):
-    with pytest.raises(InputError, match="`callbacks`: 3 is no function"):
-        flax_resnet.fit(config(), tmp_path / "run", callbacks=[print, 3])
+@pytest.mark.parametrize("wrong, words", [
+    ({"callbacks": [print, 3]}, "`callbacks`: 3 is no function"),
+    ({"callbacks": print}, "`callbacks` is a list of functions, got builtin_function_or_method"),
+    ({"config": {"epochs": 1}}, "`config` is a TrainConfig, got dict"),
+    ({"run_dir": 3}, "`run_dir` is a path or None, got int"),
+    ({"profile": "all"}, "`profile` is a number of steps, got str"),
+])  # fmt: skip
+def test_arguments_of_other_types_are_refused(wrong, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        flax_resnet.fit(**{"config": config(), "run_dir": tmp_path / "run"} | wrong)
     assert not (tmp_path / "run").exists()
 
 

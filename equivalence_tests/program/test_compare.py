@@ -199,6 +199,16 @@ def test_a_table_that_is_a_pipe_is_not_waited_for(tmp_path):
         tables.read_rows(tmp_path / "metrics.csv")
 
 
+def test_no_picture_is_written_among_the_images(run, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    other = without_training(tmp_path / "other")
+    monkeypatch.setattr("flax_resnet.data.sources.places", lambda name: [tmp_path / "images"])
+    command = ["compare.py", str(run), str(other), "--plot", str(tmp_path / "images/curves.png")]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(InputError, match="--plot: .*is one of the files that are read"):
+        compare.main()
+
+
 def test_no_figure_and_no_name_is_cut_off(run, monkeypatch, capsys):
     """In a terminal of 80 columns, with runs in deep folders."""
     monkeypatch.setenv("COLUMNS", "80")

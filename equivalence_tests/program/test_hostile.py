@@ -142,11 +142,12 @@ def test_names_of_runs_are_only_names_in_a_legend(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
     row = {"epoch": 1, "train_loss": 1.0, "train_accuracy": 0.5}
-    plots.comparison(tmp_path / "runs.png", {"$\\x$": [row], "_a": [row], "b\x1bc": [row]}, "Runs")
+    names = ["$\\x$", "_a", "b\x1bc", "long" * 50]
+    plots.comparison(tmp_path / "runs.png", {name: [row] for name in names}, "Runs")
     monkeypatch.undo()
     plots.save(drawn[0], tmp_path / "runs.png")
     shown = [text.get_text() for text in drawn[0].axes[1].get_legend().get_texts()]
-    assert shown == ["$\\x$", " _a", "b\\x1bc"]
+    assert shown == ["$\\x$", " _a", "b\\x1bc", "long" * 14 + "l..."]
 
 
 def test_a_carriage_return_in_a_name_ends_no_line_of_csv():

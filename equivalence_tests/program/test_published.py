@@ -423,6 +423,14 @@ def test_a_wrong_name_is_one_line(site, resnet18, tmp_path, name, words):
     refused(run_script("convert.py", name, tmp_path / "out.pth"), words, name)
 
 
+def test_a_password_in_a_url_is_refused_and_not_repeated(pictures, tmp_path):
+    flags = ["--dataset", f"folder:{pictures}", "--run-dir", tmp_path / "run"]
+    url = "https://ann:secret@127.0.0.1/net.pth"
+    outcome = run_script("train.py", *flags, "--init-from", url)
+    refused(outcome, "127.0.0.1: a URL here has no name and no password")
+    assert "secret" not in outcome.err + outcome.out and not (tmp_path / "run").exists()
+
+
 def test_weights_of_another_architecture_by_name(resnet18, pictures, tmp_path):
     flags = ["--init-from", "torchvision:resnet18", "--dataset", f"folder:{pictures}", *SMALL]
     outcome = run_script("train.py", *flags, "--arch", "resnet34", "--run-dir", tmp_path / "run")

@@ -165,6 +165,7 @@ def test_sets_that_are_not_whole_are_refused(written, folder, tmp_path):
 
 @pytest.mark.parametrize("runs, words", [
     ([[0, 5], [7, 4]], ["an image of class 7", "2 classes"]),
+    ([[0, 5]], ["9 images instead of the 5 of index.json", SHARD]),
     ([[0, 10**15]], ["more images than bytes", SHARD]),
     ([[0, 10**30]], ["more images than bytes", SHARD]),
     ([[2**31, 1]], ["no index of shards"]),

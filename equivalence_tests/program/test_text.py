@@ -44,6 +44,12 @@ def test_long_names_and_long_lists_are_cut():
     assert listed(["\x1b", "b", "c"], limit=2) == "\\x1b, b and 1 more"
 
 
+def test_a_password_in_a_url_is_not_printed():
+    text = "HTTPS://ann:secret@here.org/a.pth, http://token@x; http://x/a@b and a@b"
+    assert printable(text) == "HTTPS://***@here.org/a.pth, http://***@x; http://x/a@b and a@b"
+    assert printable("http://" + "x" * 300 + "@here.org/") == "http://***@here.org/"
+
+
 @pytest.fixture
 def verbose():
     """Within this fixture commands are verbose; afterwards they are not."""

@@ -7,6 +7,7 @@ python scripts/compare.py runs/* --plot curves.png --json runs.json
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +77,6 @@ def parse():
     if len(args.run_dirs) < 2:
         raise InputError(f"two or more runs are compared, got {args.run_dirs[0]} alone")
     output_files.check_picture("--plot", args.plot)
-    output_files.check_outputs({"--plot": args.plot, "--json": args.json}, args.run_dirs)
     return args
 
 
@@ -141,9 +141,18 @@ def table_of_settings(settings: dict[str, dict]) -> Table:
     return table
 
 
+def _check_outputs(args, courses: Iterable[Course]):
+    from flax_resnet.data.sources import places  # here, because importing JAX takes a second
+
+    data = {place for course in courses for place in places(course.config.data.dataset)}
+    output_files.check_outputs({"--plot": args.plot, "--json": args.json}, args.run_dirs, data)
+
+
 def main():
     args = parse()
     courses = {str(path): read(path) for path in args.run_dirs}
+    if args.plot or args.json:
+        _check_outputs(args, courses.values())
     settings = differing({name: course.config for name, course in courses.items()})
     display = Display(stderr=str(args.json) == "-")
     display.show(table_of_figures(courses))

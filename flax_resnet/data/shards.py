@@ -18,7 +18,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pydantic
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 from pydantic.dataclasses import dataclass
 
@@ -177,6 +177,19 @@ def _check_shards(folder: Path, shards: dict[str, Shard], names: set[str]):
             raise InputError(
                 f"{folder / name}: a broken shard ({size:,} bytes instead of {shard.size:,})"
             )
+        _check_count(folder / name, sum(length for _, length in shard.runs))
+
+
+def _check_count(path: Path, expected: int):
+    try:
+        reader = ArrayRecordReader(str(path))
+        count = reader.num_records()
+        reader.close()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: a broken shard ({printable(reason)})") from None
+    if count != expected:
+        raise InputError(f"{path}: {count:,} images instead of the {expected:,} of {INDEX}")
 
 
 def _open(folder: Path, shards: dict[str, Shard]) -> tuple[Records, np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 
 from flax_resnet.data.prepare import evaluation_decoder
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, check_type
 from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.text import listed
 from flax_resnet.training.network import Network, Preprocess, Variables
@@ -74,6 +74,8 @@ def ensemble(runs: dict[str, LoadedRun], average: str = "probabilities") -> Load
         raise InputError(f"`average` is {listed(AVERAGES)}, got {average!r}")
     if not (isinstance(runs, Mapping) and runs):
         raise InputError("`runs` is a dict of names and loaded runs, and not empty")
+    for name, run in runs.items():
+        check_type(f"runs[{name!r}]", run, LoadedRun, "a LoadedRun")
     (first_name, first), *others = runs.items()
     if not others:
         return first

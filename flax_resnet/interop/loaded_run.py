@@ -19,7 +19,7 @@ from flax_resnet.data.pipeline import ahead, decoded, whole
 from flax_resnet.data.prepare import evaluation_decoder
 from flax_resnet.data.shared import Names
 from flax_resnet.data.sources import FolderSource
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, check_type
 from flax_resnet.models.folding import fold_batchnorm
 from flax_resnet.models.resnet import Identity
 from flax_resnet.text import printable
@@ -88,6 +88,8 @@ class LoadedRun:
         if isinstance(images, str | os.PathLike):
             images = [images]
         if isinstance(images, Sequence):
+            for image in images:
+                check_type("images", image, (str, os.PathLike), "one array, or a list of paths")
             rows = [row for _, row in predict_files(self, images)]
             return np.stack(rows) if rows else np.zeros((0, len(self.class_names)), np.float32)
         found = self._in_batches(self._probabilities, images)
@@ -168,6 +170,7 @@ def load_run(run_dir: Path | str) -> LoadedRun:
       >>> flax_resnet.load_run("runs/digits").class_names[:3]
       ('0', '1', '2')
     """
+    check_type("run_dir", run_dir, (str, os.PathLike), "a path")
     document, config, network, state = restore(run_dir, chosen_step)
     variables = jax.tree.map(jnp.asarray, steps.evaluation_variables(state))
     # Earlier versions wrote names in the disk's Unicode form.

@@ -173,13 +173,12 @@ class BatchNorm(nnx.Module):
 
     def _normalized(self, x):
         dtype = self.dtype or x.dtype
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.use_running_average:
             rstd = lax.rsqrt(self.var[...] + self.epsilon)
             scale, bias = self.scale[...], self.bias[...]
-            return _normalize(wide, self.mean[...], rstd, scale, bias).astype(dtype)
+            return _normalize(_wide(x), self.mean[...], rstd, scale, bias).astype(dtype)
         several = self.group_size is not None and len(x) > self.group_size
-        out, mean, var, count = (self._of_groups if several else self._of_one_group)(wide)
+        out, mean, var, count = (self._of_groups if several else self._of_one_group)(x)
         self._update(mean, var, count)
         return out.astype(dtype)
 
@@ -197,6 +196,7 @@ class BatchNorm(nnx.Module):
     def _of_one_group(self, x):
         """x normalised by statistics of its own, and what `_batch_statistics` finds of it."""
         mean, var, count = self._batch_statistics(x)
+        x = _wide(x)
         rstd, scale, bias = lax.rsqrt(var + self.epsilon), self.scale[...], self.bias[...]
         if self.kernels == "library":
             return _normalize(x, mean, rstd, scale, bias), mean, var, count
@@ -237,9 +237,10 @@ class BatchNorm(nnx.Module):
                 "BatchNorm in training needs more than one value per channel: take several images"
                 " at once, or larger ones, or call model.eval() first"
             )
-        of_one_image = x[0].mean(tuple(range(x.ndim - 2)))
+        # Widened after it is cut out: otherwise XLA writes all of x in float32 too on a TPU.
+        of_one_image = _wide(x[0]).mean(tuple(range(x.ndim - 2)))
         shift = lax.stop_gradient(_mean_of_devices(of_one_image, peers))
-        distance = x - _per_channel(shift, x)
+        distance = _wide(x) - _per_channel(shift, x)
         sums = _sums(distance, jnp.square(distance), kernels=self.kernels)
         rest, square = _mean_of_devices(sums / _values(x), peers)
         return shift + rest, square - jnp.square(rest), count
@@ -251,6 +252,11 @@ class BatchNorm(nnx.Module):
         self.mean.set_value(_moving(self.mean[...], mean, self.momentum))
         self.var.set_value(_moving(self.var[...], unbiased, self.momentum))
         self.num_batches_tracked.set_value(self.num_batches_tracked[...] + 1)
+
+
+def _wide(x):
+    """x in float32 or in its own wider type."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _values(x) -> float:

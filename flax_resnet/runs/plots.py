@@ -142,7 +142,7 @@ def comparison(path: Path, courses: dict[str, list[dict]], title: str):
       courses: {label: rows, as in `curves`}.
     """
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    names, families = _writable(courses)
+    names, families = _writable(printable(label, 60) for label in courses)
     # Matplotlib leaves a label that begins with an underscore out of the legend.
     labels = [name if not name.startswith("_") else f" {name}" for name in names]
     for axis, name in zip(axes, ("loss", "accuracy"), strict=True):

@@ -19,7 +19,7 @@ from flax_resnet.data.prepare import SPLITS, Prepared, fingerprint, prepare
 from flax_resnet.data.sources import places
 from flax_resnet.devices import distributed
 from flax_resnet.devices.parallel import Engine
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, check_type
 from flax_resnet.models import create_from_config
 from flax_resnet.models.cnn import SMALLEST
 from flax_resnet.models.summary import stage_rows, summary_table
@@ -83,7 +83,7 @@ def fit(
       >>> sorted(report["splits"])
       ['test', 'train', 'validation']
     """
-    _check_callbacks(callbacks)
+    _check_arguments(config, run_dir, callbacks, profile)
     display = display or Display(quiet=not distributed.is_first())
     run_dir = None if run_dir is None else Path(run_dir)
     if resume:
@@ -100,7 +100,11 @@ def fit(
         directory.close()
 
 
-def _check_callbacks(callbacks: Sequence[Callback]):
+def _check_arguments(config, run_dir, callbacks, profile):
+    check_type("config", config, TrainConfig, "a TrainConfig")
+    check_type("run_dir", run_dir, (str, os.PathLike, type(None)), "a path or None")
+    check_type("callbacks", callbacks, Sequence, "a list of functions")
+    check_type("profile", profile, int, "a number of steps")
     for callback in callbacks:
         if not callable(callback):
             raise InputError(f"`callbacks`: {callback!r} is no function")

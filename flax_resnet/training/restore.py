@@ -1,6 +1,7 @@
 """Reading a run back from its checkpoints, and the weights that another training starts from."""
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from flax_resnet.config import TrainConfig, config_from_file, from_dict
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, check_type
 from flax_resnet.models import create_from_config
 from flax_resnet.runs import environment
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in
@@ -106,6 +107,7 @@ def pretrained(
       >>> weights.class_names[:3]
       ('0', '1', '2')
     """
+    check_type("source", source, (str, os.PathLike), "a path, a name or a URL")
     if published.is_name(str(source)):
         found = published.find(str(source), say)
     elif Path(source).is_dir():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, check_type
 from flax_resnet.models import create_model, has_shortcut_choice, has_stem_choice, list_models
 from flax_resnet.models.resnet import CONSTRUCTORS
 from flax_resnet.text import listed, most, printable
@@ -80,6 +80,7 @@ def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
       >>> flax_resnet.state_dict(model)["conv1.weight"].shape
       (16, 3, 3, 3)
     """
+    check_type("model", model, nnx.Module, "an nnx.Module")
     return {
         (name := torch_name(path, variable[...].ndim)): _widen(
             to_torch_layout(path, variable[...]), name
@@ -118,6 +119,7 @@ def load_state_dict(model: nnx.Module, arrays: dict[str, np.ndarray]) -> nnx.Mod
       >>> arrays = flax_resnet.state_dict(flax_resnet.create_model("resnet20"))
       >>> model = flax_resnet.load_state_dict(flax_resnet.create_model("resnet20"), arrays)
     """
+    check_type("model", model, nnx.Module, "an nnx.Module")
     arrays = conform(arrays, state_shapes(model))
     variables = [(torch_name(path, v[...].ndim), path, v) for path, v in _variables(model)]
     types = {name: variable[...].dtype for name, _, variable in variables}

@@ -287,9 +287,15 @@ def _from_url(source: str, rest: str) -> Found:
     """The file of a URL. A digest in its name is checked, and torch.hub has the file under the same
     name; without one the URL's digest keeps files of one name apart."""
     try:
-        name = unquote(Path(urlsplit(source).path).name)
+        address = urlsplit(source)
     except ValueError as error:
         raise InputError(f"{source}: {printable(error)}") from None
+    if "@" in address.netloc:  # the run's files would keep it
+        raise InputError(
+            f"{address.hostname}: a URL here has no name and no password; download the file, and"
+            " give its path"
+        )
+    name = unquote(Path(address.path).name)
     if not name or "/" in name:
         raise InputError(f"{source}: the URL names no file")
     folder = _torch_hub()

@@ -1,0 +1,225 @@
+"""Times the programs that serve a trained network, and says what each of them predicts.
+
+    python -m equivalence_tests.benchmark.serving runs/birds    # 20 minutes; results/serving.json
+
+Each program answers in a process of its own, on one core and on two, and the processes take turns.
+"First answer" is the time from the start of loading to the logits of one image, compilation
+included. The other times are medians of many calls. Every call starts from uint8 pixels.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from equivalence_tests import results
+from equivalence_tests.benchmark import charts
+
+Program = Callable[[np.ndarray], np.ndarray]
+"""uint8 images `[B, H, W, C]` -> logits or probabilities `[B, K]`."""
+
+BATCH = 64
+FILES = {
+    "StableHLO": ("net.stablehlo", ()),
+    "StableHLO, folded": ("folded.stablehlo", ("--fold-batchnorm",)),
+    "ONNX Runtime": ("net.onnx", ()),
+    "ONNX Runtime, folded": ("folded.onnx", ("--fold-batchnorm",)),
+    "ONNX Runtime, int8": ("int8.onnx", ("--int8",)),
+}
+"""{program: its file, and the flags with which `flax-resnet convert` writes the file}"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    parser.add_argument("--program", choices=PROGRAMS, help=argparse.SUPPRESS)
+    parser.add_argument("--cores", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.program:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
+        print(json.dumps(timed(args.program, args.run, args.cores), allow_nan=False))
+        return
+    about = facts(args.run)
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name), args.run)
+        programs = measure(Path(name), args.rounds)
+    results.write("serving", about | {"batch_size": BATCH, "programs": programs})
+    title = f"{about['arch']}, {about['image_shape'][0]} px, batches of {BATCH}, on a CPU"
+    charts.serving(results.FOLDER / "serving.png", programs, title)
+
+
+def prepare(folder: Path, run_dir: Path):
+    """Write the exported files, and the test images and labels as arrays."""
+    from flax_resnet.commands import evaluate
+    from flax_resnet.data import pipeline
+    from flax_resnet.data.prepare import evaluation_decoder
+    from flax_resnet.interop.loaded_run import load_run
+
+    (folder / "run").symlink_to(run_dir.resolve())
+    for file, flags in FILES.values():
+        command = [sys.executable, "scripts/convert.py", run_dir, folder / file, *flags]
+        subprocess.run(list(map(str, command)), check=True)
+    run = load_run(run_dir)
+    test = evaluate.open_data(run, None, "test").test
+    images = pipeline.decode_all(test, evaluation_decoder(run.config.data), np.arange(len(test)))
+    np.savez(folder / "test.npz", images=images, labels=test.labels)
+
+
+def facts(run_dir: Path) -> dict:
+    from flax_resnet.interop.loaded_run import load_run
+
+    run = load_run(run_dir)
+    facts = {"arch": run.config.model.arch, "stem": run.config.model.stem}
+    return facts | {"image_shape": run.image_shape, "command": "python -m " + __spec__.name}
+
+
+def measure(folder: Path, rounds: int) -> dict[str, dict]:
+    """{program: its figures}; each round runs all programs in turn."""
+    found = {}
+    for _ in range(rounds):
+        for name in PROGRAMS:
+            for cores in (1, 2):
+                outcome = in_process(folder, name, cores)
+                found.setdefault(name, {}).setdefault(cores, []).append(outcome)
+                print(name, cores, outcome["milliseconds"], flush=True)
+    reference = predictions(folder, "JAX")
+    labels = np.load(folder / "test.npz")["labels"]
+    return {
+        name: {
+            "file_bytes": os.path.getsize(folder / FILES[name][0]) if name in FILES else None,
+            "accuracy": float(np.mean(predictions(folder, name) == labels)),
+            "equal_predictions": float(np.mean(predictions(folder, name) == reference)),
+            "cores": {cores: medians(rounds) for cores, rounds in by_cores.items()},
+        }
+        for name, by_cores in found.items()
+    }
+
+
+def medians(outcomes: list[dict]) -> dict:
+    """The median of each figure over the rounds, and all rounds."""
+    middle = {name: statistics.median(each[name] for each in outcomes) for name in outcomes[0]}
+    return middle | {"rounds": outcomes}
+
+
+def in_process(folder: Path, name: str, cores: int) -> dict:
+    command = [sys.executable, "-m", __spec__.name, str(folder), "--program", name]
+    done = subprocess.run([*command, "--cores", str(cores)], check=True, stdout=subprocess.PIPE)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def predictions(folder: Path, name: str) -> np.ndarray:
+    return np.load(folder / f"{name}.npy")
+
+
+def timed(name: str, folder: Path, cores: int) -> dict:
+    """The figures of one program in this process; its predictions go to a file."""
+    with np.load(folder / "test.npz") as arrays:
+        images = arrays["images"]
+    started = time.perf_counter()
+    program = PROGRAMS[name](folder, cores)
+    program(images[:1])
+    first = time.perf_counter() - started
+    milliseconds = 1e3 * seconds(program, images[:1], 200)
+    speed = BATCH / seconds(program, images[:BATCH], 20)
+    if not (path := folder / f"{name}.npy").exists():
+        batches = np.split(images, range(BATCH, len(images), BATCH))
+        np.save(path, np.concatenate([program(batch).argmax(-1) for batch in batches]))
+    return {"first_answer_s": first, "milliseconds": milliseconds, "images_per_second": speed}
+
+
+def seconds(program: Program, images: np.ndarray, calls: int) -> float:
+    """Median seconds of a call, after a tenth as many calls to warm up."""
+    found = []
+    for _ in range(calls + calls // 10):
+        started = time.perf_counter()
+        program(images)
+        found.append(time.perf_counter() - started)
+    return statistics.median(found[calls // 10 :])
+
+
+def jax_run(folder: Path, cores: int, *, folded: bool = False, dtype: str = "float32") -> Program:
+    from flax_resnet.interop.loaded_run import load_run
+    from flax_resnet.models import create_from_config
+    from flax_resnet.training.network import Network
+
+    run = load_run(folder / "run")
+    if dtype != "float32":
+        network = Network(create_from_config(replace(run.config.model, dtype=dtype), run.channels))
+        run = replace(run, network=network)
+    return (run.without_batchnorm() if folded else run).predict
+
+
+def stablehlo(name: str, folder: Path, cores: int) -> Program:
+    import jax
+
+    exported = jax.export.deserialize(bytearray((folder / FILES[name][0]).read_bytes()))
+    program = jax.jit(exported.call)
+    return lambda images: np.asarray(program(images))
+
+
+def onnx(name: str, folder: Path, cores: int) -> Program:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = cores
+    path, on = folder / FILES[name][0], ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(path, options, providers=on)
+    notes = session.get_modelmeta().custom_metadata_map
+    mean, std = (np.float32(json.loads(notes[name])) for name in ("mean", "std"))
+
+    def program(images):
+        normalized = (np.float32(images) / 255 - mean) / std
+        return session.run(None, {"images": normalized.transpose(0, 3, 1, 2)})[0]
+
+    return program
+
+
+def pytorch(folder: Path, cores: int, *, folded: bool = False, dtype: str = "float32") -> Program:
+    import torch
+
+    import torch_ref
+    from flax_resnet.interop.loaded_run import load_run
+    from flax_resnet.weights.convert import state_dict
+    from torch_ref import onnx_file
+
+    torch.set_num_threads(cores)
+    run = load_run(folder / "run")
+    net = torch_ref.create_from_config(run.config.model, run.channels).eval()
+    net.load_state_dict(torch_ref.checkpoint.to_tensors(state_dict(run.model)))
+    net = onnx_file.fold_batchnorm(net) if folded else net
+    net = net.to(memory_format=torch.channels_last)
+    mean, std = map(torch.tensor, (run.config.data.mean, run.config.data.std))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype != "float32")
+
+    def program(images):
+        with torch.inference_mode(), autocast:
+            normalized = (torch.from_numpy(images) / 255 - mean) / std
+            return net(normalized.permute(0, 3, 1, 2)).float().numpy()
+
+    return program
+
+
+PROGRAMS: dict[str, Callable[[Path, int], Program]] = {
+    "JAX": jax_run,
+    "JAX, folded": partial(jax_run, folded=True),
+    "JAX, bfloat16": partial(jax_run, dtype="bfloat16"),
+    **{name: partial(stablehlo if "HLO" in name else onnx, name) for name in FILES},
+    "PyTorch": pytorch,
+    "PyTorch, folded": partial(pytorch, folded=True),
+    "PyTorch, bfloat16": partial(pytorch, dtype="bfloat16"),
+}
+"""{name: how the program is loaded from the folder of `prepare`, for so many cores}"""
+
+if __name__ == "__main__":
+    main()
