@@ -155,7 +155,8 @@ def jax_run(folder: Path, cores: int, *, folded: bool = False, dtype: str = "flo
 
     run = load_run(folder / "run")
     if dtype != "float32":
-        network = Network(create_from_config(replace(run.config.model, dtype=dtype), run.channels))
+        model = replace(run.config.model, dtype=dtype)
+        network = Network(create_from_config(model, in_channels=run.channels))
         run = replace(run, network=network)
     return (run.without_batchnorm() if folded else run).predict
 
@@ -191,12 +192,12 @@ def pytorch(folder: Path, cores: int, *, folded: bool = False, dtype: str = "flo
     import torch_ref
     from flax_resnet.interop.loaded_run import load_run
     from flax_resnet.weights.convert import state_dict
-    from torch_ref import onnx_file
+    from torch_ref import checkpoint, onnx_file
 
     torch.set_num_threads(cores)
     run = load_run(folder / "run")
     net = torch_ref.create_from_config(run.config.model, run.channels).eval()
-    net.load_state_dict(torch_ref.checkpoint.to_tensors(state_dict(run.model)))
+    net.load_state_dict(checkpoint.to_tensors(state_dict(run.model)))
     net = onnx_file.fold_batchnorm(net) if folded else net
     net = net.to(memory_format=torch.channels_last)
     mean, std = map(torch.tensor, (run.config.data.mean, run.config.data.std))
