@@ -68,6 +68,10 @@ PORT = 1e-10
 explained. Rounding gives 2e-14 in the public ResNets; the smallest fault that was met, an eps of
 1.001e-5 in Keras, gives 1.0e-9."""
 
+LOUD = 1e-8
+"""Float64: one layer of a port on activations of large values. There PyTorch's softplus is its
+argument, which is wrong by 1e-10 of it; a bound that one element of 10^5 reaches gives 1e-6."""
+
 PARALLEL = 1e-11
 """Float64: one program on different numbers of devices. Only the order of summation differs."""
 

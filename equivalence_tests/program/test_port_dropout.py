@@ -210,3 +210,73 @@ def test_masks_that_cannot_be_shared_are_told():
     assert report.verdict == "divergent" and not report.explained
     text = "the masks of dropout before last could not be shared: PyTorch's 5x8, JAX's 3x8"
     assert report.notes == [text]
+
+
+def drawing_from(keys):
+    """A function whose dropouts draw from these keys, and drop at these rates."""
+
+    def apply(variables, x, train):
+        x = x.mean((1, 2))
+        for (key, rate), kernel in zip(keys, variables["hidden"], strict=True):
+            x = jax.nn.relu(x @ kernel)
+            if train:
+                kept = jax.random.bernoulli(jax.random.key(key), 1 - rate, x.shape)
+                x = jnp.where(kept, x / (1 - rate), 0) if rate < 1 else jnp.zeros_like(x)
+        return x @ variables["last"], variables
+
+    kernels = [jnp.zeros((size, 8)) for size in (3, *[8] * (len(keys) - 1))]
+    return apply, {"hidden": kernels, "last": jnp.zeros((8, 4))}
+
+
+def scanned(split: bool):
+    """Two layers of one scan, whose dropouts have keys of their own or one for both."""
+
+    class Layer(linen.Module):
+        @linen.compact
+        def __call__(self, x, train):
+            x = linen.relu(linen.Dense(8, use_bias=False)(x))
+            return linen.Dropout(0.3, deterministic=not train)(x), None
+
+    def body(x, train):
+        keys = {"params": True, "dropout": split}
+        layers = linen.scan(
+            Layer, {"params": 0}, split_rngs=keys, length=2, in_axes=linen.broadcast
+        )
+        x = linen.relu(linen.Dense(8, use_bias=False)(x.mean((1, 2))))
+        return linen.Dense(4, use_bias=False)(layers()(x, train)[0])
+
+    return Linen(body)
+
+
+def dropping(*rates):
+    def body(net, x):
+        x = x.mean((2, 3))
+        for rate, layer in zip(rates, net.hidden, strict=True):
+            x = F.dropout(F.relu(layer(x)), rate, net.training)
+        return net.last(x)
+
+    sizes = (3, *[8] * (len(rates) - 1))
+    hidden = nn.ModuleList(nn.Linear(size, 8, bias=False) for size in sizes)
+    return Torch(body, hidden=hidden, last=nn.Linear(8, 4, bias=False))
+
+
+@pytest.mark.control
+def test_two_masks_of_one_key_are_named():
+    named = {
+        "JAX draws from the key of an earlier dropout, so both drop the same places": ["dropout"]
+    }
+
+    def compared(port, rates=(0.3, 0.3)):
+        return compare_models(port, dropping(*rates), image_size=SIZE)
+
+    assert compared(drawing_from([(0, 0.3), (1, 0.3)])).verdict == "equal"
+    report = compared(drawing_from([(0, 0.3), (0, 0.3)]))
+    assert report.groups() == named and report.explained, str(report)
+    assert compared(scanned(split=True), (0, 0.3, 0.3)).verdict == "equal"
+    assert compared(scanned(split=False), (0, 0.3, 0.3)).groups() == named
+
+
+def test_a_dropout_of_everything_is_compared():
+    port, rates = drawing_from([(0, 0.3), (1, 1.0)]), (0.3, 1.0)
+    assert compare_models(port, dropping(*rates), image_size=SIZE).verdict == "equal"
+    assert compare_models(port, dropping(0.3, 0.5), image_size=SIZE).verdict == "divergent"

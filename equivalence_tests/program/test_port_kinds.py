@@ -308,3 +308,140 @@ def test_a_pool_of_another_size_is_named_and_the_layers_behind_are_still_compare
     )  # fmt: skip
     report = compare_models(Linen(body), torch_net, image_size=(11, 11))
     assert report.groups() == {"the max-pool has no padding": ["pool"]}
+
+
+def activated(function):
+    return Linen(lambda x, train: linen.Dense(4)(function(conv(x)).mean((1, 2))))
+
+
+def activated_in_torch(function):
+    layers = {"conv": nn.Conv2d(3, 6, 3, padding=1), "head": nn.Linear(6, 4)}
+    return Torch(lambda net, x: net.head(function(net.conv(x)).mean((2, 3))), **layers)
+
+
+@pytest.mark.control
+def test_a_bound_that_only_large_values_reach_is_found():
+    def compared(function, in_torch):
+        pair = activated(function), activated_in_torch(in_torch)
+        return compare_models(*pair, image_size=(5, 7))
+
+    report = compared(jax.nn.relu6, F.relu)
+    assert report.groups() == {"the activation is ReLU6": ["relu"]} and report.explained
+    assert compared(jax.nn.relu6, F.relu6).verdict == "equal"
+    assert compared(lambda x: jnp.clip(x, -8, 8), lambda x: x).verdict == "divergent"
+    report = compared(lambda x: jnp.clip(x, -900, 900), lambda x: x.clamp(-900, 900))
+    assert report.hidden == ["clamp never reaches its bound of 900"]
+
+
+def test_a_factor_may_stand_in_another_layer():
+    def apply(variables, x, train):
+        x = jax.nn.relu(x @ variables["first"])
+        x = jnp.einsum("bhwc,kc->bk", x, variables["last"]) / (x.shape[1] * x.shape[2])
+        return x + variables["bias"], variables
+
+    shapes = {"first": (3, 6), "last": (4, 6), "bias": (4,)}
+    first, head = nn.Conv2d(3, 6, 1, bias=False), nn.Linear(6, 4)
+    net = Torch(lambda net, x: net.head(F.relu(net.first(x)).mean((2, 3))), first=first, head=head)
+    port = apply, {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    report = compare_models(port, net, image_size=(5, 7))
+    assert report.verdict == "equal" and report.largest < 1e-13, str(report)
+    assert report.notes[0].startswith("the results agree, though activations differ at")
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return -gradient
+
+
+def unseen(x):
+    with torch.no_grad():
+        return 2 * x
+
+
+@pytest.mark.control
+@pytest.mark.parametrize("function", [Reversed.apply, unseen])
+def test_gradients_that_the_graph_has_not_are_refused(function):
+    port = activated(lambda x: 2 * x if function is unseen else x)
+    with pytest.raises(InputError, match="is not that of its operations"):
+        compare_models(port, activated_in_torch(function), image_size=(5, 7))
+
+
+def gated(eps, pooled, scale):
+    """Attention over channels by a convolution of one axis, and a branch times a number."""
+
+    def body(x, train):
+        x = linen.InstanceNorm(epsilon=eps)(conv(x))
+        gate = linen.Conv(1, (3,), padding=1, use_bias=False)(x.max((1, 2))[:, :, None])
+        x = linen.max_pool(x, (3, 3), (2, 2), [(0, pooled)] * 2)
+        x = conv(x) * jax.nn.hard_sigmoid(gate.swapaxes(1, 2)[:, None])
+        return linen.Dense(4)((x + scale * jnp.sin(x)).mean((1, 2)))
+
+    return Linen(body)
+
+
+@pytest.mark.control
+def test_layers_between_layers_are_followed():
+    def body(net, x):
+        x = net.norm(net.conv(x))
+        gate = net.gate(x.amax((2, 3))[:, None]).squeeze(1)[:, :, None, None]
+        x = net.wide(F.max_pool2d(x, 3, 2, ceil_mode=True)) * F.hardsigmoid(gate)
+        return net.head((x + 0.2 * torch.sin(x)).mean((2, 3)))
+
+    net = Torch(
+        body, conv=nn.Conv2d(3, 6, 3, padding=1), norm=nn.InstanceNorm2d(6, affine=True),
+        gate=nn.Conv1d(1, 1, 3, padding=1, bias=False), wide=nn.Conv2d(6, 6, 3, padding=1),
+        head=nn.Linear(6, 4),
+    )  # fmt: skip
+    report = compare_models(gated(1e-5, 1, 0.2), net, image_size=(6, 8))
+    assert not report.faults and report.largest < 1e-13, str(report)
+    report = compare_models(gated(1e-3, 0, 0.3), net, image_size=(6, 8))
+    assert report.groups() == {
+        "eps is 0.001 instead of 1e-05": ["norm"],
+        "the max-pool rounds its size down (ceil_mode=False)": ["max_pool2d"],
+        "the factor is 0.3 instead of 0.2": ["mul"],
+    }
+
+
+def normed(how):
+    """A batch norm that keeps no statistics, or that does not change them."""
+
+    def body(x, train):
+        x = linen.Conv(6, (3, 3), padding=1, use_bias=False)(x)
+        frozen = (
+            {"use_running_average": True} if how == "frozen" else {"use_running_average": False}
+        )
+        return linen.Dense(4)(linen.relu(linen.BatchNorm(**frozen)(x)).mean((1, 2)))
+
+    return Linen(body)
+
+
+def test_batch_norms_without_a_running_average_are_followed():
+    def frozen(net, x):
+        norm = net.norm
+        given = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        return net.head(F.relu(F.batch_norm(net.conv(x), *given)).mean((2, 3)))
+
+    layers = {"conv": nn.Conv2d(3, 6, 3, padding=1, bias=False), "head": nn.Linear(6, 4)}
+    net = Torch(frozen, norm=nn.BatchNorm2d(6), **layers)
+    assert compare_models(normed("frozen"), net, image_size=(5, 7)).verdict == "equal"
+
+
+def test_a_batch_norm_without_momentum_is_refused():
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, momentum=None), *pooled())
+    with pytest.raises(InputError, match="the BatchNorm 1 has momentum=None"):
+        compare_models(normed("frozen"), net)
+
+
+def test_an_adaptive_pool_is_asked_for_a_size_that_it_does_not_divide():
+    def body(x, train):
+        x = x.reshape(len(x), 2, 4, 2, 5, 3).mean((2, 4))
+        return linen.Dense(4)(x.reshape(len(x), -1))
+
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 4))
+    report = compare_models(Linen(body), net, image_size=(8, 10))
+    assert report.hidden == ["0 sees only sizes that its output divides (8 x 10)"]

@@ -26,7 +26,16 @@ FIXED = (224, 256, 32, 28, 64, 128, 384)
 
 
 def prepared(net: nn.Module) -> nn.Module:
-    """A copy in float64."""
+    """A copy in float64.
+
+    Raises:
+      InputError: a BatchNorm has no momentum.
+    """
+    for name, module in net.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+            if module.momentum is None:
+                why = "an average over all batches, which cannot be followed; give it a momentum"
+                raise InputError(f"the BatchNorm {name} has momentum=None, {why}")
     constants = {n: exported.lifted(b) for n, b in net.named_buffers() if b.is_floating_point()}
     net = copy.deepcopy(net).double()
     for name, buffer in net.named_buffers():
@@ -157,6 +166,7 @@ def faults(state: dict, graph: Graph, images: np.ndarray) -> list[str]:
         graph.evaluate(values, range(len(graph.operations)))
     return [
         *sizes.faults(_strides(graph, values)),
+        *_divided_pools(graph, values),
         *_equal_vectors(state),
         *_one_sided(graph, values),
         *_large_batches(graph, values),
@@ -182,6 +192,22 @@ def _strides(graph, values) -> dict:
 
 STRIDED = {"conv2d": "stride padding", "max_pool2d": "window stride", "avg_pool2d": "window stride"}
 """{operation: names of its first static arguments}."""
+
+
+def _divided_pools(graph, values) -> list[str]:
+    """Adaptive pools that a pool of one window could replace at this size."""
+    found = []
+    for operation in graph.operations:
+        if operation.name == "adaptive_avg_pool2d":
+            sizes_out = variant.pair(variant.arguments(operation, "size")["size"])
+            size = tuple(values[operation.inputs[0]].shape[2:])
+            whole = all(n % (out or n) == 0 for n, out in zip(size, sizes_out, strict=True))
+            if whole and set(sizes_out) != {1}:
+                name = operation.module or operation.name
+                found.append(
+                    f"{name} sees only sizes that its output divides ({size[0]} x {size[1]})"
+                )
+    return found
 
 
 def _equal_vectors(state) -> list[str]:

@@ -157,6 +157,7 @@ class Draws:
         self.of_jax: dict[int, Drawn] = {}
         self._below: dict[int, bool] = {}
         self._settled: set[int] = set()
+        self._taken: set[int] = set()
         self._extra: list[Drawn] = []
 
     def share(self, theirs: list[int], ours: list[int], error: Callable[[], float]) -> Place:
@@ -171,7 +172,7 @@ class Draws:
         """
         theirs = [i for i in _draws(self.standard, theirs) if i not in self._settled]
         self._below |= {i: drawn(self.standard, i).below for i in theirs}
-        ours = _draws(self.subject, ours)
+        ours = [j for j in _draws(self.subject, ours) if j not in self._taken]
         self.of_jax |= {i: drawn(self.subject, i) for i in ours}
         ways, errors = list(itertools.islice(self._ways(theirs, ours), MOST_WAYS)), []
         for way in ways if len(ways) > 1 else ():
@@ -182,6 +183,8 @@ class Draws:
         best = ways[errors.index(min(errors))] if errors else ways[0]
         self._put(best)
         self._settled.update(best)
+        self._offer_again([i for i in theirs if i not in best])
+        self._taken.update(j for j, _ in best.values())
         alone = [self.of_jax[j] for j in ours if j not in {j for j, _ in best.values()}]
         found = [self.of_jax[j] for j in ours] + self._extra[-MOST_EXTRA:]
         self._extra += alone
@@ -207,6 +210,19 @@ class Draws:
         if not pairs:
             yield from self._ways(theirs[1:], ours)
 
+    def _offer_again(self, theirs):
+        """Offers the masks of earlier dropouts to draws for which JAX draws nothing."""
+        for index in theirs:
+            shape = self.standard.operations[index].options["shape"]
+            earlier = [(one, a) for j in self._taken for one in self.of_jax[j].ways
+                       for a in one.like(shape)]  # fmt: skip
+            self._set_masks(self.standard.operations[index], again=earlier)
+
+    def _set_masks(self, draw: Operation, **masks):
+        for i, other in enumerate(self.standard.operations):
+            if other.name == KEEP and other.inputs == draw.outputs:
+                self.standard.operations[i] = other._replace(options=other.options | masks)
+
     def _put(self, way):
         operations = self.standard.operations
         for index, (_, masks) in way.items():
@@ -215,9 +231,7 @@ class Draws:
                 array = array if self._below[index] else 1 - array
                 run = functools.partial(_constant, torch.from_numpy(array))
                 operations[index] = draw._replace(run=run)
-            for i, other in enumerate(operations):
-                if other.name == KEEP and other.inputs == draw.outputs:
-                    operations[i] = other._replace(options=other.options | {"masks": masks})
+            self._set_masks(draw, masks=masks)
 
 
 def _constant(array, *_) -> tuple:
@@ -228,10 +242,17 @@ def _draws(graph: Graph, indices) -> list[int]:
     return [i for i in indices if graph.operations[i].name == DRAW]
 
 
+AGAIN = "JAX draws from the key of an earlier dropout, so both drop the same places"
+
+
 def dropouts(operation: Operation) -> Iterator[Variant]:
     """A dropout that JAX has not, or with another rate, mask or scale."""
     share, shape = operation.options["share"], operation.options["shape"]
     yield Variant("there is no dropout here", lambda draw: (0 * draw + share,))
+    for one, array in operation.options.get("again", ()):
+        if one.share is not None:
+            mask = one.factor(array) * share
+            yield Variant(AGAIN, functools.partial(_constant, mask))
     for one, array in operation.options.get("masks", ()):
         if one.share is None:
             continue
@@ -270,7 +291,7 @@ EXTRA = "JAX drops values of the input at a rate of"
 
 def extra(operation: Operation, found: list[Drawn]) -> Iterator[Variant]:
     """A dropout in JAX of which PyTorch's operation knows nothing."""
-    if operation.name in (DRAW, KEEP):
+    if operation.name in (DRAW, KEEP) or not operation.inputs:
         return
     positions = range(len(operation.inputs) if operation.name == "add" else 1)
     for one, position, layout in itertools.product(found, positions, range(MOST_LAYOUTS)):

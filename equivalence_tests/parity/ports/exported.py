@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._pytree import tree_map
 
-from equivalence_tests.parity.ports import draws, outputs, written
+from equivalence_tests.parity.ports import backward, draws, outputs, written
 from equivalence_tests.parity.ports.graph import Graph, Operation
 from flax_resnet.errors import InputError
 
@@ -61,6 +61,10 @@ def graph(
         raise InputError(
             f"the PyTorch network draws random numbers in {mode} ({operation.name}{where})"
         )
+    drawing = any(operation.name == draws.DRAW for operation in found.operations)
+    if not drawing and not builder.narrow:
+        with _raising(images):
+            backward.check(net, found, images + torch.randn_like(images))
     return found
 
 
@@ -93,6 +97,7 @@ class _Builder:
         self._numbers = itertools.count()
         self._values, self._several = {}, {}
         self.random: set[int] = set()
+        self.narrow = False  # True if an eps is that of float32 instead of the network's own
 
     def graph(self) -> Graph:
         signature = self.program.graph_signature
@@ -124,7 +129,7 @@ class _Builder:
 
     def _call(self, node: fx.Node):
         name = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
-        if name in ("conv2d", "conv_transpose2d", "linear"):
+        if name in ("conv1d", "conv2d", "conv_transpose2d", "linear"):
             self._product(node, name)
         elif name.startswith("_native_batch_norm_legit"):
             self._batch_norm(node)
@@ -140,8 +145,11 @@ class _Builder:
             self._values[node] = self._attention(node)
         elif node.target is operator.getitem and node.args[0] in self._several:
             self._values[node] = self._several[node.args[0]][node.args[1]]
+        elif name == "hardsigmoid":
+            self._values[node] = self._add(name, _hard_sigmoid, [node.args[0]], node)
         else:
             if name == "rms_norm":
+                self.narrow |= len(node.args) < 4 or node.args[3] is None
                 node.args, node.kwargs = _with_eps(*node.args, **node.kwargs), {}
             drawing = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
             if drawing and name != "scaled_dot_product_attention":  # a rate of 0
@@ -213,6 +221,8 @@ class _Builder:
 
     def _batch_norm(self, node):
         x, weight, bias, mean, variance, *rest = node.args
+        if "no_stats" in str(node.target):
+            rest, mean, variance = [mean, variance, *rest], None, None
         training = "no_training" not in str(node.target) and rest.pop(0)
         momentum, eps = rest
         given = tuple(part is not None for part in (weight, bias, mean, variance))
@@ -235,6 +245,11 @@ class _Builder:
 def _with_eps(x, shape, weight=None, eps=None) -> tuple:
     """RMSNorm's arguments; by default its eps is that of float32, in which users compute."""
     return x, shape, weight, written.EPS if eps is None else eps
+
+
+def _hard_sigmoid(x) -> tuple:
+    """The gradient of PyTorch's own holds the float32 that is nearest to 1/6."""
+    return (F.relu6(x + 3) / 6,)
 
 
 def _module(node) -> str:

@@ -11,7 +11,7 @@ from equivalence_tests.parity import tolerances
 from equivalence_tests.parity.ports import exported, statistics, traces, variants
 from equivalence_tests.parity.ports.graph import Graph, Operation
 from equivalence_tests.parity.ports.mapping import Mapping
-from equivalence_tests.parity.ports.walk import Walk
+from equivalence_tests.parity.ports.walk import Step, Walk
 
 
 class Fault(NamedTuple):
@@ -59,12 +59,10 @@ Changes = dict[int, list[variants.Variant]]
 """{index of an operation of PyTorch: the variants that make it JAX's}."""
 
 
-def forward(walk: Walk, mode: str) -> tuple[list[Fault], Changes]:
-    """Faults of all anchors."""
+def forward(walk: Walk, mode: str, steps=None) -> tuple[list[Fault], Changes]:
+    """Faults of all anchors that differ, or of the given ones."""
     found, changes = [], {}
-    for step in walk.steps:
-        if step.error <= tolerances.PORT:
-            continue
+    for step in _differing(walk) if steps is None else steps:
         if not step.operations:
             found.append(Fault(LOGITS, mode, "forward", step.error, _after_logits(walk)))
             continue
@@ -73,6 +71,10 @@ def forward(walk: Walk, mode: str) -> tuple[list[Fault], Changes]:
             changes.setdefault(index, []).append(variant)
         found += _named(walk.standard.operations, step, causes, mode)
     return found, changes
+
+
+def _differing(walk: Walk) -> list[Step]:
+    return [step for step in walk.steps if step.error > tolerances.PORT]
 
 
 def _after_logits(walk: Walk) -> list[str]:
@@ -138,9 +140,9 @@ def batch_norms(walk: Walk, mapping: Mapping, mode: str) -> tuple[list[Fault], C
     wanted = walk.standard.needed(walk.standard.after.values(), walk.of_torch)
     values = walk.standard.evaluate(dict(walk.of_torch), wanted)
     names = {v: n for n, v in walk.standard.leaves.items()}
-    found, changes = [], {}
+    found, changes, moved = [], {}, set(walk.standard.after.values())
     for index, operation in enumerate(walk.standard.operations):
-        if operation.name != exported.BATCH_NORM or len(operation.inputs) < 3:
+        if operation.name != exported.BATCH_NORM or not moved.intersection(operation.outputs):
             continue
         pairs = []
         for value, new in zip(operation.inputs[-2:], operation.outputs[1:], strict=True):

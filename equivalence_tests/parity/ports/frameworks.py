@@ -46,6 +46,7 @@ def _set_mode(model, train):
 
 def _linen(images, module, variables=None):
     key = jax.random.key(0)
+    keys = {"params": key, "dropout": jax.random.key(1)}  # other streams take that of "params"
     takes = inspect.signature(module.__call__).parameters
     fields = [field.name for field in dataclasses.fields(module) if field.name not in takes]
 
@@ -55,7 +56,7 @@ def _linen(images, module, variables=None):
 
     def apply(variables, images, train):
         others = [name for name in variables if name != "params"]
-        forward = partial(run, "apply", train, variables, images, rngs={"params": key})
+        forward = partial(run, "apply", train, variables, images, rngs=keys)
         try:  # some networks ask whether their statistics may change instead of taking a flag
             out, after = forward(mutable=others if train else [])
         except ModifyScopeVariableError:  # others write them in evaluation, too

@@ -61,6 +61,7 @@ def graph(network, image_shape: tuple[int, ...], *, train: bool) -> Graph:
             raise InputError(f"the JAX network raises on images of {size}: {reason}") from error
     flat = _Flat()
     inputs = [flat.new() for _ in closed.jaxpr.invars]
+    flat.integers = {v: a for v, (_, a) in zip(inputs, leaves[0], strict=False) if not _floats(a)}
     outputs = flat.walk(closed.jaxpr, closed.consts, inputs)
     found = Graph(
         operations=flat.operations,
@@ -73,6 +74,10 @@ def graph(network, image_shape: tuple[int, ...], *, train: bool) -> Graph:
     )
     _check(found, train=train)
     return found
+
+
+def _floats(leaf) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
 
 
 def _wide(leaf):
@@ -100,7 +105,10 @@ class _Flat:
 
     def __init__(self):
         self.operations, self.constants, self.narrow = [], {}, False
+        self.integers: dict[int, object] = {}
+        """The leaves that hold no floats: keys and counts, of which the keys of draws are made."""
         self._numbers = itertools.count()
+        self._drawn: dict[tuple, int] = {}
 
     def new(self) -> int:
         return next(self._numbers)
@@ -129,7 +137,7 @@ class _Flat:
     def _equation(self, equation, inputs) -> list[int]:
         name = equation.primitive.name
         if self._draws(equation, inputs):
-            return [self._draw(equation.outvars[0].aval.shape)]
+            return [self._draw(equation.outvars[0].aval.shape, self._known(inputs[0], fixed=False))]
         if name in CALLS:
             inner = equation.params[CALLS[name]]
             jaxpr, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "jaxpr") else (inner, ())
@@ -154,8 +162,13 @@ class _Flat:
         bounds = [self.constants.get(value) for value in inputs[1:]]
         return called == "_uniform" and bounds == [0.0, 1.0]
 
-    def _draw(self, shape) -> int:
+    def _draw(self, shape, key) -> int:
+        """The numbers of a key; a second draw of the same key gives the same numbers."""
         output, index = self.new(), len(self.operations)
+        same = (tuple(shape), output if key is None else _text(key))
+        if same in self._drawn:
+            return self._drawn[same]
+        self._drawn[same] = output
 
         def run():
             return (jnp.asarray(draws.numbers(0, index, shape=shape)),)
@@ -163,14 +176,20 @@ class _Flat:
         self.operations.append(Operation(draws.DRAW, run, (), (output,), "", {"shape": shape}))
         return output
 
-    def _known(self, value):
-        """The array of a value that depends on constants only; None for any other."""
+    def _known(self, value, *, fixed=True):
+        """The array of a value that depends on constants only; None for any other.
+
+        Args:
+          fixed: False to take the integers among the leaves as they are before a step.
+        """
         if value in self.constants:
             return self.constants[value]
+        if not fixed and value in self.integers:
+            return self.integers[value]
         operation = next((op for op in self.operations if value in op.outputs), None)
         if operation is None or operation.name == draws.DRAW:
             return None
-        inputs = [self._known(v) for v in operation.inputs]
+        inputs = [self._known(v, fixed=fixed) for v in operation.inputs]
         if any(array is None for array in inputs):
             return None
         return dict(zip(operation.outputs, operation.run(*inputs), strict=True))[value]
@@ -194,6 +213,12 @@ class _Flat:
         run = lambda *arrays: (function(*arrays),)  # noqa: E731
         self.operations.append(Operation(name, run, inputs, (output,)))
         return output
+
+
+def _text(key) -> bytes:
+    """The bits of a random key of either form."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(key) if typed else key).tobytes()
 
 
 def _stack(*arrays):

@@ -27,8 +27,8 @@ MOVES = {
 """Operations that only move elements; run on numbers of elements they tell where each went."""
 
 PRODUCTS = {
-    "conv_general_dilated", "dot_general", "conv2d", "conv_transpose2d", "linear", "matmul", "mm",
-    "einsum",
+    "conv_general_dilated", "dot_general", "conv1d", "conv2d", "conv_transpose2d", "linear",
+    "matmul", "mm", "einsum",
 }  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def _einsum(operation, numbers, data):
 
 def trimmed(numbers: np.ndarray) -> np.ndarray:
     """A kernel of one pixel as a matrix."""
-    return numbers[..., 0, 0] if numbers.ndim == 4 and numbers.shape[2:] == (1, 1) else numbers
+    return numbers.reshape(numbers.shape[:2]) if set(numbers.shape[2:]) == {1} else numbers
 
 
 def compact(numbers: np.ndarray) -> np.ndarray:

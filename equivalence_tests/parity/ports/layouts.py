@@ -33,7 +33,7 @@ class Layout(NamedTuple):
         if array.size == np.prod(self.shape):
             array = array.reshape(self.permuted).transpose(np.argsort(self.axes))
             array = array.reshape(self.shape)
-        else:
+        elif array.ndim == len(self.axes):  # of other sizes; of other axes it stays as it is
             array = array.transpose(np.argsort(self.axes))
         return torch.from_numpy(np.array(array, order="C"))
 

@@ -228,7 +228,7 @@ def _group(
         got = walk.in_jax(stage.subject[-1].output, filled(walk, pieces))
         trials.append((closest(expected, got)[0], pieces))
     trials.sort(key=lambda trial: trial[0])
-    if not trials or trials[0][0] >= LARGEST:
+    if not trials or (trials[0][0] >= LARGEST and len(trials) > 1):
         return {}
     if len(trials) > 1 and trials[0][0] > CLEAR * trials[1][0]:
         mapping.ambiguous.append(

@@ -30,6 +30,8 @@ def _batch_norm(operation: Operation, reason: str, **options) -> Variant:
 
 
 def _given_eps(operation: Operation) -> float:
+    if operation.name == "instance_norm":
+        return operation.options["args"][7]
     numbers = [a for a in operation.options["args"] if isinstance(a, float)]
     return (numbers or [operation.options["kwargs"].get("eps", 1e-5)])[0]
 
@@ -39,7 +41,11 @@ def _with_eps(operation: Operation, eps: float, *arrays):
         return (F.rms_norm(arrays[0], operation.options["args"][1], *arrays[1:], eps=eps),)
     if operation.name == "layer_norm":
         return (F.layer_norm(arrays[0], operation.options["args"][1], *arrays[1:], eps=eps),)
-    return (F.group_norm(arrays[0], operation.options["args"][1], *arrays[1:], eps=eps),)
+    if operation.name == "instance_norm":
+        groups = arrays[0].shape[1]
+    else:
+        groups = operation.options["args"][1]
+    return (F.group_norm(arrays[0], groups, *arrays[1:], eps=eps),)
 
 
 def norms(operation: Operation) -> Iterator[Variant]:
@@ -93,7 +99,7 @@ def unbiased(operation: Operation) -> Iterator[Variant]:
 
 def averaged(operation: Operation) -> Iterator[Variant]:
     """Training that normalises by the running statistics after the batch, as Equinox's does."""
-    if operation.options["training"]:
+    if operation.options["training"] and operation.options["given"][2]:
         for share in dict.fromkeys((operation.options["momentum"], 0.1, 0.01, 0.001)):
             reason = f"BatchNorm normalises by averages of which the batch is {share:g}"
             yield _batch_norm(operation, reason, by=functools.partial(_blended, share))

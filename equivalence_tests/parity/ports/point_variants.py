@@ -94,12 +94,20 @@ def omissions(operation: Operation) -> Iterator[Variant]:
         yield Variant(f"there is no {operation.name} here", lambda x, by: (x + 0 * by,))
 
 
+def factor(operation: Operation) -> float | None:
+    """The number that an operation multiplies its input by; None if it does something else."""
+    numbers = [a for a in operation.options.get("args", ()) if isinstance(a, int | float)]
+    if operation.name not in ("mul", "div") or len(operation.inputs) != 1 or not numbers:
+        return None
+    return numbers[0] if operation.name == "mul" else 1 / numbers[0]
+
+
 def scales(operation: Operation) -> Iterator[Variant]:
     """A constant factor that is missing, or its inverse."""
-    numbers = [a for a in operation.options.get("args", ()) if isinstance(a, int | float)]
-    if len(operation.inputs) == 1 and numbers:
-        yield Variant(f"the factor {numbers[0]:.6g} is missing", lambda x: (x,))
-        yield Variant(f"the factor {numbers[0]:.6g} is applied twice",
+    number = factor(operation)
+    if number is not None:
+        yield Variant(f"the factor {number:.6g} is missing", lambda x: (x,))
+        yield Variant(f"the factor {number:.6g} is applied twice",
                       lambda x: operation.run(*operation.run(x)))  # fmt: skip
 
 

@@ -14,6 +14,8 @@ def causes(mean: tuple, variance: tuple, momentum: float) -> tuple[list[str], di
       momentum: PyTorch's.
     """
     old, got, expected = (np.asarray(a, np.float64) for a in mean)
+    if np.array_equal(old, expected):  # PyTorch's momentum is 0
+        return [], {}
     share = constant((got - old) / (expected - old), noise=1e-9)
     if share is None:
         return [], {}

@@ -43,6 +43,9 @@ def explain(walk: Walk, step: Step, got) -> list[Cause]:
     """
     known = {v: a for v, a in walk.of_torch.items() if v != step.standard}
     choices = _choices(walk, step)
+    for index in step.operations:
+        factor = _factor(walk, known, step, got, index)
+        choices[index] += [factor] if factor else []
     for number in (1, 2):
         found = []
         for indices in itertools.combinations([i for i in choices if choices[i]], number):
@@ -67,6 +70,22 @@ def _choices(walk: Walk, step: Step) -> dict[int, list[Variant]]:
         i: [*first.get(i, ()), *variants(operation), *draws.extra(operation, dropped)]
         for i, operation in operations.items()
     }
+
+
+def _factor(walk: Walk, known, step: Step, got, index: int) -> Variant | None:
+    """A product with another number, of which the activation at the anchor is a linear function."""
+    operation = walk.standard.operations[index]
+    number = point_variants.factor(operation)
+    if number is None or np.size(got) != np.prod(step.shapes[0]):
+        return None
+    runs = ({index: lambda *arrays, s=s: (s * operation.run(*arrays)[0],)} for s in (0.0, 1.0))
+    with torch.no_grad():
+        without, own = (walk.standard.evaluate(dict(known), step.operations, run)[step.standard]
+                        for run in runs)  # fmt: skip
+    part, wanted = own - without, step.layout.to_torch(got) - without
+    times = float((part * wanted).sum() / part.square().sum().clamp_min(1e-300))
+    reason = f"the factor is {times * number:.6g} instead of {number:.6g}"
+    return Variant(reason, lambda *arrays: (times * operation.run(*arrays)[0],))
 
 
 def _plainest(walk: Walk, found: list[Cause]) -> list[Cause]:
@@ -126,6 +145,7 @@ VARIANTS: dict[str, tuple[Callable[[Operation], Iterator[Variant]], ...]] = {
     ),
     "rms_norm": (norm_variants.epsilons,),
     "layer_norm": (norm_variants.epsilons, norm_variants.norms),
+    "instance_norm": (norm_variants.epsilons,),
     "group_norm": (norm_variants.epsilons, norm_variants.norms),
     **dict.fromkeys(ACTIVATIONS, (point_variants.activations,)),
     **dict.fromkeys(GATES, (point_variants.gates,)),

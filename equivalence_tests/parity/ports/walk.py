@@ -123,5 +123,6 @@ class Walk:
                     (tuple(expected.shape), tuple(np.shape(got))), drawn)  # fmt: skip
         fits = np.size(got) == expected.numel() or np.ndim(got) == expected.ndim
         self.of_torch[standard] = layout.to_torch(got) if fits else expected
+        self.of_jax[subject] = got  # not kept yet where the images do not lead to it
         self.steps.append(step)
         return step

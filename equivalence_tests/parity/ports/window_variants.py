@@ -99,9 +99,10 @@ def _same_begin(stride: int, reach: int) -> int:
 
 
 def max_pools(operation: Operation) -> Iterator[Variant]:
-    given = arguments(operation, "window stride padding")
+    given = arguments(operation, "window stride padding dilation ceil_mode")
     window = pair(given["window"])
     stride = pair(given.get("stride") or window)
+    yield _rounded("max-pool", F.max_pool2d, window, stride, given)
 
     def same(x, value=-np.inf):
         return F.max_pool2d(padded_same(x, window, stride, value), window, stride)
@@ -124,6 +125,7 @@ def average_pools(operation: Operation) -> Iterator[Variant]:
     stride, padding = pair(given.get("stride") or window), pair(given.get("padding", 0))
     counted = given.get("count_include_pad", True)
     what = "does not count" if counted else "counts"
+    yield _rounded("average pool", F.avg_pool2d, window, stride, given, count_include_pad=counted)
     pool = functools.partial(F.avg_pool2d, kernel_size=window, stride=stride)
     other = functools.partial(pool, padding=padding, count_include_pad=not counted)
     yield Variant(f"the average pool {what} its padding", lambda x: (other(x),))
@@ -132,6 +134,14 @@ def average_pools(operation: Operation) -> Iterator[Variant]:
         yield Variant('the average pool pads as "SAME"' + (", counting it" if count else ""),
                       functools.partial(_same_average, window, stride, count))  # fmt: skip
     yield Variant("it is a max-pool", lambda x: (F.max_pool2d(x, window, stride, padding),))
+
+
+def _rounded(name, pool, window, stride, given, **options) -> Variant:
+    """A pool that rounds its size up instead of down, or down instead of up."""
+    up = not given.get("ceil_mode", False)
+    reason = f"the {name} rounds its size {'up' if up else 'down'} (ceil_mode={up})"
+    padding = given.get("padding", 0)
+    return Variant(reason, lambda x: (pool(x, window, stride, padding, ceil_mode=up, **options),))
 
 
 def _same_average(window, stride, count, x):
