@@ -77,7 +77,12 @@ def parse():
     if len(args.run_dirs) < 2:
         raise InputError(f"two or more runs are compared, got {args.run_dirs[0]} alone")
     output_files.check_picture("--plot", args.plot)
+    output_files.check_outputs(_outputs(args), args.run_dirs)
     return args
+
+
+def _outputs(args) -> dict[str, Path | None]:
+    return {"--plot": args.plot, "--json": args.json}
 
 
 def read(run_dir: Path) -> Course:
@@ -141,18 +146,19 @@ def table_of_settings(settings: dict[str, dict]) -> Table:
     return table
 
 
-def _check_outputs(args, courses: Iterable[Course]):
+def _check_apart(args, courses: Iterable[Course]):
+    """Raises InputError for an output among the images of a run."""
     from flax_resnet.data.sources import places  # here, because importing JAX takes a second
 
     data = {place for course in courses for place in places(course.config.data.dataset)}
-    output_files.check_outputs({"--plot": args.plot, "--json": args.json}, args.run_dirs, data)
+    output_files.check_outputs(_outputs(args), data=data)
 
 
 def main():
     args = parse()
     courses = {str(path): read(path) for path in args.run_dirs}
     if args.plot or args.json:
-        _check_outputs(args, courses.values())
+        _check_apart(args, courses.values())
     settings = differing({name: course.config for name, course in courses.items()})
     display = Display(stderr=str(args.json) == "-")
     display.show(table_of_figures(courses))
