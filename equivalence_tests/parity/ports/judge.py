@@ -3,7 +3,6 @@
 compare_models(jax_net, torch_module) -> Report
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -218,17 +217,10 @@ class _Pair:
             part, rows[mode], whole = _one_mode(self.network, walk, self.given, mapping, mode)
             found, explained = found + part, explained and whole
             self.remarks += faults.unshared(walk, part)
-        if (
-            found
-            and _same_results(rows)
-            and loud.logits_agree(self.walks["evaluation"], self.images)
-        ):
-            names = listed(list(dict.fromkeys(fault.module for fault in found)))
+        if found and self._results_agree(rows):
+            names = listed(dict.fromkeys(fault.module for fault in found))
             self.remarks.append(f"the results agree, though activations differ at {names}")
-            found, explained = [], True
-            rows = {
-                m: [r for r in p if r.norm_relative <= tolerances.PORT] for m, p in rows.items()
-            }
+            found, rows, explained = [], _agreeing(rows), True
         part, whole = self._loud()
         found, explained = found + part, explained and whole
         found = faults.with_reasons(faults.with_ties(found, mapping), self.elsewhere)
@@ -244,6 +236,16 @@ class _Pair:
         size = self.images.shape[1:3]
         return Report(verdict, found, hidden, rows, mapping, size, explained,
                       self.notes + self.remarks)  # fmt: skip
+
+    def _results_agree(self, rows: dict[str, list[Row]]) -> bool:
+        """True if all but inner activations agree, and the logits at large values too: two layers
+        may share out a factor otherwise."""
+        results = (
+            row for part in rows.values() for row in part
+            if row.phase != "forward" or row.name == "logits"
+        )  # fmt: skip
+        agree = all(row.norm_relative <= tolerances.PORT for row in results)
+        return agree and loud.logits_agree(self.walks["evaluation"], self.images)
 
     def _loud(self) -> tuple[list[faults.Fault], bool]:
         quiet = self.walks["evaluation"]
@@ -305,13 +307,11 @@ def _one_mode(network, walk: Walk, given: traces.Inputs, mapping: Mapping, mode:
     return [*found, fault], rows, whole
 
 
-def _same_results(rows: dict[str, list[Row]]) -> bool:
-    """True if all that a user could see agrees: two layers may share out a factor otherwise."""
-    return all(
-        row.norm_relative <= tolerances.PORT
-        for row in itertools.chain.from_iterable(rows.values())
-        if row.phase != "forward" or row.name == "logits"
-    )
+def _agreeing(rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    return {
+        mode: [row for row in part if row.norm_relative <= tolerances.PORT]
+        for mode, part in rows.items()
+    }
 
 
 def _rows(got, expected) -> list[Row]:
