@@ -165,7 +165,7 @@ class _Flat:
     def _draw(self, shape, key) -> int:
         """The numbers of a key; a second draw of the same key gives the same numbers."""
         output, index = self.new(), len(self.operations)
-        same = (tuple(shape), output if key is None else _text(key))
+        same = (tuple(shape), output if key is None else _bits(key))
         if same in self._drawn:
             return self._drawn[same]
         self._drawn[same] = output
@@ -215,7 +215,7 @@ class _Flat:
         return output
 
 
-def _text(key) -> bytes:
+def _bits(key) -> bytes:
     """The bits of a random key of either form."""
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(key) if typed else key).tobytes()
