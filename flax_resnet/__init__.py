@@ -3,6 +3,7 @@
 Each public name is imported when it is first used.
 """
 
+import glob
 import importlib
 import os
 from typing import TYPE_CHECKING
@@ -11,6 +12,11 @@ from typing import TYPE_CHECKING
 # when JAX starts; without a driver the process would end in a segmentation fault.
 if not os.path.exists("/proc/driver/nvidia"):
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+# libtpu, with which `plan` compiles, would ask the network which TPU this machine is, and warn.
+if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")):
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 if TYPE_CHECKING:
     from flax_resnet.config import TrainConfig

@@ -131,3 +131,15 @@ def test_the_compiler_of_gpus_leaves_a_machine_without_a_driver_in_peace():
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() in ("cpu", "gpu", "tpu")
+
+
+def test_a_machine_without_a_tpu_is_not_warned_of_its_compiler():
+    """libtpu, once it is installed, is loaded by every program of JAX."""
+    pytest.importorskip("libtpu")
+    variables = {"JAX_PLATFORMS", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"}
+    plain = {name: value for name, value in os.environ.items() if name not in variables}
+    code = "import flax_resnet, jax; print(jax.default_backend())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "", done.stderr

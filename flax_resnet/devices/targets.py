@@ -200,9 +200,6 @@ def _cuda_devices(target: Target) -> list:
 
 
 def _tpu_devices(target: Target) -> list:
-    # These two keep libtpu from asking the network which TPU this machine is, and from warning.
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     # Nothing runs on a TPU here, so that another process may have one at the same time.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     name = f"{target.name.partition(':')[0]}:{'x'.join(map(str, target.shape))}"
