@@ -31,6 +31,7 @@ LACKING = ("weights_key", "ema", "freeze_backbone", "skip_nonfinite", "on_bad_im
 WITHOUT_EFFECT = (
     "log_steps", "checkpoint_epochs", "compilation_cache", "cache", "cache_gib",
     "parallel", "devices", "shard_parameters", "reduce_dtype", "steps_per_dispatch", "kernels",
+    "remat",
 )  # fmt: skip
 """Fields that it lacks and that change results by rounding at most."""
 

@@ -65,6 +65,16 @@ def test_every_convolution_is_the_library_s_in_each_direction(made, arch, reques
     assert {k.dtype for k in made.kernels if k.kind == "convolution"} == {wanted}
 
 
+@pytest.mark.slow
+def test_with_remat_blocks_are_computed_twice_and_not_kept():
+    """The backward pass computes all convolutions but the first again."""
+    kept, again = (compiled("h100", "bfloat16", model={"remat": r}) for r in (False, True))
+    count = study.convolutions_of("resnet20")
+    assert convolutions(kept) == {"forward": count, "backward": 2 * count - 1}
+    assert convolutions(again) == {"forward": count, "backward": 3 * count - 2}
+    assert again.temporary_bytes < kept.temporary_bytes / 2
+
+
 @pytest.mark.parametrize("made", ["bfloat16", "float32"])
 def test_a_step_neither_calls_the_host_nor_computes_in_float64(made, request):
     assert not re.search(FOREIGN, request.getfixturevalue(made).text)

@@ -1,6 +1,7 @@
 """Networks: names, options, sizes, initial values, dtypes."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ import flax_resnet
 import torch_ref
 from flax_resnet.config import ModelConfig
 from flax_resnet.errors import InputError
-from flax_resnet.models import has_stem_choice, layers, summary
+from flax_resnet.models import has_stem_choice, layers, resnet, summary
+from flax_resnet.training.network import Network
 
 TORCHVISION = [name for name in flax_resnet.list_models() if has_stem_choice(name)]
 HE = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7}
@@ -131,6 +133,8 @@ def test_bad_names_are_answered_with_the_nearest():
         flax_resnet.create_model("resnet20", kernels="librery")
     with pytest.raises(InputError, match="zero_init_residual"):
         flax_resnet.create_model("basic_cnn", zero_init_residual=True)
+    with pytest.raises(InputError, match="`remat`: basic_cnn has no residual blocks"):
+        flax_resnet.create_model("basic_cnn", remat=True)
     with pytest.raises(InputError, match="dropout"):
         flax_resnet.create_model("resnet18", dropout=1.0)
 
@@ -164,6 +168,37 @@ def test_zero_init_residual_starts_blocks_as_identities():
     assert all((block.bn1.scale[...] == 1).all() for block in model.blocks())
     plain = flax_resnet.create_model("resnet20")
     assert all((block.bn2.scale[...] == 1).all() for block in plain.blocks())
+
+
+def one_step(remat: bool) -> tuple:
+    """Gradients and statistics of a training step in float64."""
+    small = partial(resnet.ResNet, resnet.BasicBlock, (1,), planes=4)
+    network = Network(small(remat=remat, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
+    images = jax.random.normal(jax.random.key(1), (4, 9, 12, 3), jnp.float64)
+
+    @partial(jax.grad, has_aux=True)
+    def step(params):
+        variables = network.initial._replace(params=params)
+        logits, stats = network.apply(variables, images, train=True)
+        return jnp.square(logits).sum(), stats
+
+    return jax.jit(step)(network.initial.params)
+
+
+def differences(one, other) -> list[float]:
+    relative = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(a).max()), one, other)
+    return jax.tree.leaves(relative)
+
+
+def test_blocks_that_are_computed_again_change_no_result(monkeypatch):
+    with jax.enable_x64(True):
+        plain = one_step(remat=False)
+        assert max(differences(plain, one_step(remat=True))) < 1e-13
+        forgetful = lambda call: lambda block, *args: call(nnx.clone(block), *args)  # noqa: E731
+        monkeypatch.setattr(nnx, "remat", forgetful)
+        gradients, statistics = map(differences, plain, one_step(remat=True))
+    # The control: blocks of which a copy is run keep their old statistics.
+    assert max(gradients) < 1e-13 and max(statistics) > 0.1
 
 
 @pytest.mark.parametrize("arch", ["resnet20", "basic_cnn"])

@@ -64,7 +64,14 @@ class ModelConfig:
     where it is faster on the platform that the program is compiled for, "library" uses only
     operations of JAX and Flax."""
 
+    remat: bool = False
+    """Keep only the input of each residual block for the backward pass, which then computes the
+    block's activations again (rematerialisation). A step needs less memory and more time; results
+    are the same but for rounding."""
+
     def __post_init__(self):
+        if self.remat and self.arch == "basic_cnn":
+            raise ValueError("`remat`: basic_cnn has no residual blocks")
         if self.zero_init_residual and self.arch == "basic_cnn":
             raise ValueError("`zero_init_residual`: basic_cnn has no residual blocks")
         if self.stochastic_depth and self.arch == "basic_cnn":

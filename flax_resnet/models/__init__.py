@@ -75,6 +75,7 @@ def create_model(
     precision: str = "default",
     stochastic_depth: float = 0.0,
     batch_norm_images: int | None = None,
+    remat: bool = False,
 ) -> nnx.Module:
     """Make a network with random weights in training mode: `[B, H, W, C]` -> `[B, num_classes]`.
 
@@ -97,6 +98,8 @@ def create_model(
         convolutions, all digits for linear layers), "tf32" (for both) or "highest" (all digits).
       stochastic_depth: probability that the last block drops its branch; it rises linearly from 0.
       batch_norm_images: images that share BatchNorm's statistics in training; None takes the batch.
+      remat: keep only the input of each residual block for the backward pass, which computes the
+        rest of the block again.
 
     Raises:
       InputError: a name is unknown, a type is wrong, or a number is out of range.
@@ -110,7 +113,7 @@ def create_model(
     options = dict(num_classes=num_classes, in_channels=in_channels, dropout=dropout)
     options |= dict(kernels=kernels, precision=precision, dtype=dtype, param_dtype=param_dtype)
     residual = dict(zero_init_residual=zero_init_residual, stochastic_depth=stochastic_depth)
-    residual |= dict(batch_norm_images=batch_norm_images)
+    residual |= dict(batch_norm_images=batch_norm_images, remat=remat)
     _check_values(options | residual)
     options |= dict(rngs=nnx.Rngs(0) if rngs is None else rngs)
     if arch == "basic_cnn":
@@ -191,4 +194,5 @@ def create_from_config(
         precision=config.precision,
         stochastic_depth=config.stochastic_depth,
         batch_norm_images=config.batch_norm_images,
+        remat=config.remat,
     )

@@ -29,7 +29,11 @@ class _Named(nnx.Module):
 
 
 class Conv(_Named, nnx.Conv):
-    pass
+    def __call__(self, x):
+        out = super().__call__(x)
+        # Otherwise XLA widens the result for BatchNorm before it changes the layout of a grouped
+        # convolution on a TPU, and writes it in float32.
+        return out if self.feature_group_count == 1 else lax.optimization_barrier(out)
 
 
 class Linear(_Named, nnx.Linear):

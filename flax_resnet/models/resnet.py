@@ -114,6 +114,7 @@ class ResNet(nnx.Module):
         batch_norm_images=None,
         kernels="auto",
         precision="default",
+        remat=False,
         rngs,
     ):
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -126,6 +127,7 @@ class ResNet(nnx.Module):
         self.bn1 = norm(planes)
         self.pools = stem == "imagenet"
         self.kernels = kernels
+        self.remat = remat
         in_planes = planes
         for stage, depth in enumerate(depths):
             out_planes = planes * 2**stage
@@ -163,9 +165,15 @@ class ResNet(nnx.Module):
             if block.stochastic_depth is not None and dropout_keys is not None:
                 keys = jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, index)
             with jax.named_scope(block.layer_name or type(block).__name__):
-                x = block(x, keys)
+                x = self._run(block, x, keys)
         x = layers.global_average_pool(x)
         return self.fc(self.dropout(x, dropout_keys))
+
+    def _run(self, block, x, keys):
+        """The output of a block, of which nothing is kept for the backward pass with `remat`."""
+        if self.remat and not self.dropout.deterministic:
+            return nnx.remat(type(block).__call__)(block, x, keys)
+        return block(x, keys)
 
     def blocks(self):
         """All blocks in order."""
