@@ -440,3 +440,56 @@ def test_an_adaptive_pool_is_asked_for_a_size_that_it_does_not_divide():
     net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 4))
     report = compare_models(Linen(body), net, image_size=(8, 10))
     assert report.hidden == ["0 sees only sizes that its output divides (8 x 10)"]
+
+
+@pytest.mark.parametrize("axis", [0, pytest.param(1, marks=pytest.mark.control)])
+def test_a_kernel_with_a_norm_of_its_own(axis):
+    def apply(variables, x, train):
+        kernel = variables["kernel"] / jnp.linalg.norm(
+            variables["kernel"], axis=axis, keepdims=True
+        )
+        logits = x.mean((1, 2)) @ (kernel * variables["norm"]) + variables["bias"]
+        return logits, variables
+
+    variables = {"kernel": jnp.ones((3, 4)), "norm": jnp.ones(4), "bias": jnp.ones(4)}
+    head = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    report = compare_models(
+        (apply, variables), Torch(lambda net, x: net.head(x.mean((2, 3))), head=head)
+    )
+    assert report.verdict == ("divergent" if axis else "equal"), str(report)
+
+
+def test_a_convolution_that_cannot_be_placed_is_no_difference():
+    def apply(variables, x, train):
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        height, width = x.shape[1:3]
+        y = sum(
+            padded[:, i : i + height, j : j + width] @ variables["kernel"][i, j]
+            for i in range(3) for j in range(3)
+        )  # fmt: skip
+        return jax.nn.relu(y).mean((1, 2)) @ variables["head"], variables
+
+    variables = {"kernel": jnp.zeros((3, 3, 3, 6)), "head": jnp.zeros((6, 4))}
+    net = Torch(
+        lambda net, x: net.head(F.relu(net.conv(x)).mean((2, 3))),
+        conv=nn.Conv2d(3, 6, 3, padding=1, bias=False), head=nn.Linear(6, 4, bias=False),
+    )  # fmt: skip
+    report = compare_models((apply, variables), net, image_size=(9, 12))
+    unknown = "undecided: conv.weight has no place in JAX, JAX's ['kernel'] has no place in PyTorch"
+    assert report.sentence() == unknown and not report.faults
+
+
+@pytest.mark.control
+def test_a_resize_that_smooths_first_is_named():
+    def body(x, train):
+        x = jax.image.resize(linen.relu(conv(x)), (len(x), 4, 6, 6), "bilinear")
+        return linen.Dense(4)(x.max((1, 2)))
+
+    net = Torch(
+        lambda net, x: net.head(
+            F.interpolate(F.relu(net.conv(x)), (4, 6), mode="bilinear").amax((2, 3))
+        ),
+        conv=nn.Conv2d(3, 6, 3, padding=1), head=nn.Linear(6, 4),
+    )  # fmt: skip
+    report = compare_models(Linen(body), net, image_size=(9, 12))
+    assert list(report.groups()) == ["the resize is bilinear with antialias=True"]

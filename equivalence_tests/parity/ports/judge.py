@@ -224,18 +224,31 @@ class _Pair:
         part, whole = self._loud()
         found, explained = found + part, explained and whole
         found = faults.with_reasons(faults.with_ties(found, mapping), self.elsewhere)
-        found += faults.own_parameters(self.walks["evaluation"], mapping)
+        found, homeless = self._without_counterpart(found, mapping)
         found += faults.counted(self.walks["evaluation"], self.walks["training"], mapping)
         found = other_axes.named(found, self.walks["evaluation"], mapping)
         if explained:  # every tensor agrees, so every assignment is confirmed
             mapping.ambiguous.clear()
-        hidden = cases.faults(self.state, self.standard["evaluation"], self.images)
+        hidden = homeless
+        hidden += cases.faults(self.state, self.standard["evaluation"], self.images)
         hidden += loud.unreached(self.standard["evaluation"], self.images, self.state)
-        hidden += [f"{n} has no place in JAX" for n in mapping.unplaced if self._matters(n)]
         verdict = "divergent" if found or self.notes else "undecided" if hidden else "equal"
         size = self.images.shape[1:3]
         return Report(verdict, found, hidden, rows, mapping, size, explained,
                       self.notes + self.remarks)  # fmt: skip
+
+    def _without_counterpart(self, found: list[faults.Fault], mapping: Mapping):
+        """The faults, and a sentence on each tensor without a counterpart that matters.
+
+        Where both networks have such tensors, these may belong together. Nothing is known then of a
+        difference without a cause, which may come of numbers in the wrong place.
+        """
+        homeless = [f"{n} has no place in JAX" for n in mapping.unplaced if self._matters(n)]
+        own = faults.own_parameters(self.walks["evaluation"], mapping)
+        if not homeless or not own:
+            return found + own, homeless
+        homeless += [f"JAX's {fault.module} has no place in PyTorch" for fault in own]
+        return [fault for fault in found if fault.causes], homeless
 
     def _results_agree(self, rows: dict[str, list[Row]]) -> bool:
         """True if all but inner activations agree, and the logits at large values too: two layers

@@ -113,8 +113,12 @@ class _Analysis:
             kernel = operation.name in PRODUCTS and all(a is not None for a in taken.values())
             order = (lambda a: trimmed(_kernel(operation, a, data))) if kernel else compact
             parameters = {n: None if a is None else order(a) for n, a in taken.items()}
+            factors = _factors(parameters) if kernel else {}
+            parameters = {n: a for n, a in parameters.items() if n not in factors}
             self.found.append(Layer(index, kernel, parameters, operation.outputs[0], above))
             above = frozenset([len(self.found) - 1]) if kernel else above
+            if factors:
+                self.found.append(Layer(index, False, factors, operation.outputs[0], above))
         self.above.update(dict.fromkeys(operation.outputs, above))
         return None
 
@@ -146,6 +150,18 @@ class _Analysis:
             if found is not None and _broadcasts(found.shape, shape):
                 return np.broadcast_to(found, shape)
         return None
+
+
+def _factors(parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Vectors that a kernel was multiplied by on the way to its layer, as a weight normalisation
+    does: their elements repeat where another parameter has elements of its own."""
+    there = {name: numbers >= 0 for name, numbers in parameters.items()}
+    return {
+        name: compact(numbers)
+        for name, numbers in parameters.items()
+        if len(np.unique(numbers[there[name]])) < there[name].sum()
+        and any((there[name] & there[other]).any() for other in parameters if other != name)
+    }
 
 
 def _numbers(shape) -> np.ndarray:

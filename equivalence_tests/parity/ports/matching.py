@@ -95,7 +95,8 @@ def match(
     _fill(walk, given)
     mapping = Mapping({n: list(p) for n, p in given.items()}, {}, {}, [], {})
     tied = _tied(standard) - set(given)
-    for stage in stages(standard, subject, pairs):
+    found = stages(standard, subject, pairs)
+    for stage, after in itertools.zip_longest(found, found[1:]):
         pieces = (
             _kernel(walk, stage, mapping, tied)
             if stage.kernel
@@ -104,7 +105,8 @@ def match(
         for name, parts in pieces.items():
             mapping.pieces.setdefault(name, []).extend(parts)
         _fill(walk, pieces)
-        anchor(walk, stage, mapping)
+        if after is None or after.standard[0].operation != stage.standard[0].operation:
+            anchor(walk, stage, mapping)  # else the kernel has factors that are not yet placed
     walk.anchor(walk.standard.logits, walk.subject.logits)
     _list_the_rest(walk, mapping, standard, subject)
     return mapping

@@ -19,7 +19,7 @@ class Report(NamedTuple):
 
     verdict: str
     """"equal", "divergent" or "undecided". Undecided means that no difference was found, but the
-    inputs would hide a fault, or some tensors have no counterpart."""
+    inputs would hide a fault; or that tensors of both networks have no counterpart."""
 
     faults: list[Fault]
     """Every layer that differs, compared with equal inputs on both sides."""
@@ -83,7 +83,8 @@ class Report(NamedTuple):
         if self.verdict == "equal":
             return f"equal: every tensor agrees to rounding, {self.largest:.1e} at most"
         if self.verdict == "undecided":
-            return f"undecided: no difference, but {listed(self.hidden)}"
+            no_difference = "no difference, but " if self.largest <= tolerances.PORT else ""
+            return f"undecided: {no_difference}{listed(self.hidden)}"
         if not self.faults:
             return f"divergent: no layer differs, but {'; '.join(self.notes)}"
         layers = {fault.module for fault in self.faults}

@@ -177,5 +177,11 @@ def interpolations(operation: Operation) -> Iterator[Variant]:
                     F.interpolate(x, tuple(operation.run(x)[0].shape[2:]), mode=m, align_corners=a),
                 ),
             )
+        yield Variant(
+            f"the resize is {mode} with antialias=True",
+            lambda x, m=mode: (
+                F.interpolate(x, tuple(operation.run(x)[0].shape[2:]), mode=m, antialias=True),
+            ),
+        )
     yield Variant("the resize takes the nearest pixel",
                   lambda x: (F.interpolate(x, tuple(operation.run(x)[0].shape[2:])),))  # fmt: skip
