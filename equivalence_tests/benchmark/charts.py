@@ -100,16 +100,19 @@ def serving(path: Path, programs: dict[str, dict], title: str):
     """Write the latency of one image and the speed of batches, a bar for each number of cores.
 
     Args:
-      programs: {name: {"cores": {cores: {"milliseconds", "images_per_second"}}}}.
+      programs: {name: {"cores": {"1" or "2": {"milliseconds", "images_per_second"}}}}.
     """
-    panels = {"milliseconds": "ms for one image", "images_per_second": "images/s in batches"}
+    panels = {
+        "milliseconds": ("ms for one image", "{:.1f}"),
+        "images_per_second": ("images/s in batches", "{:,.0f}"),
+    }
     figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained", sharey=True)
-    for axis, (figure_name, words) in zip(axes, panels.items(), strict=True):
+    for axis, (figure_name, (words, digits)) in zip(axes, panels.items(), strict=True):
         for number, cores in enumerate((1, 2)):
-            values = [found["cores"][cores][figure_name] for found in programs.values()]
+            values = [found["cores"][str(cores)][figure_name] for found in programs.values()]
             places = [place + 0.4 * number for place in range(len(values))]
             axis.barh(places, values, 0.38, label=f"{cores} core{'s' * number}")
-            axis.bar_label(axis.containers[-1], fmt="{:,.1f}", padding=3, fontsize=8)
+            axis.bar_label(axis.containers[-1], fmt=digits, padding=3, fontsize=8)
         axis.set_yticks([place + 0.2 for place in range(len(programs))], list(programs))
         axis.set(xlabel=words)
         axis.margins(x=0.15)

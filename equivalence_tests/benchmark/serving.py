@@ -1,6 +1,7 @@
 """Times the programs that serve a trained network, and says what each of them predicts.
 
-    python -m equivalence_tests.benchmark.serving runs/birds    # 20 minutes; results/serving.json
+    python -m equivalence_tests.benchmark.serving runs/birds    # 30 minutes; results/serving.json
+    python -m equivalence_tests.benchmark.serving runs/birds --only PyTorch
 
 Each program answers in a process of its own, on one core and on two, and the processes take turns.
 "First answer" is the time from the start of loading to the logits of one image, compilation
@@ -24,6 +25,7 @@ import numpy as np
 
 from equivalence_tests import results
 from equivalence_tests.benchmark import charts
+from flax_resnet.runs import environment
 
 Program = Callable[[np.ndarray], np.ndarray]
 """uint8 images `[B, H, W, C]` -> logits or probabilities `[B, K]`."""
@@ -35,6 +37,7 @@ FILES = {
     "ONNX Runtime": ("net.onnx", ()),
     "ONNX Runtime, folded": ("folded.onnx", ("--fold-batchnorm",)),
     "ONNX Runtime, int8": ("int8.onnx", ("--int8",)),
+    "PyTorch": ("net.pth", ()),
 }
 """{program: its file, and the flags with which `flax-resnet convert` writes the file}"""
 
@@ -43,6 +46,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("run", type=Path)
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    about = "measure these programs again and keep the others' figures"
+    parser.add_argument("--only", nargs="+", choices=PROGRAMS, default=PROGRAMS, help=about)
     parser.add_argument("--program", choices=PROGRAMS, help=argparse.SUPPRESS)
     parser.add_argument("--cores", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -53,15 +58,23 @@ def main():
     about = facts(args.run)
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name), args.run)
-        programs = measure(Path(name), args.rounds)
+        programs = kept(args.only) | measure(Path(name), args.only, args.rounds)
+    programs = {name: programs[name] for name in PROGRAMS}
     results.write("serving", about | {"batch_size": BATCH, "programs": programs})
     title = f"{about['arch']}, {about['image_shape'][0]} px, batches of {BATCH}, on a CPU"
     charts.serving(results.FOLDER / "serving.png", programs, title)
 
 
+def kept(measured) -> dict[str, dict]:
+    """The figures in the results file of the programs that are not measured."""
+    others = set(PROGRAMS) - set(measured)
+    return {name: results.read("serving")["programs"][name] for name in others}
+
+
 def prepare(folder: Path, run_dir: Path):
-    """Write the exported files, and the test images and labels as arrays."""
+    """Write the exported files, the config, and the test images and labels as arrays."""
     from flax_resnet.commands import evaluate
+    from flax_resnet.config import to_dict
     from flax_resnet.data import pipeline
     from flax_resnet.data.prepare import evaluation_decoder
     from flax_resnet.interop.loaded_run import load_run
@@ -71,6 +84,7 @@ def prepare(folder: Path, run_dir: Path):
         command = [sys.executable, "scripts/convert.py", run_dir, folder / file, *flags]
         subprocess.run(list(map(str, command)), check=True)
     run = load_run(run_dir)
+    (folder / "config.json").write_text(json.dumps(to_dict(run.config)))
     test = evaluate.open_data(run, None, "test").test
     images = pipeline.decode_all(test, evaluation_decoder(run.config.data), np.arange(len(test)))
     np.savez(folder / "test.npz", images=images, labels=test.labels)
@@ -84,15 +98,17 @@ def facts(run_dir: Path) -> dict:
     return facts | {"image_shape": run.image_shape, "command": "python -m " + __spec__.name}
 
 
-def measure(folder: Path, rounds: int) -> dict[str, dict]:
+def measure(folder: Path, names, rounds: int) -> dict[str, dict]:
     """{program: its figures}; each round runs all programs in turn."""
     found = {}
     for _ in range(rounds):
-        for name in PROGRAMS:
+        for name in names:
             for cores in (1, 2):
                 outcome = in_process(folder, name, cores)
                 found.setdefault(name, {}).setdefault(cores, []).append(outcome)
                 print(name, cores, outcome["milliseconds"], flush=True)
+    if "JAX" not in found:
+        in_process(folder, "JAX", 2)
     reference = predictions(folder, "JAX")
     labels = np.load(folder / "test.npz")["labels"]
     return {
@@ -100,7 +116,8 @@ def measure(folder: Path, rounds: int) -> dict[str, dict]:
             "file_bytes": os.path.getsize(folder / FILES[name][0]) if name in FILES else None,
             "accuracy": float(np.mean(predictions(folder, name) == labels)),
             "equal_predictions": float(np.mean(predictions(folder, name) == reference)),
-            "cores": {cores: medians(rounds) for cores, rounds in by_cores.items()},
+            "cores": {str(cores): medians(rounds) for cores, rounds in by_cores.items()},
+            "revision": environment.revision(),
         }
         for name, by_cores in found.items()
     }
@@ -190,17 +207,16 @@ def pytorch(folder: Path, cores: int, *, folded: bool = False, dtype: str = "flo
     import torch
 
     import torch_ref
-    from flax_resnet.interop.loaded_run import load_run
-    from flax_resnet.weights.convert import state_dict
+    from flax_resnet.config import config_from_file
     from torch_ref import checkpoint, onnx_file
 
     torch.set_num_threads(cores)
-    run = load_run(folder / "run")
-    net = torch_ref.create_from_config(run.config.model, run.channels).eval()
-    net.load_state_dict(checkpoint.to_tensors(state_dict(run.model)))
+    config = config_from_file(folder / "config.json")
+    net = torch_ref.create_from_config(config.model, len(config.data.mean)).eval()
+    net.load_state_dict(checkpoint.to_tensors(checkpoint.load(folder / "net.pth")))
     net = onnx_file.fold_batchnorm(net) if folded else net
     net = net.to(memory_format=torch.channels_last)
-    mean, std = map(torch.tensor, (run.config.data.mean, run.config.data.std))
+    mean, std = map(torch.tensor, (config.data.mean, config.data.std))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype != "float32")
 
     def program(images):
@@ -215,7 +231,8 @@ PROGRAMS: dict[str, Callable[[Path, int], Program]] = {
     "JAX": jax_run,
     "JAX, folded": partial(jax_run, folded=True),
     "JAX, bfloat16": partial(jax_run, dtype="bfloat16"),
-    **{name: partial(stablehlo if "HLO" in name else onnx, name) for name in FILES},
+    **{name: partial(stablehlo, name) for name in FILES if "HLO" in name},
+    **{name: partial(onnx, name) for name in FILES if "ONNX" in name},
     "PyTorch": pytorch,
     "PyTorch, folded": partial(pytorch, folded=True),
     "PyTorch, bfloat16": partial(pytorch, dtype="bfloat16"),

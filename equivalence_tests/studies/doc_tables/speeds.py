@@ -161,3 +161,24 @@ def members() -> str:
         )
     ]
     return table(["training", "images/s of the steps", "seconds in all", "MiB"], lines, numbers=3)
+
+
+def serving() -> str:
+    """What each program for serving predicts, and how fast."""
+    lines = []
+    for name, row in results.read("serving")["programs"].items():
+        one, two = (row["cores"][cores] for cores in ("1", "2"))
+        lines.append([
+            name,
+            f"{row['file_bytes'] / 1e6:.1f}" if row["file_bytes"] else "-",
+            f"{row['accuracy']:.4f}",
+            f"{row['equal_predictions']:.2%}",
+            f"{two['first_answer_s']:.1f}",
+            *(f"{cores['milliseconds']:.1f}" for cores in (one, two)),
+            *(f"{cores['images_per_second']:,.0f}" for cores in (one, two)),
+        ])  # fmt: skip
+    header = [
+        "program", "file, MB", "accuracy", "predictions as JAX's in float32", "first answer, s",
+        "ms an image, 1 core", "2 cores", "images/s in batches, 1 core", "2 cores",
+    ]  # fmt: skip
+    return table(header, lines, numbers=8)
