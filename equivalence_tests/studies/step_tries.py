@@ -68,7 +68,7 @@ TRIES = {
     "sums over images and pixels at once": [(layers, "_sums", summed_at_once)],
     "XLA's own max-pool": [(layers, "max_pool", library_pool)],
     "the 7x7 convolution on blocks of 2x2 pixels": [(layers.Conv, "__call__", space_to_depth)],
-    "each ReLU keeps its input": [(layers, "relu_of_sum", layers.relu)],
+    "the ReLU of a residual sum keeps its input": [(layers, "relu_of_sum", layers.relu)],
     "`--remat`": [],
     "`--remat`, but convolutions are kept": [
         (layers.Conv, "__call__", named_convolution),

@@ -19,9 +19,9 @@ TABLES = {
         proofs.headline, proofs.faults_found, proofs.localiser, proofs.paired_trainings,
         proofs.error_growth, proofs.survival, proofs.ports, proofs.injected_ports, proofs.maxvit,
         speeds.speeds, speeds.gpu_speeds, speeds.gpu_bounds, speeds.gpu_ways,
-        speeds.whole_trainings, speeds.decoding, speeds.members,
+        speeds.whole_trainings, speeds.decoding, speeds.members, speeds.serving,
         programs.scaling, programs.gradient_sums, programs.plan, programs.step_bytes,
-        programs.compiled,
+        programs.step_tries, programs.compiled,
         recipes.recipes, recipes.recipe_pairs, recipes.digits, recipes.regularization,
         recipes.transfer, recipes.depth,
     )

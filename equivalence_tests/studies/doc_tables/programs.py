@@ -59,6 +59,18 @@ def step_bytes() -> str:
     return table(["network", "variant", "GB a step", "floor", "of the floor"], cells, numbers=3)
 
 
+def step_tries() -> str:
+    """Other ways to compute a training step on one H100."""
+    cells = [
+        [network, way, f"{row['bytes'] / 1e9:.2f}", f"{row['temporary_bytes'] / 1e9:.2f}",
+         f"{row['flops'] / 1e12:.2f}"]
+        for network, ways in results.read("step-tries")["rows"].items()
+        for way, row in ways.items()
+    ]  # fmt: skip
+    header = ["network", "way", "GB a step", "GB of memory", "TFLOPs of products"]
+    return table(header, cells, numbers=3)
+
+
 def compiled() -> str:
     """Bytes and memory of the compiled steps of all networks."""
     rows = {(r["arch"], r["target"], r["dtype"]): r for r in results.read("compiled")["rows"]}
