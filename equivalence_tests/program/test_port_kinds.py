@@ -11,6 +11,7 @@ from flax import nnx
 from torch import nn
 
 from equivalence_tests.parity import compare_models
+from equivalence_tests.parity.ports import exported
 from flax_resnet.errors import InputError
 
 BIASED = "the running variance takes the biased variance of the batch (n instead of n - 1)"
@@ -369,6 +370,21 @@ def test_gradients_that_the_graph_has_not_are_refused(function):
     port = activated(lambda x: 2 * x if function is unseen else x)
     with pytest.raises(InputError, match="is not that of its operations"):
         compare_models(port, activated_in_torch(function), image_size=(5, 7))
+
+
+@pytest.mark.control
+def test_a_gradient_of_zero_with_the_rounding_of_float32_is_none():
+    """A softmax does not depend on the bias of attention's keys."""
+
+    def body(net, x):
+        x = net.first(x).flatten(2).mT
+        scores = net.query(x) @ net.key(x).mT
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(x.dtype)
+        return net.head((weights @ x).mean(1))
+
+    layers = {name: nn.Linear(6, 6) for name in ("query", "key")}
+    net = Torch(body, first=nn.Conv2d(3, 6, 1), head=nn.Linear(6, 4), **layers)
+    exported.graph(net.double(), (5, 3, 4, 5), train=False)
 
 
 def gated(eps, pooled, scale):
