@@ -84,7 +84,7 @@ def prepare(folder: Path, run_dir: Path):
         command = [sys.executable, "scripts/convert.py", run_dir, folder / file, *flags]
         subprocess.run(list(map(str, command)), check=True)
     run = load_run(run_dir)
-    (folder / "config.json").write_text(json.dumps(to_dict(run.config)))
+    (folder / "config.json").write_text(json.dumps(to_dict(run.config), allow_nan=False))
     test = evaluate.open_data(run, None, "test").test
     images = pipeline.decode_all(test, evaluation_decoder(run.config.data), np.arange(len(test)))
     np.savez(folder / "test.npz", images=images, labels=test.labels)
