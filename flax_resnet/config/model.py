@@ -70,12 +70,9 @@ class ModelConfig:
     are the same but for rounding."""
 
     def __post_init__(self):
-        if self.remat and self.arch == "basic_cnn":
-            raise ValueError("`remat`: basic_cnn has no residual blocks")
-        if self.zero_init_residual and self.arch == "basic_cnn":
-            raise ValueError("`zero_init_residual`: basic_cnn has no residual blocks")
-        if self.stochastic_depth and self.arch == "basic_cnn":
-            raise ValueError("`stochastic_depth`: basic_cnn has no residual blocks")
+        for name in ("remat", "zero_init_residual", "stochastic_depth"):
+            if getattr(self, name) and self.arch == "basic_cnn":
+                raise ValueError(f"`{name}`: basic_cnn has no residual blocks")
         if self.batch_norm_images and self.arch == "basic_cnn":
             raise ValueError("`batch_norm_images`: basic_cnn has no BatchNorm")
         if self.shortcut and self.arch not in WITH_SHORTCUTS:

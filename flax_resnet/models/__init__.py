@@ -98,27 +98,24 @@ def create_model(
         convolutions, all digits for linear layers), "tf32" (for both) or "highest" (all digits).
       stochastic_depth: probability that the last block drops its branch; it rises linearly from 0.
       batch_norm_images: images that share BatchNorm's statistics in training; None takes the batch.
-      remat: keep only the input of each residual block for the backward pass, which computes the
-        rest of the block again.
+      remat: compute residual blocks again in the backward pass; only their inputs are kept for it.
 
     Raises:
       InputError: a name is unknown, a type is wrong, or a number is out of range.
 
     Example:
-      >>> model = flax_resnet.create_model("resnet18", num_classes=3, stem="cifar")
-      >>> model(jnp.zeros((1, 32, 32, 3))).shape
+      >>> flax_resnet.create_model("resnet18", 3, stem="cifar")(jnp.zeros((1, 32, 32, 3))).shape
       (1, 3)
     """
     _check_names(arch, stem, shortcut, kernels=kernels, precision=precision)
     options = dict(num_classes=num_classes, in_channels=in_channels, dropout=dropout)
     options |= dict(kernels=kernels, precision=precision, dtype=dtype, param_dtype=param_dtype)
+    options |= dict(rngs=nnx.Rngs(0) if rngs is None else rngs)
     residual = dict(zero_init_residual=zero_init_residual, stochastic_depth=stochastic_depth)
     residual |= dict(batch_norm_images=batch_norm_images, remat=remat)
     _check_values(options | residual)
-    options |= dict(rngs=nnx.Rngs(0) if rngs is None else rngs)
     if arch == "basic_cnn":
-        _check_plain(arch, residual)
-        return layers.named(BasicCNN(**options))
+        return _basic_cnn(options, residual)
     options |= residual | _choices(arch, stem, shortcut)
     return layers.named(CONSTRUCTORS[arch](bn_axis_name=bn_axis_name, **options))
 
@@ -131,11 +128,12 @@ def _choices(arch: str, stem: str | None, shortcut: str | None) -> dict:
     return found
 
 
-def _check_plain(arch: str, residual: dict):
+def _basic_cnn(options: dict, residual: dict) -> nnx.Module:
     for name, value in residual.items():
         if value:
             lacks = "BatchNorm" if name == "batch_norm_images" else "residual blocks"
-            raise InputError(f"`{name}`: {arch} has no {lacks}")
+            raise InputError(f"`{name}`: basic_cnn has no {lacks}")
+    return layers.named(BasicCNN(**options))
 
 
 def _check_names(arch: str, stem: str | None, shortcut: str | None, **choices: str):

@@ -126,8 +126,7 @@ class ResNet(nnx.Module):
         self.conv1 = conv(in_channels, planes, size, stride=stride, padding=size // 2)
         self.bn1 = norm(planes)
         self.pools = stem == "imagenet"
-        self.kernels = kernels
-        self.remat = remat
+        self.kernels, self.remat = kernels, remat
         in_planes = planes
         for stage, depth in enumerate(depths):
             out_planes = planes * 2**stage

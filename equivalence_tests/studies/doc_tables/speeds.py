@@ -164,7 +164,7 @@ def members() -> str:
 
 
 def serving() -> str:
-    """What each program for serving predicts, and how fast."""
+    """The table of the programs that serve a network: their predictions and their speed."""
     lines = []
     for name, row in results.read("serving")["programs"].items():
         one, two = (row["cores"][cores] for cores in ("1", "2"))
