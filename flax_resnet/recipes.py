@@ -69,12 +69,12 @@ def _enlarged(epochs, lr, pixels=64, validation_fraction=0.1, **groups) -> Train
     )
 
 
-def _regularized(dropout=0.0, weight_decay=0.0, patience=0) -> TrainConfig:
+def _regularized(dropout=0.0, weight_decay=0.0, patience=0, stem="cifar") -> TrainConfig:
     """The config of ResNet-18 with dropout, weight decay or early stopping. Restoring the best
     weights belongs to early stopping; without it the last weights are reported."""
     return TrainConfig(
         epochs=40,
-        model=dict(arch="resnet18", stem="cifar", dropout=dropout),
+        model=dict(arch="resnet18", stem=stem, dropout=dropout),
         data=dict(dataset=CIFAR10, image_size=32),
         augment=FLIP_AND_CROP,
         optimizer=ADAM | dict(weight_decay=weight_decay),
@@ -241,6 +241,18 @@ RECIPES = {
         method="ResNet-18, 3x3 stem, Adam, weight decay",
         gpu=True,
     ),
+    "resnet18-regularized-7x7": Recipe(
+        config=_regularized(dropout=0.5, weight_decay=1e-4, patience=5, stem="imagenet"),
+        method="resnet18-regularized with the 7x7 stem, which one CPU core can finish",
+    ),
+    "resnet18-regularized-base-7x7": Recipe(
+        config=_regularized(stem="imagenet"),
+        method="resnet18-regularized-base with the 7x7 stem",
+    ),
+    "resnet18-regularized-decay-7x7": Recipe(
+        config=_regularized(weight_decay=1e-4, stem="imagenet"),
+        method="resnet18-regularized-decay with the 7x7 stem",
+    ),
     "resnet18-224": Recipe(
         config=_against_overfitting(),
         method="224 px, weight decay 1e-4, dropout 0.5, flip and crop, early stopping on the loss",
@@ -372,6 +384,12 @@ RECIPES = {
         source="a public comparison of ResNet-50 and ResNet-101 in PyTorch",
         gpu=True,
     ),
+    "cifar10-resnet101-64px": Recipe(
+        config=_bottleneck("resnet101", epochs=6, pixels=64),
+        method="ResNet-101, 64 px, Adam 1e-3, batch 32, 6 epochs",
+        published={"test_accuracy": 0.7312, "test_loss": 0.8384},
+        source="a public comparison of ResNet-50 and ResNet-101 in PyTorch",
+    ),
     "cifar10-resnet20": _he_recipe(20, 8.75),
     "cifar10-resnet32": _he_recipe(32, 7.51),
     "cifar10-resnet44": _he_recipe(44, 7.17),
@@ -421,6 +439,10 @@ COMPARISONS = {
     "Weight decay, dropout and early stopping against overfitting": (
         "resnet18-regularized-base", "resnet18-regularized-decay", "resnet18-regularized",
     ),
+    "Weight decay, dropout and early stopping, 7x7 stem": (
+        "resnet18-regularized-base-7x7", "resnet18-regularized-decay-7x7",
+        "resnet18-regularized-7x7",
+    ),
     "Regularised and not, at 224 pixels": ("resnet18-224-plain", "resnet18-224"),
     "Regularised and not, at 48 pixels": ("resnet18-48px-plain", "resnet18-48px"),
     "Fine-tuned from Imagenette and from scratch": ("transfer-scratch", "transfer"),
@@ -429,6 +451,7 @@ COMPARISONS = {
         "imagenette-cnn-plain", "imagenette-cnn", "imagenette-resnet18",
     ),
     "More pixels through the same stem": ("cifar10-resnet18", "cifar10-resnet18-64px"),
-    "ResNet-50 and ResNet-101": ("cifar10-resnet50-224", "cifar10-resnet101-224"),
+    "ResNet-50 and ResNet-101, 224 pixels": ("cifar10-resnet50-224", "cifar10-resnet101-224"),
+    "ResNet-50 and ResNet-101, 64 pixels": ("cifar10-resnet50-64px", "cifar10-resnet101-64px"),
 }  # fmt: skip
 """{title: recipes to compare, the plainer one first}"""

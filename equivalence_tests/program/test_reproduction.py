@@ -167,11 +167,11 @@ def test_runs_are_compared_on_the_same_images_alone(tmp_path):
         write_run(tmp_path, f"cifar10-{recipe}-224", "seed0-subset512", accuracy=accuracy)
     reproduction_page.rebuild(tmp_path)
     page = (tmp_path / "recipes.html").read_text()
-    assert "<h3>ResNet-50 and ResNet-101 (512 images)</h3>" in page
+    assert "<h3>ResNet-50 and ResNet-101, 224 pixels (512 images)</h3>" in page
     assert "+10.0 points against cifar10-resnet50-224" in page
     assert page.count("points against") == 1
     assert [path.name for path in tmp_path.glob("*.png")] == [
-        "recipes-resnet-50-and-resnet-101-512-images.png"
+        "recipes-resnet-50-and-resnet-101-224-pixels-512-images.png"
     ]
 
 

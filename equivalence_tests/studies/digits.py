@@ -23,9 +23,9 @@ def main():
     print(document)
 
 
-def folds(root: Path) -> dict:
+def folds(root: Path, *flags) -> dict:
     """Figures of each fold, their mean and deviation, and figures of all predictions together."""
-    command("cross_validate", "--folds", RUNS, "--run-dir", root)
+    command("cross_validate", "--folds", RUNS, "--run-dir", root, *flags)
     found = json.loads((root / "cross_validation.json").read_text())
     alone = [figures_of(fold) for fold in found["folds"]]
     whole = {name: figures_of(found[name]) for name in ("mean", "deviation", "pooled")}

@@ -36,9 +36,10 @@ def regularization() -> str:
     """The accuracies of regularised networks and of plain ones."""
     return _question(
         "resnet18-regularized", "resnet18-regularized-base", "resnet18-regularized-decay",
-        "resnet18-224", "resnet18-224-plain", "resnet18-48px", "resnet18-48px-plain",
-        "cifar10-resnet18-dropout", "imagenette-cnn", "imagenette-cnn-plain", "cifar10-resnet18",
-        "cifar10-resnet18-64px",
+        "resnet18-regularized-7x7", "resnet18-regularized-base-7x7",
+        "resnet18-regularized-decay-7x7", "resnet18-224", "resnet18-224-plain", "resnet18-48px",
+        "resnet18-48px-plain", "cifar10-resnet18-dropout", "imagenette-cnn",
+        "imagenette-cnn-plain", "cifar10-resnet18", "cifar10-resnet18-64px",
     )  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def depth() -> str:
     he = (f"cifar10-resnet{layers}" for layers in (20, 32, 44, 56, 110))
     return _question(
         "imagenette-cnn", "imagenette-cnn-plain", "imagenette-resnet18", "cifar10-resnet50-224",
-        "cifar10-resnet50-64px", "cifar10-resnet101-224", *he,
+        "cifar10-resnet50-64px", "cifar10-resnet101-224", "cifar10-resnet101-64px", *he,
     )  # fmt: skip
 
 

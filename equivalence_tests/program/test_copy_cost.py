@@ -1,0 +1,42 @@
+"""The pairs of lossless images and JPEG files of `equivalence_tests/studies/copy_cost.py`."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from equivalence_tests.studies import copy_cost
+
+IMAGES = 6
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """Two classes of PNG files, and the JPEG files of the same images under other names."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        for kind in ("png", "jpg"):
+            (tmp_path / kind / name).mkdir(parents=True)
+        for number in range(IMAGES):
+            image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((32, 32))
+            image.save(tmp_path / "png" / name / f"{number}.png")
+            image.save(tmp_path / "jpg" / name / f"{IMAGES - number}.jpg", quality=75)
+    return tmp_path
+
+
+def test_a_pair_is_the_same_image(copies, tmp_path):
+    levels = copy_cost.copy_pairs(copies / "png", copies / "jpg", tmp_path / "pairs")
+    assert len(levels) == 2 * IMAGES and 0 < max(levels) < 20
+    for name in ("cat", "dog"):
+        for number in range(IMAGES):
+            path = tmp_path / "pairs" / "jpeg" / name / f"{number}.jpg"
+            assert (
+                path.read_bytes() == (copies / "jpg" / name / f"{IMAGES - number}.jpg").read_bytes()
+            )
+            assert (tmp_path / "pairs" / "lossless" / name / f"{number}.png").exists()
+
+
+def test_a_copy_belongs_to_one_image(copies, tmp_path):
+    left = copies / "png" / "cat"
+    (left / "twin.png").write_bytes((left / "0.png").read_bytes())
+    with pytest.raises(ValueError, match="same nearest copy"):
+        copy_cost.copy_pairs(copies / "png", copies / "jpg", tmp_path / "pairs")

@@ -1,0 +1,78 @@
+"""Measures what a JPEG copy of a data set costs: the same images, lossless and as JPEG files.
+
+python -m equivalence_tests.studies.copy_cost LOSSLESS JPEG  # 1 hour; results/copy-cost.json
+
+Both folders hold a folder of images per class. A lossless image is paired with the JPEG file of its
+class that is nearest to it. A ResNet-20 is cross-validated on both sets with the same folds.
+"""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from equivalence_tests import results
+from equivalence_tests.studies import digits
+
+FLAGS = ("--arch", "resnet20", "--image-size", 32, "--epochs", 40, "--horizontal-flip", 0.5)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("lossless", type=Path, help="folder of class folders of lossless images")
+    parser.add_argument("jpeg", type=Path, help="folder of class folders of the JPEG copy")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        levels = copy_pairs(args.lossless, args.jpeg, root)
+        document = {
+            "command": "python -m equivalence_tests.studies.copy_cost LOSSLESS JPEG",
+            "images": len(levels),
+            "mean_absolute_difference_in_levels": float(np.mean(levels)),
+            "flags": " ".join(map(str, FLAGS)),
+        } | {kind: digits.folds(root / f"runs-{kind}", "--dataset", f"folder:{root / kind}", *FLAGS)
+             for kind in ("lossless", "jpeg")}  # fmt: skip
+    results.write("copy-cost", document)
+    print(document)
+
+
+def copy_pairs(lossless: Path, jpeg: Path, root: Path) -> list[float]:
+    """Copies each lossless image to root/lossless and its JPEG file to root/jpeg, under the same
+    name; returns the mean absolute differences of the pairs, in levels of 0 to 255."""
+    levels = []
+    for folder in sorted(path for path in lossless.iterdir() if path.is_dir()):
+        exact, copies = (sorted((top / folder.name).iterdir()) for top in (lossless, jpeg))
+        left, right = pixels(exact), pixels(copies)
+        for path, image, match in zip(exact, left, nearest(left, right), strict=True):
+            levels.append(np.abs(image - right[match]).mean())
+            for kind, source in (("lossless", path), ("jpeg", copies[match])):
+                target = root / kind / folder.name / f"{path.stem}{source.suffix}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+    return levels
+
+
+def pixels(paths: list[Path]) -> np.ndarray:
+    """The images as float32 of shape [N, H * W * 3]."""
+    return np.stack([np.asarray(Image.open(path).convert("RGB"), np.float32).ravel()
+                     for path in paths])  # fmt: skip
+
+
+def nearest(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """For each row of `left` [N, D], the row of `right` [M, D] at the least distance; [N].
+
+    Raises:
+      ValueError: a row of `right` is the nearest of two rows.
+    """
+    squares = (right**2).sum(axis=1) - 2 * left @ right.T
+    found = squares.argmin(axis=1)
+    if len(set(found)) < len(found):
+        raise ValueError("two lossless images have the same nearest copy")
+    return found
+
+
+if __name__ == "__main__":
+    main()
