@@ -15,7 +15,7 @@ LOG = "error.log"
 
 _LONGEST = 2000  # characters of a message
 _FAULTS_OF_PLACE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS,
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
     errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO,
 )  # fmt: skip
 """Errors of the place that the user named, not of the program."""
@@ -31,7 +31,7 @@ class InputError(ValueError):
     """Bad input from the user, such as a file, a setting or a data set. The message is one line,
     which the commands print before they exit with status 2.
 
-    Example:
+    Examples:
       >>> try:
       ...     flax_resnet.create_model("resnet19")
       ... except flax_resnet.InputError as error:
@@ -40,6 +40,14 @@ class InputError(ValueError):
     """
 
     exit_status = BAD_INPUT
+
+
+def extra_needed(what: str, package: str, extra: str) -> InputError:
+    """The error that `what` needs a package which an extra of this project installs."""
+    return InputError(
+        f"{what} needs {package}, which is not installed: `pip install '.[{extra}]'` in the"
+        f" project's folder, or `uv run --extra {extra} ...`"
+    )
 
 
 def check_type(name: str, value, kinds: type | tuple[type, ...], what: str):

@@ -24,7 +24,7 @@ from flax_resnet import list_models
 from flax_resnet.commands import cli, exits, output_files
 from flax_resnet.config import DataConfig
 from flax_resnet.data.sources import places
-from flax_resnet.errors import BAD_INPUT, InputError
+from flax_resnet.errors import BAD_INPUT, InputError, extra_needed
 from flax_resnet.files import replacing
 from flax_resnet.models import SHORTCUTS, STEMS, check_shortcut, check_stem
 from flax_resnet.runs import environment
@@ -45,7 +45,7 @@ try:
     )
     from equivalence_tests.parity.ports import command as ports
 except ModuleNotFoundError as error:
-    exits.leave(BAD_INPUT, f"error: {exits.extra_needed('a comparison', error, 'torch')}")
+    exits.leave(BAD_INPUT, f"error: {extra_needed('a comparison', error.name, 'torch')}")
 
 VERDICTS = ("equal", "rounding", "semantic")
 COLUMNS = {
@@ -105,12 +105,12 @@ def parse():
     args = parser.parse_args()
     if args.checkpoint and args.torch_model:
         raise InputError("--checkpoint and --torch-model exclude each other")
-    if not (args.arch or args.checkpoint or args.torch_model):
-        raise InputError("give --arch, --checkpoint or --torch-model")
     for flag, needed in NEEDED:
         if getattr(args, flag) and not getattr(args, needed):
             flag, needed = (word.replace("_", "-") for word in (flag, needed))
             raise InputError(f"--{flag}: only with --{needed}")
+    if not (args.arch or args.checkpoint or args.torch_model):
+        raise InputError("give --arch, --checkpoint or --torch-model")
     if args.jax_model and (other := args.arch and "arch" or args.dataset and "dataset"):
         raise InputError(f"--jax-model and --{other} exclude each other")
     if args.image_size and (len(args.image_size) > 2 or min(args.image_size) < 1):

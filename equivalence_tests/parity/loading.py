@@ -29,6 +29,8 @@ def find(place: str, flag: str):
       InputError: there is no such object, or its module raises.
     """
     module_name, _, name = place.partition(":")
+    if not name:
+        raise InputError(f"{flag} {place}: names a module alone; give package.module:name")
     if "" not in sys.path:
         sys.path.insert(0, "")  # a module in the working directory, as python -m has it
     try:

@@ -8,6 +8,8 @@ def test_port(assert_port_equal):
     assert_port_equal(make_jax_net(), make_torch_net())
 """
 
+import logging
+
 import pytest
 
 
@@ -19,6 +21,9 @@ def assert_port_equal():
     which layers differ, and why.
     """
     from equivalence_tests.parity import compare_models
+
+    # torch.export logs there what it does, and pytest prints that below every failure.
+    logging.getLogger("torch.__trace").propagate = False
 
     def check(jax_net, torch_net, **options):
         __tracebackhide__ = True

@@ -142,3 +142,41 @@ def test_the_example_of_a_docstring_runs(example, run, run_dir, tmp_path, monkey
 def test_every_public_name_has_an_example():
     shown = {example.name.partition(".")[0] for example in examples()}
     assert shown == set(flax_resnet.__all__)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"epochs": "two"}, ["`epochs`", "valid integer", "'two'"]),
+        ({"model": {"arch": "resnet19"}}, ["`arch`", "did you mean 'resnet18'?"]),
+        ({"lr": 0.1}, ["`lr` is a field of a group: optimizer={'lr': ...}"]),
+        ({"epoch": 3}, ["unknown field 'epoch'; did you mean 'epochs'?"]),
+        ({"optimizer": {"lrr": 0.1}}, ["unknown field 'lrr'; did you mean 'lr'?"]),
+        ({"model": {"epochs": 2}}, ["unknown field 'epochs'; valid: arch, "]),
+        ({"epochs": 0, "seed": -1}, ["`epochs`", "; `seed`"]),
+    ],
+)
+def test_a_wrong_setting_is_one_line(values, words):
+    with pytest.raises(InputError) as fault:
+        flax_resnet.TrainConfig(**values)
+    assert "\n" not in str(fault.value) and all(word in str(fault.value) for word in words)
+
+
+def test_a_wrong_setting_is_one_line_wherever_it_is_made():
+    with pytest.raises(InputError, match="`arch`: unknown 'resnet19'"):
+        ModelConfig(arch="resnet19")
+    with pytest.raises(InputError, match="`epochs`: .*, got 0"):
+        dataclasses.replace(flax_resnet.TrainConfig(), epochs=0)
+
+
+def test_a_display_of_another_type_is_refused(tmp_path):
+    with pytest.raises(InputError, match="`display` is a Display or None, got int"):
+        flax_resnet.fit(flax_resnet.TrainConfig(), tmp_path / "run", display=3)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "what"), [("weights.pth", "a file"), ("", "without config.json")])
+def test_what_is_no_run_is_said(tmp_path, name, what):
+    (tmp_path / "weights.pth").touch()
+    with pytest.raises(InputError, match=f"is no run directory \\({what}\\)"):
+        flax_resnet.load_run(tmp_path / name)

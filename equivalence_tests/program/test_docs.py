@@ -103,6 +103,11 @@ def test_the_site_builds_without_a_dead_link_or_reference(tmp_path):
     api = (tmp_path / "site/api/index.html").read_text()
     for name in ("create_model", "TrainConfig", "label_smoothing", "prepare_batch"):
         assert name in api
+    assert api.count("&gt;&gt;&gt;") > 20  # examples are code, not quotations in quotations
+    for page in (ROOT / "docs").glob("*.md"):  # none is replaced by a file of results/
+        place = "index.html" if page.stem == "index" else f"{page.stem}/index.html"
+        title = page.read_text().partition("\n")[0].removeprefix("# ")
+        assert f">{title}<" in (tmp_path / "site" / place).read_text(), page
 
 
 @pytest.mark.control

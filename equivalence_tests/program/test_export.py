@@ -216,13 +216,12 @@ def test_the_comparison_sees_a_fault_at_the_second_batch_size(run_dir, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_without_the_extra_the_next_command_is_named(run_dir, tmp_path, monkeypatch):
+def test_a_missing_package_is_named_with_its_extra(run_dir, tmp_path, monkeypatch):
     for module in ("onnxruntime", "onnxscript"):
         monkeypatch.setitem(sys.modules, module, None)
         monkeypatch.delitem(sys.modules, "torch_ref.onnx_file", raising=False)
         monkeypatch.delattr(sys.modules["torch_ref"], "onnx_file", raising=False)
         outcome = run_script("convert.py", run_dir, tmp_path / "net.onnx")
-        command = f"uv run --extra export python scripts/convert.py {run_dir} {tmp_path}/net.onnx"
-        refused(outcome, module, command)
+        refused(outcome, module, "pip install '.[export]'", "uv run --extra export")
         monkeypatch.undo()
     assert not list(tmp_path.iterdir())

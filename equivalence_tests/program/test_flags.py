@@ -1,9 +1,12 @@
 """Flags: wrong words, settings without effect, recipes, and the help texts."""
 
+import importlib
+import sys
+
 import pytest
 
 from equivalence_tests.program.command import ROOT, refused, run_script
-from flax_resnet.commands import cli
+from flax_resnet.commands import cli, exits, main
 from flax_resnet.config import USED_WITH, TrainConfig, idle, to_dict
 from flax_resnet.errors import InputError
 from flax_resnet.recipes import RECIPES
@@ -208,3 +211,25 @@ def test_the_library_names_settings_and_the_commands_flags(tmp_path):
     outcome = run_script("train.py", "--parallel", "pmap", "--shard-parameters")
     refused(outcome, "--shard-parameters: pmap")
     assert cli.as_flags("a smaller `batch_size`; `x y`") == "a smaller --batch-size; `x y`"
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_the_installed_command_shows_examples_that_it_takes(name):
+    module = importlib.import_module(main.COMMANDS[name][0])
+    parser = cli.Parser(prog=f"flax-resnet {name}", description=module.__doc__)
+    lines = [line for line in parser.format_help().splitlines() if line.startswith("flax-resnet")]
+    assert lines and all(line.split()[1] in main.COMMANDS for line in lines)
+    assert "scripts/" not in parser.format_help()
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("flax-resnet cross-validate", "flax-resnet cross-validate --folds 2 'a b'"),
+        ("scripts/cross_validate.py", "python scripts/cross_validate.py --folds 2 'a b'"),
+    ],
+)
+def test_a_report_names_the_command_as_it_is_typed(monkeypatch, program, command):
+    monkeypatch.setattr(sys, "argv", [program, "--folds", "2", "a b"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    assert exits.command_line() == command

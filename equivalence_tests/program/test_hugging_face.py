@@ -171,4 +171,4 @@ def test_without_a_home_nothing_is_downloaded(monkeypatch):
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    refused("hf:ethz/food101", "uv run --extra datasets", 'pip install -e ".[datasets]"')
+    refused("hf:ethz/food101", "uv run --extra datasets", "pip install '.[datasets]'")

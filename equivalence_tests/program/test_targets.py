@@ -51,7 +51,7 @@ def test_a_target_that_does_not_exist_is_named(word, says):
 def test_a_compiler_that_is_not_installed_is_named_with_its_extra():
     with (
         mock.patch.object(importlib.util, "find_spec", return_value=None),
-        pytest.raises(InputError, match=r"pip install 'flax-resnet\[tpu\]'"),
+        pytest.raises(InputError, match=r"pip install '\.\[tpu\]'"),
     ):
         targets.devices(targets.parse("v5e"))
 

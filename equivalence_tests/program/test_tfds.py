@@ -119,7 +119,7 @@ def test_tfds_refusals(tfds_set, monkeypatch):
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", lambda *_, **__: 1 / 0)
     refused("tfds:mnist", "division by zero", "tfds build mnist --file_format=array_record")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    refused("tfds:mnist", "uv run --extra tfds", 'pip install -e ".[tfds]"')
+    refused("tfds:mnist", "uv run --extra tfds", "pip install '.[tfds]'")
 
 
 def test_tfds_registered_set_under_mock_data(tmp_path, monkeypatch):

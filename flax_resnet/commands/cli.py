@@ -15,6 +15,7 @@ import pydantic
 
 from flax_resnet import text
 from flax_resnet.config import INT32, TrainConfig, config_from_file, idle, nearest, to_dict
+from flax_resnet.config.fields import faults
 from flax_resnet.errors import InputError
 from flax_resnet.imagenet_recipes import IMAGENET_RECIPES
 from flax_resnet.recipes import RECIPES
@@ -46,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         self.usage = " ".join([self.prog, *words, "[flags]"])
         about, self.description = self.description or "", None
         if self.prog.startswith("flax-resnet "):  # not in a checkout
-            about = re.sub(r"python scripts/(\w+)\.py", r"flax-resnet \1", about)
+            about = re.sub(r"python scripts/(\w+)\.py", _subcommand, about)
         flags, self.description = super().format_help(), about
         return f"{about.strip()}\n\n{flags}"
 
@@ -63,6 +64,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(message)
+
+
+def _subcommand(script: re.Match) -> str:
+    return f"flax-resnet {script[1].replace('_', '-')}"
 
 
 def _check_words(words: Iterable[str]):
@@ -90,7 +95,7 @@ def add_config_flags(parser: argparse.ArgumentParser, only: tuple[str, ...] | No
     """
     for group, fields in _fields().items():
         fields = [field for field in fields if only is None or field.name in only]
-        section = parser.add_argument_group(group or "run") if fields else None
+        section = parser.add_argument_group(group.replace("_", " ") or "run") if fields else None
         for field in fields:
             shape = _argument(field, with_default=only is None)
             section.add_argument(_flag(field.name), default=None, **shape)
@@ -121,7 +126,7 @@ def merge(base: TrainConfig, values: dict) -> TrainConfig:
     try:
         return pydantic.TypeAdapter(TrainConfig).validate_python(merged)
     except pydantic.ValidationError as error:
-        raise InputError(faults(error)) from None
+        raise InputError(as_flags(faults(error))) from None
 
 
 def with_flags(base: TrainConfig, args: argparse.Namespace) -> TrainConfig:
@@ -250,19 +255,3 @@ def _unwrap(kind):
 
 def _plain(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def faults(error: pydantic.ValidationError) -> str:
-    return "; ".join(map(_describe, error.errors()))
-
-
-def _describe(fault: dict) -> str:
-    names = [part for part in fault["loc"] if isinstance(part, str)]
-    message = fault["msg"].removeprefix("Value error, ")
-    if not names or (len(names) == 1 and names[0] in _fields()):
-        return message  # it concerns a whole group and names the fields
-    flag = _flag(names[-1])
-    if fault["type"] == "literal_error":
-        valid = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
-        return f"{flag}: unknown {fault['input']!r}{nearest(fault['input'], valid)}"
-    return f"{flag}: {message}, got {fault['input']!r}"

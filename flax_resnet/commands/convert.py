@@ -193,7 +193,7 @@ def with_data(args, config: TrainConfig, channels: int):
         flags |= {"dataset": config.data.dataset}
         flags |= {"init-from": args.input, "weights-key": args.weights_key}
         words = [w for k, v in flags.items() if v is not None for w in (f"--{k}", str(v))]
-        command = shlex.join(["python", "scripts/train.py", *words, *["--ema"] * args.ema])
+        command = shlex.join(["flax-resnet", "train", *words, *["--ema"] * args.ema])
         raise InputError(f"{error}; to train them with a new head: {command}") from None
 
 

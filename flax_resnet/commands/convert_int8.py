@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resnet.commands import convert_torch, evaluate, exits
+from flax_resnet.commands import convert_torch, evaluate
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import evaluation_decoder
 from flax_resnet.data.sources import DataSet, open_dataset
-from flax_resnet.errors import InputError
+from flax_resnet.errors import extra_needed
 from flax_resnet.files import replacing
 from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.runs.views import warn
@@ -67,7 +67,7 @@ def _int8():
     try:
         from flax_resnet.interop import int8
     except ModuleNotFoundError as error:
-        raise InputError(exits.extra_needed("--int8", error, "export")) from None
+        raise extra_needed("--int8", error.name, "export") from None
     return int8
 
 

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resnet.commands import exits
 from flax_resnet.config import TrainConfig
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, extra_needed
 from flax_resnet.interop import export, training_state
 from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.runs.checkpoint import Checkpoints
@@ -20,7 +19,7 @@ def torch_ref():
         import torch_ref.optim
         import torch_ref.training_state
     except ModuleNotFoundError as error:
-        raise InputError(exits.extra_needed("PyTorch's files", error, "torch")) from None
+        raise extra_needed("PyTorch's files", error.name, "torch") from None
     return torch_ref
 
 
@@ -29,7 +28,7 @@ def onnx_file():
     try:
         from torch_ref import onnx_file
     except ModuleNotFoundError as error:
-        raise InputError(exits.extra_needed("ONNX", error, "export")) from None
+        raise extra_needed("ONNX", error.name, "export") from None
     return onnx_file
 
 

@@ -42,7 +42,7 @@ def parse():
     cli.add_config_flags(parser)
     args = parser.parse_args()
     if args.fold is not None:
-        raise InputError("--fold is for train.py: this command runs all folds")
+        raise InputError("--fold is a flag of train: this command runs all folds")
     args.fold = "0"
     return args
 

@@ -11,11 +11,9 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-import pydantic
-
 from flax_resnet import errors, text
 from flax_resnet.commands import cli
-from flax_resnet.errors import DONE, FAILED, InputError
+from flax_resnet.errors import DONE, FAILED
 from flax_resnet.runs.display import drop_output
 
 
@@ -122,8 +120,6 @@ def _outcome(main) -> tuple[int, str]:
     except SystemExit as left:  # argparse has printed its help
         return left.code or DONE, ""
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, pydantic.ValidationError):  # a field of a config, replaced by a flag
-            error = InputError(cli.faults(error))
         status, line = errors.verdict(error)
         return status, cli.as_flags(line)
 
@@ -158,17 +154,14 @@ def _open_closed_streams():
     sys.stderr = sys.stderr or open(2, "w")
 
 
-def extra_needed(what: str, error: ModuleNotFoundError, extra: str) -> str:
-    """The message about a missing package: which extra brings it."""
-    return f"{what} needs {error.name}: uv run --extra {extra} {command_line()}"
-
-
 def command_line() -> str:
     """The command line of this process, without the path of the project."""
     spec = sys.modules["__main__"].__spec__
     if spec is not None:
         name = spec.name.removesuffix(".__main__")
         return shlex.join(["python", "-m", name, *sys.argv[1:]])
+    if sys.argv[0].startswith("flax-resnet "):  # a subcommand of the installed program
+        return f"{sys.argv[0]} {shlex.join(sys.argv[1:])}".rstrip()
     script = Path(sys.argv[0])
     name = f"scripts/{script.name}" if script.parent.name == "scripts" else sys.argv[0]
     return shlex.join(["python", name, *sys.argv[1:]])

@@ -52,7 +52,7 @@ def main():
 
 def _parse():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("dataset", metavar="DATASET", help="the same as --dataset of train.py")
+    parser.add_argument("dataset", metavar="DATASET", help="the same as --dataset of train")
     parser.add_argument("out", metavar="OUT", type=Path, help="new folder for the shards")
     parser.add_argument(
         "--images-per-shard", type=int, default=5000, metavar="INT", help="default: 5000"

@@ -1,11 +1,15 @@
 """Types of settings: bounds that a compiled step can take, and the checked dataclass."""
 
+import dataclasses
 import difflib
+import functools
+import re
 from typing import Annotated, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic import Field
 
+from flax_resnet.errors import InputError
 from flax_resnet.text import listed
 
 T = TypeVar("T")
@@ -65,5 +69,51 @@ _make_dataclass = pydantic.dataclasses.dataclass(
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
 def dataclass(cls: type[T]) -> type[T]:
-    """A frozen, checked dataclass, which type checkers understand as one."""
-    return _make_dataclass(cls)
+    """A frozen, checked dataclass, which type checkers understand as one. Wrong values raise an
+    InputError of one line, where pydantic has an error of its own of several lines."""
+    made = _make_dataclass(cls)
+    checked = made.__init__
+
+    @functools.wraps(checked)
+    def __init__(self, *args, **values):
+        try:
+            checked(self, *args, **values)
+        except pydantic.ValidationError as error:
+            raise InputError(faults(error, made)) from None
+
+    made.__init__ = __init__
+    return made
+
+
+def faults(error: pydantic.ValidationError, made: type | None = None) -> str:
+    """The faults in one line, with each field's name in backticks.
+
+    Args:
+      made: the dataclass, whose groups are searched for the name of an unknown field.
+    """
+    return "; ".join(_describe(fault, made) for fault in error.errors())
+
+
+def _describe(fault: dict, made: type | None) -> str:
+    names = [part for part in fault["loc"] if isinstance(part, str)]
+    message = fault["msg"].removeprefix("Value error, ")
+    if not names or isinstance(fault["input"], dict):
+        return message  # it concerns a whole group and names the fields
+    if fault["type"] == "unexpected_keyword_argument" and made:
+        return _unknown(names, made)
+    if fault["type"] == "literal_error":
+        valid = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+        return f"`{names[-1]}`: unknown {fault['input']!r}{nearest(fault['input'], valid)}"
+    return f"`{names[-1]}`: {message}, got {fault['input']!r:.80}"
+
+
+def _unknown(names: list[str], made: type) -> str:
+    """What is wrong with a keyword that is no field: it belongs to a group, or is misspelt."""
+    *groups, name = names
+    for group in groups:
+        made = made.__dataclass_fields__[group].type
+    kinds = {field.name: field.type for field in dataclasses.fields(made)}
+    for group, kind in kinds.items():
+        if dataclasses.is_dataclass(kind) and name in kind.__dataclass_fields__:
+            return f"`{name}` is a field of a group: {group}={{{name!r}: ...}}"
+    return f"unknown field {name!r}{nearest(name, kinds)}"

@@ -44,9 +44,9 @@ class TrainConfig:
     """All settings of a run. Every field has a default, and the config is checked when it is made.
 
     Raises:
-      pydantic.ValidationError: a value out of range or settings that exclude each other.
+      InputError: a value out of range, an unknown field or settings that exclude each other.
 
-    Example:
+    Examples:
       >>> config = flax_resnet.TrainConfig(epochs=2, data={"dataset": "folder:birds"})
       >>> config.optimizer.lr
       0.04

@@ -10,7 +10,7 @@ import numpy as np
 
 from flax_resnet.data.folders import chosen_splits
 from flax_resnet.data.image_files import BadImage
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, extra_needed
 from flax_resnet.text import listed, printable
 from flax_resnet.weights.published import check_home, quiet
 
@@ -55,10 +55,7 @@ def read(place: str) -> Found:
     try:
         import datasets
     except ImportError:
-        raise InputError(
-            f"hf:{place} needs datasets: `uv run --extra datasets ...`, or"
-            ' `pip install -e ".[datasets]"`'
-        ) from None
+        raise extra_needed(f"hf:{place}", "datasets", "datasets") from None
     splits = _loaded(datasets, place)
     encoded = datasets.Image(decode=False)
     chosen, left_over = chosen_splits(splits)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flax_resnet.data.folders import chosen_splits
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, extra_needed
 from flax_resnet.weights.published import check_home
 
 
@@ -37,10 +37,7 @@ def read(name: str) -> Found:
     try:
         import tensorflow_datasets as tfds
     except ImportError:
-        raise InputError(
-            f"tfds:{name} needs tensorflow-datasets: `uv run --extra tfds ...`, or "
-            '`pip install -e ".[tfds]"`'
-        ) from None
+        raise extra_needed(f"tfds:{name}", "tensorflow-datasets", "tfds") from None
     builder = _prepared(tfds, name)
     features = dict(builder.info.features)
     if not isinstance(features.get("image"), tfds.features.Image) or not isinstance(

@@ -14,7 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from flax_resnet.config import nearest
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, extra_needed
 
 GPUS_PER_HOST = 8
 """GPUs of a host at most, as the machines with these cards are built (HGX)."""
@@ -219,10 +219,7 @@ def _keep_to_the_cpu():
 def _check_compiler(target: Target):
     extra, packages = _EXTRAS[target.card.platform]
     if not any(importlib.util.find_spec(package) for package in packages):
-        raise InputError(
-            f"target {target.name!r} needs its compiler, which is not installed:"
-            f" pip install 'flax-resnet[{extra}]'"
-        )
+        raise extra_needed(f"target {target.name!r}", "its compiler", extra)
 
 
 def _first_line(error) -> str:

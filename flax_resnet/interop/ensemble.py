@@ -65,7 +65,7 @@ def ensemble(runs: dict[str, LoadedRun], average: str = "probabilities") -> Load
       InputError: a run has other classes, channels, image sizes or EXIF turns than the first run,
         or there is no run.
 
-    Example:
+    Examples:
       >>> runs = {name: flax_resnet.load_run(name) for name in ["runs/digits"]}  # and others
       >>> flax_resnet.ensemble(runs).class_names[:3]
       ('0', '1', '2')

@@ -80,7 +80,7 @@ class LoadedRun:
           InputError: the images have another type or shape, or a file is not a readable image.
           NonFiniteLoss: the probabilities are not finite.
 
-        Example:
+        Examples:
           >>> run = flax_resnet.load_run("runs/digits")
           >>> run.predict(["seven.png"]).shape
           (1, 10)
@@ -107,7 +107,7 @@ class LoadedRun:
         Raises:
           InputError: the images have another type or shape.
 
-        Example:
+        Examples:
           >>> run = flax_resnet.load_run("runs/digits")
           >>> run.features(np.zeros((2, *run.image_shape), np.uint8)).shape
           (2, 64)
@@ -166,7 +166,7 @@ def load_run(run_dir: Path | str) -> LoadedRun:
     Raises:
       InputError: the directory holds no run, or none of its checkpoints is complete and unchanged.
 
-    Example:
+    Examples:
       >>> flax_resnet.load_run("runs/digits").class_names[:3]
       ('0', '1', '2')
     """

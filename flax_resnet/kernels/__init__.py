@@ -1,4 +1,4 @@
-"""Hand-written lowerings of convolutions and sums for one platform.
+"""Hand-written lowerings: convolutions and sums on CPUs, max-pooling on every platform.
 
 Nothing here knows of networks.
 """

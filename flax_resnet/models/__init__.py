@@ -25,7 +25,7 @@ _CHOICES = {"kernels": KERNELS, "precision": tuple(layers.PRECISIONS)}
 def list_models() -> list[str]:
     """Return the names that `create_model` takes.
 
-    Example:
+    Examples:
       >>> len(flax_resnet.list_models())
       16
     """
@@ -103,7 +103,7 @@ def create_model(
     Raises:
       InputError: a name is unknown, a type is wrong, or a number is out of range.
 
-    Example:
+    Examples:
       >>> flax_resnet.create_model("resnet18", 3, stem="cifar")(jnp.zeros((1, 32, 32, 3))).shape
       (1, 3)
     """

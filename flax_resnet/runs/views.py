@@ -59,14 +59,22 @@ def class_names(run_dir: Path | str) -> tuple[str, ...]:
 
 
 def _config_without_checkpoint(run_dir: Path) -> TrainConfig:
-    path = run_dir / "config.json"
-    config = config_from_file(path)
+    path, config = run_dir / "config.json", written_config(run_dir)
     if "config.json" in _changed(run_dir):
         raise InputError(
             f"{path} is not as the run wrote it, and there is no checkpoint to resume from: begin"
             " again with `overwrite`"
         )
     return config
+
+
+def written_config(run_dir: Path) -> TrainConfig:
+    """The config in config.json; InputError if it is unreadable or this is no run directory."""
+    path = run_dir / "config.json"
+    if not path.exists() and run_dir.exists():
+        what = "without config.json" if run_dir.is_dir() else "a file"
+        raise InputError(f"{run_dir} is no run directory ({what})")
+    return config_from_file(path)
 
 
 def is_trained(run_dir: Path) -> bool:

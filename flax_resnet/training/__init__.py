@@ -1,1 +1,3 @@
-"""The training: step, optimizer, schedules, loop and `fit`. Nothing here parses flags."""
+"""The training: step, loop and `fit`; optimizer and schedules are in `optim`, early stopping in
+`selection`. Nothing here parses flags.
+"""

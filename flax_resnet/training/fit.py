@@ -77,13 +77,13 @@ def fit(
       Interrupted: SIGTERM, SIGHUP or Ctrl-C has reached the main thread; the work is saved.
       RunLost: the run directory was moved, deleted or replaced.
 
-    Example:
+    Examples:
       >>> config = flax_resnet.TrainConfig(epochs=1, model={"arch": "basic_cnn"})
       >>> report = flax_resnet.fit(config, "runs/short")
       >>> sorted(report["splits"])
       ['test', 'train', 'validation']
     """
-    _check_arguments(config, run_dir, callbacks, profile)
+    _check_arguments(config, run_dir, callbacks, profile, display)
     display = display or Display(quiet=not distributed.is_first())
     run_dir = None if run_dir is None else Path(run_dir)
     if resume:
@@ -100,11 +100,12 @@ def fit(
         directory.close()
 
 
-def _check_arguments(config, run_dir, callbacks, profile):
+def _check_arguments(config, run_dir, callbacks, profile, display):
     check_type("config", config, TrainConfig, "a TrainConfig")
     check_type("run_dir", run_dir, (str, os.PathLike, type(None)), "a path or None")
     check_type("callbacks", callbacks, Sequence, "a list of functions")
     check_type("profile", profile, int, "a number of steps")
+    check_type("display", display, (Display, type(None)), "a Display or None")
     for callback in callbacks:
         if not callable(callback):
             raise InputError(f"`callbacks`: {callback!r} is no function")

@@ -10,12 +10,12 @@ from unicodedata import normalize
 import jax
 import numpy as np
 
-from flax_resnet.config import TrainConfig, config_from_file, from_dict
+from flax_resnet.config import TrainConfig, from_dict
 from flax_resnet.errors import InputError, check_type
 from flax_resnet.models import create_from_config
 from flax_resnet.runs import environment
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in
-from flax_resnet.runs.views import config_faults, warn
+from flax_resnet.runs.views import config_faults, warn, written_config
 from flax_resnet.training import steps
 from flax_resnet.training.network import Network
 from flax_resnet.weights import convert, files, published
@@ -41,7 +41,7 @@ def restore(
     """
     run_dir = Path(run_dir)
     if not steps_in(run_dir / "checkpoints"):
-        config_from_file(run_dir / "config.json")  # says what is missing where this is no run
+        written_config(run_dir)  # says what is missing where this is no run
         raise InputError(f"{run_dir} has no checkpoint yet")
     checkpoints = Checkpoints(run_dir / "checkpoints", say=warn)
     try:
@@ -102,7 +102,7 @@ def pretrained(
     Raises:
       InputError: the weights do not exist or are damaged, or the server does not answer.
 
-    Example:
+    Examples:
       >>> weights = flax_resnet.pretrained("runs/digits")  # or "torchvision:resnet50"
       >>> weights.class_names[:3]
       ('0', '1', '2')

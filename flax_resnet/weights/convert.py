@@ -75,7 +75,7 @@ def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
       Copies in torch's order: convolutions `[O, I, kh, kw]`, linear layers `[O, I]`, BatchNorm
       `[C]`. `num_batches_tracked` is int64, as in torch.
 
-    Example:
+    Examples:
       >>> model = flax_resnet.create_model("resnet20", num_classes=10)
       >>> flax_resnet.state_dict(model)["conv1.weight"].shape
       (16, 3, 3, 3)
@@ -115,7 +115,7 @@ def load_state_dict(model: nnx.Module, arrays: dict[str, np.ndarray]) -> nnx.Mod
       InputError: entries are missing, unexpected, misshaped or non-finite. The message names them
         and the nearest architecture, and the model stays as it was.
 
-    Example:
+    Examples:
       >>> arrays = flax_resnet.state_dict(flax_resnet.create_model("resnet20"))
       >>> model = flax_resnet.load_state_dict(flax_resnet.create_model("resnet20"), arrays)
     """

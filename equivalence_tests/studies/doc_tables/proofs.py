@@ -23,7 +23,10 @@ def headline() -> str:
                 " found by our tests",
                 f"[{killed} of {len(rows)}](results/kill-matrix.md)",
             ],
-            ["the same, found by the best of six criteria of other projects", f"{best}"],
+            [
+                "the same faults, found by the best of six criteria of other projects",
+                f"{best} of {len(rows)}",
+            ],
             [
                 f"false alarms of the same tests on {len(alarms)} other sets of inputs",
                 f"[{failed} of {tests:,}](results/false-alarms.json)",
