@@ -122,7 +122,7 @@ def error_growth() -> str:
 def ports() -> str:
     """Public JAX networks and what makes them other networks than PyTorch's."""
     rows = [
-        [row["network"], row["verdict"], _listed_causes(row), "yes" if row["explained"] else "no"]
+        [row["network"], row["verdict"], _listed_causes(row), _explained(row)]
         for row in results.read("ports")["rows"]
     ]
     return table(["network", "verdict", "causes (layers)", "these explain every difference"], rows)
@@ -146,6 +146,11 @@ def maxvit() -> str:
     row = next(row for row in results.read("ports")["rows"] if row["name"] == "maxvit")
     rows = [[cause, f"`{names[0]}`", len(names)] for cause, names in row["causes"].items()]
     return table(["cause", "first layer", "layers"], rows, numbers=1)
+
+
+def _explained(row: dict) -> str:
+    """Whether the causes explain every difference; a dash where there is none."""
+    return "-" if row["verdict"] == "equal" else "yes" if row["explained"] else "no"
 
 
 def _listed_causes(row: dict) -> str:

@@ -33,8 +33,8 @@ def speeds() -> str:
         name = f"[{words}](../results/benchmark-cpu-{file}.json)"
         lines.append([name, *shown, *(f"{ratio:.2f}" for ratio in ratios)])
     header = [
-        "network", "JAX", "PyTorch eager", "torchvision's net, eager", "eager, memory kept",
-        "torch.compile", "compile, memory kept", "JAX / eager", "JAX / best of PyTorch",
+        "network", "JAX", "eager", "torchvision's net", "eager, kept",
+        "compile", "compile, kept", "JAX / eager", "JAX / best",
     ]  # fmt: skip
     return table(header, lines, numbers=8)
 
@@ -76,7 +76,7 @@ def gpu_bounds() -> str:
             ]
         )
     header = [
-        "training step", "images/s", "bound", "times the bound's time",
+        "training step", "images/s", "bound, on the card", "times the bound's time",
         "GB moved: planned, on the card", "GB of memory: planned, on the card",
     ]  # fmt: skip
     return table(header, lines, numbers=5)
