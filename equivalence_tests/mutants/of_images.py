@@ -100,7 +100,8 @@ def _clockwise(images, angles, **options):
 
 
 def _erased_before_normalising(state, batch, config, preprocess, **options):
-    late = types.SimpleNamespace(to_unit=preprocess.to_unit, normalize=lambda images: images)
+    unit, mean = preprocess.to_unit, preprocess.mean
+    late = types.SimpleNamespace(to_unit=unit, mean=mean, normalize=lambda images: images)
     prepared = _PREPARE_BATCH(state, batch, config, late, **options)
     images = preprocess.normalize(prepared.images)  # normalising commutes with mixing
     return prepared._replace(images=images)

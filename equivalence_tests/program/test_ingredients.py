@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from equivalence_tests import mutants
 from equivalence_tests.studies import ingredients, kill_matrix
 from flax_resnet.config import TrainConfig, flat
@@ -24,3 +26,14 @@ def test_a_fault_that_nothing_has_killed_is_said():
     row = ingredients.rows()[0]
     assert "not yet" in ingredients.markdown([row | {"killed": {"a fault": None}}])
     assert "not yet" not in ingredients.markdown([row | {"killed": {"a fault": "a test"}}])
+
+
+@pytest.mark.parametrize("message", ["AttributeError: no 'mean'", "AssertionError: 1 != 2"])
+def test_a_mutant_that_crashes_is_no_kill(monkeypatch, message):
+    monkeypatch.setattr(kill_matrix, "run_tests", lambda *_, **__: (1, {"a test": message}))
+    mutant = next(iter(mutants.MUTANTS.values()))
+    if message.startswith("Attribute"):
+        with pytest.raises(RuntimeError, match="crashes and shows nothing: AttributeError"):
+            kill_matrix.row(mutant)
+    else:
+        assert kill_matrix.row(mutant)["killed_by"] == "a test"

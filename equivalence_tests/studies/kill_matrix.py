@@ -39,6 +39,10 @@ FIRST = {
 """{group of mutants: test files that most likely fail, so run first}."""
 
 
+CRASHES = ("AttributeError", "ImportError", "NameError", "TypeError")
+"""Errors of a mutant whose own code no longer fits the code that it changes."""
+
+
 def run_tests(*flags: str, first=()) -> tuple[int, dict[str, str]]:
     """Runs the tests of equality; returns their number and {failed test: message}."""
     names = sorted(path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py"))
@@ -72,6 +76,9 @@ def row(mutant: mutants.Mutant) -> dict:
     started = time.monotonic()
     group = next(name for name, group in mutants.GROUPS.items() if mutant in group)
     count, failed = run_tests("-x", "--mutant", mutant.name, first=FIRST[group])
+    for message in failed.values():
+        if message.startswith(CRASHES):
+            raise RuntimeError(f"mutant {mutant.name!r} crashes and shows nothing: {message}")
     return {
         "mutant": mutant.name,
         "difference": mutant.difference,
