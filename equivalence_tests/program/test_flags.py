@@ -233,3 +233,4 @@ def test_a_report_names_the_command_as_it_is_typed(monkeypatch, program, command
     monkeypatch.setattr(sys, "argv", [program, "--folds", "2", "a b"])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     assert exits.command_line() == command
+    assert exits.other_command("cross-validate", ["--folds", "2", "a b"]) == command

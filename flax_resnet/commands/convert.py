@@ -14,7 +14,6 @@ python scripts/convert.py birds.pt runs/birds --training --config runs/resnet20-
 
 import hashlib
 import os
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +192,7 @@ def with_data(args, config: TrainConfig, channels: int):
         flags |= {"dataset": config.data.dataset}
         flags |= {"init-from": args.input, "weights-key": args.weights_key}
         words = [w for k, v in flags.items() if v is not None for w in (f"--{k}", str(v))]
-        command = shlex.join(["flax-resnet", "train", *words, *["--ema"] * args.ema])
+        command = exits.other_command("train", [*words, *["--ema"] * args.ema])
         raise InputError(f"{error}; to train them with a new head: {command}") from None
 
 

@@ -154,6 +154,13 @@ def _open_closed_streams():
     sys.stderr = sys.stderr or open(2, "w")
 
 
+def other_command(name: str, words: list[str]) -> str:
+    """The command line of another subcommand, called as this one was: installed or as a script."""
+    if sys.argv[0].startswith("flax-resnet "):
+        return shlex.join(["flax-resnet", name, *words])
+    return shlex.join(["python", f"scripts/{name.replace('-', '_')}.py", *words])
+
+
 def command_line() -> str:
     """The command line of this process, without the path of the project."""
     spec = sys.modules["__main__"].__spec__
