@@ -169,6 +169,11 @@ def test_a_wrong_setting_is_one_line_wherever_it_is_made():
         dataclasses.replace(flax_resnet.TrainConfig(), epochs=0)
 
 
+def test_no_weights_are_named_as_such():
+    with pytest.raises(InputError, match="^no weights are given$"):
+        flax_resnet.load_state_dict(flax_resnet.create_model("basic_cnn"), {})
+
+
 def test_a_display_of_another_type_is_refused(tmp_path):
     with pytest.raises(InputError, match="`display` is a Display or None, got int"):
         flax_resnet.fit(flax_resnet.TrainConfig(), tmp_path / "run", display=3)

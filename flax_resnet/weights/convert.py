@@ -142,6 +142,8 @@ def conform(arrays: dict[str, np.ndarray], shapes: dict[str, tuple]) -> dict[str
       InputError: as in `load_state_dict`.
     """
     arrays = translate_names(_as_arrays(arrays))
+    if not arrays:
+        raise InputError("no weights are given")
     if not any(map(_is_count, arrays)):
         arrays |= {name: np.zeros((), np.int64) for name in filter(_is_count, shapes)}
     if found := faults(shapes, arrays):
