@@ -30,7 +30,9 @@ def find(place: str, flag: str):
     """
     module_name, _, name = place.partition(":")
     if not name:
-        raise InputError(f"{flag} {place}: names a module alone; give package.module:name")
+        raise InputError(
+            f"{flag} {place}: the name behind ':' is missing (package.module:callable)"
+        )
     if "" not in sys.path:
         sys.path.insert(0, "")  # a module in the working directory, as python -m has it
     try:

@@ -411,7 +411,7 @@ def test_an_average_after_a_warm_up_of_more_steps_than_int32_is_traced():
 
 
 def test_rates_whose_ratio_overflows_are_refused():
-    with pytest.raises(InputError, match="`head_lr` is at most 1e.30 times `lr`"):
+    with pytest.raises(InputError, match="--head-lr is at most 1e.30 times --lr"):
         cli.merge(TrainConfig(), {"optimizer": {"lr": 1e-30, "head_lr": 2.0}})
 
 
