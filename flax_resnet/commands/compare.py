@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from rich import box
 from rich.table import Table
 
 from flax_resnet.commands import cli, output_files
@@ -118,14 +119,22 @@ def table_of_figures(courses: dict[str, Course]) -> Table:
     """A row for each run; the best of a column has a star."""
     figures = {name: course.figures() for name, course in courses.items()}
     tops = best(figures)
-    table = Table(caption="*: best of its column", caption_justify="left")
-    for header in ("run", "epochs", *(name.replace("_", " ") for name in tops)):
-        justify = "left" if header == "run" else "right"
-        table.add_column(header, justify=justify, overflow="fold")
-    for name, course in courses.items():
-        cells = [_cell(figures[name].get(figure), tops[figure]) for figure in tops]
-        done = f"{len(course.rows)}/{course.config.epochs}"
-        table.add_row(printable(name), done + course.state, *cells)
+    about = dict(caption="*: best of its column", caption_justify="left")
+    table = Table(box=box.SIMPLE, padding=0, **about)  # within 80 columns
+    table.add_column("run", overflow="fold")
+    rows = {
+        name: [
+            f"{len(course.rows)}/{course.config.epochs}{course.state}",
+            *(_cell(figures[name].get(figure), tops[figure]) for figure in tops),
+        ]
+        for name, course in courses.items()
+    }
+    for header, cells in zip(("epochs", *tops), zip(*rows.values(), strict=True), strict=True):
+        words = header.split("_")  # no word of a header is divided
+        width = max(map(len, (*words, *cells)))
+        table.add_column(" ".join(words), justify="right", width=width)
+    for name, cells in rows.items():
+        table.add_row(printable(name), *cells)
     return table
 
 
