@@ -443,8 +443,12 @@ def test_a_package_that_is_missing_is_named_with_its_installation(monkeypatch):
         raise ModuleNotFoundError(name=name.partition(".")[0])
 
     monkeypatch.setattr(published.importlib, "import_module", missing)
-    for name, package in (("torchvision:resnet18", "torchvision"), ("hf:a/b", "huggingface_hub")):
-        with pytest.raises(InputError, match=f"needs {package}: `pip install {package}`"):
+    for name, says in (
+        ("torchvision:resnet18", r"needs torchvision, .* `pip install '\.\[torch\]'`"),
+        ("hf:a/b", r"needs huggingface_hub, .* `pip install '\.\[hub\]'`"),
+        ("timm:resnet18", "needs timm: `pip install timm`"),
+    ):
+        with pytest.raises(InputError, match=says):
             published.find(name, print)
 
 

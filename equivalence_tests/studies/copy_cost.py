@@ -62,7 +62,7 @@ def pixels(paths: list[Path]) -> np.ndarray:
 
 
 def nearest(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """For each row of `left` [N, D], the row of `right` [M, D] at the least distance; [N].
+    """Numbers [N] of the rows of `right` [M, D] that are nearest to the rows of `left` [N, D].
 
     Raises:
       ValueError: a row of `right` is the nearest of two rows.

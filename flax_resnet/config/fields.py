@@ -108,7 +108,7 @@ def _describe(fault: dict, made: type | None) -> str:
 
 
 def _unknown(names: list[str], made: type) -> str:
-    """What is wrong with a keyword that is no field: it belongs to a group, or is misspelt."""
+    """The message about a keyword that is no field: it belongs to a group, or is misspelt."""
     *groups, name = names
     for group in groups:
         made = made.__dataclass_fields__[group].type

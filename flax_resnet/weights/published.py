@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import urlopen
 
 from flax_resnet.config import nearest
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, extra_needed
 from flax_resnet.models import list_models
 from flax_resnet.text import printable
 from flax_resnet.weights import files
@@ -349,15 +349,19 @@ def _fetch(url: str, path: Path):
         ) from None
 
 
+_EXTRAS = {"torchvision": "torch", "huggingface_hub": "hub"}
+"""{package: the extra of this project that brings it}; none brings timm."""
+
+
 def _package(name: str, source: str):
     """An optional package, imported when it is needed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         package = name.partition(".")[0]
-        raise InputError(
-            f"{source} needs {error.name}: `pip install {package}`, or `uv run --with {package}`"
-        ) from None
+        if package in _EXTRAS:
+            raise extra_needed(source, error.name, _EXTRAS[package]) from None
+        raise InputError(f"{source} needs {error.name}: `pip install {package}`") from None
 
 
 _FINDERS = {

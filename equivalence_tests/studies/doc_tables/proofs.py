@@ -149,7 +149,7 @@ def maxvit() -> str:
 
 
 def _explained(row: dict) -> str:
-    """Whether the causes explain every difference; a dash where there is none."""
+    """The word that says if the causes explain every difference; a dash without a difference."""
     return "-" if row["verdict"] == "equal" else "yes" if row["explained"] else "no"
 
 
