@@ -1,8 +1,10 @@
-"""The run directory: metrics.csv, report.json and weights.pth."""
+"""The run directory: metrics.csv, state.pth, report.json and weights.pth."""
 
+import contextlib
 import csv
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
@@ -12,43 +14,57 @@ from flax_resnet.errors import InputError
 from torch_ref import checkpoint
 
 WEIGHTS = "weights.pth"
-FILES = ("metrics.csv", "report.json", WEIGHTS)
+METRICS, REPORT, STATE = "metrics.csv", "report.json", "state.pth"
+FILES = (METRICS, REPORT, STATE, WEIGHTS, "metrics.tmp", "report.tmp", "state.tmp")
 """The names of all that a run writes into its directory."""
 
 
-def check_usable(run_dir: Path) -> None:
-    """Raises InputError for what is there already: a run is never written over."""
-    if run_dir.exists():
-        raise InputError(f"run directory {run_dir} exists already")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path to write to, whose file then takes the place of `path`. A run that is killed
+    before leaves it, and the next one writes over it."""
+    temporary = path.with_suffix(".tmp")
+    yield temporary
+    os.replace(temporary, path)
 
 
-def clear(run_dir: Path) -> None:
-    """Deletes the directory of a run that was cut off; InputError, and nothing is deleted, where it
-    holds anything that no run has written."""
+def check_usable(run_dir: Path, *, resume: bool = False) -> None:
+    """Raises InputError for what is there already: a run is never written over, and goes on only
+    where nothing but its own files lies."""
     if not os.path.lexists(run_dir):
         return
+    if not resume:
+        raise InputError(f"run directory {run_dir} exists already; --resume continues its run")
     if run_dir.is_symlink() or not run_dir.is_dir():
         raise InputError(f"{run_dir} is no directory of a run; move it")
     for entry in run_dir.iterdir():
         if entry.name not in FILES or entry.is_symlink() or not entry.is_file():
             raise InputError(f"{run_dir} holds {entry.name}, which no run has written; move it")
-    for name in FILES:
-        (run_dir / name).unlink(missing_ok=True)
-    run_dir.rmdir()
+    if (run_dir / REPORT).exists() and not (run_dir / STATE).exists():
+        raise InputError(f"{run_dir} has no {STATE} to go on from")
 
 
-def log_epoch(run_dir: Path, row: dict) -> None:
-    """A row of metrics.csv."""
+def write_metrics(run_dir: Path, rows: list[dict]) -> None:
+    """metrics.csv, a row for each epoch."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / "metrics.csv", "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
+    with replacing(run_dir / METRICS) as path, open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def finished_report(run_dir: Path) -> dict | None:
+    """The report of a finished run; None while it is under way."""
+    path = run_dir / REPORT
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise InputError(f"{path}: damaged") from error
 
 
 def write_results(run_dir: Path, model: nn.Module, report: dict) -> None:
     """The weights and the report of a finished run."""
     checkpoint.save(run_dir / WEIGHTS, checkpoint.to_arrays(model.state_dict()))
     text = json.dumps(finite(report), indent=2, allow_nan=False)
-    (run_dir / "report.json").write_text(text + "\n")
+    with replacing(run_dir / REPORT) as path:
+        path.write_text(text + "\n")

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from torch_ref import selection
-from torch_ref.directory import log_epoch
+from torch_ref.directory import write_metrics
 from torch_ref.evaluation import evaluate
 from torch_ref.guard import check_epoch
 from torch_ref.optim import take_average, take_statistics
+from torch_ref.resume import save_state
 from torch_ref.setup import Run
 from torch_ref.steps import prepare_batch, train_step
 
@@ -19,7 +20,7 @@ def train(run: Run, run_dir: Path | None = None) -> None:
     """Train until the last epoch, or until early stopping ends the run.
 
     Args:
-      run_dir: where metrics.csv grows by a row an epoch; None keeps nothing.
+      run_dir: where metrics.csv and state.pth are written after every epoch; None keeps nothing.
 
     Raises:
       NonFiniteLoss: names the step.
@@ -57,14 +58,16 @@ def take_step(run: Run, images: Tensor, labels: Tensor, step: int) -> Tensor:
 
 
 def finish_epoch(run: Run, row: dict, run_dir: Path | None) -> None:
-    """Validate, decide whether to stop, log."""
+    """Validate, decide whether to stop, log and save."""
     if "validation" in run.splits:
         scores = evaluate(run.evaluated, run.splits["validation"], run.device, run.dtype)
         row |= {f"validation_{name}": score for name, score in scores.items()}
         _select(run, row[run.config.early_stopping.monitor])
     _say_epoch(row, run.config.epochs)
+    run.rows.append(row)
     if run_dir:
-        log_epoch(run_dir, row)
+        write_metrics(run_dir, run.rows)
+        save_state(run, run_dir)
 
 
 def _select(run: Run, watched: float) -> None:

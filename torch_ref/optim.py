@@ -147,6 +147,14 @@ class EveryEpoch:
             self.epochs += 1
             self.scheduler.step()
 
+    def state_dict(self) -> dict:
+        counts = {"updates": self.updates, "epochs": self.epochs}
+        return counts | {"scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates, self.epochs = state["updates"], state["epochs"]
+        self.scheduler.load_state_dict(state["scheduler"])
+
 
 def _cosine_under_warmup(
     optimizer: Optimizer, config: ScheduleConfig, warmup_steps: int, total_steps: int

@@ -53,6 +53,9 @@ class Run:
     epoch: int = 0
     """Epochs done."""
 
+    rows: list[dict] = dataclasses.field(default_factory=list)
+    """Lines of metrics.csv, one for each epoch."""
+
     seconds: list[float] = dataclasses.field(default_factory=list)
     """Seconds that the training of each epoch took."""
 

@@ -18,11 +18,12 @@ from flax_resnet.config import EarlyStoppingConfig, TrainConfig, flat, idle
 from flax_resnet.errors import InputError
 from flax_resnet.text import say
 from torch_ref import check_stem, create_from_config, loop
-from torch_ref.directory import check_usable, write_results
+from torch_ref.directory import STATE, check_usable, finished_report, write_results
 from torch_ref.environment import choose_device, configure_torch
 from torch_ref.prepare import Prepared, prepare
 from torch_ref.report import report
 from torch_ref.restore import fine_tune
+from torch_ref.resume import load_state
 from torch_ref.setup import set_up
 
 LACKING = ("weights_key", "ema", "freeze_backbone", "skip_nonfinite", "on_bad_image")
@@ -41,13 +42,17 @@ def fit(
     run_dir: Path | str | None = None,
     *,
     device: str | None = None,
+    resume: bool = False,
     command: str = "",
 ) -> dict:
     """Train, evaluate and write a run directory.
 
     Args:
-      run_dir: a new directory; None: one in runs/, named after the network and the time.
+      run_dir: a new directory, or that of the run to resume; None: one in runs/, named after the
+        network and the time.
       device: "cpu" or "cuda"; None: CUDA where there is one.
+      resume: continue the run in `run_dir` after its last whole epoch, or begin one if there is
+        none. A finished run stays as it is.
       command: how it was called, for the report.
 
     Returns:
@@ -58,8 +63,10 @@ def fit(
       NonFiniteLoss: names the step.
     """
     check_supported(config)
+    if resume and not run_dir:
+        raise InputError("--resume needs --run-dir")
     run_dir = Path(run_dir) if run_dir else _new_directory(config)
-    check_usable(run_dir)
+    check_usable(run_dir, resume=resume)
     device = choose_device(config, device)
     configure_torch(config)
     prepared = prepare(config)
@@ -67,6 +74,11 @@ def fit(
     model = _initial_model(prepared.config, prepared.dataset.channels)
     _announce(prepared, device)
     run = set_up(model, prepared, device)
+    if (run_dir / STATE).exists():
+        load_state(run, run_dir)
+        say(f"resumed after epoch {run.epoch}")
+    if finished := finished_report(run_dir):
+        return finished
     loop.train(run, run_dir)
     values = report(run, command)
     write_results(run_dir, model, values)
@@ -137,6 +149,7 @@ def parse():
     parser.add_argument(
         "--run-dir", metavar="PATH", help="new directory (default: runs/torch-ARCH-TIME)"
     )
+    parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     cli.add_config_flags(parser)
     return parser.parse_args()
@@ -146,7 +159,13 @@ def main() -> None:
     args = parse()
     config = cli.build_config(args, TrainConfig())
     try:
-        fit(config, args.run_dir, device=args.device, command=exits.command_line())
+        fit(
+            config,
+            args.run_dir,
+            device=args.device,
+            resume=args.resume,
+            command=exits.command_line(),
+        )
     except InputError as error:  # a loader's worker puts its traceback before the message
         raise InputError(str(error).rpartition("InputError: ")[2]) from error
 

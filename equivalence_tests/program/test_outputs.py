@@ -10,11 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import torch_ref.directory
 from equivalence_tests.benchmark import command as benchmark
 from equivalence_tests.program.command import ROOT, refused, run_script
 from equivalence_tests.program.run_directory import tree, without_training, write
-from equivalence_tests.studies import reproduce
 from flax_resnet.commands import cli, cross_validate, evaluate, output_files
 from flax_resnet.config import DataConfig, TrainConfig
 from flax_resnet.data.sources import places
@@ -219,32 +217,6 @@ def test_a_cross_validation_looks_at_all_folds_before_the_first(tmp_path, begun)
     folds = {without_training(tmp_path / "fold-2"): CONFIG}
     with pytest.raises(InputError, match="fold-2 was begun with other flags: data.fold"):
         cross_validate.check(tmp_path, folds)
-
-
-def test_a_folder_is_deleted_only_if_the_twin_has_written_it(tmp_path):
-    place = tmp_path / "seed0-torch"
-    torch_ref.directory.clear(place)
-    for name in ("metrics.csv", "weights.pth"):
-        write(place / name)
-    command = reproduce.torch_command("imagenette-cnn", place)
-    assert not place.exists() and command[-1] == "imagenette-cnn"
-    mine = write(tmp_path / "mine.csv")
-    for make in (
-        lambda: write(place / "thesis.txt"),
-        lambda: write(place / "report.json" / "thesis.txt"),
-        lambda: (place / "metrics.csv").symlink_to(mine),
-    ):
-        place.mkdir()
-        write(place / "weights.pth")
-        make()
-        before = tree(tmp_path)
-        with pytest.raises(InputError, match="which no run has written; move it"):
-            reproduce.torch_command("imagenette-cnn", place)
-        assert tree(tmp_path) == before
-        place.rename(tmp_path / f"other-{len(os.listdir(tmp_path))}")
-    place.symlink_to(tmp_path)
-    with pytest.raises(InputError, match="is no directory of a run"):
-        torch_ref.directory.clear(place)
 
 
 # JSON

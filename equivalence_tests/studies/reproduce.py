@@ -23,9 +23,9 @@ from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
 from flax_resnet.recipes import CIFAR10, IMAGENETTE, RECIPES
 from flax_resnet.runs import views
-from torch_ref.directory import clear
 
 ROOT = Path(__file__).parents[2]
+COMMANDS = {"jax": [str(ROOT / "scripts" / "train.py")], "torch": ["-m", "torch_ref.train"]}
 SUBSET = 512
 
 
@@ -79,8 +79,7 @@ def run(args, name: str, seed: int, framework: str):
     place = Path(name) / folder_name(seed, framework, subset(args, name))
     run_dir = Path(args.runs) / place
     if not is_whole(run_dir, framework):
-        command = train_command if framework == "jax" else torch_command
-        words = command(name, run_dir)
+        words = [*COMMANDS[framework], "--recipe", name, "--resume"]
         if source := RECIPES[name].starts_from:
             start = folder_name(seed, framework, subset(args, source))
             words += ["--init-from", str(Path(args.runs) / source / start)]
@@ -110,17 +109,6 @@ def is_whole(run_dir: Path, framework: str) -> bool:
     if framework == "jax":
         return not views.faults(run_dir)
     return bool(views.read_report(run_dir / "report.json"))
-
-
-def train_command(name: str, run_dir: Path) -> list[str]:
-    del run_dir  # a run that is there goes on
-    return [str(ROOT / "scripts" / "train.py"), "--recipe", name, "--resume"]
-
-
-def torch_command(name: str, run_dir: Path) -> list[str]:
-    """The same recipe; torch_ref cannot resume, so a run that was cut off starts anew."""
-    clear(run_dir)
-    return ["-m", "torch_ref.train", "--recipe", name]
 
 
 def dataset(args, name: str) -> str:

@@ -11,12 +11,11 @@ python scripts/train.py --members 8 --run-dir runs/digits         # runs/digits/
 from pathlib import Path
 
 from flax_resnet.commands import cli, exits
-from flax_resnet.config import TrainConfig, flat
+from flax_resnet.config import TrainConfig, differences, flat
 from flax_resnet.devices import distributed
 from flax_resnet.errors import InputError
 from flax_resnet.runs.views import (
     damaged_steps,
-    differences,
     faults,
     is_begun,
     is_trained,

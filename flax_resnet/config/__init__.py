@@ -10,6 +10,7 @@ from flax_resnet.config.fields import INT32, LARGEST, SMALLEST, nearest
 from flax_resnet.config.files import (
     class_weights_from_file,
     config_from_file,
+    differences,
     finite,
     flat,
     from_dict,
@@ -36,6 +37,7 @@ __all__ = [
     "WITH_SHORTCUTS",
     "class_weights_from_file",
     "config_from_file",
+    "differences",
     "finite",
     "flat",
     "from_dict",

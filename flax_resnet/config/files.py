@@ -29,6 +29,16 @@ def flat(config: TrainConfig) -> dict:
     return facts
 
 
+def differences(other: TrainConfig, own: TrainConfig) -> dict[str, str]:
+    """{field: message} of the fields in which a config differs from that of a run."""
+    before = flat(own)
+    return {
+        name: f"{name} {value!r} (the run has {before[name]!r})"
+        for name, value in flat(other).items()
+        if value != before[name]
+    }
+
+
 def finite(value):
     """The JSON value with None for every number that is not finite, which JSON cannot hold."""
     return json.loads(json.dumps(value), parse_constant=lambda constant: None)

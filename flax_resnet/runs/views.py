@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unicodedata import normalize
 
-from flax_resnet.config import TrainConfig, config_from_file, flat, from_dict
+from flax_resnet.config import TrainConfig, config_from_file, differences, from_dict
 from flax_resnet.errors import InputError
 from flax_resnet.runs import tables
 from flax_resnet.runs.checkpoint import damage, newest_document, steps_in
@@ -96,16 +96,6 @@ def config_faults(run_dir: Path, document: dict) -> list[str]:
     if different := differences(found, own):
         return [f"{path} says {listed(different.values())}: the run's own config counts"]
     return []
-
-
-def differences(other: TrainConfig, own: TrainConfig) -> dict[str, str]:
-    """{field: message} of the fields in which a config differs from that of a run."""
-    before = flat(own)
-    return {
-        name: f"{name} {value!r} (the run has {before[name]!r})"
-        for name, value in flat(other).items()
-        if value != before[name]
-    }
 
 
 def faults(run_dir: Path | str) -> list[str]:

@@ -4,14 +4,14 @@ import contextlib
 from dataclasses import replace
 from pathlib import Path
 
-from flax_resnet.config import TrainConfig
+from flax_resnet.config import TrainConfig, differences
 from flax_resnet.data.prepare import Prepared
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.errors import InputError
 from flax_resnet.runs.checkpoint import steps_in
 from flax_resnet.runs.directory import RunDirectory, check_root, check_usable, reserve
 from flax_resnet.runs.display import Display
-from flax_resnet.runs.views import differences, faults, is_begun, read_config
+from flax_resnet.runs.views import faults, is_begun, read_config
 from flax_resnet.text import listed
 from flax_resnet.training.fit import Start, announce, as_begun, begin, initial_network, run_all
 from flax_resnet.training.network import Network

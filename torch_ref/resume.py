@@ -1,0 +1,73 @@
+"""The state of a run after an epoch <-> state.pth, from which the run goes on."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from flax_resnet.config import differences, from_dict, to_dict
+from flax_resnet.errors import InputError
+from flax_resnet.text import listed
+from torch_ref.checkpoint import load_content
+from torch_ref.directory import STATE, replacing
+from torch_ref.selection import Selection
+from torch_ref.setup import Run
+
+PROGRESS = ("epoch", "rows", "seconds", "stopped_early", "best")
+"""Fields of a run that change from epoch to epoch, beside its parts and its selection."""
+
+
+def save_state(run: Run, run_dir: Path) -> None:
+    """Write all that the next epochs depend on."""
+    content = {name: part.state_dict() for name, part in _parts(run).items()}
+    content |= {name: getattr(run, name) for name in PROGRESS}
+    content["config"] = to_dict(run.config)
+    content["selection"] = dataclasses.asdict(run.selection)
+    content["random"] = [torch.get_rng_state(), run.batches.generator.get_state()]
+    content["cuda_random"] = torch.cuda.get_rng_state_all()
+    with replacing(run_dir / STATE) as path, open(path, "wb") as file:
+        torch.save(content, file)
+
+
+def load_state(run: Run, run_dir: Path) -> None:
+    """Take up what `save_state` wrote. Without workers of the loader, the run then takes the steps
+    that it would have taken without a break; a worker augments with other random numbers.
+
+    Raises:
+      InputError: the file is damaged, or the run was begun with other settings.
+    """
+    path = run_dir / STATE
+    content = load_content(path)
+    try:
+        begun = from_dict(content["config"])
+        _check_settings(run, run_dir, begun)
+        for name, part in _parts(run).items():
+            part.load_state_dict(content[name])
+        for name in PROGRESS:
+            setattr(run, name, content[name])
+        run.selection = Selection(**content["selection"])
+        cpu, batches = content["random"]
+        torch.set_rng_state(cpu)
+        run.batches.generator.set_state(batches)
+        torch.cuda.set_rng_state_all(content["cuda_random"])
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not the state of this run") from error
+
+
+def _parts(run: Run) -> dict:
+    """All that has a state_dict."""
+    parts = {"model": run.model, "optimizer": run.optimizer, "scheduler": run.scheduler}
+    parts |= {"plateau": run.plateau, "ema": run.ema}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _check_settings(run: Run, run_dir: Path, begun) -> None:
+    """Raises InputError unless the run was begun with these settings, but for how data are read."""
+    own = run.config.data
+    reading = {"num_workers": own.num_workers, "dataset": own.dataset}
+    begun = dataclasses.replace(begun, data=dataclasses.replace(begun.data, **reading))
+    begun = dataclasses.replace(begun, eval_batch_size=run.config.eval_batch_size)
+    if other := differences(run.config, begun).values():
+        raise InputError(f"{run_dir} was begun with other flags: {listed(list(other))}")
