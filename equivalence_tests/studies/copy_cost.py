@@ -1,6 +1,6 @@
 """Measures what a JPEG copy of a data set costs: the same images, lossless and as JPEG files.
 
-python -m equivalence_tests.studies.copy_cost LOSSLESS JPEG  # half an hour; results/copy-cost.json
+python -m equivalence_tests.studies.copy_cost LOSSLESS JPEG   # writes results/copy-cost.json
 
 Both folders hold a folder of images per class. A lossless image is paired with the JPEG file of its
 class that is nearest to it. A ResNet-20 is cross-validated on both sets with the same folds.
@@ -8,7 +8,6 @@ class that is nearest to it. A ResNet-20 is cross-validated on both sets with th
 
 import argparse
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +23,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("lossless", type=Path, help="folder of class folders of lossless images")
     parser.add_argument("jpeg", type=Path, help="folder of class folders of the JPEG copy")
+    about = "directory of the pairs and the runs, which go on where they were cut off"
+    parser.add_argument("--runs", type=Path, default=Path("runs/copy-cost"), help=about)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        levels = copy_pairs(args.lossless, args.jpeg, root)
-        document = {
-            "command": "python -m equivalence_tests.studies.copy_cost LOSSLESS JPEG",
-            "images": len(levels),
-            "mean_absolute_difference_in_levels": float(np.mean(levels)),
-            "flags": " ".join(map(str, FLAGS)),
-        } | {kind: digits.folds(root / f"runs-{kind}", "--dataset", f"folder:{root / kind}", *FLAGS)
-             for kind in ("lossless", "jpeg")}  # fmt: skip
+    levels = copy_pairs(args.lossless, args.jpeg, args.runs)
+    document = {
+        "command": "python -m equivalence_tests.studies.copy_cost LOSSLESS JPEG",
+        "images": len(levels),
+        "mean_absolute_difference_in_levels": float(np.mean(levels)),
+        "flags": " ".join(map(str, FLAGS)),
+    }
+    for kind in ("lossless", "jpeg"):
+        data = ("--dataset", f"folder:{args.runs / kind}")
+        document[kind] = digits.folds(args.runs / f"runs-{kind}", *data, *FLAGS)
     results.write("copy-cost", document)
     print(document)
 
