@@ -30,8 +30,8 @@ def save_state(run: Run, run_dir: Path) -> None:
 
 
 def load_state(run: Run, run_dir: Path) -> None:
-    """Take up what `save_state` wrote. Without workers of the loader, the run then takes the steps
-    that it would have taken without a break; a worker augments with other random numbers.
+    """Take up what `save_state` wrote. The run then takes the steps that it would have taken
+    without a break. With `num_workers` they have other random numbers: the workers are new.
 
     Raises:
       InputError: the file is damaged, or the run was begun with other settings.

@@ -72,6 +72,11 @@ def test_a_file_is_predicted_as_its_pixels(run, tmp_path):
     for paths in ([tmp_path / "a.png"], tmp_path / "a.png", str(tmp_path / "a.png")):
         np.testing.assert_allclose(run.predict(paths), expected, atol=1e-6)
     assert run.predict([]).shape == (0, 10)
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(InputError) as refused:
+        run.predict([tmp_path / "a.png", tmp_path / "b.png"])
+    reason = "not a readable image (no known format)"
+    assert str(refused.value) == f"{tmp_path / 'b.png'}: {reason}"  # no advice on flags
 
 
 def test_the_last_layer_on_the_features_gives_the_logits(run):

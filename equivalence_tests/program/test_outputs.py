@@ -39,6 +39,17 @@ def test_two_outputs_of_one_name_are_refused(tmp_path):
     output_files.check_outputs({"--json": path, "--csv": tmp_path / "other", "--worst": None})
 
 
+def test_a_folder_that_takes_no_files_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # for root all may write
+    with pytest.raises(InputError, match="--json: nothing can be written in"):
+        output_files.check_outputs({"--json": tmp_path / "new.json"})
+    with pytest.raises(InputError, match="--report: nothing can be written in"):
+        output_files.check_folder("--report", tmp_path)
+    output_files.check_folder("--report", tmp_path / "new")
+    (tmp_path / "null").symlink_to(os.devnull)
+    output_files.check_outputs({"--json": tmp_path / "null"})
+
+
 def test_an_input_is_no_output(tmp_path, images, monkeypatch):
     picture, run = (
         images / "test" / "bee" / "00.png",

@@ -149,5 +149,5 @@ def test_what_is_no_run_or_damaged_is_refused(tmp_path, begun, capsys):
 
 def test_data_may_be_read_in_another_way(begun, tmp_path):
     shutil.copytree(begun, tmp_path / "cut")
-    settings = dataclasses.replace(config(), eval_batch_size=7)
+    settings = dataclasses.replace(config(data={"num_workers": 1}), eval_batch_size=7)
     assert fit(settings, tmp_path / "cut", resume=True)["epochs"] == 5

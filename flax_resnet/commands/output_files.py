@@ -55,6 +55,13 @@ def _check_output(flag: str, path: Path, inputs: set[Path], data: set[Path]):
     spoils = written.suffix == ".png" or (written.exists() and written.suffix not in _REPORTS)
     if inputs & places or (spoils and data & places):
         raise InputError(f"{flag}: {path} is one of the files that are read")
+    if written.is_file() or not written.exists():  # the others, such as /dev/null, stay in place
+        _check_writable(flag, written.parent)
+
+
+def _check_writable(flag: str, folder: Path):
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{flag}: nothing can be written in {folder}")
 
 
 @contextlib.contextmanager
@@ -79,13 +86,15 @@ def check_picture(flag: str, path: Path | None):
 
 
 def check_folder(flag: str, path: Path | None, own: Container[str] | None = None):
-    """Raises InputError if `path` exists and is no folder. None passes.
+    """Raises InputError if `path` exists and is no folder that can be written in. None passes.
 
     Args:
       own: the names that the command writes there, where others are refused.
     """
     if path and os.path.lexists(path) and not path.is_dir():
         raise InputError(f"{flag}: {path} is no directory")
+    if path and path.exists():
+        _check_writable(flag, path)
     if path and path.exists() and own is not None:
         for entry in path.iterdir():
             if entry.name not in own:

@@ -296,7 +296,7 @@ def reason(error: BadImage) -> str:
     return "not a readable image" + str(error).rpartition(": not a readable image")[2]
 
 
-def refusal(errors: list[BadImage], more: str) -> InputError:
+def refusal(errors: list[BadImage], more: str = "") -> InputError:
     """One error for all bad images; its message ends with `more`, the advice."""
     if len(errors) == 1:
         return InputError(f"{errors[0]}{more}")

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from flax_resnet.config import TrainConfig
-from flax_resnet.data.image_files import BadImage
+from flax_resnet.data.image_files import BadImage, refusal
 from flax_resnet.data.pipeline import ahead, decoded, whole
 from flax_resnet.data.prepare import evaluation_decoder
 from flax_resnet.data.shared import Names
@@ -90,7 +90,9 @@ class LoadedRun:
         if isinstance(images, Sequence):
             for image in images:
                 check_type("images", image, (str, os.PathLike), "one array, or a list of paths")
-            rows = [row for _, row in predict_files(self, images)]
+            rows = [row for _, row in predict_files(self, images, skip_bad=True)]
+            if bad := [row for row in rows if isinstance(row, BadImage)]:
+                raise refusal(bad)
             return np.stack(rows) if rows else np.zeros((0, len(self.class_names)), np.float32)
         found = self._in_batches(self._probabilities, images)
         bad = np.flatnonzero(~np.isfinite(found).all(-1))

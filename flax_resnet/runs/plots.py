@@ -183,12 +183,14 @@ def layer_bytes(path: Path, programs: dict[str, dict[tuple[str, str], int]]):
             axis.barh(layers, values, left=left, color=colour, label=phase or "neither")
             left += values
         axis.set(title=title, xlabel="GB read and written in a step")
+        axis.tick_params(axis="x", top=True, labeltop=True)  # a picture of 100 layers is long
         axis.tick_params(axis="y", labelsize=7)
         axis.use_sticky_edges = False  # else the longest bar ends at the frame
         axis.margins(x=0.02, y=0.01)
         axis.set_xlim(left=0)
     axes[0][0].invert_yaxis()
-    axes[0][-1].legend(frameon=False)
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=3, frameon=False)
     save(figure, path)
 
 
