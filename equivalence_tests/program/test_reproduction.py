@@ -87,7 +87,7 @@ def test_seeds_become_a_mean_and_a_deviation(tmp_path):
         ("torch", None, [0]),
     ]
     text = (tmp_path / "recipes.md").read_text()
-    assert "| `imagenette-cnn` | test accuracy | 0.6308 | 0.5500 ± 0.0707 | 2 | 1 | 2 |" in text
+    assert "| `imagenette-cnn` | test accuracy | 0.6308 | 0.5500 ± 0.0707 | 2 | 1 | 64 | 2 |" in text
     assert "`imagenette-cnn` (256 images) | test accuracy | 0.6308 | 0.1000 | 1 |" in text
     assert "`imagenette-cnn` (torch) | test accuracy | 0.6308 | 0.7000 | 1 |" in text
     assert "| `cifar10-fast` | test accuracy | 0.9547 | not run |" in text

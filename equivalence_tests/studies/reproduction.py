@@ -30,6 +30,9 @@ MARGIN = 0.005
 LEVEL = 0.05
 """The level of the tests whether the difference is smaller."""
 
+CIFAR10_PIXELS = 32
+"""Width and height of an image of CIFAR-10, which its recipes take where they give no size."""
+
 
 class Run(NamedTuple):
     """A finished run."""
@@ -151,6 +154,7 @@ def _row(runs: list[Run]) -> dict:
         },
         "published": RECIPES[first.recipe].published,
         "epochs": [report["epochs"] for report in reports],
+        "pixels": RECIPES[first.recipe].config.data.image_size or CIFAR10_PIXELS,
         "minutes": float(np.median([report["seconds"] for report in reports])) / 60,
         "hardware": reports[0]["environment"]["device"],
         "data": _copy(reports[0]["command"]),

@@ -55,17 +55,19 @@ def _write(path: Path, text: str):
 COLUMNS = """\
 A recipe is a named config of a training. Each row has one figure of one recipe. "Published" is the
 figure of the recipe's source, and "reached" is the figure here: the mean over the seeds, with the
-standard deviation if there are several. A dash means that the source has no such figure. Minutes
-are the median of a run. An image folder is a copy of the data set as JPEG files, which for CIFAR-10
-are of quality 75. Every figure is read from the report of a run. Validation images choose the epoch
-whose weights are evaluated, where a recipe chooses one. Test images are read once, at the end."""
+standard deviation if there are several. A dash means that the source has no such figure. Pixels
+are the width and height of the images. Minutes are the median of a run. An image folder is a copy
+of the data set as JPEG files, which for CIFAR-10 are of quality 75. Every figure is read from the
+report of a run. Validation images choose the epoch whose weights are evaluated, where a recipe
+chooses one. Test images are read once, at the end."""
 
 
 def markdown(rows: list[dict]) -> str:
     """The Markdown table of all recipes, including those that have not run."""
     lines = [
-        "| recipe | figure | published | reached | seeds | epochs | minutes | hardware | data |",
-        "|---" * 9 + "|",
+        "| recipe | figure | published | reached | seeds | epochs | pixels | minutes | hardware"
+        " | data |",
+        "|---" * 10 + "|",
     ]
     for name, recipe in RECIPES.items():
         own = [row for row in rows if row["recipe"] == name]
@@ -74,7 +76,7 @@ def markdown(rows: list[dict]) -> str:
         if not own:
             published = ", ".join(f"{v:.4f}" for v in recipe.published.values())
             published, figures = published or "-", ", ".join(map(_words, figures))
-            lines.append(f"| `{name}` | {figures} | {published} | not run |" + " |" * 5)
+            lines.append(f"| `{name}` | {figures} | {published} | not run |" + " |" * 6)
     return "\n".join(lines) + "\n"
 
 
@@ -87,7 +89,8 @@ def _line(row: dict, figure: str) -> str:
         f"{published:.4f}" if published else "-",
         reached(row["figures"][figure]),
         str(len(row["seeds"])),
-        "-".join(map(str, sorted({min(row["epochs"]), max(row["epochs"])}))),
+        epochs(row),
+        str(row["pixels"]),
         f"{row['minutes']:.0f}",
         printable(row["hardware"]).replace("|", "/"),
         row["data"],
@@ -98,6 +101,11 @@ def _line(row: dict, figure: str) -> str:
 def _marked(recipe: str, marks: list[str], subset: int | None) -> str:
     marks = marks + ([f"{subset:,} images"] if subset else [])
     return f"`{recipe}`" + (f" ({', '.join(marks)})" if marks else "")
+
+
+def epochs(row: dict) -> str:
+    """Fewest and most epochs of the seeds: `15` or `7-10`."""
+    return "-".join(map(str, sorted({min(row["epochs"]), max(row["epochs"])})))
 
 
 def _words(figure: str) -> str:

@@ -12,6 +12,28 @@ def recipes() -> str:
     return reproduction_page.markdown(rows)
 
 
+SOURCES = (
+    "resnet18-regularized", "resnet18-48px", "cifar10-resnet18-64-to-80px", "imagenette-cnn",
+    "imagenette-resnet18", "cifar10-resnet18-dropout", "transfer-12-epochs",
+    "cifar10-resnet50-64px", "cifar10-resnet101-64px", "cifar10-resnet20",
+)  # fmt: skip
+"""The recipe that stands for each published figure."""
+
+
+def sources() -> str:
+    """One line for each published figure: the recipe that comes nearest to its source."""
+    ours = _whole_runs()
+    header = ["recipe", "figure", "published", "reached", "seeds", "pixels", "minutes", "hardware"]
+    return table(header, [_source(ours[name]) for name in SOURCES if name in ours])
+
+
+def _source(row: dict) -> list[str]:
+    figure, published = next(iter(row["published"].items()))
+    reached = reproduction_page.reached(row["figures"][figure])
+    words = [f"`{row['recipe']}`", figure.replace("_", " "), f"{published:.4f}", reached]
+    return [*words, len(row["seeds"]), row["pixels"], f"{row['minutes']:.0f}", row["hardware"]]
+
+
 def digits() -> str:
     """Folds and an ensemble on the digits: the runs alone, and all of them together."""
     found = results.read("digits")
@@ -61,21 +83,26 @@ def depth() -> str:
 
 
 def _question(*recipes: str) -> str:
-    """The runs of some recipes in JAX on whole data sets."""
-    rows = [row for row in results.read("recipes")["rows"] if not row["subset"]]
-    ours = {row["recipe"]: row for row in rows if row["framework"] == "jax"}
+    """The runs of some recipes."""
+    ours = _whole_runs()
     header = ["recipe", "method", "seeds", "epochs", "training", "test", "gap", "loss"]
     return table(header, [_reached(ours[name]) for name in recipes if name in ours], numbers=4)
 
 
+def _whole_runs() -> dict[str, dict]:
+    """{recipe: its runs in JAX on the whole data set}"""
+    rows = [row for row in results.read("recipes")["rows"] if not row["subset"]]
+    return {row["recipe"]: row for row in rows if row["framework"] == "jax"}
+
+
 def _reached(row: dict) -> list[str]:
-    figures, epochs = row["figures"], sorted({min(row["epochs"]), max(row["epochs"])})
+    figures = row["figures"]
     train, test, loss = (figures[f] for f in ("train_accuracy", "test_accuracy", "test_loss"))
     return [
         f"`{row['recipe']}`",
         RECIPES[row["recipe"]].method,
         ", ".join(map(str, row["seeds"])),
-        "-".join(map(str, epochs)),
+        reproduction_page.epochs(row),
         *(reproduction_page.reached(each) for each in (train, test)),
         f"{100 * (train['mean'] - test['mean']):.1f}",
         f"{loss['mean']:.2f}",
