@@ -136,5 +136,5 @@ def main():
             for framework in ("jax", "torch")[: 1 + args.torch]:
                 run(args, name, seed, framework)
     rows = reproduction_page.rebuild(Path(args.results))
-    print(reproduction_page.markdown(rows))
+    print(reproduction_page.markdown(rows), reproduction_page.not_run(rows), sep="\n")
     print(reproduction_page.pairs_markdown(rows))

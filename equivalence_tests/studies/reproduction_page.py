@@ -22,7 +22,7 @@ from equivalence_tests.studies.reproduction import (
 )
 from flax_resnet.config import finite
 from flax_resnet.files import replacing
-from flax_resnet.recipes import RECIPES
+from flax_resnet.recipes import RECIPES, Recipe
 from flax_resnet.runs import plots
 from flax_resnet.text import printable
 
@@ -35,7 +35,7 @@ def rebuild(folder: Path) -> list[dict]:
     figures = {"rows": rows, "side_by_side": side_by_side(rows)}
     content = json.dumps(finite(figures), indent=1, allow_nan=False)
     _write(folder / "recipes.json", content + "\n")
-    text = f"# Published figures, and ours\n\n{COLUMNS}\n\n{markdown(rows)}"
+    text = f"# Published figures, and ours\n\n{COLUMNS}\n\n{markdown(rows)}\n{not_run(rows)}"
     if pairs := pairs_markdown(rows):
         text += f"\n## The same recipe in JAX and in PyTorch\n\n{PAIRS_METHOD}\n\n{pairs}"
     _write(folder / "recipes.md", text)
@@ -63,7 +63,7 @@ chooses one. Test images are read once, at the end."""
 
 
 def markdown(rows: list[dict]) -> str:
-    """The Markdown table of all recipes, including those that have not run."""
+    """The Markdown table of all recipes that have run."""
     lines = [
         "| recipe | figure | published | reached | seeds | epochs | pixels | minutes | hardware"
         " | data |",
@@ -73,11 +73,20 @@ def markdown(rows: list[dict]) -> str:
         own = [row for row in rows if row["recipe"] == name]
         figures = list(recipe.published) or ["test_accuracy"]
         lines += [_line(row, figure) for row in own for figure in figures]
-        if not own:
-            published = ", ".join(f"{v:.4f}" for v in recipe.published.values())
-            published, figures = published or "-", ", ".join(map(_words, figures))
-            lines.append(f"| `{name}` | {figures} | {published} | not run |" + " |" * 6)
     return "\n".join(lines) + "\n"
+
+
+def not_run(rows: list[dict]) -> str:
+    """A sentence that names the recipes without a row, with their published figures; "" if there
+    are none."""
+    known = {row["recipe"] for row in rows}
+    missing = [_with_figures(*item) for item in RECIPES.items() if item[0] not in known]
+    return f"Not run: {', '.join(missing)}.\n" if missing else ""
+
+
+def _with_figures(name: str, recipe: Recipe) -> str:
+    published = " and ".join(f"{value:.4f}" for value in recipe.published.values())
+    return f"`{name}`" + (f" (published {published})" if published else "")
 
 
 def _line(row: dict, figure: str) -> str:
@@ -176,6 +185,7 @@ code, pre { background: #f6f6f6; font-size: .85rem } pre { padding: .6rem; overf
 <h1>Published figures, and ours</h1>
 <p>$columns</p>
 $table
+<p>$not_run</p>
 $pairs
 <h2>Comparisons</h2>
 <p>Each comparison takes the first seed of its recipes, the plainest recipe first. Points are
@@ -200,6 +210,7 @@ def page(folder: Path, runs: list[Run], rows: list[dict]) -> str:
     return _PAGE.substitute(
         columns=html.escape(COLUMNS),
         table=_html_table(markdown(rows)),
+        not_run=html.escape(not_run(rows).replace("`", "")),
         pairs=_pairs_section(rows),
         comparisons="".join(compared),
         runs="".join(map(_section, runs)),

@@ -22,8 +22,8 @@ TABLES = {
         speeds.whole_trainings, speeds.decoding, speeds.members, speeds.serving,
         programs.scaling, programs.gradient_sums, programs.plan, programs.step_bytes,
         programs.step_tries, programs.compiled,
-        recipes.recipes, recipes.sources, recipes.recipe_pairs, recipes.digits,
-        recipes.regularization, recipes.transfer, recipes.depth,
+        recipes.recipes, recipes.recipes_not_run, recipes.sources, recipes.recipe_pairs,
+        recipes.digits, recipes.regularization, recipes.transfer, recipes.depth,
     )
 }  # fmt: skip
 """{name of a table: the function that makes it}"""

@@ -12,6 +12,12 @@ def recipes() -> str:
     return reproduction_page.markdown(rows)
 
 
+def recipes_not_run() -> str:
+    """The recipes without a run on a whole data set."""
+    rows = [row for row in results.read("recipes")["rows"] if not row["subset"]]
+    return reproduction_page.not_run(rows)
+
+
 SOURCES = (
     "resnet18-regularized", "resnet18-48px", "cifar10-resnet18-64-to-80px", "imagenette-cnn",
     "imagenette-resnet18", "cifar10-resnet18-dropout", "transfer-12-epochs",
