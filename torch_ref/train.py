@@ -76,9 +76,10 @@ def fit(
     run = set_up(model, prepared, device)
     if (run_dir / STATE).exists():
         load_state(run, run_dir)
+        if finished := finished_report(run_dir):
+            say(f"{run_dir} is finished")
+            return finished
         say(f"resumed after epoch {run.epoch}")
-    if finished := finished_report(run_dir):
-        return finished
     loop.train(run, run_dir)
     values = report(run, command)
     write_results(run_dir, model, values)
