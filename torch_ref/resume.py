@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from flax_resnet.config import differences, from_dict, to_dict
+from flax_resnet.config import TrainConfig, differences, from_dict, to_dict
 from flax_resnet.errors import InputError
 from flax_resnet.text import listed
 from torch_ref.checkpoint import load_content
@@ -63,11 +63,10 @@ def _parts(run: Run) -> dict:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _check_settings(run: Run, run_dir: Path, begun) -> None:
-    """Raises InputError unless the run was begun with these settings, but for how data are read."""
-    own = run.config.data
-    reading = {"num_workers": own.num_workers, "dataset": own.dataset}
-    begun = dataclasses.replace(begun, data=dataclasses.replace(begun.data, **reading))
-    begun = dataclasses.replace(begun, eval_batch_size=run.config.eval_batch_size)
+def _check_settings(run: Run, run_dir: Path, begun: TrainConfig) -> None:
+    """Raises InputError unless the run was begun with these settings, but for two that change no
+    result beyond rounding and chance."""
+    data = dataclasses.replace(begun.data, num_workers=run.config.data.num_workers)
+    begun = dataclasses.replace(begun, data=data, eval_batch_size=run.config.eval_batch_size)
     if other := differences(run.config, begun).values():
         raise InputError(f"{run_dir} was begun with other flags: {listed(list(other))}")

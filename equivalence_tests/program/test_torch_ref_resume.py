@@ -109,6 +109,10 @@ def test_a_run_that_was_never_begun_begins_and_a_finished_one_stays(tmp_path, ca
     assert call(*flags, "--lr", "0.5") == 2
     message = capsys.readouterr().err
     assert "was begun with other flags: optimizer.lr 0.5 (the run has" in message
+    moved = config(data={"dataset": "folder:elsewhere"})
+    run, begun = mock.Mock(config=moved), config()
+    with pytest.raises(InputError, match="data.dataset 'folder:elsewhere' .the run has 'digits'"):
+        resume._check_settings(run, tmp_path, begun)
 
 
 def test_a_run_cut_off_in_its_first_epoch_begins_anew(tmp_path):

@@ -8,14 +8,12 @@ from flax_resnet.recipes import RECIPES
 
 def recipes() -> str:
     """Published figures and ours, on whole data sets."""
-    rows = [row for row in results.read("recipes")["rows"] if not row["subset"]]
-    return reproduction_page.markdown(rows)
+    return reproduction_page.markdown(_whole_rows())
 
 
 def recipes_not_run() -> str:
     """The recipes without a run on a whole data set."""
-    rows = [row for row in results.read("recipes")["rows"] if not row["subset"]]
-    return reproduction_page.not_run(rows)
+    return reproduction_page.not_run(_whole_rows())
 
 
 SOURCES = (
@@ -95,10 +93,14 @@ def _question(*recipes: str) -> str:
     return table(header, [_reached(ours[name]) for name in recipes if name in ours], numbers=4)
 
 
+def _whole_rows() -> list[dict]:
+    """The rows of recipes that ran on a whole data set."""
+    return [row for row in results.read("recipes")["rows"] if not row["subset"]]
+
+
 def _whole_runs() -> dict[str, dict]:
-    """{recipe: its runs in JAX on the whole data set}"""
-    rows = [row for row in results.read("recipes")["rows"] if not row["subset"]]
-    return {row["recipe"]: row for row in rows if row["framework"] == "jax"}
+    """{recipe: its row in JAX, on the whole data set}"""
+    return {row["recipe"]: row for row in _whole_rows() if row["framework"] == "jax"}
 
 
 def _reached(row: dict) -> list[str]:
