@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 import flax_resnet
-from flax_resnet.config import DataConfig, ModelConfig
+from flax_resnet.config import DataConfig, ModelConfig, from_dict
 from flax_resnet.errors import InputError
 from flax_resnet.runs.display import Display
 from flax_resnet.training.guard import NonFiniteLoss
@@ -156,14 +156,16 @@ def test_every_public_name_has_an_example():
         ({"model": {"arch": "resnet19"}}, ["`arch`", "did you mean 'resnet18'?"]),
         ({"lr": 0.1}, ["`lr` is a field of a group: optimizer={'lr': ...}"]),
         ({"epoch": 3}, ["unknown field 'epoch'; did you mean 'epochs'?"]),
-        ({"optimizer": {"lrr": 0.1}}, ["unknown field 'lrr'; did you mean 'lr'?"]),
-        ({"model": {"epochs": 2}}, ["unknown field 'epochs'; valid: arch, "]),
+        ({"optimizer": {"lrr": 0.1}}, ["unknown field 'optimizer.lrr'; did you mean 'lr'?"]),
+        ({"model": {"epochs": 2}}, ["unknown field 'model.epochs'; valid: arch, "]),
+        ({"model": {"data": {"dataset": "digits"}}}, ["unknown field 'model.data'; valid: arch, "]),
         ({"epochs": 0, "seed": -1}, ["`epochs`", "; `seed`"]),
     ],
 )
-def test_a_wrong_setting_is_one_line(values, words):
+@pytest.mark.parametrize("make", [lambda values: flax_resnet.TrainConfig(**values), from_dict])
+def test_a_wrong_setting_is_one_line(values, words, make):
     with pytest.raises(InputError) as fault:
-        flax_resnet.TrainConfig(**values)
+        make(values)
     assert "\n" not in str(fault.value) and all(word in str(fault.value) for word in words)
 
 

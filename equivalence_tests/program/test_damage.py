@@ -355,7 +355,7 @@ def test_a_config_of_any_depth_is_one_line(tmp_path, text):
     ('{"optimizer": {"lr": 1, "lr": 1}}', "lr is given twice"),
     (r'{"data": {"dataset": "folder:\udce9"}}', r"folder:\udce9' is not in UTF-8"),
     (r'{"init_from": "\ud800"}', r"\ud800' is not in UTF-8"),
-    (r'{"init_from": "a\u0000b"}', "init_from: the name is not in UTF-8 or holds a NUL"),
+    (r'{"init_from": "a\u0000b"}', "`init_from`: the name is not in UTF-8 or holds a NUL"),
 ])  # fmt: skip
 def test_a_config_says_each_thing_once_and_in_text(tmp_path, text, words):
     (tmp_path / "config.json").write_text(text)

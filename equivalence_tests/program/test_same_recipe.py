@@ -29,6 +29,7 @@ def test_a_recipe_is_the_same_but_for_rounding(measure):
     status, row = measure()
     assert status == 0 and row["steps"] == len(row["loss_differences"]) == 2
     assert row["rate_difference"] <= tolerances.RULES
+    assert 0 < row["control"]["weights_difference"] <= same_recipe.BOUND
 
 
 @pytest.mark.control
@@ -36,3 +37,32 @@ def test_a_fault_of_the_optimizer_is_seen(measure):
     with mutants.injected(mutants.MUTANTS["Adam's eps in the root"]):
         status, row = measure()
     assert status == 1 and row["weights_difference"] > same_recipe.BOUND
+
+
+def _row(losses, control, weights=1e-13):
+    return {
+        "steps": len(losses),
+        "loss_differences": losses,
+        "weights_difference": weights,
+        "confusion_matrix_equal": True,
+        "control": {"loss_differences": control},
+    }
+
+
+def test_steps_are_judged_until_rounding_has_grown():
+    grown = [1e-16, 1e-14, 1e-11, 1e-3]
+    equal, reason = same_recipe.judge(_row([1e-16, 1e-13, 1e-10, 1e-2], grown, weights=0.1))
+    assert equal and "first 2 of 4 steps" in reason
+    assert not same_recipe.judge(_row([1e-16, 1e-6, 1e-6, 1e-2], grown))[0]
+    assert not same_recipe.judge(_row([1e-16, float("nan"), 1e-6, 1e-2], grown))[0]
+
+
+def test_weights_count_when_all_steps_are_judged():
+    small = [1e-16, 1e-15]
+    assert same_recipe.judge(_row(small, small))[0]
+    assert not same_recipe.judge(_row(small, small, weights=1e-6))[0]
+
+
+def test_rounding_that_grows_at_once_decides_nothing():
+    equal, reason = same_recipe.judge(_row([1e-16, 1e-15], [1e-16, 1e-9]))
+    assert not equal and reason.startswith("not decided")

@@ -430,7 +430,7 @@ def test_config_file_is_read_strictly(tmp_path):
     for text, word in (
         ('{"epoch": 3}', "epoch"),
         ('{"epochs": "3"}', "epochs"),
-        ('{"optimizer": {"lr": "fast"}}', "optimizer.lr"),
+        ('{"optimizer": {"lr": "fast"}}', "`lr`: .*'fast'"),
         ('{"epochs": 3', "JSON"),
         ("[1]", "object"),
     ):

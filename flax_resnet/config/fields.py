@@ -97,10 +97,10 @@ def faults(error: pydantic.ValidationError, made: type | None = None) -> str:
 def _describe(fault: dict, made: type | None) -> str:
     names = [part for part in fault["loc"] if isinstance(part, str)]
     message = fault["msg"].removeprefix("Value error, ")
-    if not names or isinstance(fault["input"], dict):
-        return message  # it concerns a whole group and names the fields
     if fault["type"] == "unexpected_keyword_argument" and made:
         return _unknown(names, made)
+    if not names or isinstance(fault["input"], dict):
+        return message  # it concerns a whole group and names the fields
     if fault["type"] == "literal_error":
         valid = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
         return f"`{names[-1]}`: unknown {fault['input']!r}{nearest(fault['input'], valid)}"
@@ -116,4 +116,4 @@ def _unknown(names: list[str], made: type) -> str:
     for group, kind in kinds.items():
         if dataclasses.is_dataclass(kind) and name in kind.__dataclass_fields__:
             return f"`{name}` is a field of a group: {group}={{{name!r}: ...}}"
-    return f"unknown field {name!r}{nearest(name, kinds)}"
+    return f"unknown field {'.'.join([*groups, name])!r}{nearest(name, kinds)}"

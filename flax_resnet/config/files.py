@@ -10,6 +10,7 @@ from unicodedata import normalize
 
 import pydantic
 
+from flax_resnet.config.fields import faults
 from flax_resnet.config.train import TrainConfig
 from flax_resnet.errors import InputError
 from flax_resnet.text import printable
@@ -56,7 +57,7 @@ def from_dict(values: dict) -> TrainConfig:
     except UnicodeEncodeError as error:
         raise InputError(f"{error.object[: error.end][-30:]!a} is not in UTF-8") from None
     except pydantic.ValidationError as error:
-        raise InputError("; ".join(_describe(fault) for fault in error.errors())) from None
+        raise InputError(faults(error, TrainConfig)) from None
 
 
 _LONGEST = 2**24  # characters: a device has no end
@@ -116,11 +117,3 @@ def _each_once(pairs: list[tuple]) -> dict:
             raise ValueError(f"{printable(name)} is given twice")
         values[name] = value
     return values
-
-
-def _describe(fault: dict) -> str:
-    name = ".".join(str(part) for part in fault["loc"])
-    message = fault["msg"].removeprefix("Value error, ")
-    if isinstance(fault["input"], dict):  # the message names the fields, and their values
-        return message
-    return f"{name}: {message}, got {fault['input']!r:.80}"
