@@ -40,3 +40,24 @@ def test_a_copy_belongs_to_one_image(copies, tmp_path):
     (left / "twin.png").write_bytes((left / "0.png").read_bytes())
     with pytest.raises(ValueError, match="same nearest copy"):
         copy_cost.copy_pairs(copies / "png", copies / "jpg", tmp_path / "pairs")
+
+
+def _predictions(path, kind, suffix, predicted):
+    lines = [f"{kind}/{label}/{n}.{suffix},{label},{p}" for (label, n), p in predicted.items()]
+    path.write_text("\n".join(["path,label,prediction", *lines]) + "\n")
+    return path
+
+
+def test_the_same_images_are_compared(tmp_path):
+    images = [("cat", number) for number in range(8)] + [("dog", 0)]
+    exact = dict.fromkeys(images, "cat")  # right but for the dog
+    copy = exact | {("cat", number): "dog" for number in range(6)} | {("dog", 0): "dog"}
+    lossless = _predictions(tmp_path / "a.csv", "lossless", "png", exact)
+    jpeg = _predictions(tmp_path / "b.csv", "jpeg", "jpg", copy)
+    found = copy_cost.paired(lossless, jpeg)
+    assert (found["right_in_lossless_alone"], found["right_in_jpeg_alone"]) == (6, 1)
+    assert found["p"] == pytest.approx(2 * (1 + 7) / 2**7)  # of 7 images, 0 or 1 and 6 or 7
+    assert copy_cost.paired(jpeg, jpeg)["p"] == 1
+    other = _predictions(tmp_path / "c.csv", "jpeg", "jpg", {("cat", 0): "cat"})
+    with pytest.raises(ValueError, match="the same images"):
+        copy_cost.paired(lossless, other)

@@ -3,15 +3,18 @@
 python -m equivalence_tests.studies.copy_cost LOSSLESS JPEG   # writes results/copy-cost.json
 
 Both folders hold a folder of images per class. A lossless image is paired with the JPEG file of its
-class that is nearest to it. A ResNet-20 is cross-validated on both sets with the same folds.
+class that is nearest to it. A ResNet-20 is cross-validated on both sets with the same folds, and McNemar's test
+asks whether one set has more right predictions than chance explains.
 """
 
 import argparse
+import csv
 import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.stats import binomtest
 
 from equivalence_tests import results
 from equivalence_tests.studies import digits
@@ -36,8 +39,28 @@ def main():
     for kind in ("lossless", "jpeg"):
         data = ("--dataset", f"folder:{args.runs / kind}")
         document[kind] = digits.folds(args.runs / f"runs-{kind}", *data, *FLAGS)
-    results.write("copy-cost", document)
-    print(document)
+    tables = (args.runs / f"runs-{kind}" / "predictions.csv" for kind in ("lossless", "jpeg"))
+    results.write("copy-cost", document | paired(*tables))
+
+
+def paired(lossless: Path, jpeg: Path) -> dict:
+    """How many images are predicted rightly from one set alone, and the p-value of the exact test
+    of McNemar. Both arguments are a predictions.csv of a cross-validation."""
+    exact, copy = right(lossless), right(jpeg)
+    if exact.keys() != copy.keys():
+        raise ValueError("the two sets do not hold the same images")
+    alone = [sum(a[name] > b[name] for name in a) for a, b in ((exact, copy), (copy, exact))]
+    p = binomtest(alone[0], sum(alone)).pvalue if any(alone) else 1.0
+    return {"right_in_lossless_alone": alone[0], "right_in_jpeg_alone": alone[1], "p": float(p)}
+
+
+def right(predictions: Path) -> dict[str, bool]:
+    """{CLASS/NAME: whether the prediction is right}; names are without their suffixes."""
+    with open(predictions, encoding="utf-8", newline="") as file:
+        return {
+            f"{row['label']}/{Path(row['path']).stem}": row["prediction"] == row["label"]
+            for row in csv.DictReader(file)
+        }
 
 
 def copy_pairs(lossless: Path, jpeg: Path, root: Path) -> list[float]:
