@@ -49,6 +49,15 @@ def digits() -> str:
     return table(header, [[name, *_together(*part)] for name, part in parts.items()], numbers=4)
 
 
+def copy_cost() -> str:
+    """Folds on lossless images and on their JPEG copies."""
+    found = results.read("copy-cost")
+    header = ["images", "accuracy of each fold", "together", "loss of each fold", "together"]
+    rows = [[kind, *_together(found[kind]["alone"], found[kind]["pooled"])]
+            for kind in ("lossless", "jpeg")]  # fmt: skip
+    return table(header, rows, numbers=4)
+
+
 def _together(alone: list[dict], whole: dict) -> list[str]:
     """Lowest and highest figure of the runs alone, and the figure of all, for both figures."""
     cells = []
