@@ -3,8 +3,8 @@
 python -m equivalence_tests.studies.copy_cost LOSSLESS JPEG   # writes results/copy-cost.json
 
 Both folders hold a folder of images per class. A lossless image is paired with the JPEG file of its
-class that is nearest to it. A ResNet-20 is cross-validated on both sets with the same folds. McNemar's test
-asks whether one set has more right predictions than chance explains.
+class that is nearest to it. A ResNet-20 is cross-validated on both sets with the same folds, and
+McNemar's test asks whether one set has more right predictions than chance explains.
 """
 
 import argparse
