@@ -52,10 +52,14 @@ def digits() -> str:
 def copy_cost() -> str:
     """Folds on lossless images and on their JPEG copies."""
     found = results.read("copy-cost")
-    header = ["images", "accuracy of each fold", "together", "loss of each fold", "together"]
-    rows = [[kind, *_together(found[kind]["alone"], found[kind]["pooled"])]
-            for kind in ("lossless", "jpeg")]  # fmt: skip
-    return table(header, rows, numbers=4)
+    header = ["images", "accuracy of each fold", "together", "loss of each fold", "together",
+              "right from these alone"]  # fmt: skip
+    rows = []
+    for kind in ("lossless", "jpeg"):
+        folds = found[kind]
+        alone = found[f"right_in_{kind}_alone"]
+        rows.append([kind, *_together(folds["alone"], folds["pooled"]), alone])
+    return table(header, rows, numbers=5)
 
 
 def _together(alone: list[dict], whole: dict) -> list[str]:
