@@ -64,5 +64,6 @@ def test_weights_count_when_all_steps_are_judged():
 
 
 def test_rounding_that_grows_at_once_decides_nothing():
-    equal, reason = same_recipe.judge(_row([1e-16, 1e-15], [1e-16, 1e-9]))
-    assert not equal and reason.startswith("not decided")
+    for grown in (1e-9, float("nan")):
+        equal, reason = same_recipe.judge(_row([1e-16, 1e-15], [1e-16, grown]))
+        assert not equal and reason.startswith("not decided")

@@ -4,7 +4,7 @@ python -m equivalence_tests.studies.copy_cost LOSSLESS JPEG   # writes results/c
 
 Both folders hold a folder of images per class. A lossless image is paired with the JPEG file of its
 class that is nearest to it. A ResNet-20 is cross-validated on both sets with the same folds, and
-McNemar's test asks whether one set has more right predictions than chance explains.
+McNemar's test asks whether one set has more correct predictions than chance explains.
 """
 
 import argparse
@@ -44,8 +44,12 @@ def main():
 
 
 def paired(lossless: Path, jpeg: Path) -> dict:
-    """How many images are predicted rightly from one set alone, and the p-value of the exact test
-    of McNemar. Both arguments are a predictions.csv of a cross-validation."""
+    """Count the images whose prediction is correct from one set alone, and test with McNemar's
+    exact test whether the two counts differ by more than chance.
+
+    Args:
+      lossless, jpeg: the files predictions.csv of two cross-validations.
+    """
     exact, copy = right(lossless), right(jpeg)
     if exact.keys() != copy.keys():
         raise ValueError("the two sets do not hold the same images")
@@ -55,7 +59,7 @@ def paired(lossless: Path, jpeg: Path) -> dict:
 
 
 def right(predictions: Path) -> dict[str, bool]:
-    """{CLASS/NAME: whether the prediction is right}; names are without their suffixes."""
+    """{CLASS/NAME: whether the prediction is correct}; names are without their suffixes."""
     with open(predictions, encoding="utf-8", newline="") as file:
         return {
             f"{row['label']}/{Path(row['path']).stem}": row["prediction"] == row["label"]

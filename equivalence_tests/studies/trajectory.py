@@ -5,6 +5,7 @@
 Writes results/error-growth.json and .png.
 """
 
+import contextlib
 import dataclasses
 import sys
 import tempfile
@@ -78,30 +79,31 @@ def config(**changes) -> TrainConfig:
 
 def both(config: TrainConfig) -> tuple[Course, Course]:
     """JAX's and torch's course."""
-    before = jax.config.jax_enable_x64
-    environment.configure_jax(config)  # as `fit` does
-    try:
+    with _jax_set_up(config), tempfile.TemporaryDirectory() as folder:
         prepared = prepare(config)
         initial = _initial_weights(prepared)
-        with tempfile.TemporaryDirectory() as folder:
-            return in_jax(config, Path(folder)), in_torch(prepared, initial)
-    finally:
-        jax.config.update("jax_enable_x64", before)
+        return in_jax(config, Path(folder)), in_torch(prepared, initial)
 
 
 def nudged(config: TrainConfig) -> Course:
-    """JAX's course with one change: each initial weight of the first convolution is larger by one
-    unit in the last place of 1. How far it leaves JAX's own course is how far rounding grows."""
-    before = jax.config.jax_enable_x64
-    environment.configure_jax(config)
-    try:
+    """JAX's course with one change: each initial weight of the first convolution is multiplied by
+    1 + eps. The distance from JAX's own course shows how far rounding alone grows."""
+    with _jax_set_up(config), tempfile.TemporaryDirectory() as folder:
         weights = _initial_weights(prepare(config))
         first = next(name for name, array in weights.items() if np.ndim(array) == 4)
         weights[first] = weights[first] * (1 + np.finfo(np.float64).eps)
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "nudged.safetensors"
-            save_file(weights, file)
-            return in_jax(dataclasses.replace(config, init_from=str(file)), Path(folder))
+        file = Path(folder) / "nudged.safetensors"
+        save_file(weights, file)
+        return in_jax(dataclasses.replace(config, init_from=str(file)), Path(folder))
+
+
+@contextlib.contextmanager
+def _jax_set_up(config: TrainConfig):
+    """JAX as `fit` sets it for this config, and as it was afterwards."""
+    before = jax.config.jax_enable_x64
+    environment.configure_jax(config)
+    try:
+        yield
     finally:
         jax.config.update("jax_enable_x64", before)
 

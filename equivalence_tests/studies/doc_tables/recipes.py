@@ -53,7 +53,7 @@ def copy_cost() -> str:
     """Folds on lossless images and on their JPEG copies."""
     found = results.read("copy-cost")
     header = ["images", "accuracy of each fold", "together", "loss of each fold", "together",
-              "right from these alone"]  # fmt: skip
+              "correct from these alone"]  # fmt: skip
     rows = []
     for kind in ("lossless", "jpeg"):
         folds = found[kind]
