@@ -27,7 +27,7 @@ from torch_ref.train import check_supported
 COURSE = "epoch,train_loss,train_accuracy,validation_loss,validation_accuracy\n1,2,0.3,2,0.2\n"
 
 
-def write_run(results, recipe, name="seed0", *, accuracy=0.5, best_epoch=1):
+def write_run(results, recipe, name="seed0", *, accuracy=0.5, best_epoch=1, dataset="folder:beads"):
     folder = results / "recipes" / recipe / name
     folder.mkdir(parents=True)
     scores = {"loss": 1.0, "accuracy": accuracy, "precision_macro": accuracy}
@@ -38,7 +38,7 @@ def write_run(results, recipe, name="seed0", *, accuracy=0.5, best_epoch=1):
         "best_epoch": best_epoch,
         "seconds": 90.0,
         "environment": {"device": "<an abacus>"},
-        "command": "python scripts/train.py --dataset folder:beads",
+        "command": f"python scripts/train.py --dataset {dataset}",
     }
     (folder / "report.json").write_text(json.dumps(report))
     (folder / "metrics.csv").write_text(COURSE)
@@ -93,6 +93,14 @@ def test_seeds_become_a_mean_and_a_deviation(tmp_path):
     assert "`imagenette-cnn` (256 images) | test accuracy | 0.6308 | 0.1000 | 1 |" in text
     assert "`imagenette-cnn` (torch) | test accuracy | 0.6308 | 0.7000 | 1 |" in text
     assert "`cifar10-fast` (published 0.9547)" in text[text.index("Not run: ") :]
+
+
+def test_a_row_says_whether_its_run_read_the_original_data(tmp_path):
+    write_run(tmp_path, "imagenette-cnn")
+    write_run(tmp_path, "imagenette-cnn", "seed0-torch", dataset="tfds:imagenette/320px-v2")
+    text = reproduction_page.markdown(reproduction_page.rebuild(tmp_path))
+    assert "| `imagenette-cnn` | test accuracy |" in text
+    assert "| `imagenette-cnn` (torch, original) | test accuracy |" in text
 
 
 def test_what_ran_in_both_frameworks_stands_side_by_side(tmp_path):

@@ -55,19 +55,18 @@ def _write(path: Path, text: str):
 COLUMNS = """\
 A recipe is a named config of a training. Each row has one figure of one recipe. "Published" is the
 figure of the recipe's source, and "reached" is the figure here: the mean over the seeds, with the
-standard deviation if there are several. A dash means that the source has no such figure. Pixels
-are the width and height of the images. Minutes are the median of a run. An image folder is a copy
-of the data set as JPEG files, which for CIFAR-10 are of quality 75. Every figure is read from the
-report of a run. Validation images choose the epoch whose weights are evaluated, where a recipe
-chooses one. Test images are read once, at the end."""
+standard deviation if there are several. A dash means that the source has no such figure. Pixels are
+the width and height of the images. Minutes are the median of a run. The runs read a copy of the
+data set as JPEG files, which for CIFAR-10 are of quality 75, unless the row says "original". Every
+figure is read from the report of a run. Validation images choose the epoch whose weights are
+evaluated, where a recipe chooses one. Test images are read once, at the end."""
 
 
 def markdown(rows: list[dict]) -> str:
     """The Markdown table of all recipes that have run."""
     lines = [
-        "| recipe | figure | published | reached | seeds | epochs | pixels | minutes | hardware"
-        " | data |",
-        "|---" * 10 + "|",
+        "| recipe | figure | published | reached | seeds | epochs | pixels | minutes | hardware |",
+        "|---" * 9 + "|",
     ]
     for name, recipe in RECIPES.items():
         own = [row for row in rows if row["recipe"] == name]
@@ -92,6 +91,7 @@ def _with_figures(name: str, recipe: Recipe) -> str:
 def _line(row: dict, figure: str) -> str:
     published = row["published"].get(figure)
     marks = ["torch"] if row["framework"] == "torch" else []
+    marks += ["original"] if row["data"] == "original" else []
     cells = [
         _marked(row["recipe"], marks, row["subset"]),
         _words(figure),
@@ -102,7 +102,6 @@ def _line(row: dict, figure: str) -> str:
         str(row["pixels"]),
         f"{row['minutes']:.0f}",
         printable(row["hardware"]).replace("|", "/"),
-        row["data"],
     ]
     return "| " + " | ".join(cells) + " |"
 
