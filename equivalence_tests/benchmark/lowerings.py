@@ -108,6 +108,7 @@ LIBRARY = {
     "library-options": [(timed_jax, "compiler_options", no_options)],
     "library-max-pool": [(sliced_max_pool, "max_pool", window_max_pool)],
     "library-sums": [(layers, "sum_of_pixels", library_sum)],
+    "maximum-relu": [(layers, "_computed_once", nnx.relu)],
     "relu-keeps-input": [(layers, "relu_of_sum", layers.relu)],
     "differentiated": [(layers, "_standardize", normalize), (lax, "stop_gradient", not_stopped)],
 }

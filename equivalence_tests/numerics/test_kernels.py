@@ -24,6 +24,7 @@ from flax_resnet.kernels import cpu_convolution, sliced_max_pool
 from flax_resnet.kernels.cpu_convolution import compiler_options
 from flax_resnet.kernels.cpu_sum import library_sum, sum_of_pixels
 from flax_resnet.models import KERNELS, create_model, layers
+from flax_resnet.models.resnet import BasicBlock, ResNet
 from flax_resnet.training.network import Network
 
 pytestmark = pytest.mark.quick
@@ -214,6 +215,41 @@ def test_a_program_for_a_cpu_multiplies_on_small_maps():
     assert on_the_last_platform(exported("auto", "cpu")) == {"convolution": 10, "dot_general": 11}
     library = on_the_last_platform(exported("library", "cpu"))
     assert library == {"convolution": 20, "dot_general": 1}
+
+
+SMALL_IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+
+
+def operations_per_block(*, gradients: bool) -> list[float]:
+    """Floating-point operations of a compiled program that each of three groups of blocks adds."""
+    found = []
+    for depth in (2, 4, 6, 8):
+        model = ResNet(BasicBlock, (depth,), stem="cifar", planes=8, rngs=nnx.Rngs(0))
+        structure, variables = nnx.split(model)
+
+        def total(variables, images, structure=structure):
+            return nnx.merge(structure, variables)(images).sum()
+
+        function = jax.grad(total, allow_int=True) if gradients else total
+        compiled = jax.jit(function).lower(variables, SMALL_IMAGES).compile()
+        found.append(compiled.cost_analysis()["flops"])
+    return np.diff(found).tolist()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a lowering for the CPU")
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_block_costs_the_same_however_many_stand_before_it(gradients):
+    assert len(set(operations_per_block(gradients=gradients))) == 1
+
+
+@pytest.mark.control
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a lowering for the CPU")
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_relu_as_a_maximum_is_computed_again_by_later_blocks(gradients):
+    with lowerings.computed("maximum-relu"):
+        first, second, third = operations_per_block(gradients=gradients)
+    jax.clear_caches()
+    assert first < second <= third
 
 
 @pytest.mark.control

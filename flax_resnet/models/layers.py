@@ -383,21 +383,21 @@ def relu(x):
 @jax.custom_vjp
 def relu_of_sum(x):
     """`relu` whose gradient looks at the output, which the next layer keeps, and not at the sum."""
-    return nnx.relu(x)
+    return lax.platform_dependent(x, cpu=_computed_once, default=nnx.relu)
+
+
+def _computed_once(x):
+    """`relu` as a choice, because XLA's CPU compiler computes a maximum again for every reader.
+
+    Where the reader is the next block, it computes the sums of all earlier blocks of the stage
+    again.
+    """
+    return jnp.where(x <= 0, jnp.zeros_like(x), x)
 
 
 def _relu_forward(x):
-    out = lax.platform_dependent(x, cpu=_relu_computed_once, default=nnx.relu)
+    out = relu_of_sum(x)
     return out, out
-
-
-def _relu_computed_once(x):
-    """`relu` as a choice: XLA's CPU compiler would compute a maximum again for every reader.
-
-    The gradient of each block's first kernel reads this output. It would compute the residual sums
-    of all earlier blocks of the stage again.
-    """
-    return jnp.where(x <= 0, jnp.zeros_like(x), x)
 
 
 def _relu_backward(out, gradient):
