@@ -170,12 +170,13 @@ def survival() -> str:
         ["what was done", "outcome"],
         [
             [
-                "[`kill -9` at a drawn moment, then `--resume`](../results/faults.json)",
+                "[`kill -9` at a random moment or at the start of a save, then `--resume`]"
+                "(../results/faults.json)",
                 f"the same bits in {kills['same_bits_after_resume']} of {kills['struck']}"
-                f" ({kills['in_a_save']} struck within a save)",
+                f" ({kills['in_a_save']} of the kills came within a save)",
             ],
             [
-                "[SIGTERM at a drawn moment, then `--resume`](../results/faults.json)",
+                "[SIGTERM at a random moment, then `--resume`](../results/faults.json)",
                 f"the same bits in {stops['same_bits_after_resume']} of {stops['struck']}",
             ],
             [
