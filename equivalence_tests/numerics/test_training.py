@@ -55,15 +55,21 @@ def test_a_training_of_120_steps(course):
 
 
 def test_accumulation_over_the_ends_of_epochs():
-    """Epochs end between two updates of weights and average.
+    """Epochs end between two updates of weights and average; the average begins after a warm-up.
 
     The running statistics of both are those of the last batch.
     """
     config = trajectory.config(
         epochs=3,
         data={"train_images": 160},
-        optimizer={"ema_decay": 0.9, "accumulate_steps": 4, "clip_norm": 0.5},
-        schedule={"schedule": "cosine"},
+        optimizer={
+            "ema_decay": 0.9,
+            "ema_after_warmup": True,
+            "accumulate_steps": 2,
+            "clip_norm": 0.5,
+        },
+        schedule={"schedule": "cosine", "warmup_epochs": 0.8},  # two updates
+        early_stopping={"restore_best": False},  # the best epoch ends before the average begins
     )
     got, expected = trajectory.both(config)
     assert len(got.losses) == 15 and len(set(got.rates)) > 2

@@ -104,7 +104,7 @@ def make_train_step(
       without penalties), accuracy, gradient_norm, learning_rate, finite.
     """
     rates = _rates(config, steps_per_epoch)
-    copied = _steps_without_average(config, steps_per_epoch)
+    copied = _updates_without_average(config, steps_per_epoch)
 
     def train_step(state: TrainState, batch: dict, seed: jax.Array | int = config.seed):
         prepared = prepare_batch(
@@ -140,12 +140,13 @@ def make_train_step(
     return train_step
 
 
-def _steps_without_average(config: TrainConfig, steps_per_epoch: int) -> int:
-    """The number of steps after which the moving average begins; before, it is a copy."""
+def _updates_without_average(config: TrainConfig, steps_per_epoch: int) -> int:
+    """The number of updates after which the moving average begins; before, it is a copy."""
     if not config.optimizer.ema_after_warmup:
         return 0
     longest = INT32 - config.optimizer.ema_steps  # of a number that is traced
-    return min(round(config.schedule.warmup_epochs * steps_per_epoch), longest)
+    updates_per_epoch = steps_per_epoch / config.optimizer.accumulate_steps
+    return min(round(config.schedule.warmup_epochs * updates_per_epoch), longest)
 
 
 class PreparedBatch(NamedTuple):
@@ -305,7 +306,7 @@ def apply_gradients(
       batch_stats: the new running statistics.
       learning_rate: the learning rate of this update, [].
       momentum: replaces the config's momentum if the schedule moves it, []; else None.
-      copied: batches at the start after which the moving average is a copy of the weights.
+      copied: number of updates at the start after which the moving average is a copy of the weights.
     """
     optimizer = _optimizer(config, learning_rate, momentum, dtype_of(state.params))
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
