@@ -138,3 +138,15 @@ def test_a_table_of_predictions_gets_its_name_when_it_is_whole(insects, tmp_path
     outcome = run_script("evaluate.py", insects, "--predictions", tmp_path / "p.csv")
     assert outcome.status == 1 and "the loss is nan, not a number" in outcome.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_converted_run_knows_its_data(insects, folder, tmp_path):
+    data, run, file = tmp_path / "data", tmp_path / "run", tmp_path / "weights.safetensors"
+    shutil.copytree(folder, data)
+    assert run_script("convert.py", insects, file).status == 0
+    assert run_script("convert.py", file, run, "--dataset", f"folder:{data}").status == 0
+    assert run_script("convert.py", run, tmp_path / "again").status == 0
+    assert run_script("evaluate.py", tmp_path / "again").status == 0
+    shutil.copy(data / "train/bee/00.png", data / "train/bee/new.png")
+    refused(run_script("evaluate.py", run), "the data have changed")
+    refused(run_script("evaluate.py", tmp_path / "again"), "the data have changed")

@@ -115,6 +115,7 @@ def test_onnx_says_what_it_takes_and_keeps_no_path(programs):
     notes = {p.key: json.loads(p.value) for p in model.metadata_props}
     assert notes["class_names"] == list("abcdefg") and notes["mean"] == [0.5, 0.4, 0.3]
     assert notes["resize_size"] == notes["image_size"] == 32
+    assert notes["interpolation"] == "bilinear" and not notes["exif_transpose"]
     content = programs["plain.onnx"].read_bytes()
     assert b"site-packages" not in content and str(Path.cwd()).encode() not in content
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from sklearn.model_selection import StratifiedKFold
 
 import torch_ref.sources
 from equivalence_tests.program.image_folder import fill
-from flax_resnet.commands import cross_validate
-from flax_resnet.config import DataConfig
+from flax_resnet.commands import cli, cross_validate, evaluate, train
+from flax_resnet.config import DataConfig, TrainConfig
 from flax_resnet.data.sources import open_dataset
 from flax_resnet.errors import InputError
+from flax_resnet.interop.loaded_run import load_run
 
 
 def config(fold, folds=4, **settings):
@@ -103,5 +105,53 @@ def test_the_command_pools_the_predictions_of_all_folds(tmp_path, monkeypatch, c
     assert (
         json.loads((tmp_path / "cv/cross_validation.json").read_text())["folds"] == found["folds"]
     )
-    with pytest.raises(InputError, match="was begun with other flags: .*lr"):
+    with pytest.raises(InputError, match="was begun with other flags: .*lr.*another --run-dir"):
         run(monkeypatch, tmp_path / "cv", "--lr", "0.01")
+
+    # Its own data by name: the images on which the fold was not trained.
+    first = load_run(tmp_path / "cv/fold-0")
+    by_name = evaluate.open_data(first, first.config.data.dataset, "test")
+    np.testing.assert_array_equal(
+        by_name.test.indices, evaluate.open_data(first, None, "test").test.indices
+    )
+    assert len(evaluate.open_data(first, first.config.data.dataset, "all").train) == len(rows)
+    asked = SimpleNamespace(dataset="digits", split="test", fold_batchnorm=False)
+    with pytest.raises(InputError, match="fold-1 divides its data otherwise"):
+        evaluate.opened_all([str(tmp_path / "cv/fold-0"), str(tmp_path / "cv/fold-1")], asked)
+
+
+def test_finished_folds_of_other_data_are_refused(tmp_path, monkeypatch):
+    for name, count in ("v1", 40), ("v2", 44):
+        for place in "a", "b":
+            fill(tmp_path / name / "birds" / place, count)
+    small = ("--train-images", "32", "--batch-size", "16", "--image-size", "16")
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "cv", *small, "--dataset", "folder:v1/birds")
+    with pytest.raises(InputError, match="the data have changed"):
+        run(monkeypatch, "cv", *small, "--dataset", "folder:v2/birds")
+
+
+@pytest.mark.parametrize(
+    "own", [{"augment": {"auto_augment": "ta_wide"}}, {"optimizer": {"class_weights": "balanced"}}]
+)
+def test_a_setting_that_was_given_and_is_missing_now_is_another_one(own):
+    with pytest.raises(InputError, match="was begun with other flags"):
+        train.check_settings("cv/fold-0", TrainConfig(), cli.merge(TrainConfig(), own), "end")
+
+
+def test_what_the_data_chose_is_no_other_setting():
+    chosen = cli.merge(TrainConfig(), {"data": {"image_size": 16}, "model": {"num_classes": 10}})
+    train.check_settings("cv/fold-0", TrainConfig(), chosen, "end")
+
+
+def test_images_have_one_size_in_all_folds(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["cross_validate.py", "--folds", "3"])
+    runs = cross_validate.configs(cross_validate.parse())
+    assert [config.data.image_size for config in runs] == [16] * 3
+
+
+def test_folds_do_not_begin_with_the_weights_of_a_fold(tmp_path, monkeypatch):
+    (tmp_path / "cv/fold-0").mkdir(parents=True)
+    with pytest.raises(InputError, match="has seen images on which other folds are tested"):
+        cross_validate.check_source(tmp_path / "cv", str(tmp_path / "cv/fold-0"))
+    cross_validate.check_source(tmp_path / "cv", str(tmp_path / "other"))

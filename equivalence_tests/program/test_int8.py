@@ -91,3 +91,11 @@ def test_calibration_images_of_other_classes_are_refused(digits, folder, tmp_pat
     flags = ["--int8", "--calibrate", f"folder:{folder}"]
     refused(run_script("convert.py", digits, tmp_path / "net.onnx", *flags), "ant", "classes")
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_a_file_are_calibrated_by_named_data(digits, tmp_path):
+    weights, out = tmp_path / "digits.safetensors", tmp_path / "digits.onnx"
+    assert run_script("convert.py", digits, weights).status == 0
+    flags = ["--int8", "--calibrate", "digits", "--calibration-images", 50]
+    outcome = run_script("convert.py", weights, out, *flags)
+    assert outcome.status == 0 and "in int8" in outcome.out, outcome.err

@@ -42,6 +42,10 @@ IDLE = [
     ({"schedule": {"schedule": "step"}}, "`step_epochs` 30 lies beyond"),
     ({"schedule": {"schedule": "plateau", "plateau_patience": 20}}, "`plateau_patience` 20 lies"),
     ({"schedule": {"warmup_epochs": 16.5}}, "`warmup_epochs` 16.5 lies beyond"),
+    (
+        {"schedule": {"schedule_per": "epoch", "warmup_epochs": 0.5}},
+        "`warmup_epochs` 0.5: with `schedule_per` epoch the warm-up has 0 epoch(s)",
+    ),
     ({"early_stopping": {"patience": 17}}, "`patience` 17 lies beyond"),
     ({"schedule": {"schedule": "cosine", "min_lr": 0.1}}, "`min_lr` 0.1 is above `lr` 0.04"),
     ({"optimizer": {"momentum": 0}}, "`nesterov` has no effect with `momentum` 0"),

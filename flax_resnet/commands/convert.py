@@ -14,6 +14,7 @@ python scripts/convert.py birds.pt runs/birds --training --config runs/resnet20-
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ import numpy as np
 from flax_resnet.commands import cli, convert_int8, convert_torch, exits
 from flax_resnet.config import TrainConfig, config_from_file, from_dict
 from flax_resnet.data import pipeline
+from flax_resnet.data.prepare import contents
 from flax_resnet.errors import InputError
 from flax_resnet.interop import export, training_state, weights_to_run
-from flax_resnet.interop.loaded_run import LoadedRun
+from flax_resnet.interop.loaded_run import LoadedRun, load_run
 from flax_resnet.runs import environment
 from flax_resnet.runs.directory import check_usable
 from flax_resnet.runs.views import read_config
@@ -104,6 +106,8 @@ def check_int8(args):
     cli.check_positive("--calibration-images", args.calibration_images)
     if args.int8 and not (args.is_run or args.calibrate):
         raise InputError(f"--int8: {args.input} has no images of its own; give --calibrate DATASET")
+    if args.int8 and not (args.is_run or args.class_names or args.config):
+        args.dataset = args.dataset or args.calibrate  # whose classes are those of the weights
 
 
 def source(text: str) -> str | Path:
@@ -167,19 +171,23 @@ def make_run(args, weights, arrays, architecture: convert.Architecture) -> Loade
     data."""
     config, channels = requested_config(args, weights.data), architecture.in_channels
     config, names = weights_to_run.with_model_of(config, architecture, arrays), ()
+    data = {}  # facts about the training data
     described = args.dataset or args.class_names or args.config
     if weights.class_names and not described:
         names = weights.class_names
-        config = config if args.is_run else weights_to_run.without_data(config, None, channels)
+        if args.is_run:
+            data = load_run(args.input).contents
+        else:
+            config = weights_to_run.without_data(config, None, channels)
     elif args.class_names or (args.suffix and not described):
         config = weights_to_run.without_data(config, args.dataset, channels)
         if args.class_names:
             names = weights_to_run.class_names(args.class_names, config.model.num_classes)
     else:
         config, dataset = with_data(args, config, channels)
-        names = dataset.class_names
+        names, data = dataset.class_names, contents(dataset)
     environment.configure_jax(config)
-    return weights_to_run.as_run(arrays, config, names, channels)
+    return replace(weights_to_run.as_run(arrays, config, names, channels), contents=data)
 
 
 def with_data(args, config: TrainConfig, channels: int):
@@ -212,6 +220,7 @@ def write_run(path: Path, run: LoadedRun, source: str):
         steps.make_state(run.variables, run.config),
         class_names=run.class_names,
         channels=run.channels,
+        contents=run.contents,
         progress={},
         report=report,
     )
@@ -292,6 +301,7 @@ def training_to_run(args) -> int:
         state,
         class_names=run.class_names,
         channels=run.channels,
+        contents=contents(dataset),
         progress={"epoch": epoch, "step_in_epoch": step},
     )
     return arrays["step"]

@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from flax_resnet.commands import convert_torch, evaluate
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import evaluation_decoder
-from flax_resnet.data.sources import DataSet, open_dataset
+from flax_resnet.data.sources import DataSet
 from flax_resnet.errors import extra_needed
 from flax_resnet.files import replacing
 from flax_resnet.interop.loaded_run import LoadedRun
@@ -74,7 +73,7 @@ def _int8():
 def _dataset(run: LoadedRun, name: str | None) -> DataSet:
     if name is None:
         return evaluate.open_data(run, None, "test")
-    dataset = open_dataset(replace(run.config.data, dataset=name, folds=None, fold=None))
+    dataset = evaluate.open_data(run, name, "test")
     evaluate.check_classes(run, dataset, name)
     return dataset
 

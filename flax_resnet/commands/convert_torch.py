@@ -55,7 +55,8 @@ def write_onnx(path: Path, run: LoadedRun, *, fold_batchnorm: bool):
     net.load_state_dict(torch_ref().checkpoint.to_tensors(arrays))
     net = onnx.fold_batchnorm(net) if fold_batchnorm else net
     notes = {"class_names": run.class_names, "mean": data.mean, "std": data.std}
-    notes |= {"resize_size": data.resize_size, "image_size": data.image_size}
+    fields = "resize_size", "image_size", "interpolation", "grayscale", "exif_transpose"
+    notes |= {name: getattr(data, name) for name in fields}
 
     def save(path):
         onnx.save(path, net, (run.channels, *run.image_shape[:2]), notes)

@@ -20,6 +20,8 @@ from rich.table import Table
 from flax_resnet import metrics
 from flax_resnet.commands import cli, evaluate, exits, outcomes, output_files, train
 from flax_resnet.config import TrainConfig, finite
+from flax_resnet.data.prepare import check_contents, contents, natural_size, resolve
+from flax_resnet.data.sources import open_dataset
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
 from flax_resnet.interop.loaded_run import load_run
@@ -48,10 +50,26 @@ def parse():
 
 
 def configs(args) -> list[TrainConfig]:
-    """The config of each fold's run."""
-    config = cli.build_config(args, TrainConfig())
+    """The config of each fold's run, for images of one size in all folds."""
+    config = train.config_with_weights(args)
+    if config.data.image_size is None:
+        size = resolved_size(config)
+        config = replace(config, data=replace(config.data, image_size=size))
     folds = range(config.data.folds)
     return [replace(config, data=replace(config.data, fold=fold)) for fold in folds]
+
+
+def resolved_size(config: TrainConfig) -> int:
+    """The image size that the first fold suggests; its first image is not that of all folds."""
+    dataset = open_dataset(config.data)
+    size, classes = natural_size(dataset), len(dataset.class_names)
+    return resolve(config, image_size=size, num_classes=classes).data.image_size
+
+
+def check_source(root: Path, source: str | None):
+    """Raises InputError if the folds would begin with weights of one of them."""
+    if source and root.resolve() in Path(source).resolve().parents:
+        raise InputError(f"--init-from {source} has seen images on which other folds are tested")
 
 
 def check(root: Path, runs: dict[Path, TrainConfig]):
@@ -68,12 +86,14 @@ def check(root: Path, runs: dict[Path, TrainConfig]):
     for run_dir, config in runs.items():
         check_usable(run_dir, resume=True, overwrite=False)
         if is_begun(run_dir):
-            train.check_settings(run_dir, config, read_config(run_dir, say=lambda line: None))
+            own = read_config(run_dir, say=lambda line: None)
+            train.check_settings(run_dir, config, own, "give another --run-dir")
 
 
 def trained(config: TrainConfig, run_dir: Path):
-    """Train a fold's run, or the rest of it."""
+    """Train a fold's run, or the rest of it; InputError if the data of a finished one changed."""
     if is_begun(run_dir) and train.is_finished(run_dir):
+        check_contents(contents(open_dataset(config.data)), load_run(run_dir).contents)
         return
     fit.fit(config, run_dir, resume=True, command=exits.command_line())
 
@@ -143,6 +163,7 @@ def main():
     runs = configs(args)
     root = args.run_dir or Path("runs") / f"{default_name(runs[0])}-{len(runs)}-folds"
     folders = [root / f"fold-{number}" for number in range(len(runs))]
+    check_source(root, runs[0].init_from)
     check(root, dict(zip(folders, runs, strict=True)))
     for config, folder in zip(runs, folders, strict=True):
         trained(config, folder)

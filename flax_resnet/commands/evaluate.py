@@ -75,16 +75,25 @@ def outputs(args) -> dict[str, Path | None]:
 def open_data(run: LoadedRun, name: str | None, split: str):
     """The data set, opened with the run's settings; InputError if the run's own data have changed,
     whose new split could have training images in the test."""
-    data = run.config.data
     if name:
-        whole = dict.fromkeys(("train_images", "eval_images", "folds", "fold"))
-        data = replace(data, dataset=name, **whole)
-    if name and split == "all":  # nothing is cut off, however few images there are
-        data = replace(data, test_fraction=0.0, validation_fraction=0.0)
-    dataset = open_dataset(data)
-    if not name:
-        check_contents(contents(dataset), run.contents)
+        return _open_named(run, name, split)
+    dataset = open_dataset(run.config.data)
+    check_contents(contents(dataset), run.contents)
     return dataset
+
+
+def _open_named(run: LoadedRun, name: str, split: str):
+    """A data set, all images of it. The images of the run's own data keep the run's fold."""
+    data = replace(run.config.data, dataset=name)
+    if data.folds and split != "all":
+        with contextlib.suppress(InputError):  # more folds than other data have images
+            dataset = open_dataset(data)
+            if contents(dataset) == run.contents:
+                return dataset
+    whole = dict.fromkeys(("train_images", "eval_images", "folds", "fold"))
+    if split == "all":  # nothing is cut off, however few images there are
+        whole |= {"test_fraction": 0.0, "validation_fraction": 0.0}
+    return open_dataset(replace(data, **whole))
 
 
 def with_names_of(dataset, run: LoadedRun) -> LoadedRun:
@@ -166,15 +175,23 @@ def opened(name: str, args) -> tuple[LoadedRun, DataSet]:
     return run.without_batchnorm() if args.fold_batchnorm else run, dataset
 
 
+def _in_common(dataset: DataSet, args):
+    """What the data of all runs have to share: of named data the images of the split alone, of
+    which there are none to compare where nothing is divided, as in "all"."""
+    facts = contents(dataset)
+    return facts.get(f"{args.split} images") if args.dataset else facts
+
+
 def opened_all(names: list[str], args) -> tuple[dict[str, LoadedRun], DataSet]:
     """The runs and their common data; InputError if the runs divide their data differently."""
     found = {name: opened(name, args) for name in names}
     first = found[names[0]][1]
     for name, (_, dataset) in found.items():
-        if not args.dataset and contents(dataset) != contents(first):
+        if _in_common(dataset, args) != _in_common(first, args):
             raise InputError(
                 f"{name} divides its data otherwise than {names[0]}, whose test images may be"
-                " training images there; give --dataset"
+                " training images there; give images that no run has seen, with --dataset DATA"
+                " --split all"
             )
     return {name: run for name, (run, _) in found.items()}, first
 

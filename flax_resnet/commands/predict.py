@@ -94,8 +94,6 @@ def as_row(path: Path, outcome: np.ndarray | BadImage, class_names, top_k: int) 
     """The `top_k` most probable classes of an image, best first, or why it is unreadable."""
     if isinstance(outcome, BadImage):
         return {"image": str(path), "error": reason(outcome)}
-    if not np.isfinite(outcome).all():
-        raise exits.CheckFailed(f"{printable(path)}: its probabilities are not finite")
     order = np.argsort(-outcome, kind="stable")[:top_k]
     likely = [{"class": class_names[i], "probability": float(outcome[i])} for i in order]
     return {"image": str(path), "predictions": likely}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flax_resnet.commands import cli, exits
 from flax_resnet.config import TrainConfig, differences, flat
+from flax_resnet.data.prepare import CHOSEN
 from flax_resnet.devices import distributed
 from flax_resnet.errors import InputError
 from flax_resnet.runs.views import (
@@ -70,28 +71,35 @@ def run_dirs(args) -> list[Path]:
 def resumed_config(args, run_dir: Path) -> TrainConfig:
     """The run's config; flags may only change devices, workers and the path of the data."""
     own = read_config(run_dir, say=lambda line: None)
-    check_settings(run_dir, cli.build_config(args, own), own)
+    advice = (
+        "--resume takes only those of devices, --num-workers, --eval-batch-size, and --dataset"
+        " where the same data have moved; to train longer or with other settings, begin a new run"
+        f" with --init-from {run_dir}"
+    )
+    check_settings(run_dir, cli.build_config(args, own), own, advice)
     return cli.merge(own, cli.requested_values(args))
 
 
-def check_settings(run_dir: Path | str, config: TrainConfig, own: TrainConfig):
-    """Raises InputError if a config asks for other results than the run of config `own`."""
+def check_settings(run_dir: Path | str, config: TrainConfig, own: TrainConfig, advice: str):
+    """Raises InputError, which ends with the advice, if a config asks for other results than the
+    run of config `own`."""
     asked = fit.as_begun(own, config)
-    left_open = {name for name, value in flat(asked).items() if value is None}
+    left_open = {name for name in CHOSEN if flat(asked)[name] is None}
     if other := [line for name, line in differences(asked, own).items() if name not in left_open]:
-        raise InputError(
-            f"{run_dir} was begun with other flags: {listed(other)}; --resume takes only"
-            " those of devices, --num-workers and --dataset where the same data have moved; to"
-            f" train longer or with other settings, begin a new run with --init-from {run_dir}"
-        )
+        raise InputError(f"{run_dir} was begun with other flags: {listed(other)}; {advice}")
 
 
 def new_config(args) -> TrainConfig:
-    """The config of a new run. With --init-from the settings that come with the weights are the
+    """The config of a new run, or of one whose config is read later."""
+    begun = args.resume and args.run_dir and is_begun(run_dirs(args)[0])
+    return cli.build_config(args, TrainConfig()) if begun else config_with_weights(args)
+
+
+def config_with_weights(args) -> TrainConfig:
+    """The config of the flags. With --init-from the settings that come with the weights are the
     defaults, unless --config or --recipe gives all of them."""
     config = cli.build_config(args, TrainConfig())
-    begun = args.resume and args.run_dir and is_begun(run_dirs(args)[0])
-    if begun or args.config or args.recipe or not config.init_from:
+    if args.config or args.recipe or not config.init_from:
         return config
     weights = restore.pretrained(config.init_from, config.weights_key, ema=config.ema)
     model = weights.model

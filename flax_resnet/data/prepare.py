@@ -21,6 +21,11 @@ from flax_resnet.models import has_stem_choice
 SPLITS = ("train", "validation", "test")
 SMALL = 64  # images up to so many pixels a side keep their size; smaller ones get the small stem
 TINY = 16  # smaller images are enlarged to so many pixels a side for the large stem
+CHOSEN = frozenset({
+    "data.image_size", "data.resize_size", "data.mean", "data.std",
+    "augment.random_crop", "model.stem", "model.num_classes",
+})  # fmt: skip
+"""Settings that `prepare` chooses where a config leaves them open."""
 _MEASURED = 50_000  # most images from which mean and standard deviation are computed
 _AT_ONCE = 1_000  # of these images, so many are in memory at once
 _FINGERPRINTED = 64  # images of a split whose pixels processes compare

@@ -181,7 +181,7 @@ class DataSet:
     """SHA-256 of all images and labels, where the data set has one."""
 
     own_splits: tuple[str, ...] = ()
-    """Splits besides training that the data set brings with it."""
+    """Splits besides training that are not cut off: the data set's own, or a fold as "test"."""
 
     def remarks(self, why_turned: str = TURN) -> Iterator[str]:
         """Yields a line for each fact about the images that the user should know."""

@@ -151,6 +151,7 @@ def write_run(
     *,
     class_names: tuple[str, ...],
     channels: int,
+    contents: dict,
     progress: dict,
     report: dict | None = None,
 ):
@@ -158,6 +159,7 @@ def write_run(
 
     Args:
       config: the complete config, as `data.prepare` returns it.
+      contents: facts about the training data (`data.prepare.contents`), or {}.
       progress: fields of `progress.Progress` that differ from their start.
       report: content of report.json, which makes the run a finished one; None: the run can be
         resumed.
@@ -169,6 +171,7 @@ def write_run(
         "config": to_dict(config),
         "class_names": list(class_names),
         "channels": channels,
+        "contents": contents,
         "improvement": False,
     }
     check_space(temporary, state)

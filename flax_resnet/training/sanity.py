@@ -51,6 +51,11 @@ def of_settings(config: TrainConfig, channels: int, own_splits: Sequence[str]) -
         found.append(
             f"`min_lr` {schedule.min_lr:g} is above `lr` {optimizer.lr:g}, which cannot fall"
         )
+    if schedule.schedule_per == "epoch" and schedule.warmup_epochs % 1:
+        found.append(
+            f"`warmup_epochs` {schedule.warmup_epochs:g}: with `schedule_per` epoch the warm-up has"
+            f" {round(schedule.warmup_epochs)} epoch(s)"
+        )
     return found
 
 

@@ -306,7 +306,7 @@ def apply_gradients(
       batch_stats: the new running statistics.
       learning_rate: the learning rate of this update, [].
       momentum: replaces the config's momentum if the schedule moves it, []; else None.
-      copied: number of updates at the start after which the moving average is a copy of the weights.
+      copied: number of updates at the start after which the average is a copy of the weights.
     """
     optimizer = _optimizer(config, learning_rate, momentum, dtype_of(state.params))
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
