@@ -1,5 +1,6 @@
-"""Where this project does not call the library, for speed: the same numbers, and a program without
-what is slow. Each fact has the library's own way as its control: where that passes, ours can go.
+"""Operations that are computed in another way than the library's give the same numbers faster.
+
+Each test has the library's own way as its control. Where the control passes, our way can go.
 """
 
 import re

@@ -176,8 +176,8 @@ def opened(name: str, args) -> tuple[LoadedRun, DataSet]:
 
 
 def _in_common(dataset: DataSet, args):
-    """What the data of all runs have to share: of named data the images of the split alone, of
-    which there are none to compare where nothing is divided, as in "all"."""
+    """The facts that have to be equal for all runs. For data named by --dataset it is one fact, the
+    images of the split; it is None for "all", which nothing divides."""
     facts = contents(dataset)
     return facts.get(f"{args.split} images") if args.dataset else facts
 
