@@ -331,7 +331,13 @@ def test_a_bound_that_only_large_values_reach_is_found():
     assert compared(jax.nn.relu6, F.relu6).verdict == "equal"
     assert compared(lambda x: jnp.clip(x, -8, 8), lambda x: x).verdict == "divergent"
     report = compared(lambda x: jnp.clip(x, -900, 900), lambda x: x.clamp(-900, 900))
-    assert report.hidden == ["clamp never reaches its bound of 900"]
+    assert report.hidden == [
+        f"{what} never reaches its bound of {bound}"
+        for what in ("clamp", "JAX's network")
+        for bound in (-900, 900)
+    ]
+    for one_sided in ((lambda x: x.clamp(min=-900)), (lambda x: x.clamp(max=900))):
+        assert compared(lambda x: x, one_sided).verdict == "undecided"
 
 
 def test_a_factor_may_stand_in_another_layer():

@@ -9,20 +9,24 @@ import numpy as np
 
 from equivalence_tests.parity.ports.graph import Graph
 from equivalence_tests.parity.ports.mapping import Mapping
+from flax_resnet.text import listed
 
 MANY = 10**6
 """A count of batches after which no correction for the start at zero is left."""
 
 
-def settle(training: Graph, mapping: Mapping, leaves: dict):
+def settle(training: Graph, mapping: Mapping, leaves: dict) -> list[str]:
     """Fills the leaves from which training computes a statistic's next value.
 
     Args:
       training: JAX's graph in training mode.
+
+    Returns:
+      A remark on counts of batches, of which the first are not compared; [] if there are none.
     """
     used = {piece.leaf for parts in mapping.pieces.values() for piece in parts}
     moving = training.moved()
-    flags = set()
+    flags, counts = set(), set()
     for path in used & moving:
         needed = training.leaves_above(training.after[path])
         for other in (needed & moving) - used:
@@ -36,5 +40,8 @@ def settle(training: Graph, mapping: Mapping, leaves: dict):
                 mapping.extra.pop(other, None)
             elif jnp.issubdtype(kind, jnp.integer):
                 leaves[other] = np.full_like(leaves[other], MANY)
+                counts.add(other)
     for flag in flags:
         leaves[flag] = np.logical_not(leaves[flag])
+    many = f"training is compared as after {MANY:,} batches, not at its start, because of"
+    return [f"{many} {listed(sorted(counts))}"] if counts else []

@@ -29,19 +29,43 @@ def prepared(net: nn.Module) -> nn.Module:
     """A copy in float64.
 
     Raises:
-      InputError: a BatchNorm has no momentum.
+      InputError: a BatchNorm has no momentum, or the network cannot be copied.
     """
     for name, module in net.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
-            if module.momentum is None:
-                why = "an average over all batches, which cannot be followed; give it a momentum"
-                raise InputError(f"the BatchNorm {name} has momentum=None, {why}")
+        if _keeps_statistics(module) and module.momentum is None:
+            why = "an average over all batches, which cannot be followed; give it a momentum"
+            raise InputError(f"the BatchNorm {name} has momentum=None, {why}")
     constants = {n: exported.lifted(b) for n, b in net.named_buffers() if b.is_floating_point()}
-    net = copy.deepcopy(net).double()
+    try:
+        net = copy.deepcopy(net).double()
+    except Exception as error:  # whatever the user's own code raises
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"the PyTorch network cannot be copied: {reason}") from error
     for name, buffer in net.named_buffers():
         if name in constants:
             buffer.data.copy_(constants[name])
     return net
+
+
+def parameters(net: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by name; one that several modules share is there under each of its names."""
+    return dict(net.named_parameters(remove_duplicate=False))
+
+
+def state(net: nn.Module, used: set[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Parameters and buffers by name, and {another name of one of them: the name it is under}.
+
+    Args:
+      used: names that the network's graphs use, which a shared tensor is kept under.
+    """
+    tensors = net.state_dict(keep_vars=True) | dict(net.named_buffers(remove_duplicate=False))
+    names = {}
+    for name in sorted(tensors, key=lambda n: n not in used):
+        names.setdefault(id(tensors[name]), name)
+    aliases = {n: names[id(t)] for n, t in tensors.items() if n not in used}
+    aliases = {alias: name for alias, name in aliases.items() if alias != name}
+    found = {n: t.detach().numpy().copy() for n, t in tensors.items() if n not in aliases}
+    return found, aliases
 
 
 def image_shape(net: nn.Module, size: tuple[int, int] | None) -> tuple[int, int, int]:
@@ -107,7 +131,7 @@ def fill(net: nn.Module, images: np.ndarray, rng: np.random.Generator):
     with torch.no_grad():
         for module in net.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                parameter.copy_(torch.from_numpy(_random(module, name, parameter.shape, rng)))
+                parameter.copy_(torch.as_tensor(_random(module, name, parameter.shape, rng)))
         try:
             _settle(net, images)
         except Exception as error:  # whatever the user's own code raises
@@ -116,8 +140,16 @@ def fill(net: nn.Module, images: np.ndarray, rng: np.random.Generator):
             message = f"the PyTorch network raises on images of {size}: {reason}"
             raise InputError(message) from error
         for module in net.modules():
-            if getattr(module, "running_var", None) is not None:
+            if _keeps_statistics(module):
                 _spread(module, rng)
+            elif getattr(module, "running_var", None) is not None:  # torchvision's frozen BatchNorm
+                for buffer in module.buffers(recurse=False):
+                    buffer.copy_(torch.from_numpy(rng.uniform(0.5, 1.5, buffer.shape)))
+
+
+def _keeps_statistics(module) -> bool:
+    norm = isinstance(module, nn.modules.batchnorm._NormBase)
+    return norm and module.running_var is not None
 
 
 def _random(module, name, shape, rng) -> np.ndarray:
@@ -131,7 +163,7 @@ def _random(module, name, shape, rng) -> np.ndarray:
 
 def _settle(net, images):
     """Runs the images once, so that running statistics are the batch's."""
-    momenta = {m: m.momentum for m in net.modules() if getattr(m, "running_var", None) is not None}
+    momenta = {m: m.momentum for m in net.modules() if _keeps_statistics(m)}
     training = net.training
     for module in momenta:
         module.momentum = 1.0

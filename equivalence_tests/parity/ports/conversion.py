@@ -8,34 +8,43 @@ from equivalence_tests.parity.ports.mapping import Mapping, Piece
 from flax_resnet.errors import InputError
 from flax_resnet.text import listed
 
-BASE = 4096
-"""Numbers go through in two digits, so that a converter may round to float32, or to bfloat16's
-neighbours of small integers."""
+BASE = 128
+"""Numbers go through digit by digit, so that a converter may round to bfloat16, which holds
+integers up to 256."""
 
 
-def pieces(converter, state: dict[str, np.ndarray], variables) -> dict[str, list[Piece]]:
+def pieces(
+    converter, state: dict[str, np.ndarray], variables, aliases: dict[str, str], needed: set[str]
+) -> dict[str, list[Piece]]:
     """Finds the place to which each element of the state goes.
 
     Args:
       converter: takes a PyTorch state_dict; returns variables with the structure of `variables`.
+      aliases: {another name of a tensor of the state: its name in the state}.
+      needed: names of the tensors that need a place in JAX.
 
     Raises:
       InputError: the converter raises, returns another structure, computes with the numbers
-        instead of moving them, or sends two elements to one place, or one nowhere.
+        instead of moving them, or sends two elements to one place, or a needed one nowhere.
     """
     starts, total = {}, 1  # 0 is what a converter fills in by itself
     for name, array in state.items():
         starts[name] = total
         total += array.size if _converted(array) else 0
-    low, high = (_through(converter, state, starts, digit, variables) for digit in (0, 1))
+    places = [1]
+    while places[-1] * BASE < total:
+        places.append(places[-1] * BASE)
+    digits = [_through(converter, state, starts, p, variables, aliases) for p in places]
     found, seen = {}, np.zeros(total, int)
-    for path in low:
-        numbers = np.rint(low[path] + BASE * high[path]).astype(int).reshape(-1)
-        if not _whole(low[path], high[path]) or numbers.max(initial=0) >= total:
+    for path in digits[0]:
+        parts = [digit[path] for digit in digits]
+        numbers = sum(p * part for p, part in zip(places, parts, strict=True))
+        numbers = np.rint(numbers).astype(int).reshape(-1)
+        if not _whole(*parts) or numbers.max(initial=0) >= total:
             raise InputError(f"the converter computes with the numbers that go to {path}")
         np.add.at(seen, numbers, 1)
         _add_pieces(found, path, numbers, state, starts)
-    _check_bijection(seen, state, starts)
+    _check_bijection(seen, state, starts, needed)
     return found
 
 
@@ -43,13 +52,14 @@ def _converted(array) -> bool:
     return array.dtype.kind == "f"
 
 
-def _through(converter, state, starts, digit, variables) -> dict[str, np.ndarray]:
-    """One digit of every element's number, after the converter, by path."""
+def _through(converter, state, starts, place: int, variables, aliases) -> dict[str, np.ndarray]:
+    """The digit of a power of BASE of every element's number, after the converter, by path."""
     given = {}
     for name, array in state.items():
-        numbers = np.arange(array.size).reshape(array.shape) + starts[name]
-        part = numbers // BASE if digit else numbers % BASE
-        given[name] = torch.from_numpy(part.astype(np.float32) if _converted(array) else array)
+        numbers = (np.arange(array.size) + starts[name]).reshape(array.shape)
+        part = np.asarray(numbers // place % BASE, np.float32)
+        given[name] = torch.from_numpy(part if _converted(array) else array)
+    given |= {alias: given[name] for alias, name in aliases.items()}
     try:
         result = converter(given)
     except Exception as error:  # whatever the user's own code raises
@@ -89,11 +99,11 @@ def _add_pieces(found, path, numbers, state, starts):
             found.setdefault(name, []).append(Piece(path, inside, numbers[inside] - start))
 
 
-def _check_bijection(seen, state, starts):
+def _check_bijection(seen, state, starts, needed: set[str]):
     lost, doubled = [], []
     for name, start in starts.items():
         count = seen[start : start + state[name].size] if _converted(state[name]) else np.ones(1)
-        lost += [name] if (count == 0).any() else []
+        lost += [name] if name in needed and (count == 0).any() else []
         doubled += [name] if (count > 1).any() else []
     if lost or doubled:
         what = [f"elements of {listed(lost)} go nowhere"] if lost else []

@@ -40,7 +40,14 @@ def graph(
     """
     net = copy.deepcopy(net).train(train)
     given = image_shape[0], torch.is_floating_point, "the PyTorch network", classes
-    net.register_forward_hook(lambda module, inputs, output: outputs.logits(output, *given))
+    others = []
+
+    def logits(module, inputs, output):
+        chosen = outputs.logits(output, *given)
+        others[:] = outputs.others(output, chosen, torch.is_floating_point)
+        return chosen
+
+    net.register_forward_hook(logits)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # attention as one opaque operation
     images = torch.zeros(image_shape, dtype=torch.float64)
@@ -52,7 +59,7 @@ def graph(
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     builder = _Builder(program)
-    found = builder.graph()
+    found = builder.graph()._replace(others=tuple(others))
     drawn = {i for i, o in enumerate(found.operations) if o.name == draws.DRAW and not train}
     drawing = (builder.random | drawn) & set(found.needed([found.logits]))
     if drawing:
@@ -108,7 +115,8 @@ class _Builder:
             if node.op == "placeholder":
                 value = self._values[node] = next(self._numbers)
                 if node.name in names:
-                    leaves[names[node.name]] = value
+                    if node.users:  # else another name of a tensor that is used
+                        leaves[names[node.name]] = value
                 elif node.name in held:
                     self.constants[value] = _wide(self.program.constants[held[node.name]])
                 else:

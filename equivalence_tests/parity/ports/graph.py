@@ -48,6 +48,12 @@ class Graph(NamedTuple):
 
     constants: dict[Value, Any]
 
+    others: tuple[str, ...] = ()
+    """Places of what PyTorch's network returns beside its logits."""
+
+    rules: tuple = ()
+    """JAX's calls of a `jax.custom_vjp`, of `rules.Rule`: the graph has their operations only."""
+
     narrow: bool = False
     """True if its author wrote narrower floats than float64 into it; the graph has none."""
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from equivalence_tests.parity.ports import draws, written
+from equivalence_tests.parity.ports import draws, rules, written
 from equivalence_tests.parity.ports.graph import Graph, Operation
 from flax_resnet.errors import InputError
 
@@ -30,7 +30,13 @@ CALLS = {
 """{primitive that calls a function: its parameter with that function}."""
 
 RANDOM = {"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"}
-OPAQUE = {"while", "cond"}
+OPAQUE = {
+    "while": "lax.while",
+    "cond": "lax.cond",
+    "xla_pmap": "jax.pmap",
+    "shard_map": "jax.shard_map or jax.pmap",
+}
+"""{primitive: what a user calls it}."""
 NARROW = written.NARROW
 TYPES = ("new_dtype", "preferred_element_type", "dtype", "out_dtype")
 
@@ -70,6 +76,7 @@ def graph(network, image_shape: tuple[int, ...], *, train: bool) -> Graph:
         logits=outputs[0],
         after=dict(zip(paths, outputs[1:], strict=True)),
         constants=flat.constants,
+        rules=tuple(flat.rules),
         narrow=flat.narrow,
     )
     _check(found, train=train)
@@ -97,14 +104,14 @@ def _check(found: Graph, *, train: bool):
         if name in RANDOM or (name == draws.DRAW and not train):
             raise InputError(f"the JAX network draws random numbers in {mode} ({name})")
         if name in OPAQUE:
-            raise InputError(f"the JAX network holds a lax.{name}, which cannot be followed")
+            raise InputError(f"the JAX network holds a {OPAQUE[name]}, which cannot be followed")
 
 
 class _Flat:
     """Inlines calls into one list of operations."""
 
     def __init__(self):
-        self.operations, self.constants, self.narrow = [], {}, False
+        self.operations, self.constants, self.rules, self.narrow = [], {}, [], False
         self.integers: dict[int, object] = {}
         """The leaves that hold no floats: keys and counts, of which the keys of draws are made."""
         self._numbers = itertools.count()
@@ -115,8 +122,9 @@ class _Flat:
 
     def constant(self, array) -> int:
         value = self.new()
-        self.constants[value] = written.lifted(array)
-        self.narrow |= self.constants[value] is written.EPS
+        lifted = self.constants[value] = written.lifted(array)
+        if lifted is not array:  # JAX's own gradients would hold the rounded number
+            self.narrow |= bool(np.any(np.asarray(lifted) != np.asarray(array, np.float64)))
         return value
 
     def walk(self, jaxpr, consts, inputs) -> list[int]:
@@ -138,6 +146,8 @@ class _Flat:
         name = equation.primitive.name
         if self._draws(equation, inputs):
             return [self._draw(equation.outvars[0].aval.shape, self._known(inputs[0], fixed=False))]
+        if name == "custom_vjp_call":
+            self.rules.append(rules.Rule(equation, tuple(inputs)))
         if name in CALLS:
             inner = equation.params[CALLS[name]]
             jaxpr, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "jaxpr") else (inner, ())

@@ -73,7 +73,8 @@ def compare_models(
         function moves every number to a place of its own, and that the places are those that were
         found by matching.
       mapping: a JSON file of which tensor is which array. It is read if it exists, else written.
-      optax_optimizer: a `GradientTransformation`, compared with `torch_optimizer` over three steps.
+      optax_optimizer: a `GradientTransformation`, compared with `torch_optimizer` over five steps
+        with gradients of random numbers, small ones and large ones.
       torch_optimizer: a function from parameters to a PyTorch optimizer.
 
     Returns:
@@ -111,7 +112,6 @@ class _Pair:
 
     def __init__(self, network, net: nn.Module, images: np.ndarray):
         self.network, self.net, self.images = network, net, images
-        self.state = {n: t.numpy().copy() for n, t in net.state_dict().items()}
         self.leaves = _arrays(network.variables)
         batch, height, width, channels = images.shape
         sizes = {"standard": (batch, channels, height, width), "subject": images.shape}
@@ -122,6 +122,8 @@ class _Pair:
             m: exported.graph(net, sizes["standard"], train=t, classes=[network.classes])
             for m, t in MODES.items()
         }
+        used = {name for graph in self.standard.values() for name in graph.leaves}
+        self.state, self.aliases = cases.state(net, used)
         self.walks, self.notes, self.remarks, self.elsewhere = {}, [], [], {}
 
     def _walk(self, mode: str) -> Walk:
@@ -138,7 +140,10 @@ class _Pair:
         training, statistics = self.subject["training"], self._statistics()
         given = {}
         if convert:
-            given = conversion.pieces(convert, self.state, self.network.variables)
+            needed = {name for name in self.state if self._matters(name)}
+            given = conversion.pieces(
+                convert, self.state, self.network.variables, self.aliases, needed
+            )
         elif file and file.exists():
             given = mapping_file.read(file, self.state, self.leaves)
         self._divide()
@@ -149,7 +154,7 @@ class _Pair:
         elif file and not file.exists():
             mapping_file.write(file, found, self.state)
         self.walks["evaluation"], self.leaves = walk, walk.leaves
-        averages.settle(training, found, self.leaves)
+        self.remarks += averages.settle(training, found, self.leaves)
         return found
 
     def _divide(self):
@@ -206,9 +211,11 @@ class _Pair:
         classes, ours = (shape[1] for shape in walk.steps[-1].shapes)
         if classes != ours:
             raise InputError(f"PyTorch's network has {classes} classes, JAX's {ours}")
-        labels = rng.integers(0, classes, len(self.images))
-        trained = [name for name, _ in self.net.named_parameters() if name in mapping.pieces]
-        return traces.Inputs(self.state, self.leaves, self.images, labels, trained)
+        labels = rng.integers(0, max(classes, 2), len(self.images))
+        trained = [name for name in cases.parameters(self.net) if name in mapping.pieces]
+        frozen = {n for n, p in cases.parameters(self.net).items() if not p.requires_grad}
+        given = self.state, self.leaves, self.images, labels, trained, frozenset(frozen)
+        return traces.Inputs(*given)
 
     def judged(self, mapping: Mapping, rng) -> Report:
         self.given = self._given(mapping, rng)
@@ -217,11 +224,12 @@ class _Pair:
             part, rows[mode], whole = _one_mode(self.network, walk, self.given, mapping, mode)
             found, explained = found + part, explained and whole
             self.remarks += faults.unshared(walk, part)
+        self.remarks += self._unfrozen(rows["training"]) + faults.rounded(found)
         if found and self._results_agree(rows):
             names = listed(dict.fromkeys(fault.module for fault in found))
             self.remarks.append(f"the results agree, though activations differ at {names}")
             found, rows, explained = [], _agreeing(rows), True
-        part, whole = self._loud()
+        part, whole, quiet = self._loud()
         found, explained = found + part, explained and whole
         found = faults.with_reasons(faults.with_ties(found, mapping), self.elsewhere)
         found, homeless = self._without_counterpart(found, mapping)
@@ -229,9 +237,11 @@ class _Pair:
         found = other_axes.named(found, self.walks["evaluation"], mapping)
         if explained:  # every tensor agrees, so every assignment is confirmed
             mapping.ambiguous.clear()
-        hidden = homeless
+        beside, remarks = self._beside_logits()
+        self.remarks += remarks
+        hidden = homeless + beside
         hidden += cases.faults(self.state, self.standard["evaluation"], self.images)
-        hidden += loud.unreached(self.standard["evaluation"], self.images, self.state)
+        hidden += loud.unreached(self.walks["evaluation"], self.images) + quiet
         verdict = "divergent" if found or self.notes else "undecided" if hidden else "equal"
         size = self.images.shape[1:3]
         return Report(verdict, found, hidden, rows, mapping, size, explained,
@@ -250,6 +260,27 @@ class _Pair:
         homeless += [f"JAX's {fault.module} has no place in PyTorch" for fault in own]
         return [fault for fault in found if fault.causes], homeless
 
+    def _beside_logits(self) -> tuple[list[str], list[str]]:
+        """A sentence on PyTorch's other outputs: what could hide a fault, or else a remark."""
+        places = sorted({place for graph in self.standard.values() for place in graph.others})
+        used = {name for graph in self.standard.values() for name in graph.leaves}
+        rest = [n for n in cases.parameters(self.net) if n in self.state and n not in used]
+        if not places:
+            return [], []
+        if not rest:
+            return [], [f"PyTorch's output {listed(places)} is not compared"]
+        more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
+        return [f"PyTorch's output {listed(places)} is not compared, nor is {rest[0]}{more}"], []
+
+    def _unfrozen(self, rows: list[Row]) -> list[str]:
+        """A remark on parameters that PyTorch trains no more and JAX may."""
+        names = [r.name for r in rows if r.phase == "gradient" and r.name in self.given.frozen]
+        if not names:
+            return []
+        every = len(names) == len(self.given.parameters)
+        which = "all parameters" if every else listed(names)
+        return [f"PyTorch has frozen {which} (requires_grad=False); JAX passes gradients to them"]
+
     def _results_agree(self, rows: dict[str, list[Row]]) -> bool:
         """True if all but inner activations agree, and the logits at large values too: two layers
         may share out a factor otherwise."""
@@ -260,10 +291,13 @@ class _Pair:
         agree = all(row.norm_relative <= tolerances.PORT for row in results)
         return agree and loud.logits_agree(self.walks["evaluation"], self.images)
 
-    def _loud(self) -> tuple[list[faults.Fault], bool]:
+    def _loud(self) -> tuple[list[faults.Fault], bool, list[str]]:
+        """Faults at large values, whether each has a cause, and why none was looked for."""
         quiet = self.walks["evaluation"]
         walk = loud.walk(quiet, self.images)
-        return loud.forward(walk, quiet) if walk else ([], True)
+        if walk is None:
+            return [], True, [f"an activation of the images times {loud.FACTOR} is not finite"]
+        return *loud.forward(walk, quiet), []
 
     def _matters(self, name: str) -> bool:
         """True of a tensor that training changes and that the logits are computed from.
@@ -271,7 +305,7 @@ class _Pair:
         JAX may hold a constant as a number, and need not have what nothing uses.
         """
         graphs = self.standard.values()
-        learned = name in dict(self.net.named_parameters())
+        learned = name in cases.parameters(self.net)
         used = any(name in graph.leaves_above(graph.logits) for graph in graphs)
         return used and (learned or name in self.standard["training"].moved())
 
@@ -307,6 +341,7 @@ def _one_mode(network, walk: Walk, given: traces.Inputs, mapping: Mapping, mode:
             changes.setdefault(index, []).extend(chosen)
     names = traces.names_of(walk)
     got = traces.of_jax(network, given, walk, names, mapping, train=MODES[mode])
+    given = given.without_frozen(got)
     rows = _rows(got, traces.of_torch(walk.standard, given, walk, names))
     # What is done to the logits after the last layer is not put into PyTorch's network.
     if not all(fault.causes and fault.module != faults.LOGITS for fault in found):

@@ -1,7 +1,8 @@
 """Compares a user's Optax optimizer with a user's PyTorch optimizer on equal gradients.
 
-Both start from the same parameters and take the same gradients, PyTorch's, so a fault of the
-network does not reach the comparison.
+Both start from the same parameters and take the same gradients. These are random numbers: a fault
+of the network does not reach the comparison, and their sizes show a limit of the gradient's norm,
+an eps, and a maximum over steps.
 """
 
 import jax
@@ -11,15 +12,18 @@ import optax
 import torch
 
 from equivalence_tests.parity.engine import Row, compare
+from equivalence_tests.parity.ports import cases
 from equivalence_tests.parity.ports.mapping import Mapping, put
 from equivalence_tests.parity.ports.traces import Inputs
 from flax_resnet.errors import InputError
 
-STEPS = 3
+SIZES = (1.0, 1e3, 1e-6, 1e-3, 1.0)
+"""The standard deviation of the gradients in each step."""
 
 
-def rows(net, given: Inputs, mapping: Mapping, variables, optax_optimizer, torch_optimizer,
-         steps: int = STEPS) -> list[Row]:  # fmt: skip
+def rows(
+    net, given: Inputs, mapping: Mapping, variables, optax_optimizer, torch_optimizer
+) -> list[Row]:
     """Differences of parameters after each step, and of the optimizers' states after the last.
 
     Args:
@@ -35,12 +39,14 @@ def rows(net, given: Inputs, mapping: Mapping, variables, optax_optimizer, torch
     if not isinstance(optimizer, torch.optim.Optimizer):
         kind = type(optimizer).__name__
         raise InputError(f"torch_optimizer returns a {kind}, no torch.optim.Optimizer")
-    parameters = dict(net.named_parameters())
+    parameters = cases.parameters(net)
     trained = [n for n in parameters if n in mapping.pieces]
     ours = _Jax(given, mapping, variables, trained, optax_optimizer)
     got, expected = {}, {}
-    for step in range(1, steps + 1):
-        gradients = _backward(net, optimizer, given)
+    rng = np.random.default_rng(0)
+    for step, size in enumerate(SIZES, 1):
+        gradients = {n: size * rng.standard_normal(parameters[n].shape) for n in trained}
+        _give(net, {parameters[n]: gradients[n] for n in trained})
         ours.step(gradients)
         _called("PyTorch", optimizer.step)
         expected |= {f"{n} after step {step}": _plain(parameters[n]) for n in trained}
@@ -57,12 +63,11 @@ def _called(side, function, *args):
         raise InputError(f"the {side} optimizer raises {reason}") from error
 
 
-def _backward(net, optimizer, given: Inputs) -> dict[str, np.ndarray]:
-    optimizer.zero_grad()
-    images = torch.from_numpy(given.images).permute(0, 3, 1, 2).contiguous()
-    torch.nn.functional.cross_entropy(net(images), torch.from_numpy(given.labels)).backward()
-    return {n: np.zeros(p.shape) if p.grad is None else _plain(p.grad)
-            for n, p in net.named_parameters()}  # fmt: skip
+def _give(net, gradients: dict):
+    """Sets the gradients of PyTorch's parameters; what JAX lacks has a gradient of 0."""
+    for parameter in net.parameters():
+        given = gradients.get(parameter, np.zeros(parameter.shape))
+        parameter.grad = torch.as_tensor(given) if parameter.requires_grad else None
 
 
 def _plain(tensor) -> np.ndarray:

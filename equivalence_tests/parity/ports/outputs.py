@@ -47,6 +47,15 @@ def logits(output, batch: int, is_float, side: str, classes: Collection[int] = (
     raise InputError(f"{side} returns several values that may be logits: {values}; return one")
 
 
+def others(output, chosen, is_float) -> list[str]:
+    """The places of all arrays of floats but the chosen one."""
+    if isinstance(output, Mapping | tuple | list):
+        items = output.items() if isinstance(output, Mapping) else enumerate(output)
+        found = [(key, others(value, chosen, is_float)) for key, value in items]
+        return [f"[{key!r}]{place}" for key, places in found for place in places]
+    return [""] if output is not chosen and hasattr(output, "shape") and is_float(output) else []
+
+
 def shown(output) -> str:
     """The shapes of arrays, and the types of anything else."""
     if hasattr(output, "shape"):

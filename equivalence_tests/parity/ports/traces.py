@@ -5,11 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import torch
 import torch.nn.functional as F
 
 from equivalence_tests.parity.engine import Trace
-from equivalence_tests.parity.ports import draws
+from equivalence_tests.parity.ports import draws, rules
 from equivalence_tests.parity.ports.graph import Graph
 from equivalence_tests.parity.ports.mapping import Mapping
 from equivalence_tests.parity.ports.walk import Walk
@@ -28,21 +29,37 @@ class Inputs(NamedTuple):
     """[B, H, W, C]."""
 
     labels: np.ndarray
-    """[B]."""
+    """[B]; with one logit, 0 or 1."""
 
     parameters: list[str]
     """PyTorch's names of what is trained, as far as JAX has it."""
 
+    frozen: frozenset[str] = frozenset()
+    """Those of them that PyTorch's network trains no more (requires_grad=False)."""
+
+    def without_frozen(self, trace: Trace) -> "Inputs":
+        """Without the parameters that PyTorch trains no more and to which JAX passes no gradient.
+
+        Args:
+          trace: JAX's, which loses their gradients.
+        """
+        gradients = trace["gradient"]
+        still = [n for n in self.parameters if n not in self.frozen or gradients[n].any()]
+        for name in set(self.parameters) - set(still):
+            del gradients[name]
+        return self._replace(parameters=still)
+
 
 def of_torch(graph: Graph, given: Inputs, walk: Walk, names: list[str]) -> Trace:
     """PyTorch's trace; activations are those of the walk's anchors."""
-    leaves = {n: torch.as_tensor(given.state[n]).clone() for n in graph.leaves}
+    names_held = [*graph.leaves, *given.parameters]
+    leaves = {n: torch.as_tensor(given.state[n]).clone() for n in names_held}
     for name in given.parameters:
         leaves[name].requires_grad_()
     images = torch.from_numpy(given.images).permute(0, 3, 1, 2).contiguous().requires_grad_()
     start = {v: leaves[n] for n, v in graph.leaves.items()} | {graph.images: images}
     values = graph.evaluate(start, range(len(graph.operations)))
-    loss = F.cross_entropy(values[graph.logits], torch.from_numpy(given.labels))
+    loss = loss_of_torch(values[graph.logits], given.labels)
     sources = [*(leaves[n] for n in given.parameters), images]
     found = torch.autograd.grad(loss, sources, allow_unused=True)
     found = [torch.zeros_like(s) if g is None else g for s, g in zip(sources, found, strict=True)]
@@ -52,9 +69,25 @@ def of_torch(graph: Graph, given: Inputs, walk: Walk, names: list[str]) -> Trace
         "forward": dict(zip(names, (values[v] for v in outputs), strict=True)),
         "loss": {"loss": loss},
         "gradient": without_noise({n: g.numpy() for n, g in reversed(gradients.items())}),
-        "batch_norm": {n: values[v] for n, v in graph.after.items() if v != graph.leaves[n]},
+        "batch_norm": {n: values[v] for n, v in graph.after.items()},
     }
     return _plain(trace)
+
+
+def loss_of_torch(logits, labels: np.ndarray):
+    """The cross-entropy; with one logit the binary one, since the other is 0 then."""
+    if logits.shape[1] == 1:
+        wanted = torch.from_numpy(labels).to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits[:, 0], wanted)
+    return F.cross_entropy(logits, torch.from_numpy(labels))
+
+
+def _loss_of_jax(logits, labels: np.ndarray):
+    """The same loss in float64."""
+    logits = logits.astype(jnp.float64)
+    if logits.shape[1] == 1:
+        return optax.sigmoid_binary_cross_entropy(logits[:, 0], labels).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 NOISE = 1e-13
@@ -88,11 +121,13 @@ def of_jax(
     forward = [step.layout.to_torch(walk.of_jax[step.subject]).numpy() for step in walk.steps[:-1]]
     forward.append(np.asarray(walk.of_jax[graph.logits]))
     through = graph.narrow or any(o.name == draws.DRAW for o in graph.operations)
+    if through:
+        rules.check(graph, given.leaves, jnp.asarray(given.images))
     run = _through_graph(graph) if through else network.apply
     loss, found, images = _differentiated(run, network.variables, given, train=train)
     gradients = {n: mapping.gradient(n, found, given.state[n].shape) for n in given.parameters}
     after = after_step(walk)
-    moved = [n for n, v in walk.standard.after.items() if v != walk.standard.leaves[n]]
+    moved = _moved(walk, mapping)
     statistics = {n: mapping.read(n, after, np.shape(given.state[n])) for n in moved}
     trace = {
         "forward": dict(zip(names, forward, strict=True)),
@@ -119,8 +154,7 @@ def _differentiated(apply, variables, given: Inputs, *, train: bool):
     def loss_of(part, images):
         table = given.leaves | part
         logits, _ = apply(jax.tree.unflatten(tree, [table[p] for p in paths]), images, train)
-        chosen = jax.nn.log_softmax(logits.astype(jnp.float64))
-        return -chosen[np.arange(len(given.labels)), given.labels].mean()
+        return _loss_of_jax(logits, given.labels)
 
     with jax.disable_jit():
         run = jax.value_and_grad(loss_of, argnums=(0, 1))
@@ -137,6 +171,13 @@ def _through_graph(graph: Graph):
         return graph.evaluate(values, graph.needed([graph.logits]))[graph.logits], None
 
     return apply
+
+
+def _moved(walk: Walk, mapping: Mapping) -> set[str]:
+    """PyTorch's names of what the forward pass changes on either side."""
+    ours = walk.subject.moved()
+    placed = {n for n, parts in mapping.pieces.items() if any(p.leaf in ours for p in parts)}
+    return placed | walk.standard.moved()
 
 
 def after_step(walk: Walk) -> dict:

@@ -93,7 +93,7 @@ class Report(NamedTuple):
         return f"divergent: {len(layers)} layer{'s differ' if len(layers) > 1 else ' differs'}" + (
             f" by {causes} cause{many}; put into PyTorch's network, "
             f"{'they explain' if causes > 1 else 'it explains'} every difference"
-            if self.explained
+            if self.explained and self.largest > tolerances.PORT
             else f", first {self.faults[0].module} ({self.faults[0].mode} mode)"
         )
 

@@ -18,8 +18,28 @@ def lifted(array):
     if jnp.result_type(array) not in NARROW:
         number = np.ndim(array) == 0 and jnp.result_type(array) == np.float64
         return EPS if number and array == np.finfo(np.float64).eps else array
-    array = np.asarray(array, np.float32)
+    array = np.asarray(array)
+    if array.dtype != np.float32:
+        return _of_few_digits(array)
     return _as_written(array) if array.ndim == 0 else _decimals(array)
+
+
+USUAL = (np.sqrt(2 / np.pi), np.sqrt(0.5), np.sqrt(2), 0.044715, 1.702, 1 / 6, 1 / 3)
+"""Numbers of activations that have more digits than bfloat16 and float16 hold."""
+
+
+def _of_few_digits(array: np.ndarray) -> np.ndarray:
+    """The usual numbers, or the shortest decimals, that float16 or bfloat16 rounded to an array."""
+    found = array.astype(np.float64)
+    if array.size > MOST:
+        return found
+    flat = array.reshape(-1)
+    tries = [np.array([float(f"{n:.{d}g}") for n in flat]) for d in (4, 3, 2, 1)]
+    tries += [np.copysign(number, found.reshape(-1)) for number in USUAL]
+    for numbers in tries:
+        numbers = numbers.reshape(array.shape)
+        found = np.where(numbers.astype(array.dtype) == array, numbers, found)
+    return np.float64(found) if array.ndim == 0 else found
 
 
 def _decimals(array: np.ndarray) -> np.ndarray:
