@@ -13,7 +13,8 @@ def augment(config: AugmentConfig, data: DataConfig) -> list[Callable]:
     """The steps between decoding and normalising; the sizes of the configs are filled in."""
     steps = []
     if config.random_crop:
-        steps.append(v2.RandomCrop(data.image_size, padding=config.random_crop))
+        size = data.train_size if config.random_resized_crop else None
+        steps.append(v2.RandomCrop(size or data.image_size, padding=config.random_crop))
     if config.horizontal_flip:
         steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
     if config.vertical_flip:

@@ -22,6 +22,7 @@ def save_state(run: Run, run_dir: Path) -> None:
     content = {name: part.state_dict() for name, part in _parts(run).items()}
     content |= {name: getattr(run, name) for name in PROGRESS}
     content["config"] = to_dict(run.config)
+    content["data"] = run.contents
     content["selection"] = dataclasses.asdict(run.selection)
     content["random"] = [torch.get_rng_state(), run.batches.generator.get_state()]
     content["cuda_random"] = torch.cuda.get_rng_state_all()
@@ -41,6 +42,8 @@ def load_state(run: Run, run_dir: Path) -> None:
     try:
         begun = from_dict(content["config"])
         _check_settings(run, run_dir, begun)
+        if content.get("data", run.contents) != run.contents:
+            raise InputError(f"the data have changed since {run_dir} was begun")
         for name, part in _parts(run).items():
             part.load_state_dict(content[name])
         for name in PROGRESS:

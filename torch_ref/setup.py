@@ -50,6 +50,9 @@ class Run:
     splits: dict[str, DataLoader]
     """Batches of the evaluation."""
 
+    contents: list
+    """Class names and a digest of each split, which a resumed run compares."""
+
     epoch: int = 0
     """Epochs done."""
 
@@ -102,6 +105,7 @@ def set_up(model: nn.Module, prepared: Prepared, device: torch.device) -> Run:
         mix=mixup(config.augment, config.model.num_classes),
         batches=batches,
         splits=splits,
+        contents=prepared.dataset.contents(),
     )
 
 

@@ -1,6 +1,7 @@
 """Data sets before size and batches: scikit-learn's digits or a folder of images, in splits."""
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable
 from itertools import chain
@@ -55,6 +56,16 @@ class DataSet:
 
     class_names: tuple[str, ...]
     channels: int
+
+    def contents(self) -> list:
+        """The class names, and a digest of the labels and file names of each split."""
+        found = [list(self.class_names)]
+        for split, images in self.splits.items():
+            digest = hashlib.sha256(np.asarray(images.labels, np.int32).tobytes())
+            if images.items.ndim == 1:
+                digest.update("/".join(Path(name).name for name in images.items).encode())
+            found.append([split, digest.hexdigest()])
+        return found
 
 
 def open_dataset(config: DataConfig) -> DataSet:

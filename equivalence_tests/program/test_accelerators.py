@@ -19,7 +19,7 @@ from flax import nnx
 from equivalence_tests.program.command import ROOT
 from equivalence_tests.studies import compiled as study
 from equivalence_tests.studies.compiled import FOREIGN, UNORDERED, convolutions, wide_activations
-from flax_resnet import create_model, list_models
+from flax_resnet import create_model, imagenet_recipes, list_models, recipes
 from flax_resnet.commands import cli, exits, plan
 from flax_resnet.config import TrainConfig
 from flax_resnet.devices import program, targets
@@ -275,9 +275,20 @@ def test_the_data_of_a_plan_are_those_of_the_flags_or_of_the_data_set():
     assert (data, config.model.num_classes) == (ahead.Data((224, 224, 3), 0), 1000)
     config, data = plan.of_flags(TrainConfig(model={"arch": "resnet20"}))
     assert (data, config.model.num_classes) == (ahead.Data((32, 32, 3), 0), 10)
-    config, data = plan.of_data(TrainConfig(model={"arch": "resnet18"}))
+    config, data = plan.of_data(TrainConfig(model={"arch": "resnet18"}), evaluation=False)
     assert data.image_shape == (16, 16, 1) and data.resident > 1000  # the digits
     assert config.model.stem == "imagenet" and config.augment.random_crop == 2
+
+
+def test_a_recipe_is_planned_at_the_sizes_that_it_trains_at():
+    config = imagenet_recipes.IMAGENET_RECIPES["torchvision-resnet50-v2"].config
+    for evaluation, side in ((False, 176), (True, 224)):
+        _, data = plan.of_flags(config, evaluation=evaluation)
+        assert data.image_shape == (side, side, 3)
+    config, data = plan.of_flags(recipes.RECIPES["cifar10-fast"].config)
+    assert data.image_shape == (32, 32, 3) and config.model.num_classes == 10
+    gray = TrainConfig(data={"mean": (0.3,), "std": (0.2,)}, model={"arch": "resnet20"})
+    assert plan.of_flags(gray)[1].image_shape == (32, 32, 1)
 
 
 class TwoLayers(nnx.Module):

@@ -430,3 +430,13 @@ def test_a_value_beyond_the_edge_is_noticed(group, name, value):
     object.__setattr__(getattr(config, group), name, value)
     with pytest.raises(ArithmeticError):
         edges._check_values(config, 3)
+
+
+def test_a_step_saved_before_its_epoch_ended_is_saved_again(two_steps, tmp_path):
+    """The run was stopped at the last step of an epoch, whose validation came after that."""
+    shutil.copytree(two_steps, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run")
+    for epoch in (0, 1):
+        checkpoints.save(3, state(3.0), {"progress": {"epoch": epoch}}, improvement=False)
+    assert checkpoints.document(3)["progress"] == {"epoch": 1}
+    checkpoints.close()

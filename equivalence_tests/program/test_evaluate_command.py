@@ -11,6 +11,7 @@ import pytest
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.insects import train_on, write_folder
 from flax_resnet.commands import cross_validate, evaluate
+from flax_resnet.interop.loaded_run import load_run
 
 
 def test_evaluate_repeats_the_report(insects, tmp_path):
@@ -150,3 +151,65 @@ def test_a_converted_run_knows_its_data(insects, folder, tmp_path):
     shutil.copy(data / "train/bee/00.png", data / "train/bee/new.png")
     refused(run_script("evaluate.py", run), "the data have changed")
     refused(run_script("evaluate.py", tmp_path / "again"), "the data have changed")
+
+
+@pytest.fixture
+def undivided(tmp_path):
+    """A run on a folder without splits of its own, and the folder."""
+    data = write_folder(tmp_path / "data", splits=(".",), per_class=20)
+    assert train_on(data, tmp_path / "run", "--epochs", 1).status == 0
+    return tmp_path / "run", data
+
+
+def test_changed_data_of_the_run_are_refused_by_name_too(undivided):
+    run, data = undivided
+    flags = ["--dataset", f"folder:{data}"]
+    assert run_script("evaluate.py", run, *flags).status == 0
+    shutil.copy(data / "bee/00.png", data / "bee/new.png")
+    refused(run_script("evaluate.py", run, *flags), "the data have changed")
+    assert run_script("evaluate.py", run, *flags, "--split", "all").status == 0
+
+
+def test_changed_data_that_bring_their_test_split_are_evaluated(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "data")
+    flags = ["--dataset", f"folder:{tmp_path / 'data'}"]
+    assert train_on(tmp_path / "data", tmp_path / "run", "--epochs", 1).status == 0
+    (tmp_path / "data/test/bee/00.png").unlink()
+    outcome = run_script("evaluate.py", tmp_path / "run", *flags)
+    assert outcome.status == 0 and "test: 23 images" in outcome.out, outcome
+
+
+def test_a_converted_head_is_in_the_order_of_the_data(insects, folder, tmp_path):
+    """The run of the weights has its classes in another order."""
+    weights, turned = tmp_path / "weights.safetensors", tmp_path / "turned"
+    assert run_script("convert.py", insects, weights).status == 0
+    own = load_run(insects)
+    data = own.config.data
+    flags = ["--class-names", "bee,ant", "--image-size", data.image_size]
+    flags += ["--mean", *data.mean, "--std", *data.std]
+    assert run_script("convert.py", weights, turned, *flags).status == 0
+    back = tmp_path / "back"
+    outcome = run_script("convert.py", turned, back, "--dataset", f"folder:{folder}")
+    assert outcome.status == 0, outcome.err
+    images = np.random.default_rng(0).integers(0, 256, (4, *own.image_shape), np.uint8)
+    turned, back = load_run(turned), load_run(back)
+    assert (turned.class_names, back.class_names) == (("bee", "ant"), ("ant", "bee"))
+    np.testing.assert_allclose(back.predict(images), turned.predict(images)[:, ::-1], atol=1e-6)
+
+
+def test_the_resize_goes_with_the_size_that_a_conversion_replaces(insects, tmp_path):
+    flags = ["--image-size", 8]
+    assert run_script("convert.py", insects, tmp_path / "run", *flags).status == 0
+    data = load_run(tmp_path / "run").config.data
+    assert (data.image_size, data.resize_size) == (8, 8)
+
+
+def test_a_member_may_be_called_ensemble(insects, folder, tmp_path, monkeypatch):
+    assert train_on(folder, tmp_path / "ensemble", "--epochs", 1, "--seed", 1).status == 0
+    shutil.copytree(insects, tmp_path / "first")
+    monkeypatch.chdir(tmp_path)
+    alone, both = (
+        json.loads(run_script("evaluate.py", *names, "--json", "-").out)
+        for names in (["ensemble"], ["ensemble", "first"])
+    )
+    assert both["members"]["ensemble"]["loss"] == alone["loss"] != both["loss"]

@@ -152,6 +152,15 @@ def test_images_have_one_size_in_all_folds(monkeypatch):
 
 def test_folds_do_not_begin_with_the_weights_of_a_fold(tmp_path, monkeypatch):
     (tmp_path / "cv/fold-0").mkdir(parents=True)
-    with pytest.raises(InputError, match="has seen images on which other folds are tested"):
-        cross_validate.check_source(tmp_path / "cv", str(tmp_path / "cv/fold-0"))
-    cross_validate.check_source(tmp_path / "cv", str(tmp_path / "other"))
+    with pytest.raises(InputError, match="has seen images on which folds are tested"):
+        cross_validate.check_source(tmp_path / "cv", str(tmp_path / "cv/fold-0"), "digits")
+    cross_validate.check_source(tmp_path / "cv", str(tmp_path / "other"), "digits")
+
+
+def test_folds_do_not_begin_with_a_run_on_their_images(insects, folder, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    for data in (folder, link):
+        with pytest.raises(InputError, match="has seen images on which folds are tested"):
+            cross_validate.check_source(tmp_path / "cv", str(insects), f"folder:{data}")
+    cross_validate.check_source(tmp_path / "cv", str(insects), f"folder:{tmp_path}")

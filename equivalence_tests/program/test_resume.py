@@ -1,5 +1,6 @@
 """A resumed run needs its own data and checkpoints, and no other files."""
 
+import json
 import shutil
 import signal
 
@@ -14,7 +15,7 @@ from flax_resnet.data.sources import open_dataset
 from flax_resnet.devices import distributed
 from flax_resnet.errors import InputError
 from flax_resnet.interop.loaded_run import load_run
-from flax_resnet.runs import checkpoint
+from flax_resnet.runs import checkpoint, views
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in
 from flax_resnet.runs.tables import read_rows
 from flax_resnet.runs.views import class_names, read_config
@@ -161,3 +162,40 @@ def test_the_config_is_there_before_the_checkpoints(tmp_path, monkeypatch):
         patch.setattr("flax_resnet.training.fit.Checkpoints", killed)
         fit(small(epochs="1"), tmp_path / "run", display=quiet())
     assert fit(small(epochs="1"), tmp_path / "run", resume=True, display=quiet())["epochs"] == 1
+
+
+def test_a_stop_at_the_last_step_of_all_leaves_a_whole_run(tmp_path, monkeypatch):
+    """Its validation, which is no improvement, comes after the checkpoint of that step."""
+    config = small(epochs="1", data={"validation_fraction": 0})
+    fit(config, tmp_path / "whole", display=quiet())
+    [last] = steps_in(tmp_path / "whole/checkpoints")
+    cut(config, tmp_path / "run", monkeypatch, step=last)
+    fit(config, tmp_path / "run", resume=True, display=quiet())
+    assert views.faults(tmp_path / "run") == [] and views.is_trained(tmp_path / "run")
+
+
+def test_other_class_weights_are_other_data(tmp_path, monkeypatch):
+    """The config holds the name of their file alone."""
+    file = tmp_path / "weights.json"
+    file.write_text(json.dumps({str(digit): 1 for digit in range(10)}))
+    config = small(epochs="1", optimizer={"class_weights": str(file)})
+    cut(config, tmp_path / "run", monkeypatch)
+    file.write_text(json.dumps({str(digit): 1 + digit for digit in range(10)}))
+    with pytest.raises(InputError, match="the data have changed since the run began: class we"):
+        fit(config, tmp_path / "run", resume=True, display=quiet())
+
+
+def test_a_run_is_where_its_data_were_last(tmp_path, monkeypatch):
+    """The best checkpoint may be older than the place that a resumed run was given."""
+    fit(small(epochs="2"), tmp_path, display=quiet())
+    first, last = steps_in(tmp_path / "checkpoints")
+    original = Checkpoints.document
+
+    def document(self, step):
+        found = original(self, step)
+        data = found["config"]["data"] | {"dataset": f"folder:{step}"}
+        return found | {"config": found["config"] | {"data": data}}
+
+    monkeypatch.setattr(Checkpoints, "document", document)
+    config = restore.restore(tmp_path, lambda checkpoints: first)[1]
+    assert config.data.dataset == f"folder:{last}"

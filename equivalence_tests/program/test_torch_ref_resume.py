@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from equivalence_tests.program.insects import write_folder
 from equivalence_tests.program.twin import call, small
 from flax_resnet.commands import cli
 from flax_resnet.errors import InputError
-from torch_ref import checkpoint, loop, resume
+from torch_ref import checkpoint, loop, prepare, resume
 from torch_ref.train import fit
 
 FILES = ["metrics.csv", "report.json", "state.pth", "weights.pth"]
@@ -155,3 +156,24 @@ def test_data_may_be_read_in_another_way(begun, tmp_path):
     shutil.copytree(begun, tmp_path / "cut")
     settings = dataclasses.replace(config(data={"num_workers": 1}), eval_batch_size=7)
     assert fit(settings, tmp_path / "cut", resume=True)["epochs"] == 5
+
+
+def test_changed_data_are_refused(tmp_path):
+    data = write_folder(tmp_path / "data", splits=(".",), per_class=20)
+    settings = config(
+        data={"dataset": f"folder:{data}", "mean": (0.5,) * 3, "std": (0.2,) * 3},
+        batch_size=8, epochs=2,
+    )  # fmt: skip
+    train_until(1, settings, tmp_path / "run")
+    (data / "ant").rename(data / "cat")  # after the bee
+    with pytest.raises(InputError, match="the data have changed"):
+        fit(settings, tmp_path / "run", resume=True)
+
+
+def test_images_are_cropped_at_the_size_of_the_training():
+    settings = config(
+        data={"image_size": 24, "train_size": 16},
+        augment={"random_resized_crop": True, "random_crop": 2},
+    )
+    shape = prepare.prepare(settings).augmented[0][0].shape
+    assert shape == (1, 16, 16)

@@ -163,7 +163,11 @@ def requested_config(args, known: dict | None = None) -> TrainConfig:
         config = config_from_file(args.config)
     else:
         config = read_config(args.input) if args.is_run else from_dict({"data": known or {}})
-    return cli.merge(config, cli.requested_values(args))
+    config = cli.merge(config, cli.requested_values(args))
+    if args.image_size and not (args.resize_size or args.config):
+        # The resize of the weights belongs to the size that is replaced.
+        config = replace(config, data=replace(config.data, resize_size=config.data.image_size))
+    return config
 
 
 def make_run(args, weights, arrays, architecture: convert.Architecture) -> LoadedRun:
@@ -186,6 +190,7 @@ def make_run(args, weights, arrays, architecture: convert.Architecture) -> Loade
     else:
         config, dataset = with_data(args, config, channels)
         names, data = dataset.class_names, contents(dataset)
+        arrays = arrays | restore.head_in_order(arrays, weights.class_names, names)
     environment.configure_jax(config)
     return replace(weights_to_run.as_run(arrays, config, names, channels), contents=data)
 

@@ -21,7 +21,7 @@ from flax_resnet import metrics
 from flax_resnet.commands import cli, evaluate, exits, outcomes, output_files, train
 from flax_resnet.config import TrainConfig, finite
 from flax_resnet.data.prepare import check_contents, contents, natural_size, resolve
-from flax_resnet.data.sources import open_dataset
+from flax_resnet.data.sources import open_dataset, places
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
 from flax_resnet.interop.loaded_run import load_run
@@ -66,10 +66,19 @@ def resolved_size(config: TrainConfig) -> int:
     return resolve(config, image_size=size, num_classes=classes).data.image_size
 
 
-def check_source(root: Path, source: str | None):
-    """Raises InputError if the folds would begin with weights of one of them."""
-    if source and root.resolve() in Path(source).resolve().parents:
-        raise InputError(f"--init-from {source} has seen images on which other folds are tested")
+def check_source(root: Path, source: str | None, dataset: str):
+    """Raises InputError if the folds would begin with weights of one of them, or of another run on
+    the same data."""
+    seen = source and root.resolve() in Path(source).resolve().parents
+    if source and is_begun(Path(source)):
+        own = read_config(Path(source), say=lambda line: None).data.dataset
+        seen |= own == dataset or bool(set(_paths(own)) & set(_paths(dataset)))
+    if seen:
+        raise InputError(f"--init-from {source} has seen images on which folds are tested")
+
+
+def _paths(dataset: str) -> list[Path]:
+    return [Path(place).resolve() for place in places(dataset)]
 
 
 def check(root: Path, runs: dict[Path, TrainConfig]):
@@ -163,7 +172,7 @@ def main():
     runs = configs(args)
     root = args.run_dir or Path("runs") / f"{default_name(runs[0])}-{len(runs)}-folds"
     folders = [root / f"fold-{number}" for number in range(len(runs))]
-    check_source(root, runs[0].init_from)
+    check_source(root, runs[0].init_from, runs[0].data.dataset)
     check(root, dict(zip(folders, runs, strict=True)))
     for config, folder in zip(runs, folders, strict=True):
         trained(config, folder)

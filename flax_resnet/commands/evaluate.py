@@ -83,12 +83,18 @@ def open_data(run: LoadedRun, name: str | None, split: str):
 
 
 def _open_named(run: LoadedRun, name: str, split: str):
-    """A data set, all images of it. The images of the run's own data keep the run's fold."""
+    """A data set, all images of it. The images of the run's own data keep the run's fold; if these
+    data have changed, only a test split that they bring along is evaluated."""
     data = replace(run.config.data, dataset=name)
+    if run.config.data.dataset == name and split != "all":
+        dataset = open_dataset(data)
+        if split not in dataset.own_splits:
+            check_contents(contents(dataset), run.contents)
     if data.folds and split != "all":
-        with contextlib.suppress(InputError):  # more folds than other data have images
+        with contextlib.suppress(InputError):  # other data, perhaps with too few images to fold
             dataset = open_dataset(data)
-            if contents(dataset) == run.contents:
+            if run.contents:
+                check_contents(contents(dataset), run.contents)
                 return dataset
     whole = dict.fromkeys(("train_images", "eval_images", "folds", "fold"))
     if split == "all":  # nothing is cut off, however few images there are
@@ -225,16 +231,17 @@ def main():
     output_files.check_outputs(outputs(args), data=data)
     run, several = ensemble(runs, args.average), len(runs) > 1
     skip = args.on_bad_image == "skip"
-    table = {
-        name: measure(member, dataset, args.split, [] if skip else None)[0]
-        for name, member in (runs.items() if several else ())
-    }
-    for name, values in table.items():
+    members = [
+        measure(member, dataset, args.split, [] if skip else None)[0]
+        for member in (runs.values() if several else ())
+    ]
+    for name, values in zip(names, members, strict=False):
         check_finite(name, values)
     left_out = [] if skip else None
     subject = "ensemble" if several else names[0]
     figures, num_images, worst = measured(run, dataset, args, left_out, subject)
-    table["ensemble" if several else args.split] = figures
+    table = dict(zip(names, members, strict=True)) if several else {}
+    table["all together" if "ensemble" in table else subject if several else args.split] = figures
     display = Display(stderr="-" in map(str, (args.json, args.predictions, args.worst)))
     for line in dataset.remarks(AS_TRAINED):
         display.say(line)
@@ -251,6 +258,7 @@ def main():
         facts = {"split": args.split, "images": num_images, "command": exits.command_line()}
         facts |= {"left_out_images": len(bad), "left_out": bad}
         if several:
-            facts |= {"average": args.average, "members": {n: table[n] for n in names}}
+            each = dict(zip(names, members, strict=True))
+            facts |= {"average": args.average, "members": each}
         with output_files.output(args.json) as file:
             file.write(json.dumps(figures | facts, indent=2, allow_nan=False) + "\n")

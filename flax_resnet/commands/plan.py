@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.table import Table
 
+from flax_resnet import recipes
 from flax_resnet.commands import cli, exits, output_files
 from flax_resnet.config import TrainConfig, finite, to_dict
 from flax_resnet.data.prepare import natural_size, resolve, that_fit
@@ -66,28 +67,40 @@ def parse():
     return args
 
 
-def of_flags(config: TrainConfig) -> tuple[TrainConfig, ahead.Data]:
+SIZES = {recipes.CIFAR10: 32, recipes.IMAGENETTE: 224}
+"""{data set of a recipe, of 10 classes: the pixels a side that its images suggest}."""
+
+
+def of_flags(config: TrainConfig, *, evaluation: bool = False) -> tuple[TrainConfig, ahead.Data]:
     """The config with what it leaves open filled in, and data as the flags describe them.
 
-    Sizes and classes are those of the flags, or those on which the network was published; batches
-    bring their own images.
+    Sizes and classes are those of the config, of the data set of a recipe, or those on which the
+    network was published. Batches bring their own images.
     """
-    small = config.model.arch == "basic_cnn" or has_shortcut_choice(config.model.arch)
-    size = config.data.image_size or (32 if small else 224)
-    classes = config.model.num_classes or (10 if small else 1000)
+    dataset, small = config.data.dataset, config.model.arch == "basic_cnn"
+    small |= has_shortcut_choice(config.model.arch)
+    size = config.data.image_size or SIZES.get(dataset) or (32 if small else 224)
+    classes = config.model.num_classes or (10 if small or dataset in SIZES else 1000)
     config = resolve(config, image_size=size, num_classes=classes)
-    size = config.data.image_size
-    return config, ahead.Data((size, size, 1 if config.data.grayscale else 3), resident=0)
+    channels = 1 if config.data.grayscale else len(config.data.mean or "RGB")
+    side = _side(config, evaluation)
+    return config, ahead.Data((side, side, channels), resident=0)
 
 
-def of_data(config: TrainConfig) -> tuple[TrainConfig, ahead.Data]:
+def _side(config: TrainConfig, evaluation: bool) -> int:
+    """Pixels a side of the images of a step: those of training may be smaller."""
+    smaller = config.augment.random_resized_crop and not evaluation and config.data.train_size
+    return smaller or config.data.image_size
+
+
+def of_data(config: TrainConfig, *, evaluation: bool) -> tuple[TrainConfig, ahead.Data]:
     """The config as `train.py` resolves it for its data set, and the data that a step meets."""
     dataset = open_dataset(config.data)
     size = config.data.image_size or natural_size(dataset)
     config = resolve(config, image_size=size, num_classes=len(dataset.class_names))
     resident = len(dataset.train) if "train" in that_fit(config, dataset) else 0
-    size = config.data.image_size
-    return config, ahead.Data((size, size, dataset.channels), resident)
+    side = _side(config, evaluation)
+    return config, ahead.Data((side, side, dataset.channels), resident)
 
 
 class Row(NamedTuple):
@@ -243,7 +256,8 @@ def main():
     config = cli.build_config(args, TrainConfig())
     # A program for a device that is not here can be written into a cache but not read from it.
     environment.configure_jax(dataclasses.replace(config, compilation_cache=False))
-    config, data = of_data(config) if args.dataset else of_flags(config)
+    describe = of_data if args.dataset else of_flags
+    config, data = describe(config, evaluation=args.evaluation)
     rows = [planned(config, data, target, args) for target in args.targets]
     floors = [
         None if args.evaluation else floor_bytes(config, data, row.num_devices) for row in rows
@@ -251,11 +265,14 @@ def main():
     made = [row.program for row in rows if row.program]
     if str(args.json) != "-":
         display = Display()
+        images = "x".join(map(str, data.image_shape))
+        classes = config.model.num_classes
+        display.say(f"{config.model.arch}: images of {images}, {classes:,} classes")
         for table in (summary(rows, floors), *map(heaviest, made)):
             display.show(table)
     if args.json:
         document = {"targets": [as_json(row) for row in rows], "config": to_dict(config)}
-        document["environment"] = environment.describe(len(rows))
+        document["environment"] = environment.describe(num_devices=1)  # which compiled
         with output_files.output(args.json) as file:
             file.write(json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
     if args.plot:

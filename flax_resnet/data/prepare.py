@@ -161,11 +161,14 @@ def _decode(source, decoder, indices) -> np.ndarray:
     return distributed.gather_rows(part, len(indices))
 
 
-def contents(dataset: DataSet) -> dict:
-    """Facts about a data set that a resumed run compares: its classes, the checksum of its files if
-    it has one, and for each split the number of images and a digest of labels and file names
-    (without the folder's path)."""
+def contents(dataset: DataSet, weights: np.ndarray | None = None) -> dict:
+    """Facts about a data set that a resumed run compares: its classes and a digest of their
+    weights, the checksum of its files if it has one, and for each split the number of images and a
+    digest of labels and file names (without the folder's path)."""
     facts = {"classes": ", ".join(dataset.class_names)}
+    if weights is not None:
+        digest = hashlib.sha256(np.asarray(weights, np.float64).tobytes()).hexdigest()
+        facts["class weights"] = f"SHA-256 {digest[:16]}"
     if dataset.checksum:
         facts["files"] = f"SHA-256 {dataset.checksum[:16]}"
     for split in SPLITS:
@@ -190,7 +193,7 @@ def check_contents(now: dict, before: dict):
 
 def fingerprint(prepared: Prepared) -> dict:
     """The contents of the data and digests of some images, for processes to compare."""
-    facts = contents(prepared.dataset)
+    facts = contents(prepared.dataset, prepared.class_weights)
     for split in SPLITS:
         source = getattr(prepared.dataset, split)
         if len(source):

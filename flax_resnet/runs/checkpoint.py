@@ -91,9 +91,9 @@ class Checkpoints:
         self.wait()
         self._damage.cache_clear()
         if step in steps_in(self.directory):
-            if not improvement:
-                return  # the same state is saved already
-            self._delete(step)  # it was saved before its evaluation showed that it is the best
+            if not improvement and not self._is_outdated(step, document):
+                return  # the same is saved already
+            self._delete(step)  # it was saved before the evaluation of its epoch
         elif os.path.lexists(place := self.directory / str(step)):
             raise InputError(f"{place} has the name of a checkpoint, and no run has written it")
         if improvement:
@@ -135,6 +135,11 @@ class Checkpoints:
         for old in steps_in(self.directory)[:-2]:
             if old != self._best and not self._foreign(old):
                 self._delete(old)
+
+    def _is_outdated(self, step: int, document: dict) -> bool:
+        """True if a step was saved at the end of its epoch, and this document after it."""
+        sound = self._damage(self.directory / str(step)) is None
+        return sound and _epoch(self.document(step)) < _epoch(document)
 
     def delete_after(self, step: int | None):
         """Delete the steps after the one that a run resumes from (None: all), which are damaged and
@@ -294,6 +299,10 @@ def check_space(directory: Path, state):
             f"{directory}: no space left: checkpoints need {needed / 1e6:,.0f} MB,"
             f" {free / 1e6:,.0f} MB are free"
         )
+
+
+def _epoch(document: dict) -> int:
+    return document.get("progress", {}).get("epoch", 0)
 
 
 def _improved(document: dict) -> bool:

@@ -1,6 +1,7 @@
 """The end of a run: the chosen weights on every split, and what is written of them."""
 
 import math
+import statistics
 
 import numpy as np
 
@@ -86,7 +87,9 @@ def _check(run: Run, variables: Variables, splits: dict, epoch: int):
 
 
 def speed(timings: list[dict], batch_size: int) -> dict:
-    """Seconds of training over all epochs, and the speed without the first, which compiles.
+    """Seconds of training over all epochs, and the speed of a median epoch without the first.
+
+    The first epoch compiles the program, as does the first one after each resume.
 
     Args:
       timings: rows of timings.csv.
@@ -96,9 +99,9 @@ def speed(timings: list[dict], batch_size: int) -> dict:
     """
     steady = timings[1:] or timings
     seconds = sum(row["seconds"] for row in steady) or math.nan
-    images = sum(row["steps"] for row in steady) * batch_size
+    speeds = [row["steps"] * batch_size / (row["seconds"] or math.nan) for row in steady]
     return {
         "seconds": sum(row["seconds"] for row in timings),
-        "images_per_second": images / seconds,
+        "images_per_second": statistics.median(speeds) if speeds else math.nan,
         "data_wait_share": sum(row["data_wait_seconds"] for row in steady) / seconds,
     }

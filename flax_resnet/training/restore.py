@@ -48,10 +48,11 @@ def restore(
         step = choose(checkpoints)
         if step is None:
             raise InputError(f"{run_dir}: none of its checkpoints is sound")
-        for fault in config_faults(run_dir, checkpoints.document(checkpoints.latest())):
+        newest = checkpoints.document(checkpoints.latest())
+        for fault in config_faults(run_dir, newest):
             warn(fault)
         document = checkpoints.document(step)
-        config = from_dict(document["config"])
+        config = from_dict(newest["config"])  # a resumed run may name another place of its data
         environment.configure_jax(config)
         network = Network(
             create_from_config(config.model, in_channels=document["channels"]),
@@ -148,11 +149,19 @@ def load_weights(
 
 def in_order(weights: Weights, class_names: Sequence[str]) -> dict[str, np.ndarray] | None:
     """The arrays with the head in the order of these names; None if they have it or other names."""
-    own_names = weights.class_names
-    if tuple(class_names) == own_names or sorted(class_names) != sorted(own_names):
-        return None
+    head = head_in_order(weights.arrays, weights.class_names, class_names)
+    return weights.arrays | head if head else None
+
+
+def head_in_order(
+    arrays: dict[str, np.ndarray], own_names: Sequence[str], class_names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """The head, whose classes have their own names, in the order of the same names; {} if it has
+    that order or other names."""
+    if tuple(class_names) == tuple(own_names) or sorted(class_names) != sorted(own_names):
+        return {}
     order = [own_names.index(name) for name in class_names]
-    return weights.arrays | {name: weights.arrays[name][order] for name in ("fc.weight", "fc.bias")}
+    return {name: arrays[name][order] for name in ("fc.weight", "fc.bias") if name in arrays}
 
 
 @contextlib.contextmanager

@@ -141,7 +141,7 @@ def set_up(
     step = checkpoints.latest()
     distributed.check_agreement({"checkpoint": step})
     state, progress = steps.make_state(network.initial, config), Progress()
-    document, found = None, contents(prepared.dataset)
+    document, found = None, contents(prepared.dataset, prepared.class_weights)
     if step is None:
         _check_fresh(config, directory, checkpoints, display)
     else:
