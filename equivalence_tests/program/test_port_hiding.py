@@ -241,3 +241,24 @@ def test_a_difference_of_rounding_to_float32_is_told_so():
     table = jnp.arange(16) * 0.37
     report = judged(port(between=lambda x: x * jnp.sin(table.astype(jnp.float64))), net)
     assert "as small as rounding to float32" in str(report)
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda x: x.float(), lambda x: x.to(torch.float32), lambda x: x.half().float()]
+)
+def test_a_network_may_cast_its_images(cast):
+    class Cast(nn.Module):
+        def forward(self, x):
+            return cast(x) * torch.ones(1, dtype=torch.float32)
+
+    report = judged(port(), Torch(before=Cast()))
+    assert report.verdict == "equal", str(report)
+
+
+def test_a_forward_pass_that_raises_leaves_pytorch_as_it_is():
+    def body(x):
+        raise ValueError("no")
+
+    with pytest.raises(InputError, match="ValueError: no"):
+        judged(port(), Torch(between=body))
+    assert torch.ones(1, dtype=torch.float64).float().dtype == torch.float32

@@ -92,7 +92,7 @@ def test_seeds_become_a_mean_and_a_deviation(tmp_path):
     )
     assert "`imagenette-cnn` (256 images) | test accuracy | 0.6308 | 0.1000 | 1 |" in text
     assert "`imagenette-cnn` (torch) | test accuracy | 0.6308 | 0.7000 | 1 |" in text
-    assert "`cifar10-fast` (published 0.9547)" in text[text.index("Not run: ") :]
+    assert "`cifar10-fast` (published test accuracy 0.9547)" in text[text.index("Not run: ") :]
 
 
 def test_a_row_says_whether_its_run_read_the_original_data(tmp_path):

@@ -84,8 +84,8 @@ def not_run(rows: list[dict]) -> str:
 
 
 def _with_figures(name: str, recipe: Recipe) -> str:
-    published = " and ".join(f"{value:.4f}" for value in recipe.published.values())
-    return f"`{name}`" + (f" (published {published})" if published else "")
+    figures = [f"{_words(name)} {value:.4f}" for name, value in recipe.published.items()]
+    return f"`{name}`" + (f" (published {figures[0]})" if figures else "")
 
 
 def _line(row: dict, figure: str) -> str:

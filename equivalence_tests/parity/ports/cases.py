@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from equivalence_tests.parity import inputs, sizes
-from equivalence_tests.parity.ports import exported, variant
+from equivalence_tests.parity.ports import exported, variant, wide
 from equivalence_tests.parity.ports.graph import Graph
 from flax_resnet.errors import InputError
 
@@ -41,6 +41,7 @@ def prepared(net: nn.Module) -> nn.Module:
     except Exception as error:  # whatever the user's own code raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"the PyTorch network cannot be copied: {reason}") from error
+    wide.widen(net)
     for name, buffer in net.named_buffers():
         if name in constants:
             buffer.data.copy_(constants[name])

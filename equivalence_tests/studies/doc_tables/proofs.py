@@ -38,7 +38,7 @@ def headline() -> str:
                 f" {growth[-1]['weights_difference']:.1e}](results/error-growth.json)",
             ],
             [
-                f"the first command below, {len(digits)} seeds, two CPU cores",
+                f"the training of the first command below, {len(digits)} seeds, two CPU cores",
                 f"[test accuracy {accuracy[0]:.3f} to {accuracy[1]:.3f} in {seconds[0]:.0f} to"
                 f" {seconds[1]:.0f} s](results/digits-resnet18.json)",
             ],

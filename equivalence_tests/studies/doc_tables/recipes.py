@@ -103,7 +103,7 @@ def depth() -> str:
 def _question(*recipes: str) -> str:
     """The runs of some recipes."""
     ours = _whole_runs()
-    header = ["recipe", "method", "seeds", "epochs", "training", "test", "gap", "loss"]
+    header = ["recipe", "method", "seed numbers", "epochs", "training", "test", "gap", "loss"]
     return table(header, [_reached(ours[name]) for name in recipes if name in ours], numbers=4)
 
 
