@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from flax_resnet.runs.views import read_config
 from flax_resnet.training import loop, steps
 from flax_resnet.training.fit import fit
 from flax_resnet.training.network import Variables
-from flax_resnet.training.progress import Interrupted
+from flax_resnet.training.progress import Interrupted, Progress
 from flax_resnet.training.restore import restore
 from flax_resnet.weights import convert
 
@@ -335,6 +336,21 @@ def test_fine_tuning_takes_the_backbone_and_a_new_head(finished, tmp_path):
     before, after = weights(finished[0]), weights(tmp_path / "tuned")
     for name in before:
         assert (before[name] == after[name]).all() == (not name.startswith("fc.")), name
+
+
+def test_weights_of_a_run_that_divided_the_same_data_otherwise_are_told(finished, tmp_path):
+    for number, said in ((0, False), (1, True)):
+        config = small(init_from=str(finished[0]), epochs="1", data={"split_seed": number})
+        console = Console(record=True, width=300)
+        fit(config, tmp_path / str(number), display=Display(console))
+        assert ("divided digits otherwise" in console.export_text()) == said
+
+
+def test_steps_of_another_framework_are_not_timed():
+    progress = Progress(converted_steps=15, counted_steps=5, seconds=2.0)
+    run = mock.Mock(progress=progress, steps_per_epoch=20, config=small(batch_size=32))
+    _, timing = loop._rows(run)
+    assert (timing["steps"], timing["images_per_second"]) == (5, 80)
 
 
 def test_frozen_batchnorm_keeps_its_statistics(tmp_path):

@@ -307,7 +307,7 @@ def training_to_run(args) -> int:
         class_names=run.class_names,
         channels=run.channels,
         contents=contents(dataset),
-        progress={"epoch": epoch, "step_in_epoch": step},
+        progress={"epoch": epoch, "step_in_epoch": step, "converted_steps": step},
     )
     return arrays["step"]
 

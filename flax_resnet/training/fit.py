@@ -335,6 +335,7 @@ def _fine_tune(model, config: TrainConfig, class_names: Sequence[str], say: Call
     source = config.init_from
     weights = pretrained(source, config.weights_key, ema=config.ema, say=say)
     _say_other_normalisation(weights.data, config, say)
+    _say_other_division(weights.divided, config, say)
     arrays = in_order(weights, class_names)
     if arrays is not None:
         say(f"{source}: the same classes in another order, matched by name")
@@ -351,6 +352,15 @@ def _fine_tune(model, config: TrainConfig, class_names: Sequence[str], say: Call
         raise InputError(f"{source}: {error}") from None
     if new:
         say(f"the head is new: {config.model.num_classes} classes")
+
+
+def _say_other_division(own: dict, config: TrainConfig, say: Callable):
+    taken = {name: getattr(config.data, name) for name in own}
+    if own != taken and own["dataset"] == taken["dataset"]:
+        say(
+            f"warning: {config.init_from} divided {own['dataset']} otherwise: its training images"
+            " may be validation or test images here"
+        )
 
 
 def _say_other_normalisation(known: dict, config: TrainConfig, say: Callable):

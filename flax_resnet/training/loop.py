@@ -194,7 +194,8 @@ def finish_epoch(run: Run):
 
 def _rows(run: Run) -> tuple[dict, dict]:
     """The row of metrics.csv and that of timings.csv for the epoch that has ended."""
-    progress, steps_per_epoch = run.progress, run.steps_per_epoch
+    progress = run.progress
+    timed = run.steps_per_epoch - progress.converted_steps
     row = {
         "epoch": progress.epoch + 1,
         "step": run.global_step,
@@ -204,9 +205,9 @@ def _rows(run: Run) -> tuple[dict, dict]:
     }
     timing = {
         "epoch": progress.epoch + 1,
-        "steps": steps_per_epoch,
+        "steps": timed,
         "seconds": progress.seconds,
-        "images_per_second": steps_per_epoch * run.config.batch_size / progress.seconds,
+        "images_per_second": timed * run.config.batch_size / progress.seconds,
         "data_wait_seconds": progress.data_wait,
         "checkpoint_seconds": run.checkpoint_seconds,
     }

@@ -30,6 +30,9 @@ class Progress:
     step_in_epoch: int = 0
     """Steps done of the next epoch."""
 
+    converted_steps: int = 0
+    """Steps of the next epoch that another framework did, which are not timed here."""
+
     loss_sum: float = 0.0
     """Sum of the losses of these steps, of those that were finite."""
 
@@ -84,7 +87,7 @@ class Progress:
     def next_epoch(self):
         """Begin the sums anew."""
         self.epoch += 1
-        self.step_in_epoch = self.counted_steps = 0
+        self.step_in_epoch = self.converted_steps = self.counted_steps = 0
         self.loss_sum = self.accuracy_sum = self.seconds = self.data_wait = 0.0
 
 

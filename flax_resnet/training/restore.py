@@ -77,6 +77,9 @@ class Weights(NamedTuple):
     """Fields of `DataConfig` that belong to the weights (mean, std, sizes, interpolation), or {} if
     they are unknown."""
 
+    divided: dict = {}
+    """Fields of `DataConfig` that name and divide the data of a run, or {} for other weights."""
+
     @property
     def model(self) -> dict:
         """Fields of `ModelConfig` that belong to the weights, found from names and shapes."""
@@ -127,13 +130,18 @@ def pretrained(
 
 _OF_DATA = ("mean", "std", "image_size", "resize_size", "interpolation", "grayscale")
 
+_DIVIDING = ("dataset", "test_fraction", "validation_fraction", "split_seed", "folds", "fold")
+
 
 def _of_run(path: Path) -> Weights:
     with _kept_settings():
         document, config, network, state = restore(path, chosen_step)
         arrays = convert.state_dict(network.to_model(steps.evaluation_variables(state)))
     names = tuple(normalize("NFC", name) for name in document["class_names"])
-    return Weights(arrays, names, {name: getattr(config.data, name) for name in _OF_DATA})
+    data, divided = (
+        {name: getattr(config.data, name) for name in fields} for fields in (_OF_DATA, _DIVIDING)
+    )
+    return Weights(arrays, names, data, divided)
 
 
 def load_weights(
