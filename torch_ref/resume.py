@@ -1,8 +1,10 @@
 """The state of a run after an epoch <-> state.pth, from which the run goes on."""
 
 import dataclasses
+import random
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from flax_resnet.config import TrainConfig, differences, from_dict, to_dict
@@ -26,6 +28,8 @@ def save_state(run: Run, run_dir: Path) -> None:
     content["selection"] = dataclasses.asdict(run.selection)
     content["random"] = [torch.get_rng_state(), run.batches.generator.get_state()]
     content["cuda_random"] = torch.cuda.get_rng_state_all()
+    kind, keys, *rest = np.random.get_state()  # of timm's policies, as is Python's
+    content["policy_random"] = [random.getstate(), [kind, keys.tolist(), *rest]]
     with replacing(run_dir / STATE) as path, open(path, "wb") as file:
         torch.save(content, file)
 
@@ -53,6 +57,10 @@ def load_state(run: Run, run_dir: Path) -> None:
         torch.set_rng_state(cpu)
         run.batches.generator.set_state(batches)
         torch.cuda.set_rng_state_all(content["cuda_random"])
+        if "policy_random" in content:  # which earlier versions did not write
+            python, numpy = content["policy_random"]
+            random.setstate(python)
+            np.random.set_state(tuple(numpy))
     except InputError:
         raise
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -51,7 +51,8 @@ class Run:
     """Batches of the evaluation."""
 
     contents: list
-    """Class names and a digest of each split, which a resumed run compares."""
+    """Class names, a digest of each split and weights of the classes, which a resumed run
+    compares."""
 
     epoch: int = 0
     """Epochs done."""
@@ -86,6 +87,7 @@ def set_up(model: nn.Module, prepared: Prepared, device: torch.device) -> Run:
     model.to(device, parameter_dtype(dtype), memory_format=memory_format(dtype))
     batches, splits = _batches(prepared)
     optimizer = make_optimizer(model, rule)
+    weights = class_weights(rule.class_weights, prepared.dataset)
     updates_per_epoch = len(batches) / rule.accumulate_steps
     scheduler, plateau = make_schedulers(
         optimizer, config.schedule, updates_per_epoch, config.epochs, config.early_stopping.mode
@@ -98,14 +100,14 @@ def set_up(model: nn.Module, prepared: Prepared, device: torch.device) -> Run:
         scheduler=scheduler,
         plateau=plateau,
         ema=make_ema(model, rule.ema_decay) if rule.ema_decay else None,
-        class_weights=class_weights(rule.class_weights, prepared.dataset),
+        class_weights=weights,
         copied=round(config.schedule.warmup_epochs * updates_per_epoch)
         if rule.ema_after_warmup
         else 0,
         mix=mixup(config.augment, config.model.num_classes),
         batches=batches,
         splits=splits,
-        contents=prepared.dataset.contents(),
+        contents=[*prepared.dataset.contents(), None if weights is None else weights.tolist()],
     )
 
 

@@ -7,9 +7,11 @@ changes results.
 """
 
 import datetime
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -129,6 +131,8 @@ def _check_nothing_is_watched(prepared: Prepared) -> None:
 
 def _initial_model(config: TrainConfig, in_channels: int) -> nn.Module:
     torch.manual_seed(config.seed)
+    random.seed(config.seed)  # timm's policies draw from Python's and NumPy's generators
+    np.random.seed(config.seed)
     model = create_from_config(config.model, in_channels)
     if config.init_from:
         fine_tune(model, Path(config.init_from), new_head=config.new_head)

@@ -150,6 +150,26 @@ def noted(op, steps):
     return apply
 
 
+@pytest.mark.parametrize("shift", [-4.5, 4.5])
+def test_half_pixels_at_the_border_are_pillows(shift):
+    """timm does not round a translation."""
+    image, fill, steps = to_pillow(pictures()[0]), (124, 116, 104), []
+    for name, place in (("TranslateX", 2), ("TranslateY", 5)):
+        matrix = [1, 0, 0, 0, 1, 0]
+        matrix[place] = -shift
+        moved = image.transform(
+            image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=fill
+        )
+        steps.append((image, P.OPERATIONS.index(name), shift, moved))
+    check(steps, interpolation="bilinear", fill=fill)
+
+
+def test_all_bits_and_more_change_nothing():
+    image = to_pillow(pictures()[0])
+    steps = [(image, P.OPERATIONS.index("Posterize"), bits, image) for bits in (8, 9, 16)]
+    check(steps, interpolation="bilinear")
+
+
 def test_operations_follow_one_another():
     images, names = jnp.array(pictures(), jnp.int32), ["Rotate", "Solarize", "Color"]
     operations = jnp.array([[P.OPERATIONS.index(name) for name in names]] * 6)

@@ -23,6 +23,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.runs.display import Display
 from flax_resnet.runs.owned import foreign
 from flax_resnet.runs.tables import read_rows
+from flax_resnet.training import report
 
 QUIET = Display(Console(quiet=True))
 
@@ -206,3 +207,9 @@ def test_unreadable_files_are_not_among_the_predictions(insects, folder, tmp_pat
     names = [(row["label"], row["path"].rpartition("/")[2][0]) for row in rows]
     assert names == [("ant", "0"), ("ant", "2"), ("bee", "0"), ("bee", "2")]
     refused(run_script("evaluate.py", insects, "--worst", tmp_path / "no" / "a.html"), "--worst")
+
+
+def test_the_speed_of_a_run_leaves_out_what_compiles():
+    """The first epoch, and the first one after a resume."""
+    rows = [{"steps": 10, "seconds": s, "data_wait_seconds": 0.0} for s in (60, 10, 60, 10, 10)]
+    assert report.speed(rows, batch_size=2)["images_per_second"] == 2

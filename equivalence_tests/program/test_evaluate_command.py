@@ -170,6 +170,17 @@ def test_changed_data_of_the_run_are_refused_by_name_too(undivided):
     assert run_script("evaluate.py", run, *flags, "--split", "all").status == 0
 
 
+def test_changed_data_of_a_fold_are_refused_under_any_name(tmp_path):
+    data = write_folder(tmp_path / "data", splits=(".",), per_class=20)
+    folds = ["--folds", 2, "--fold", 0]
+    assert train_on(data, tmp_path / "run", "--epochs", 1, *folds).status == 0
+    shutil.copy(data / "bee/00.png", data / "bee/new.png")
+    (tmp_path / "link").symlink_to(data)
+    for place in (data, f"{data}/", tmp_path / "link"):
+        outcome = run_script("evaluate.py", tmp_path / "run", "--dataset", f"folder:{place}")
+        refused(outcome, "the data have changed")
+
+
 def test_changed_data_that_bring_their_test_split_are_evaluated(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "data")
     flags = ["--dataset", f"folder:{tmp_path / 'data'}"]
@@ -198,10 +209,16 @@ def test_a_converted_head_is_in_the_order_of_the_data(insects, folder, tmp_path)
 
 
 def test_the_resize_goes_with_the_size_that_a_conversion_replaces(insects, tmp_path):
-    flags = ["--image-size", 8]
-    assert run_script("convert.py", insects, tmp_path / "run", *flags).status == 0
-    data = load_run(tmp_path / "run").config.data
-    assert (data.image_size, data.resize_size) == (8, 8)
+    for size in (8, 40):
+        run = tmp_path / str(size)
+        assert run_script("convert.py", insects, run, "--image-size", size).status == 0
+        data = load_run(run).config.data
+        assert (data.image_size, data.resize_size) == (size, size)
+    wide, same = tmp_path / "wide", tmp_path / "same"
+    assert run_script("convert.py", insects, wide, "--resize-size", 50).status == 0
+    size = load_run(wide).config.data.image_size
+    assert run_script("convert.py", wide, same, "--image-size", size).status == 0
+    assert load_run(same).config.data.resize_size == 50
 
 
 def test_a_member_may_be_called_ensemble(insects, folder, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 
 import torch_ref.sources
+from equivalence_tests.program.command import run_script
 from equivalence_tests.program.image_folder import fill
 from flax_resnet.commands import cli, cross_validate, evaluate, train
 from flax_resnet.config import DataConfig, TrainConfig
@@ -164,3 +165,21 @@ def test_folds_do_not_begin_with_a_run_on_their_images(insects, folder, tmp_path
         with pytest.raises(InputError, match="has seen images on which folds are tested"):
             cross_validate.check_source(tmp_path / "cv", str(insects), f"folder:{data}")
     cross_validate.check_source(tmp_path / "cv", str(insects), f"folder:{tmp_path}")
+    weights, converted = tmp_path / "weights.safetensors", tmp_path / "converted"
+    assert run_script("convert.py", insects, weights).status == 0
+    assert run_script("convert.py", weights, converted, "--dataset", f"folder:{folder}").status == 0
+    cross_validate.check_source(tmp_path / "cv", str(converted), f"folder:{folder}")
+
+
+def test_finished_folds_notice_other_class_weights(folder, tmp_path):
+    weights = tmp_path / "weights.json"
+    weights.write_text('{"ant": 1, "bee": 2}')
+    data = {"dataset": f"folder:{folder}", "folds": 2, "fold": 0}
+    values = {"data": data, "model": {"arch": "basic_cnn"}}
+    values["optimizer"] = {"class_weights": str(weights)}
+    config = cli.merge(TrainConfig(epochs=1, batch_size=8), values)
+    cross_validate.trained(config, tmp_path / "run")
+    cross_validate.trained(config, tmp_path / "run")
+    weights.write_text('{"ant": 1, "bee": 3}')
+    with pytest.raises(InputError, match="the data have changed .* class weights"):
+        cross_validate.trained(config, tmp_path / "run")

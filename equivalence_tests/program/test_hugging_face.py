@@ -12,6 +12,7 @@ from equivalence_tests.program.image_folder import encoded, picture, refused
 from flax_resnet.config import DataConfig
 from flax_resnet.data.image_files import BadImage
 from flax_resnet.data.sources import open_dataset
+from flax_resnet.errors import InputError
 
 MODES = ("RGB", "L", "RGBA")
 NAMES = ("cat", "dog")
@@ -67,6 +68,14 @@ def test_gray_and_other_names_of_columns_and_splits(written):
     assert [len(s) for s in (opened.train, opened.validation, opened.test)] == [18, 2, 6]
     reference = Image.fromarray(open_dataset(DataConfig(dataset=name)).test[0]).convert("L")
     np.testing.assert_array_equal(opened.test[0][..., 0], np.asarray(reference))
+
+
+def test_a_column_of_the_usual_name_and_another_kind_is_not_passed_over(written):
+    """The only column of labels may tell something else."""
+    datasets = pytest.importorskip("datasets")
+    name = written({"train": 20}, label="source", more={"label": datasets.Value("int64")})
+    with pytest.raises(InputError, match="of the kind ClassLabel source; one is needed, or one of"):
+        open_dataset(DataConfig(dataset=name))
 
 
 def test_an_unlabelled_split_is_left_out(written):
@@ -155,7 +164,7 @@ def test_sets_of_other_columns_are_refused(written, tmp_path):
 
     refused(written({"test": 4}), "no train split", "test")
     more = {"coarse": datasets.ClassLabel(names=["pet", "wild"])}
-    refused(written({"train": 4}, label="fine", more=more), "fine", "coarse", "2 of them")
+    refused(written({"train": 4}, label="fine", more=more), "of the kind ClassLabel fine, coarse")
 
 
 def test_a_set_that_is_not_there_is_one_line(written, tmp_path):

@@ -101,6 +101,29 @@ def test_a_backward_rule_of_its_own_is_checked_beside_narrow_floats(narrow):
     assert judged(port(**cast, between=_right), Torch()).verdict == "equal"
 
 
+@jax.custom_vjp
+def _scaled(x, mask, factor):
+    return x * mask * factor
+
+
+def _scaled_backward(rest, g):
+    mask, factor, x = rest
+    return g * mask * factor, None, (g * x * mask).sum()
+
+
+_scaled.defvjp(lambda x, mask, factor: (x * mask * factor, (mask, factor, x)), _scaled_backward)
+
+
+@pytest.mark.parametrize("narrow", [jnp.float32, jnp.bfloat16])
+def test_right_rules_with_constants_are_no_obstacle(narrow):
+    def between(x):
+        return _scaled(jnp.tanh(x), jnp.ones_like(x), 1.7)
+
+    net = Torch(between=lambda x: torch.tanh(x) * 1.7)
+    report = judged(port(before=lambda x: x.astype(narrow), between=between), net)
+    assert report.verdict == "equal" or narrow == jnp.bfloat16, str(report)
+
+
 @pytest.mark.control
 def test_what_only_the_training_step_of_jax_changes_is_a_difference():
     halved = port(update=lambda v: v | {"a": 0.5 * v["a"]})
@@ -156,6 +179,19 @@ def test_an_output_that_is_not_compared_is_named():
     with_aux.after = lambda net, hidden, logits: {"logits": logits, "aux": net.aux(hidden)}
     report = judged(port(), with_aux)
     assert report.verdict == "undecided" and "nor is aux.weight" in str(report)
+
+
+def test_a_frozen_body_stops_the_gradient_and_is_not_trained():
+    """As a fine-tuned head has it, with an optimizer that leaves the body out."""
+    net = Torch()
+    net.fc1.requires_grad_(False)
+    body = {name: name in "ab" for name in "abcd"}
+    ours = optax.chain(optax.sgd(0.1), optax.masked(optax.set_to_zero(), body))
+    report = judged(
+        port(between=lambda x: jax.lax.stop_gradient(jnp.tanh(x))), net,
+        optax_optimizer=ours, torch_optimizer=lambda p: torch.optim.SGD(p, 0.1),
+    )  # fmt: skip
+    assert report.verdict == "equal", str(report)
 
 
 @pytest.mark.parametrize("stopped", [True, False])
@@ -262,3 +298,20 @@ def test_a_forward_pass_that_raises_leaves_pytorch_as_it_is():
     with pytest.raises(InputError, match="ValueError: no"):
         judged(port(), Torch(between=body))
     assert torch.ones(1, dtype=torch.float64).float().dtype == torch.float32
+
+
+def test_a_buffer_that_nothing_uses_is_no_obstacle():
+    net = Torch()
+    net.register_buffer("unused", torch.ones(3))
+    assert judged(port(), net).verdict == "equal"
+
+
+def test_constants_of_bfloat16_are_lifted_alike():
+    mean = torch.tensor([0.485, 0.1, 0.3], dtype=torch.bfloat16)[:, None, None]
+    before = port(before=lambda x: x - jnp.asarray([0.485, 0.1, 0.3], jnp.bfloat16))
+
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x - mean
+
+    assert judged(before, Torch(before=Mean())).verdict == "equal"

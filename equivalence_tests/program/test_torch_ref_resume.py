@@ -28,6 +28,7 @@ RUNS = {
         "optimizer": {"optimizer": "adam"},
         "schedule": {"schedule": "cosine", "schedule_per": "epoch", "warmup_epochs": 1},
     },
+    "timms_policy": {"augment": {"auto_augment": "rand-m7-mstd0.5"}},
     "plateau": {
         "optimizer": {"optimizer": "rmsprop"},
         "schedule": {"schedule": "plateau", "plateau_patience": 0},
@@ -65,6 +66,8 @@ def begun(tmp_path_factory):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_equals_one_without_a_break(name, tmp_path):
+    if name == "timms_policy":
+        pytest.importorskip("timm")
     settings = config(**RUNS[name])
     whole = fit(settings, tmp_path / "whole")
     for epoch in (1, 2):

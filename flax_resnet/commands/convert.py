@@ -163,11 +163,12 @@ def requested_config(args, known: dict | None = None) -> TrainConfig:
         config = config_from_file(args.config)
     else:
         config = read_config(args.input) if args.is_run else from_dict({"data": known or {}})
-    config = cli.merge(config, cli.requested_values(args))
-    if args.image_size and not (args.resize_size or args.config):
+    values = cli.requested_values(args)
+    size = values.get("data", {}).get("image_size")
+    if size and not args.config and str(size) != str(config.data.image_size):
         # The resize of the weights belongs to the size that is replaced.
-        config = replace(config, data=replace(config.data, resize_size=config.data.image_size))
-    return config
+        values["data"] = {"resize_size": size} | values["data"]
+    return cli.merge(config, values)
 
 
 def make_run(args, weights, arrays, architecture: convert.Architecture) -> LoadedRun:

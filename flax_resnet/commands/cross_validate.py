@@ -20,12 +20,19 @@ from rich.table import Table
 from flax_resnet import metrics
 from flax_resnet.commands import cli, evaluate, exits, outcomes, output_files, train
 from flax_resnet.config import TrainConfig, finite
-from flax_resnet.data.prepare import check_contents, contents, natural_size, resolve
-from flax_resnet.data.sources import open_dataset, places
+from flax_resnet.data.prepare import (
+    check_contents,
+    class_weights,
+    contents,
+    natural_size,
+    resolve,
+)
+from flax_resnet.data.sources import open_dataset, same_place
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
 from flax_resnet.interop.loaded_run import load_run
 from flax_resnet.runs import environment, views
+from flax_resnet.runs.checkpoint import newest_document
 from flax_resnet.runs.directory import check_root, check_usable, default_name
 from flax_resnet.runs.display import Display
 from flax_resnet.runs.views import class_names, is_begun, read_config
@@ -71,14 +78,11 @@ def check_source(root: Path, source: str | None, dataset: str):
     the same data."""
     seen = source and root.resolve() in Path(source).resolve().parents
     if source and is_begun(Path(source)):
-        own = read_config(Path(source), say=lambda line: None).data.dataset
-        seen |= own == dataset or bool(set(_paths(own)) & set(_paths(dataset)))
+        document = newest_document(Path(source) / "checkpoints", lambda line: None) or {}
+        if document.get("progress"):  # else its weights were converted from a file
+            seen |= same_place(document["config"]["data"]["dataset"], dataset)
     if seen:
         raise InputError(f"--init-from {source} has seen images on which folds are tested")
-
-
-def _paths(dataset: str) -> list[Path]:
-    return [Path(place).resolve() for place in places(dataset)]
 
 
 def check(root: Path, runs: dict[Path, TrainConfig]):
@@ -102,7 +106,9 @@ def check(root: Path, runs: dict[Path, TrainConfig]):
 def trained(config: TrainConfig, run_dir: Path):
     """Train a fold's run, or the rest of it; InputError if the data of a finished one changed."""
     if is_begun(run_dir) and train.is_finished(run_dir):
-        check_contents(contents(open_dataset(config.data)), load_run(run_dir).contents)
+        dataset = open_dataset(config.data)
+        weights = class_weights(config.optimizer.class_weights, dataset)
+        check_contents(contents(dataset, weights), load_run(run_dir).contents)
         return
     fit.fit(config, run_dir, resume=True, command=exits.command_line())
 

@@ -21,7 +21,7 @@ import numpy as np
 from flax_resnet.commands import cli, exits, outcomes, output_files
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import SPLITS, check_contents, contents, evaluation_decoder
-from flax_resnet.data.sources import AS_TRAINED, DataSet, open_dataset, places
+from flax_resnet.data.sources import AS_TRAINED, DataSet, open_dataset, places, same_place
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.errors import InputError
 from flax_resnet.interop.ensemble import AVERAGES, ensemble
@@ -86,9 +86,9 @@ def _open_named(run: LoadedRun, name: str, split: str):
     """A data set, all images of it. The images of the run's own data keep the run's fold; if these
     data have changed, only a test split that they bring along is evaluated."""
     data = replace(run.config.data, dataset=name)
-    if run.config.data.dataset == name and split != "all":
+    if same_place(run.config.data.dataset, name) and split != "all":
         dataset = open_dataset(data)
-        if split not in dataset.own_splits:
+        if data.folds or split not in dataset.own_splits:
             check_contents(contents(dataset), run.contents)
     if data.folds and split != "all":
         with contextlib.suppress(InputError):  # other data, perhaps with too few images to fold

@@ -105,10 +105,11 @@ def _column(place: str, features: dict, kind: type, usual: str) -> str:
     names = [name for name, feature in features.items() if isinstance(feature, kind)]
     if usual in names:
         return usual
-    if len(names) != 1:
+    if len(names) != 1 or usual in features:  # which is no such column
         raise InputError(
-            f"hf:{place} is no image classification set: it has the columns {listed(features)},"
-            f" {len(names)} of them of the kind {kind.__name__}; one is needed"
+            f"hf:{place} is no image classification set: it has the columns {listed(features)}, of"
+            f" the kind {kind.__name__} {listed(names) if names else 'none'}; one is needed, or one"
+            f" of the name {usual}"
         )
     return names[0]
 

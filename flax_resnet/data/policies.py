@@ -75,7 +75,8 @@ def _warp(image, operation, argument, *, interpolation, fill):
     a, b, c, d, e, f = _matrix(operation, argument, height, width)
     source_x = a * x + b * y + c + (width - 1) / 2
     source_y = d * x + e * y + f + (height - 1) / 2
-    inside = (jnp.abs(a * x + b * y + c) < width / 2) & (jnp.abs(d * x + e * y + f) < height / 2)
+    from_x, from_y = a * x + b * y + c + width / 2, d * x + e * y + f + height / 2
+    inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
     sampled = _sample(image, source_y, source_x, interpolation)
     return jnp.where(inside[..., None], sampled, jnp.array(fill, jnp.int32))
 
@@ -132,7 +133,7 @@ def _map_levels(image, operation, argument):
     levels = jnp.arange(256)
     channels = [image[..., k] for k in range(image.shape[-1])]
     mean = jnp.floor(_gray(image).mean(dtype=jnp.float32) + 0.5)
-    bits = 8 - argument.astype(jnp.int32)
+    bits = jnp.maximum(8 - argument.astype(jnp.int32), 0)  # 8 bits and more change nothing
     common = [
         _blend(levels, 0.0, argument),
         _blend(levels, mean, argument),

@@ -222,6 +222,12 @@ def places(dataset: str) -> list[str]:
     return [place] if os.path.exists(place) else glob.glob(place)
 
 
+def same_place(one: str, other: str) -> bool:
+    """True if two names of data sets mean the same, or files in common."""
+    first, second = ({os.path.realpath(p) for p in places(name)} for name in (one, other))
+    return one == other or bool(first & second)
+
+
 def open_dataset(config: DataConfig) -> DataSet:
     """Open the data set `config.dataset` and make its splits.
 

@@ -93,6 +93,7 @@ class Checkpoints:
         if step in steps_in(self.directory):
             if not improvement and not self._is_outdated(step, document):
                 return  # the same is saved already
+            distributed.barrier(f"replace {step}")  # every process has read the old one
             self._delete(step)  # it was saved before the evaluation of its epoch
         elif os.path.lexists(place := self.directory / str(step)):
             raise InputError(f"{place} has the name of a checkpoint, and no run has written it")

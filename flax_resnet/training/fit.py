@@ -16,7 +16,7 @@ from flax import nnx
 
 from flax_resnet.config import EarlyStoppingConfig, TrainConfig, flat, idle
 from flax_resnet.data.prepare import SPLITS, Prepared, fingerprint, prepare
-from flax_resnet.data.sources import places
+from flax_resnet.data.sources import DataSet, places, same_place
 from flax_resnet.devices import distributed
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.errors import InputError, check_type
@@ -269,7 +269,7 @@ def initial_network(prepared: Prepared, engine: Engine, begun, display: Display)
     """
     config, model = prepared.config, _initial_model(prepared, engine)
     if config.init_from and not begun:
-        _fine_tune(model, config, prepared.dataset.class_names, display.say)
+        _fine_tune(model, config, prepared.dataset, display.say)
     return Network(model, freeze_backbone=config.freeze_backbone)
 
 
@@ -330,13 +330,13 @@ def _initial_model(prepared: Prepared, engine: Engine) -> nnx.Module:
     )
 
 
-def _fine_tune(model, config: TrainConfig, class_names: Sequence[str], say: Callable):
+def _fine_tune(model, config: TrainConfig, dataset: DataSet, say: Callable):
     """Weights of another run or file, but for the head where it has to be new."""
     source = config.init_from
     weights = pretrained(source, config.weights_key, ema=config.ema, say=say)
     _say_other_normalisation(weights.data, config, say)
-    _say_other_division(weights.divided, config, say)
-    arrays = in_order(weights, class_names)
+    _say_other_division(weights.divided, config, dataset.own_splits, say)
+    arrays = in_order(weights, dataset.class_names)
     if arrays is not None:
         say(f"{source}: the same classes in another order, matched by name")
     arrays = weights.arrays if arrays is None else arrays
@@ -354,9 +354,13 @@ def _fine_tune(model, config: TrainConfig, class_names: Sequence[str], say: Call
         say(f"the head is new: {config.model.num_classes} classes")
 
 
-def _say_other_division(own: dict, config: TrainConfig, say: Callable):
+def _say_other_division(own: dict, config: TrainConfig, own_splits: Sequence[str], say: Callable):
     taken = {name: getattr(config.data, name) for name in own}
-    if own != taken and own["dataset"] == taken["dataset"]:
+    if {*own_splits} == {"validation", "test"} and not (own.get("folds") or config.data.folds):
+        return  # nothing is divided
+    names = own.keys() - {"dataset"}
+    other = any(own[name] != taken[name] for name in names)
+    if other and same_place(own["dataset"], taken["dataset"]):
         say(
             f"warning: {config.init_from} divided {own['dataset']} otherwise: its training images"
             " may be validation or test images here"

@@ -78,7 +78,8 @@ class Weights(NamedTuple):
     they are unknown."""
 
     divided: dict = {}
-    """Fields of `DataConfig` that name and divide the data of a run, or {} for other weights."""
+    """Fields of `DataConfig` that name and divide the data of a run, or {} for other weights
+    and for those that were converted to a run."""
 
     @property
     def model(self) -> dict:
@@ -141,7 +142,7 @@ def _of_run(path: Path) -> Weights:
     data, divided = (
         {name: getattr(config.data, name) for name in fields} for fields in (_OF_DATA, _DIVIDING)
     )
-    return Weights(arrays, names, data, divided)
+    return Weights(arrays, names, data, divided if document["progress"] else {})
 
 
 def load_weights(

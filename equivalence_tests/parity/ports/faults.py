@@ -271,7 +271,7 @@ def gradient(graph: Graph, given, walk, names, got, wrong, mode: str) -> tuple[F
     if len(bad) == len(wrong):
         for module, reason, other in _without_gradients(graph, bad):
             expected = traces.of_torch(other, given, walk, names)["gradient"]
-            if all(variants.nearly(got["gradient"][n], expected[n]) for n in expected):
+            if all(variants.nearly(array, expected[n]) for n, array in got["gradient"].items()):
                 return Fault(module, mode, "gradient", row.norm_relative, [reason]), True
     module = row.name.rpartition(".")[0] or row.name
     return Fault(module, mode, row.phase, row.norm_relative, []), False

@@ -365,7 +365,7 @@ def place_statistics(walk: Walk, mapping: Mapping, buffers: list[str], changed: 
     used = {piece.leaf for pieces in mapping.pieces.values() for piece in pieces}
     wanted = walk.standard.needed(walk.standard.after.values(), walk.of_torch)
     values = walk.standard.evaluate(dict(walk.of_torch), wanted)
-    for name in [n for n in mapping.unplaced if n in buffers]:
+    for name in [n for n in mapping.unplaced if n in buffers and n in walk.standard.after]:
         expected = values[walk.standard.after[name]].numpy()
         trials = []
         for leaf in [p for p in changed if p not in used]:

@@ -46,6 +46,7 @@ def rows(
     rng = np.random.default_rng(0)
     for step, size in enumerate(SIZES, 1):
         gradients = {n: size * rng.standard_normal(parameters[n].shape) for n in trained}
+        gradients |= {n: np.zeros(parameters[n].shape) for n in given.frozen.intersection(trained)}
         _give(net, {parameters[n]: gradients[n] for n in trained})
         ours.step(gradients)
         _called("PyTorch", optimizer.step)

@@ -45,7 +45,10 @@ class Inputs(NamedTuple):
         """
         gradients = trace["gradient"]
         still = [n for n in self.parameters if n not in self.frozen or gradients[n].any()]
-        for name in set(self.parameters) - set(still):
+        stopped = set(self.parameters) - set(still)
+        if stopped and not gradients["images"].any():  # no gradient passes the frozen layers
+            stopped.add("images")
+        for name in stopped:
             del gradients[name]
         return self._replace(parameters=still)
 

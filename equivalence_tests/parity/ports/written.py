@@ -19,8 +19,8 @@ def lifted(array):
         number = np.ndim(array) == 0 and jnp.result_type(array) == np.float64
         return EPS if number and array == np.finfo(np.float64).eps else array
     array = np.asarray(array)
-    if array.dtype != np.float32:
-        return _of_few_digits(array)
+    if array.dtype != np.float32:  # an array of its own has the numbers that it holds
+        return _of_few_digits(array) if array.ndim == 0 else array.astype(np.float64)
     return _as_written(array) if array.ndim == 0 else _decimals(array)
 
 
@@ -28,18 +28,12 @@ USUAL = (np.sqrt(2 / np.pi), np.sqrt(0.5), np.sqrt(2), 0.044715, 1.702, 1 / 6, 1
 """Numbers of activations that have more digits than bfloat16 and float16 hold."""
 
 
-def _of_few_digits(array: np.ndarray) -> np.ndarray:
-    """The usual numbers, or the shortest decimals, that float16 or bfloat16 rounded to an array."""
-    found = array.astype(np.float64)
-    if array.size > MOST:
-        return found
-    flat = array.reshape(-1)
-    tries = [np.array([float(f"{n:.{d}g}") for n in flat]) for d in (4, 3, 2, 1)]
-    tries += [np.copysign(number, found.reshape(-1)) for number in USUAL]
-    for numbers in tries:
-        numbers = numbers.reshape(array.shape)
-        found = np.where(numbers.astype(array.dtype) == array, numbers, found)
-    return np.float64(found) if array.ndim == 0 else found
+def _of_few_digits(number: np.ndarray) -> np.float64:
+    """The usual number, or the shortest decimal, that float16 or bfloat16 rounded to a number."""
+    decimals = (float(f"{number:.{digits}g}") for digits in (1, 2, 3, 4))
+    tries = (*(np.copysign(usual, float(number)) for usual in USUAL), *decimals)
+    kind = number.dtype.type
+    return np.float64(next((n for n in tries if kind(n) == number), float(number)))
 
 
 def _decimals(array: np.ndarray) -> np.ndarray:
