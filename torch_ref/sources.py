@@ -60,7 +60,8 @@ class DataSet:
     def contents(self) -> list:
         """The class names, and a digest of the labels and file names of each split."""
         found = [list(self.class_names)]
-        for split, images in self.splits.items():
+        opened = {k: images for k, images in self.splits.items() if isinstance(images, Images)}
+        for split, images in opened.items():
             digest = hashlib.sha256(np.asarray(images.labels, np.int32).tobytes())
             if images.items.ndim == 1:
                 digest.update("/".join(Path(name).name for name in images.items).encode())

@@ -16,7 +16,7 @@ from flax import nnx
 
 from flax_resnet.config import EarlyStoppingConfig, TrainConfig, flat, idle
 from flax_resnet.data.prepare import SPLITS, Prepared, fingerprint, prepare
-from flax_resnet.data.sources import DataSet, places, same_place
+from flax_resnet.data.sources import places, same_place
 from flax_resnet.devices import distributed
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.errors import InputError, check_type
@@ -269,7 +269,8 @@ def initial_network(prepared: Prepared, engine: Engine, begun, display: Display)
     """
     config, model = prepared.config, _initial_model(prepared, engine)
     if config.init_from and not begun:
-        _fine_tune(model, config, prepared.dataset, display.say)
+        dataset = prepared.dataset
+        _fine_tune(model, config, dataset.class_names, display.say, dataset.own_splits)
     return Network(model, freeze_backbone=config.freeze_backbone)
 
 
@@ -330,13 +331,19 @@ def _initial_model(prepared: Prepared, engine: Engine) -> nnx.Module:
     )
 
 
-def _fine_tune(model, config: TrainConfig, dataset: DataSet, say: Callable):
+def _fine_tune(
+    model,
+    config: TrainConfig,
+    class_names: Sequence[str],
+    say: Callable,
+    own_splits: Sequence[str] = (),
+):
     """Weights of another run or file, but for the head where it has to be new."""
     source = config.init_from
     weights = pretrained(source, config.weights_key, ema=config.ema, say=say)
     _say_other_normalisation(weights.data, config, say)
-    _say_other_division(weights.divided, config, dataset.own_splits, say)
-    arrays = in_order(weights, dataset.class_names)
+    _say_other_division(weights.divided, config, own_splits, say)
+    arrays = in_order(weights, class_names)
     if arrays is not None:
         say(f"{source}: the same classes in another order, matched by name")
     arrays = weights.arrays if arrays is None else arrays
