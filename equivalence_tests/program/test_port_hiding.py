@@ -117,11 +117,11 @@ _scaled.defvjp(lambda x, mask, factor: (x * mask * factor, (mask, factor, x)), _
 @pytest.mark.parametrize("narrow", [jnp.float32, jnp.bfloat16])
 def test_right_rules_with_constants_are_no_obstacle(narrow):
     def between(x):
-        return _scaled(jnp.tanh(x), jnp.ones_like(x), 1.7)
+        return _scaled(jnp.tanh(x), jnp.ones_like(x), 1.5)
 
-    net = Torch(between=lambda x: torch.tanh(x) * 1.7)
+    net = Torch(between=lambda x: torch.tanh(x) * 1.5)
     report = judged(port(before=lambda x: x.astype(narrow), between=between), net)
-    assert report.verdict == "equal" or narrow == jnp.bfloat16, str(report)
+    assert report.verdict == "equal", str(report)
 
 
 @pytest.mark.control
@@ -182,7 +182,7 @@ def test_an_output_that_is_not_compared_is_named():
 
 
 def test_a_frozen_body_stops_the_gradient_and_is_not_trained():
-    """As a fine-tuned head has it, with an optimizer that leaves the body out."""
+    """Fine-tuning of a head alone does so, with an optimizer that leaves the body out."""
     net = Torch()
     net.fc1.requires_grad_(False)
     body = {name: name in "ab" for name in "abcd"}

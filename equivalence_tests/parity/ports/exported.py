@@ -17,11 +17,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._pytree import tree_map
 
-from equivalence_tests.parity.ports import backward, draws, outputs, written
+from equivalence_tests.parity.ports import backward, draws, outputs, wide, written
 from equivalence_tests.parity.ports.graph import Graph, Operation
 from flax_resnet.errors import InputError
-
-NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
 BATCH_NORM = "batch_norm"
 """Name of BatchNorm's operation, `batch_norm` below."""
@@ -282,12 +280,12 @@ def _wide(array):
     """A type or a tensor in float64, where it is a narrower float."""
     if isinstance(array, torch.Tensor):
         return lifted(array) if array.is_floating_point() else array
-    return torch.float64 if array in NARROW else array
+    return torch.float64 if array in wide.NARROW else array
 
 
 def lifted(tensor: torch.Tensor) -> torch.Tensor:
     """A float tensor in float64, with its numbers as their author wrote them."""
-    if tensor.dtype not in NARROW:
+    if tensor.dtype not in wide.NARROW:
         return tensor.double()
     return torch.from_numpy(np.array(written.lifted(tensor.detach().float().numpy())))
 

@@ -73,8 +73,7 @@ def compare_models(
         function moves every number to a place of its own, and that the places are those that were
         found by matching.
       mapping: a JSON file of which tensor is which array. It is read if it exists, else written.
-      optax_optimizer: a `GradientTransformation`, compared with `torch_optimizer` over five steps
-        with gradients of random numbers, small ones and large ones.
+      optax_optimizer: a `GradientTransformation`, compared with `torch_optimizer` (`optimizers`).
       torch_optimizer: a function from parameters to a PyTorch optimizer.
 
     Returns:

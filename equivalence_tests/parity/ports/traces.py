@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
     """PyTorch's names of what is trained, as far as JAX has it."""
 
     frozen: frozenset[str] = frozenset()
-    """Those of them that PyTorch's network trains no more (requires_grad=False)."""
+    """PyTorch's names of the parameters that are not trained (requires_grad=False)."""
 
     def without_frozen(self, trace: Trace) -> "Inputs":
         """Without the parameters that PyTorch trains no more and to which JAX passes no gradient.
