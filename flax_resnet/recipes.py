@@ -289,6 +289,20 @@ RECIPES = {
         published=PUBLISHED_ALL_THREE,
         source="a public comparison of regularisers on ResNet-18 in PyTorch",
     ),
+    "resnet18-regularized-sgd": Recipe(
+        config=_regularized(
+            dropout=0.5,
+            weight_decay=5e-4,
+            patience=5,
+            epochs=8,
+            schedule="onecycle",
+            optimizer=SGD | dict(lr=0.1),
+        ),
+        method="ResNet-18, 3x3 stem, SGD, one-cycle, weight decay 5e-4, dropout 0.5, early"
+        " stopping",
+        published=PUBLISHED_ALL_THREE,
+        source="a public comparison of regularisers on ResNet-18 in PyTorch",
+    ),
     "resnet18-regularized-base-7x7": Recipe(
         config=_regularized(stem="imagenet"),
         method="resnet18-regularized-base with the 7x7 stem",
