@@ -22,6 +22,7 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
+import hypothesis
 import jax
 import pytest
 
@@ -29,6 +30,13 @@ from equivalence_tests import results, surroundings
 from equivalence_tests.parity import inputs
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile(
+    "any speed",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("any speed")  # on a busy machine, drawing takes long
 
 LONG_FILES = (
     "test_faults", "test_parallel", "test_train", "test_float64", "test_training", "test_float32",

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from flax_resnet import machine
 from flax_resnet.commands import exits
 from flax_resnet.config import finite
 from flax_resnet.runs import environment
@@ -29,7 +30,7 @@ class Recorder:
         self.name = name
         path = FOLDER / f"{name}.json"
         self.tests = json.loads(path.read_text())["tests"] if path.exists() else {}
-        self.revision = environment.revision()
+        self.revision = machine.revision()
 
     def pytest_runtest_logreport(self, report):
         """Records the call of every test, and each set-up that failed or was skipped."""

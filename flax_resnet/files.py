@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,12 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class CsvRows:

@@ -5,47 +5,18 @@ Of flax_resnet it takes the config, the errors and the flags, and nothing that c
 
 from torch import nn
 
-from flax_resnet.config import ModelConfig, nearest
+from flax_resnet.config import WITH_STEMS, ModelConfig, check_shortcut, check_stem, nearest
 from flax_resnet.errors import InputError
 from torch_ref.cnn import BasicCNN
 from torch_ref.grouped_norm import in_groups
-from torch_ref.resnet import CIFAR, CONSTRUCTORS, projection
+from torch_ref.resnet import CONSTRUCTORS, projection
 
 __all__ = ["create_model", "list_models"]
-
-STEMS = ("imagenet", "cifar")
-SHORTCUTS = ("pad", "projection")
 
 
 def list_models() -> list[str]:
     """The names that `create_model` takes."""
     return [*CONSTRUCTORS, "basic_cnn"]
-
-
-def has_stem_choice(arch: str) -> bool:
-    """True if the network takes both stems: torchvision's ten do."""
-    return arch in CONSTRUCTORS and arch not in CIFAR
-
-
-def check_stem(arch: str, stem: str | None) -> None:
-    """Raises InputError unless the network can be built with this stem; None is its default."""
-    if stem is not None and not has_stem_choice(arch):
-        raise InputError(f"`stem` {stem!r}: {arch} has its own stem")
-    if stem not in (None, *STEMS):
-        raise InputError(f"unknown `stem` {stem!r}{nearest(stem, STEMS)}")
-
-
-def has_shortcut_choice(arch: str) -> bool:
-    """True if the network takes both shortcuts: He's five for CIFAR do."""
-    return arch in CIFAR
-
-
-def check_shortcut(arch: str, shortcut: str | None) -> None:
-    """Raises InputError unless the network can be built with this shortcut; None is its default."""
-    if shortcut is not None and not has_shortcut_choice(arch):
-        raise InputError(f"`shortcut` {shortcut!r}: {arch} has its own shortcut")
-    if shortcut not in (None, *SHORTCUTS):
-        raise InputError(f"unknown `shortcut` {shortcut!r}{nearest(shortcut, SHORTCUTS)}")
 
 
 def create_model(
@@ -90,7 +61,7 @@ def create_model(
         if batch_norm_images:
             raise InputError("`batch_norm_images`: basic_cnn has no BatchNorm")
         return BasicCNN(**options)
-    if has_stem_choice(name):
+    if name in WITH_STEMS:
         options["stem"] = stem or "imagenet"
     if shortcut == "projection":
         options["shortcut"] = projection

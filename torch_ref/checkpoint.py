@@ -1,6 +1,5 @@
 """Weights files (.pth, .pt, .th) <-> plain arrays. No file is ever allowed to run code."""
 
-import hashlib
 import os
 import re
 import zipfile
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flax_resnet.errors import InputError
+from flax_resnet.files import sha256
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "model_state", "weights")
 LARGEST_GROWTH = 100
@@ -35,7 +35,10 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: not a state_dict, {what}")
     needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if needed > LARGEST_GROWTH * os.path.getsize(path):
-        raise InputError(f"{path}: {os.path.getsize(path)} bytes that stand for {needed:.1e}")
+        raise InputError(
+            f"{path}: {os.path.getsize(path)} bytes whose tensors would take {needed:.1e}; they are"
+            " not read"
+        )
     try:
         return to_arrays(state)
     except (TypeError, RuntimeError) as error:  # sparse, 8-bit, quantised: NumPy has no such thing
@@ -46,8 +49,7 @@ def _check_name(path: str | os.PathLike) -> None:
     wanted = re.findall(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.", os.path.basename(path))
     if not wanted:
         return
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(path)
     if not digest.startswith(wanted[-1]):
         raise InputError(
             f"{path}: damaged or changed, its SHA-256 is {digest[:8]}; to load it all the same,"

@@ -34,7 +34,7 @@ def check_usable(run_dir: Path, *, resume: bool = False) -> None:
     if not os.path.lexists(run_dir):
         return
     if not resume:
-        raise InputError(f"run directory {run_dir} exists already; --resume continues its run")
+        raise InputError(f"run directory {run_dir} exists already; `resume` continues its run")
     if run_dir.is_symlink() or not run_dir.is_dir():
         raise InputError(f"{run_dir} is no directory of a run; move it")
     for entry in run_dir.iterdir():

@@ -2,14 +2,13 @@
 
 import os
 import platform
-import subprocess
-from pathlib import Path
 
 import torch
 import torchvision
 
 from flax_resnet.config import TrainConfig
 from flax_resnet.errors import InputError
+from flax_resnet.machine import processor, revision
 
 
 def describe(device: torch.device) -> dict:
@@ -19,30 +18,10 @@ def describe(device: torch.device) -> dict:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "num_threads": torch.get_num_threads(),
         "revision": revision(),
     }
-
-
-def _processor() -> str:
-    """Name of the device, as in the reports of flax_resnet."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform._processor() or "cpu"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform._processor() or "cpu"
-
-
-def revision() -> str | None:
-    """The commit of the code, with "+" where it was changed since; None outside git or without."""
-    git = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
-    try:
-        found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return None
-    return found.stdout.strip() or None
 
 
 def choose_device(config: TrainConfig, name: str | None) -> torch.device:
@@ -53,9 +32,12 @@ def choose_device(config: TrainConfig, name: str | None) -> torch.device:
     """
     device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda: there is none")
+        raise InputError("`device` cuda: PyTorch finds no CUDA GPU here; take cpu")
     if config.deterministic and (device, config.model.arch) == ("cuda", "basic_cnn"):
-        raise InputError("deterministic: AdaptiveAvgPool2d of basic_cnn is not, on CUDA")
+        raise InputError(
+            "`deterministic`: on CUDA, PyTorch's AdaptiveAvgPool2d, which basic_cnn has, is not;"
+            " take `device` cpu"
+        )
     return torch.device(device)
 
 

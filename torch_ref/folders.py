@@ -15,7 +15,9 @@ NAMES = {
     "validation": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }  # of each split's folder, in any case
-PART = re.compile(r"(.*[\W\d_])?(train|val|test)(ing|id|idation)?(set|data)?([\W\d_].*)?")
+PART = re.compile(
+    r"(.*[\W\d_])?(train|val|test)(ing|id|idation)?(sets?|data|images?|imgs?|[a-d])?([\W\d_].*)?"
+)
 FOLD = re.compile(r"(fold|split|part|partition)[\W_]*\d+")
 NOT_OURS = {"@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", "lost+found"}
 

@@ -8,16 +8,13 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torchvision.transforms import v2
 
-from flax_resnet.config import TrainConfig, class_weights_from_file
+from flax_resnet.config import TrainConfig, class_weights_from_file, natural_size, resolve
 from flax_resnet.errors import InputError
-from torch_ref import has_stem_choice
 from torch_ref.augment import augment, erase
 from torch_ref.pipeline import channel_statistics, decode, normalize
 from torch_ref.sources import DataSet, Images, open_dataset
 from torch_ref.steps import parameter_dtype
 
-SMALL = 64  # pixels; of smaller images an ImageNet stem leaves hardly anything
-TINY = 16  # pixels; smaller images are enlarged, and go through the ImageNet stem all the same
 _MEASURED = 50_000  # images at most that mean and standard deviation are taken from
 
 
@@ -43,7 +40,8 @@ def prepare(config: TrainConfig) -> Prepared:
     """
     dataset = open_dataset(config.data)
     train = dataset.splits["train"]
-    config = _resolve_model(_resolve_sizes(config, dataset), dataset)
+    size = config.data.image_size or natural_size(*reversed(train.image(0).size))
+    config = resolve(config, image_size=size, num_classes=len(dataset.class_names))
     if config.batch_size > len(train):
         raise InputError(f"`batch_size` {config.batch_size} is more than {len(train)} images")
     steps, together = config.epochs * (len(train) // config.batch_size), config.optimizer
@@ -91,43 +89,18 @@ def _statistics(config: TrainConfig, dataset: DataSet):
 
 
 def class_weights(given: str | None, dataset: DataSet) -> torch.Tensor | None:
-    """Weights of the classes in the loss: scikit-learn's "balanced", or of a JSON file."""
+    """Weights of the classes in the loss: scikit-learn's "balanced", or of a JSON file.
+
+    Raises:
+      InputError: the file is unreadable, or a class has no training image to balance.
+    """
     if given is None:
         return None
     if given == "balanced":
-        labels = dataset.splits["train"].labels
-        return torch.tensor(compute_class_weight("balanced", classes=np.unique(labels), y=labels))
+        labels, classes = dataset.splits["train"].labels, np.arange(len(dataset.class_names))
+        if missing := sorted({*classes} - {*labels}):
+            name = dataset.class_names[missing[0]]
+            raise InputError(f"`class_weights` balanced: class {name} has no training image")
+        return torch.tensor(compute_class_weight("balanced", classes=classes, y=labels))
     weights = class_weights_from_file(given, dataset.class_names)
     return torch.tensor([weights[name] for name in dataset.class_names], dtype=torch.float64)
-
-
-def _resolve_sizes(config: TrainConfig, dataset: DataSet) -> TrainConfig:
-    data, augment = config.data, config.augment
-    size = data.image_size or _natural_size(dataset)
-    if data.image_size is None and _is_tiny(size, config.model):
-        size = TINY
-    if data.resize_size and data.resize_size < size:
-        raise InputError(f"`resize_size` {data.resize_size} is smaller than the image size {size}")
-    data = replace(data, image_size=size, resize_size=data.resize_size or size)
-    if augment.random_crop is None:
-        augment = replace(augment, random_crop=0 if augment.random_resized_crop else size // 8)
-    return replace(config, data=data, augment=augment)
-
-
-def _natural_size(dataset: DataSet) -> int:
-    width, height = dataset.splits["train"].image(0).size
-    return width if width == height <= SMALL else 224
-
-
-def _is_tiny(size: int, model) -> bool:
-    return size < TINY and model.stem is None and has_stem_choice(model.arch)
-
-
-def _resolve_model(config: TrainConfig, dataset: DataSet) -> TrainConfig:
-    model, classes = config.model, len(dataset.class_names)
-    if model.num_classes not in (None, classes):
-        raise InputError(f"`num_classes` {model.num_classes}, but the data has {classes} classes")
-    stem = model.stem
-    if stem is None and has_stem_choice(model.arch):
-        stem = "cifar" if TINY < config.data.image_size < SMALL else "imagenet"
-    return replace(config, model=replace(model, num_classes=classes, stem=stem))

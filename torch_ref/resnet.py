@@ -170,4 +170,3 @@ CONSTRUCTORS = {
     "resnet56": partial(_cifar, (9, 9, 9)),
     "resnet110": partial(_cifar, (18, 18, 18)),
 }
-CIFAR = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")

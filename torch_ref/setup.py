@@ -29,10 +29,10 @@ class Run:
     optimizer: Optimizer
 
     scheduler: LRScheduler
-    """Schedulers that step after every update."""
+    """Stepped after every update."""
 
     plateau: ReduceLROnPlateau | None
-    """Schedulers that step after every epoch."""
+    """Stepped after every epoch; None unless `schedule` is "plateau"."""
 
     ema: AveragedModel | None
 

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from flax_resnet.commands import cli, exits
-from flax_resnet.config import EarlyStoppingConfig, TrainConfig, flat, idle
+from flax_resnet.config import TrainConfig, check_unvalidated, flat, idle
 from flax_resnet.errors import InputError
 from flax_resnet.text import say
-from torch_ref import check_stem, create_from_config, loop
+from torch_ref import create_from_config, loop
 from torch_ref.directory import STATE, check_usable, finished_report, write_results
 from torch_ref.environment import choose_device, configure_torch
 from torch_ref.prepare import Prepared, prepare
@@ -66,13 +66,14 @@ def fit(
     """
     check_supported(config)
     if resume and not run_dir:
-        raise InputError("--resume needs --run-dir")
+        raise InputError("`resume` needs `run_dir`, the directory of the run to continue")
     run_dir = Path(run_dir) if run_dir else _new_directory(config)
     check_usable(run_dir, resume=resume)
     device = choose_device(config, device)
     configure_torch(config)
     prepared = prepare(config)
-    _check_nothing_is_watched(prepared)
+    if "validation" not in prepared.dataset.splits:
+        check_unvalidated(prepared.config)
     model = _initial_model(prepared.config, prepared.dataset.channels)
     _announce(prepared, device)
     run = set_up(model, prepared, device)
@@ -102,7 +103,6 @@ def check_supported(config: TrainConfig) -> None:
         )
     if faults := idle(config):
         raise InputError("; ".join(faults.values()))
-    check_stem(config.model.arch, config.model.stem)
 
 
 def _changed(config: TrainConfig, names: tuple[str, ...]) -> list[str]:
@@ -114,19 +114,6 @@ def _changed(config: TrainConfig, names: tuple[str, ...]) -> list[str]:
 
 def _new_directory(config: TrainConfig) -> Path:
     return Path("runs", f"torch-{config.model.arch}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-
-
-def _check_nothing_is_watched(prepared: Prepared) -> None:
-    """Raises InputError for what needs a validation split, where there is none."""
-    stopping = prepared.config.early_stopping
-    watching = {
-        "early stopping": stopping.patience,
-        "the plateau schedule": prepared.config.schedule.schedule == "plateau",
-        f"`monitor` {stopping.monitor}": stopping.monitor != EarlyStoppingConfig().monitor,
-    }
-    for what, asked in watching.items():
-        if asked and "validation" not in prepared.dataset.splits:
-            raise InputError(f"{what} needs a validation split (`validation_fraction` is 0)")
 
 
 def _initial_model(config: TrainConfig, in_channels: int) -> nn.Module:

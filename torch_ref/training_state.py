@@ -94,7 +94,7 @@ def load_training_arrays(
 
 
 def averages(ema: nn.Module | None) -> dict[str, Tensor]:
-    """Parameters and buffers of an AveragedModel."""
+    """The averaged parameters that are trained, by name; {} without an average."""
     parameters = ema.module.named_parameters() if ema else ()
     return {name: p for name, p in parameters if p.requires_grad}
 
@@ -119,15 +119,15 @@ def load_optimizer_arrays(
     arrays: Mapping, optimizer: Optimizer, parameters: Mapping[str, Tensor], updates: int
 ) -> None:
     """The inverse of `optimizer_arrays`, after `updates` updates."""
-    tensors = to_tensors(arrays)
+    tensors, step = to_tensors(arrays), float(arrays.get("step", updates))
+    is_lamb = "trust_clip" in optimizer.param_groups[0]
+    for group in optimizer.param_groups if is_lamb else ():  # LAMB counts in its groups
+        group["step"] = torch.tensor(step)
     for name in trained(optimizer, parameters):
         parameter = parameters[name]
         state = {kind: tensors[f"{name} {kind}"].to(parameter) for kind in kinds(optimizer)}
-        for group in optimizer.param_groups:
-            if "trust_clip" in group:  # LAMB counts in its groups
-                group["step"] = torch.tensor(float(arrays.get("step", updates)))
-        if not isinstance(optimizer, SGD) and "trust_clip" not in optimizer.param_groups[0]:
-            state["step"] = torch.tensor(float(arrays.get("step", updates)))
+        if not (is_lamb or isinstance(optimizer, SGD)):
+            state["step"] = torch.tensor(step)
         optimizer.state[parameter] = state
 
 

@@ -13,9 +13,9 @@ interruption.
 Exit status: 0 done, 1 the two do not compute the same or nothing was measured, 2 bad input.
 """
 
-import json
 import os
 from pathlib import Path
+from typing import get_args
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # this process leaves the GPU's memory to its children
 
@@ -27,11 +27,10 @@ from equivalence_tests.benchmark import agreement, charts, end_to_end, throughpu
 from equivalence_tests.benchmark.timing import VARIANTS, Job
 from flax_resnet import list_models
 from flax_resnet.commands import cli, exits, output_files
-from flax_resnet.config import finite
+from flax_resnet.config import WITH_STEMS, Stem, check_stem
 from flax_resnet.data.sources import places
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
-from flax_resnet.models import STEMS, check_stem, has_stem_choice
 from flax_resnet.recipes import RECIPES
 from flax_resnet.runs import environment
 from flax_resnet.runs.display import Display
@@ -53,7 +52,8 @@ def parse():
     parser.add_argument("--recipe", metavar="NAME", help="take the settings of a recipe")
     about = "name of the network (default: resnet18)"
     parser.add_argument("--arch", default="resnet18", metavar="NAME", help=about)
-    parser.add_argument("--stem", metavar="|".join(STEMS), help="first layers of the network")
+    stems = "|".join(get_args(Stem))
+    parser.add_argument("--stem", metavar=stems, help="first layers of the network")
     about = "width and height in pixels (default: 32 with a network or stem for CIFAR, else 224)"
     parser.add_argument("--image-size", type=int, metavar="INT", help=about)
     about = "number of classes (default: 10 up to 64 pixels, else 1000)"
@@ -158,13 +158,13 @@ def chart_beside(path: Path | None) -> Path | None:
 
 def make_settings(args) -> throughput.Settings:
     device = args.device or ("gpu" if Path("/dev/nvidiactl").exists() else "cpu")
-    large = has_stem_choice(args.arch) and args.stem != "cifar"
+    large = args.arch in WITH_STEMS and args.stem != "cifar"
     size = args.image_size or (224 if large else 32)
     given = {name: getattr(args, name) for name in REPEATS[device]}
     repeats = REPEATS[device] | {k: v for k, v in given.items() if v is not None}
     job = Job(
         arch=args.arch,
-        stem=(args.stem or "imagenet") if has_stem_choice(args.arch) else None,
+        stem=(args.stem or "imagenet") if args.arch in WITH_STEMS else None,
         num_classes=args.num_classes or (1000 if size > 64 else 10),
         image_size=size,
         batch_size=args.batch_size,
@@ -290,8 +290,7 @@ def label(row: dict) -> str:
 
 def write(path: Path, document: dict):
     """Write the figures and, where there are any, their chart."""
-    with output_files.output(path) as file:
-        file.write(json.dumps(finite(document), indent=1, allow_nan=False) + "\n")
+    output_files.write_json(path, document)
     chart = chart_beside(path)
     if chart and document["rows"]:
         with replacing(chart) as place:

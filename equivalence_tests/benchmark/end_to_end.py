@@ -87,7 +87,7 @@ def train_once(job: Job, course: Course, number: int, environment, kept: Kept) -
     """The training of a round, which this call or an earlier one measured.
 
     Args:
-      number: number of the round, also the seed; round 0 starts with empty compilation caches.
+      number: number of the round, also the seed; round 1 starts with empty compilation caches.
     """
 
     def run(cache):

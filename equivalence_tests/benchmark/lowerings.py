@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +26,7 @@ from jax import lax
 
 from equivalence_tests.benchmark import timed_jax, timing
 from equivalence_tests.parity import inputs
-from flax_resnet.commands import exits
-from flax_resnet.config import finite
+from flax_resnet.commands import exits, output_files
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.kernels import cpu_convolution, sliced_max_pool
 from flax_resnet.kernels.cpu_sum import library_sum
@@ -278,7 +276,7 @@ def main():
         measured = {"command": exits.command_line(), "environment": environment.describe(1)}
         measured["glibc_tunables"] = os.environ.get("GLIBC_TUNABLES")
         measured |= {"rows": rows, "relative_error_of_variance": lost}
-        args.json.write_text(json.dumps(finite(measured), indent=1, allow_nan=False) + "\n")
+        output_files.write_json(args.json, measured)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,18 @@ of its own bytes and FLOPs on the data sheet.
 
 import argparse
 import statistics
-import time
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from equivalence_tests import results
+from equivalence_tests.benchmark import timing
 from equivalence_tests.studies import step_bytes
+from flax_resnet import machine
 from flax_resnet.commands import exits
 from flax_resnet.devices import targets
 from flax_resnet.errors import InputError
-from flax_resnet.runs import environment
 from flax_resnet.training import ahead, steps
 
 WARM_UP, BLOCKS, STEPS = 10, 5, 20
@@ -91,17 +91,9 @@ def stepper(plan: ahead.Plan, executable):
 
 def seconds_of_a_step(step, wait, num_steps: int) -> list[float]:
     """Seconds of a step in each block."""
-    for _ in range(WARM_UP):
-        step()
-    wait()
-    blocks = []
-    for _ in range(BLOCKS):
-        started = time.perf_counter()
-        for _ in range(STEPS):
-            step()
-        wait()
-        blocks.append((time.perf_counter() - started) / STEPS / num_steps)
-    return blocks
+    program = timing.Program(step, wait, list, num_steps)
+    timing.repeat(program, WARM_UP * num_steps)
+    return [timing.repeat(program, STEPS * num_steps) for _ in range(BLOCKS)]
 
 
 def row(case: Case, target: targets.Target) -> dict:
@@ -126,7 +118,7 @@ def row(case: Case, target: targets.Target) -> dict:
             "bytes": planned.bytes,
             "peak_bytes": planned.peak_bytes,
         },
-        "revision": environment.revision(),
+        "revision": machine.revision(),
     }
 
 

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from equivalence_tests import results
 from equivalence_tests.benchmark import charts
 from equivalence_tests.studies import step_bytes
+from flax_resnet import machine
 from flax_resnet.commands import cli
 from flax_resnet.devices import program, targets
-from flax_resnet.runs import environment
 from flax_resnet.training import ahead
 
 ARCH, SIZE, CLASSES = "resnet50", 224, 1000
@@ -74,7 +74,7 @@ def row(target: targets.Target, statistics: str) -> dict:
         "collectives": program.collectives(made.kernels),
         "bound_seconds_without_exchange": sum(k.times * ahead.bound(k, target.card) for k in alone),
         "compile_seconds": round(made.seconds),
-        "revision": environment.revision(),
+        "revision": machine.revision(),
     }
     return found | derived(found)
 

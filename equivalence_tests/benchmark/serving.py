@@ -25,7 +25,7 @@ import numpy as np
 
 from equivalence_tests import results
 from equivalence_tests.benchmark import charts
-from flax_resnet.runs import environment
+from flax_resnet import machine
 
 Program = Callable[[np.ndarray], np.ndarray]
 """uint8 images `[B, H, W, C]` -> logits or probabilities `[B, K]`."""
@@ -117,7 +117,7 @@ def measure(folder: Path, names, rounds: int) -> dict[str, dict]:
             "accuracy": float(np.mean(predictions(folder, name) == labels)),
             "equal_predictions": float(np.mean(predictions(folder, name) == reference)),
             "cores": {str(cores): medians(rounds) for cores, rounds in by_cores.items()},
-            "revision": environment.revision(),
+            "revision": machine.revision(),
         }
         for name, by_cores in found.items()
     }

@@ -215,15 +215,15 @@ def repeat(program: Program, steps: int) -> float:
     return (time.perf_counter() - started) / (dispatches * program.steps_per_dispatch)
 
 
-def best_seconds(call: Callable[[], None], finish: Callable[[], None], repeats: int = 20) -> float:
-    """Seconds of one call: the minimum over several calls.
+def best_seconds(call: Callable[[], None], finish: Callable[[], None]) -> float:
+    """Seconds of one call: the minimum of 20.
 
     Operands have to be random: a GPU multiplies zeros and ones with less power, thus faster.
     """
     call()
     finish()
     seconds = []
-    for _ in range(repeats):
+    for _ in range(20):
         started = time.perf_counter()
         call()
         finish()

@@ -7,6 +7,8 @@ from unittest import mock
 
 from flax import nnx
 
+from flax_resnet.models import layers
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerFault:
@@ -73,7 +75,7 @@ def eligible_layers(mutant: Mutant, model: nnx.Module) -> dict[str, nnx.Module]:
     """The modules of a model that can have the fault, by torch's names."""
     fault = mutant.layer
     return {
-        ".".join(str(part) for part in path if part != "layers"): module
-        for path, module in nnx.iter_modules(model)
+        name: module
+        for name, module in layers.module_names(model).items()
         if isinstance(module, fault.kind) and fault.eligible(module)
     }

@@ -72,32 +72,30 @@ def _default_rms_decay(config, *args, **kwargs):
     return _MAKE_OPTIMIZER(config, *args, **kwargs)
 
 
-def _ema_from_zero(state, params, config, copied=0):
-    moved = state._replace(ema=jax.tree.map(jnp.zeros_like, params))
-    later = _EMA(state._replace(step=jnp.maximum(state.step, config.accumulate_steps)), params,
-                 config)  # fmt: skip
-    first = jax.tree.map(lambda old, new: (1 - config.ema_decay) * new, moved.ema, params)
-    starts = state.step < config.accumulate_steps
+def _ema_from_zero(ema, params, batches, config, copied=0):
+    later = _EMA(ema, params, jnp.maximum(batches, config.accumulate_steps), config)
+    first = jax.tree.map(lambda new: (1 - config.ema_decay) * new, params)
+    starts = batches < config.accumulate_steps
     return jax.tree.map(lambda a, b: jnp.where(starts, a, b), first, later)
 
 
-def _equal_average(state, params, config, copied=0):
-    updates = state.step // config.accumulate_steps
-    updated = (state.step + 1) % config.accumulate_steps == 0
+def _equal_average(ema, params, batches, config, copied=0):
+    updates = batches // config.accumulate_steps
+    updated = (batches + 1) % config.accumulate_steps == 0
     return jax.tree.map(
         lambda old, new: jnp.where(updated, old + (new - old) / (updates + 1), old),
-        state.ema,
+        ema,
         params,
     )
 
 
-def _warmed_up(state, params, config, copied=0):
-    updates = state.step // config.accumulate_steps
+def _warmed_up(ema, params, batches, config, copied=0):
+    updates = batches // config.accumulate_steps
     decay = jnp.minimum(config.ema_decay, (1 + updates) / (10 + updates))
-    updated = (state.step + 1) % config.accumulate_steps == 0
+    updated = (batches + 1) % config.accumulate_steps == 0
     return jax.tree.map(
         lambda old, new: jnp.where(updated, decay * old + (1 - decay) * new, old),
-        state.ema,
+        ema,
         params,
     )
 
@@ -113,8 +111,8 @@ def _averaged_buffers(state, gradients, stats, config, *rest):
     return _APPLY_GRADIENTS(state, gradients, stats, config, *rest)
 
 
-def _averaged_after_every_update(state, params, config, copied=0):
-    return _EMA(state, params, dataclasses.replace(config, ema_steps=1), copied)
+def _averaged_after_every_update(ema, params, batches, config, copied=0):
+    return _EMA(ema, params, batches, dataclasses.replace(config, ema_steps=1), copied)
 
 
 def _adapted_without_decay(config):

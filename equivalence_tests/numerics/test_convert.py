@@ -17,13 +17,13 @@ from flax import nnx
 import flax_resnet
 import torch_ref
 from equivalence_tests.parity import engine, inputs, jax_side, tolerances, torch_side
+from flax_resnet.config import WITH_STEMS
 from flax_resnet.errors import InputError
-from flax_resnet.models import has_stem_choice
 from flax_resnet.weights import convert
 from torch_ref import checkpoint
 
 CHECKPOINTS = Path(__file__).parents[2].parent / "shared/data/checkpoints"
-TORCHVISION = [name for name in flax_resnet.list_models() if has_stem_choice(name)]
+TORCHVISION = list(WITH_STEMS)
 BOTH_STEMS = [(arch, stem) for arch in TORCHVISION for stem in ("imagenet", "cifar")]
 OWN_STEM = [(arch, None) for arch in flax_resnet.list_models() if arch not in TORCHVISION]
 
@@ -255,7 +255,6 @@ def test_trained_checkpoints_give_the_same_logits(arch):
     assert len(set(predictions)) > 1
 
 
-@hypothesis.settings(deadline=None, derandomize=True)
 @hypothesis.given(
     prefixes=st.lists(st.sampled_from(["module.", "_orig_mod.", "model.", "net."]), max_size=4)
 )

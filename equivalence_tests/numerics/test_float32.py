@@ -25,10 +25,11 @@ from equivalence_tests.parity import (
     inputs,
     jax_side,
     replay,
-    states,
     tolerances,
     torch_side,
 )
+from flax_resnet.config import OptimizerConfig
+from flax_resnet.interop.training_state import load_training_arrays
 from flax_resnet.kernels.cpu_convolution import compiler_options
 from flax_resnet.models import layers
 from torch_ref import checkpoint, optim
@@ -180,6 +181,17 @@ class Torch:
         self.optimizer.load_state_dict(other.optimizer.state_dict())
 
 
+def continued(state, trace: dict):
+    """JAX's state that continues from the end of PyTorch's trace, of SGD."""
+    arrays = {
+        "model": trace["parameters"] | trace["batch_norm"],
+        "optimizer": trace["optimizer"],
+        "ema": {},
+        "step": int(state.step),
+    }
+    return load_training_arrays(state, arrays, OptimizerConfig(optimizer="sgd"))
+
+
 def teacher_forced(case, *, compute_dtype=None, autocast=None):
     """Before every step JAX and the float64 training get torch's state; then all three step.
 
@@ -194,7 +206,7 @@ def teacher_forced(case, *, compute_dtype=None, autocast=None):
     def traces(index):
         nonlocal state
         truth.follow(teacher)
-        state = states.resumed(state, teacher.trace({}), "sgd")
+        state = continued(state, teacher.trace({}))
         reference = teacher.step(index, replay.recorded_torch())
         expected = truth.step(index, replay.replayed_torch(teacher.decisions))
         batch = jax_side.batch_of(case, index, np.float32, teacher.decisions)

@@ -18,7 +18,8 @@ from jax import lax
 import flax_resnet
 from equivalence_tests.parity import engine, tolerances
 from equivalence_tests.parity.inputs import make_case
-from flax_resnet.models import has_stem_choice, layers, resnet
+from flax_resnet.config import WITH_STEMS
+from flax_resnet.models import layers, resnet
 from flax_resnet.training import losses
 
 QUICK = ("resnet20", "resnet18")
@@ -43,7 +44,7 @@ MANY_STEPS = 5
 CASES = [
     pytest.param(arch, stem, marks=marks(arch, stem))
     for arch in flax_resnet.list_models()
-    for stem in (("imagenet", "cifar") if has_stem_choice(arch) else (None,))
+    for stem in (("imagenet", "cifar") if arch in WITH_STEMS else (None,))
 ]
 
 
@@ -119,7 +120,7 @@ def test_a_fault_of_a_projection_shows_there(fault, where):
 )
 def test_twenty_steps(arch):
     # With two images instead of eight, BatchNorm amplifies rounding by 1e4 in 20 steps.
-    stem = "cifar" if has_stem_choice(arch) else None
+    stem = "cifar" if arch in WITH_STEMS else None
     case = make_case(arch, stem=stem, size=(8, 9), batch=8, steps=20, lr=1e-3)
     assert too_large(case, bound=tolerances.TRAJECTORY) == []
 

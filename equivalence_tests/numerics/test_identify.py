@@ -5,13 +5,13 @@ import pytest
 
 import flax_resnet
 from equivalence_tests.parity import inputs
-from flax_resnet.models import has_stem_choice
+from flax_resnet.config import WITH_STEMS
 from flax_resnet.weights import convert
 
 ALL = [
     (arch, stem)
     for arch in flax_resnet.list_models()
-    for stem in (("imagenet", "cifar") if has_stem_choice(arch) else (None,))
+    for stem in (("imagenet", "cifar") if arch in WITH_STEMS else (None,))
 ]
 QUICK = ("resnet18", "resnet34", "resnet50", "resnext50_32x4d", "resnet20", "resnet32", "basic_cnn")
 CASES = [

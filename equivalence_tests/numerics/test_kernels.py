@@ -6,6 +6,7 @@ Each test has the library's own way as its control. Where the control passes, ou
 import re
 from collections import Counter
 from functools import partial
+from typing import get_args
 from unittest import mock
 
 import jax
@@ -19,12 +20,12 @@ from torch.nn import functional as F
 
 from equivalence_tests.benchmark import lowerings
 from equivalence_tests.parity import inputs
-from flax_resnet.config import ModelConfig, ParallelConfig, TrainConfig
+from flax_resnet.config import Kernels, ModelConfig, ParallelConfig, TrainConfig
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.kernels import cpu_convolution, sliced_max_pool
 from flax_resnet.kernels.cpu_convolution import compiler_options
 from flax_resnet.kernels.cpu_sum import library_sum, sum_of_pixels
-from flax_resnet.models import KERNELS, create_model, layers
+from flax_resnet.models import create_model, layers
 from flax_resnet.models.resnet import BasicBlock, ResNet
 from flax_resnet.training.network import Network
 
@@ -161,7 +162,7 @@ IMAGES = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
 )
 def test_one_switch_turns_every_lowering_off(place, name):
     called = {}
-    for kernels in KERNELS:
+    for kernels in get_args(Kernels):
         network = abstract_network(kernels)
         apply = partial(network.apply, train=True)
         with mock.patch.object(place, name, wraps=getattr(place, name)) as lowering:
@@ -171,7 +172,7 @@ def test_one_switch_turns_every_lowering_off(place, name):
 
 
 def test_the_switch_reaches_the_compiler():
-    engines = [Engine(ParallelConfig(devices=1), kernels=kernels) for kernels in KERNELS]
+    engines = [Engine(ParallelConfig(devices=1), kernels=kernels) for kernels in get_args(Kernels)]
     assert [bool(engine._options) for engine in engines] == [True, False]
 
 

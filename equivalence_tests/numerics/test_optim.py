@@ -18,8 +18,8 @@ from torch import nn
 
 import torch_ref.optim
 from equivalence_tests.parity import inputs, tolerances, torch_side
-from equivalence_tests.parity.states import named, optimizer_state
 from flax_resnet.config import OptimizerConfig, TrainConfig
+from flax_resnet.interop.training_state import named_arrays, optimizer_arrays
 from flax_resnet.training import optim, steps
 from flax_resnet.training.network import Variables
 from flax_resnet.weights import convert
@@ -134,10 +134,10 @@ def run_jax(rule: dict) -> list[dict]:
     cycle = momenta() if CYCLED in rule else [None] * STEPS
     for gradient, lr, momentum in zip(gradients, rates(), cycle, strict=True):
         state = update(state, tree(gradient), lr, momentum)
-        optimizer = optimizer_state(state.opt_state, config.optimizer.optimizer)
-        seen.append(named(state.params) | optimizer)
+        optimizer = optimizer_arrays(state.opt_state, config.optimizer.optimizer)
+        seen.append(named_arrays(state.params) | optimizer)
         if state.ema and state.step >= config.optimizer.accumulate_steps:
-            averages = named(state.ema)
+            averages = named_arrays(state.ema)
             seen[-1] |= {f"{name} ema": array for name, array in averages.items()}
     return seen
 
@@ -269,8 +269,8 @@ FAULTS = {
     "EMA starts at zero": (
         steps,
         "_moving_average",
-        lambda state, params, config, copied: jax.tree.map(
-            lambda old, new: 0.9 * old * (state.step > 0) + 0.1 * new, state.ema, params
+        lambda ema, params, batches, config, copied: jax.tree.map(
+            lambda old, new: 0.9 * old * (batches > 0) + 0.1 * new, ema, params
         ),
         dict(ema_decay=0.9),
     ),

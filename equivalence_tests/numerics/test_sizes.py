@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from equivalence_tests.parity import inputs, sizes
+from equivalence_tests.parity.ports import cases
 
 pytestmark = [pytest.mark.control, pytest.mark.quick]
 
@@ -48,7 +49,7 @@ def test_a_network_of_ones_own_gets_a_size_that_hides_nothing():
     calls = sizes.strided_calls(net, (32, 36), 1)
     assert calls == {"0": ((4, 4), (32, 36)), "1": ((1, 2), (8, 9))}
     assert sizes.faults(calls)[0] == "0 sees only divisible sizes (32 x 36)"
-    assert sizes.faults(sizes.strided_calls(net, sizes.sound_size(net, 1, 16), 1)) == []
+    assert sizes.faults(sizes.strided_calls(net, cases.image_size(net, 1), 1)) == []
     assert net.training
 
 

@@ -14,6 +14,7 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -22,11 +23,10 @@ from rich.table import Table
 
 from flax_resnet import list_models
 from flax_resnet.commands import cli, exits, output_files
-from flax_resnet.config import DataConfig
+from flax_resnet.config import DataConfig, Shortcut, Stem, check_shortcut, check_stem
 from flax_resnet.data.sources import places
 from flax_resnet.errors import BAD_INPUT, InputError, extra_needed
 from flax_resnet.files import replacing
-from flax_resnet.models import SHORTCUTS, STEMS, check_shortcut, check_stem
 from flax_resnet.runs import environment
 from flax_resnet.runs.display import Display
 from flax_resnet.runs.views import class_names, read_config
@@ -68,8 +68,9 @@ MODES = {"evaluation": False, "training": True}
 def parse():
     parser = cli.Parser(description=__doc__)
     parser.add_argument("--arch", metavar="NAME", help="our network (default: found from weights)")
-    parser.add_argument("--stem", metavar="|".join(STEMS), help="first layers of --arch")
-    parser.add_argument("--shortcut", metavar="|".join(SHORTCUTS), help="shortcuts of --arch")
+    stems, shortcuts = ("|".join(get_args(kind)) for kind in (Stem, Shortcut))
+    parser.add_argument("--stem", metavar=stems, help="first layers of --arch")
+    parser.add_argument("--shortcut", metavar=shortcuts, help="shortcuts of --arch")
     parser.add_argument(
         "--checkpoint", metavar="WEIGHTS", help="weights: file, run directory, name"
     )

@@ -15,7 +15,7 @@ import re
 
 import numpy as np
 
-from flax_resnet.config import OptimizerConfig
+from flax_resnet.config import WITH_SHORTCUTS, OptimizerConfig
 from flax_resnet.text import listed
 
 NUM_CLASSES = 7
@@ -134,7 +134,7 @@ RULE = dict(lr=1e-3, momentum=0.9, weight_decay=5e-4, label_smoothing=0.1)
 
 
 def case_of_weights(
-    arrays: dict, arch: str, stem: str | None, shortcut: str | None = None, *, size=None, batch=4
+    arrays: dict, arch: str, stem: str | None, shortcut: str | None = None, *, size=None
 ) -> Case:
     """A case of given, trained weights and random images.
 
@@ -142,7 +142,7 @@ def case_of_weights(
       ValueError: the case could not fail; the message says why.
     """
     rng = random_numbers()
-    shape = (1, batch, *(size or image_size(arch, stem)), arrays["conv1.weight"].shape[1])
+    shape = (1, 4, *(size or image_size(arch, stem)), arrays["conv1.weight"].shape[1])
     classes = len(arrays["fc.bias"])
     case = Case(
         arch=arch,
@@ -164,9 +164,9 @@ def image_size(arch: str, stem: str | None) -> tuple[int, int]:
     """
     if arch == "basic_cnn":
         return 30, 41
-    torchvision = not arch.startswith(("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"))
+    large = arch not in WITH_SHORTCUTS and stem != "cifar"
     # 47, 24, 12, 6, 3 and 50, 25, 13, 7, 4: one of the two is even and the other odd.
-    return (47, 50) if torchvision and stem != "cifar" else (12, 13)
+    return (47, 50) if large else (12, 13)
 
 
 def state_shapes(

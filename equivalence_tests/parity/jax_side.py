@@ -16,8 +16,8 @@ from flax import nnx
 import flax_resnet
 from equivalence_tests.parity import inputs, replay
 from equivalence_tests.parity.inputs import Case
-from equivalence_tests.parity.states import named, optimizer_state
 from flax_resnet.config import ScheduleConfig, TrainConfig
+from flax_resnet.interop.training_state import named_arrays, optimizer_arrays
 from flax_resnet.kernels.cpu_convolution import compiler_options
 from flax_resnet.models import layers
 from flax_resnet.models.summary import recorded_activations
@@ -192,7 +192,7 @@ def _replayed(batch):
 
 def trace(state, seen: dict, values: dict, config: TrainConfig, *, train=True) -> dict:
     """A trace: every array with torch's names and layouts."""
-    gradients = named(_without_images(seen["gradient"]))
+    gradients = named_arrays(_without_images(seen["gradient"]))
     gradients[IMAGES] = np.asarray(seen["gradient"][IMAGES]).transpose(0, 3, 1, 2)
     result = {
         FORWARD: {n: _channels_first(a) for n, a in seen[FORWARD].items() if n},
@@ -202,9 +202,9 @@ def trace(state, seen: dict, values: dict, config: TrainConfig, *, train=True) -
     if not train:
         return result
     return result | {
-        "batch_norm": named(state.batch_stats),
-        "optimizer": optimizer_state(state.opt_state, config.optimizer.optimizer),
-        "parameters": named(state.params),
+        "batch_norm": named_arrays(state.batch_stats),
+        "optimizer": optimizer_arrays(state.opt_state, config.optimizer.optimizer),
+        "parameters": named_arrays(state.params),
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 
 from equivalence_tests.parity import tolerances
-from flax_resnet.weights.published import quiet
+from flax_resnet.libraries import quiet
 
 with quiet("matplotlib"):  # it warns if there is no home to keep its list of fonts in
     import matplotlib

@@ -62,15 +62,8 @@ def faults(calls: dict) -> list[str]:
     return found
 
 
-def sound_size(net: nn.Module, channels: int, smallest: int) -> tuple[int, int] | None:
-    """The smallest `(H, W)` without faults, sides from `smallest` to twice that; None if none."""
-    for size in _pairs(smallest):
-        if not faults(strided_calls(net, size, channels)):
-            return size
-    return None
-
-
-def _pairs(smallest: int) -> Iterator[tuple[int, int]]:
+def pairs(smallest: int) -> Iterator[tuple[int, int]]:
+    """(H, W) with H < W and sides from `smallest` to twice that, in the order of their sums."""
     sides = range(smallest, 2 * smallest + 1)
     return (p for p in sorted(itertools.product(sides, sides), key=sum) if p[0] < p[1])
 

@@ -1,5 +1,6 @@
 """Fixtures of several test files."""
 
+import jax
 import pytest
 
 from equivalence_tests.program.insects import train_on, write_folder
@@ -19,6 +20,20 @@ def insects(folder, tmp_path_factory):
     outcome = train_on(folder, run_dir, "--epochs", 4)
     assert outcome.status == 0, outcome.err
     return run_dir
+
+
+@pytest.fixture
+def ranks_are_promoted():
+    """Arrays of different ranks may be added, as users have it: Keras does so."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def no_x64():
+    """Float64 is off after the test, which may read a run that turns it on."""
+    yield
+    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.fixture

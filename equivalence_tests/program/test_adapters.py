@@ -134,10 +134,7 @@ def plain():
     return apply, {"kernel": jnp.ones((3, 5)), "steps": jnp.array(0)}
 
 
-@pytest.fixture(autouse=True)
-def _ranks_are_promoted():
-    with jax.numpy_rank_promotion("allow"):  # Keras adds vectors to matrices
-        yield
+pytestmark = pytest.mark.usefixtures("ranks_are_promoted")
 
 
 NETS = {

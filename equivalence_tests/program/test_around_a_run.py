@@ -68,17 +68,28 @@ class Pruned(Exception):
     """An exception as Optuna's."""
 
 
-@pytest.mark.parametrize("where", ["step", pytest.param("epoch", marks=pytest.mark.slow)])
-def test_an_exception_of_a_callback_ends_the_training_with_the_work_saved(tmp_path, where):
+class Closed(Exception):
+    """An exception that takes no attributes."""
+
+    def __setattr__(self, name, value):
+        if not name.startswith("__"):
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("where, kind", [
+    ("step", Pruned), ("step", Closed), pytest.param("epoch", Pruned, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_an_exception_of_a_callback_ends_the_training_with_the_work_saved(tmp_path, where, kind):
     def callback(event, step, values):
         if (event, step) == (where, {"step": 11, "epoch": 8}[where]):
-            raise Pruned
+            raise kind
 
     how = {"display": QUIET, "resume": True}
     slow = config(checkpoint_epochs=2)
-    with pytest.raises(Pruned) as error:
+    with pytest.raises(kind) as error:
         flax_resnet.fit(slow, tmp_path / "run", **how, callbacks=[callback])
-    assert error.value.saved
+    assert getattr(error.value, "saved", kind is Closed)
     told = []
     flax_resnet.fit(slow, tmp_path / "run", **how, callbacks=[lambda *e: told.append(e)])
     assert told[0][1] == {"step": 14, "epoch": 11}[where]

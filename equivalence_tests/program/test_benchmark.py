@@ -27,6 +27,7 @@ from equivalence_tests.benchmark import (
 )
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.test_throughput import evaluated
+from equivalence_tests.program.test_workers import is_there
 from equivalence_tests.studies import card_precision
 from flax_resnet.commands import cli, exits
 from flax_resnet.commands.main import COMMANDS
@@ -280,14 +281,6 @@ SLEEPS = "import time; time.sleep(60)"
 DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEPS}"
 
 
-def runs_still(pid: int) -> bool:
-    """True if a process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.parametrize("seconds", [0, 60], ids=["parent ended", "parent cut off"])
 @pytest.mark.parametrize("child", [SLEEPS, DEAF], ids=["obeys", "deaf"])
 def test_a_stage_leaves_no_process(tmp_path, monkeypatch, child, seconds):
@@ -297,7 +290,7 @@ def test_a_stage_leaves_no_process(tmp_path, monkeypatch, child, seconds):
         status = gpu.call([sys.executable, "-c", script], dict(os.environ), log, 3)
     assert status == ("cut off" if seconds else 0)
     time.sleep(0.2)
-    assert not runs_still(int((tmp_path / "log").read_text()))
+    assert not is_there(int((tmp_path / "log").read_text()))
 
 
 def test_a_lent_machine_is_shared_by_the_stages(tmp_path, monkeypatch):

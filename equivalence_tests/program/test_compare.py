@@ -145,8 +145,8 @@ def test_a_run_without_a_checkpoint_is_refused(run, tmp_path):
 def test_the_curves_of_a_cross_validation_are_those_of_the_checkpoints(tmp_path, monkeypatch):
     for name in ("fold-0", "fold-1", "fold-2"):
         edited(without_training(tmp_path / name) / "metrics.csv")
-    figures, pool = dict.fromkeys(cross_validate.SHOWN, 0.5), cross_validate.Pool(("a",), list)
-    pool.add([{"label": "a", "prediction": "a", "loss": 0.1}], {})
+    figures, pool = dict.fromkeys(cross_validate.SHOWN, 0.5), cross_validate.Pool(("a",))
+    pool.add([{"label": "a", "prediction": "a", "loss": 0.1}])
     drawn = {}
     for name, value in {
         "check": lambda root, runs: None,

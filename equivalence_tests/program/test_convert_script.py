@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -31,10 +30,7 @@ NAMES = "a,b,c,d,e,f,g"
 LOOKS = ["--class-names", NAMES, "--image-size", 32, "--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.2, 1]
 
 
-@pytest.fixture(autouse=True)
-def no_x64():
-    yield
-    jax.config.update("jax_enable_x64", False)
+pytestmark = pytest.mark.usefixtures("no_x64")
 
 
 @pytest.fixture(scope="module")

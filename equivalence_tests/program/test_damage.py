@@ -122,14 +122,14 @@ def test_a_file_that_the_manifest_does_not_know_is_damage(two_steps, tmp_path, c
 
 def test_an_unreadable_checkpoint_is_passed_over(two_steps, monkeypatch):
     """Reading raises an error of the disk."""
-    original = checkpoint._sha256
+    original = checkpoint.sha256
 
     def broken(path):
         if path.is_relative_to(two_steps / "2" / "state"):
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return original(path)
 
-    monkeypatch.setattr(checkpoint, "_sha256", broken)
+    monkeypatch.setattr(checkpoint, "sha256", broken)
     step, _, said = reopened(two_steps)
     assert step == 1 and len(said) == 1
     assert "step 2" in said[0] and "Input/output error" in said[0]
@@ -373,7 +373,6 @@ def test_a_device_file_is_refused_as_config(tmp_path):
         config_from_file("/dev/zero")
 
 
-@hypothesis.settings(deadline=None, derandomize=True)
 @hypothesis.given(
     arch=st.sampled_from(list_models()),
     epochs=st.integers(1, 100_000),

@@ -111,7 +111,7 @@ def test_every_recipe_runs_all_stages_under_smoke(name, folder, tmp_path):
 def test_a_batch_that_the_devices_cannot_share_is_refused(folder, tmp_path):
     flags = ["--recipe", "torchvision-resnet18-v1", "--dataset", f"folder:{folder}"]
     outcome = run_script("train.py", *flags, "--devices", 3, "--run-dir", tmp_path / "run")
-    refused(outcome, "batch size 256 cannot be divided among 3 devices")
+    refused(outcome, "--batch-size 256 cannot be divided among 3 devices")
     assert not (tmp_path / "run").exists()
 
 

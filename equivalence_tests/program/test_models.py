@@ -13,12 +13,12 @@ from flax import nnx
 
 import flax_resnet
 import torch_ref
-from flax_resnet.config import ModelConfig
+from flax_resnet.config import WITH_STEMS, ModelConfig
 from flax_resnet.errors import InputError
-from flax_resnet.models import has_stem_choice, layers, resnet, summary
+from flax_resnet.models import layers, resnet, summary
 from flax_resnet.training.network import Network
 
-TORCHVISION = [name for name in flax_resnet.list_models() if has_stem_choice(name)]
+TORCHVISION = list(WITH_STEMS)
 HE = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7}
 
 

@@ -7,7 +7,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
@@ -37,7 +37,6 @@ def test_random_resized_crop_only_where_there_is_a_draw():
     np.testing.assert_array_equal(decoder(image), Decoder(size=16, resize=16)(image))
 
 
-@settings(deadline=None)
 @given(
     num_images=st.integers(1, 60),
     batch_size=st.integers(1, 60),
@@ -58,7 +57,7 @@ def test_an_epoch_is_a_permutation_without_its_remainder(num_images, batch_size,
 
 def labelled(labels, names=("cat", "dog", "owl")):
     train = SimpleNamespace(labels=np.array(labels))
-    return SimpleNamespace(train=train, class_names=names)
+    return SimpleNamespace(train=train, splits={"train": train}, class_names=names)
 
 
 def test_class_weights_are_balanced_or_of_a_file(tmp_path):
@@ -97,6 +96,8 @@ def test_a_file_of_class_weights_is_checked(text, word, tmp_path):
         prepare.class_weights("~no-such-user/w.json", labelled([0, 1, 2]))
     with pytest.raises(InputError, match="owl has no training image"):
         prepare.class_weights("balanced", labelled([0, 1]))
+    with pytest.raises(InputError, match="class owl has no training image"):
+        torch_ref.prepare.class_weights("balanced", labelled([0, 1]))
 
 
 def test_copies_are_decoded_apart():

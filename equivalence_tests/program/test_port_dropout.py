@@ -14,10 +14,7 @@ from equivalence_tests.program.test_port_kinds import Linen, Torch, conv
 SIZE = (5, 7)
 
 
-@pytest.fixture(autouse=True)
-def _as_users_have_it():
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("ranks_are_promoted")
 
 
 def drop(x, rate, train, shared=()):

@@ -13,10 +13,7 @@ from flax_resnet.errors import InputError
 SIZE = (9, 12)
 
 
-@pytest.fixture(autouse=True)
-def _as_users_have_it():
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("ranks_are_promoted")
 
 
 class Torch(nn.Module):

@@ -17,10 +17,7 @@ from flax_resnet.errors import InputError
 BIASED = "the running variance takes the biased variance of the batch (n instead of n - 1)"
 
 
-@pytest.fixture(autouse=True)
-def _as_users_have_it():
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("ranks_are_promoted")
 
 
 class Linen(linen.Module):

@@ -18,11 +18,7 @@ from equivalence_tests.parity.ports.mapping import Mapping, Piece
 from equivalence_tests.program.test_port_kinds import Linen, Torch
 from flax_resnet.errors import InputError
 
-
-@pytest.fixture(autouse=True)
-def _as_users_have_it():
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("ranks_are_promoted")
 
 
 SIZE = (4, 6)

@@ -24,10 +24,7 @@ from flax_resnet.errors import InputError
 pytest_plugins = ["equivalence_tests.parity.pytest_port"]
 
 
-@pytest.fixture(autouse=True)
-def _as_users_have_it():
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("ranks_are_promoted")
 
 
 class TorchCnn(nn.Module):

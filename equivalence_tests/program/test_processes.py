@@ -257,7 +257,7 @@ def refused(run_dir, *each, **how) -> str:
     [
         (["--seed", 1], ["--seed", 2], "disagree on seed: 1 in process 0, 2 in process 1"),
         (["--dropout", ".1"], ["--dropout", ".2"], "disagree on model.dropout: 0.1"),
-        (["--batch-size", 15], ["--batch-size", 15], "batch size 15 cannot be divided among 2"),
+        (["--batch-size", 15], ["--batch-size", 15], "--batch-size 15 cannot be divided among 2"),
     ],
 )
 def test_what_cannot_be_is_refused_by_all(tmp_path, first, second, words):

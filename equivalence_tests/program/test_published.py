@@ -11,7 +11,6 @@ from pathlib import Path
 from unittest import mock
 
 import huggingface_hub.constants
-import jax
 import numpy as np
 import pytest
 import torch
@@ -34,6 +33,8 @@ from flax_resnet.training import fit
 from flax_resnet.weights import published
 
 CLASSES = ("tench", "goldfish", "white shark", "tiger shark", "hammerhead")
+pytestmark = pytest.mark.usefixtures("no_x64")
+
 SMALL = ["--epochs", 1, "--batch-size", 4, "--devices", 1]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -450,9 +451,3 @@ def test_a_package_that_is_missing_is_named_with_its_installation(monkeypatch):
     ):
         with pytest.raises(InputError, match=says):
             published.find(name, print)
-
-
-@pytest.fixture(autouse=True)
-def no_x64():
-    yield
-    jax.config.update("jax_enable_x64", False)

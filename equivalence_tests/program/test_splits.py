@@ -37,8 +37,10 @@ def opened_labels(monkeypatch, labels, **fields):
 
 @hypothesis.settings(
     max_examples=60,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture,
+        hypothesis.HealthCheck.too_slow,
+    ],
 )
 @hypothesis.given(
     sizes=st.lists(st.integers(8, 60), min_size=2, max_size=6),

@@ -84,6 +84,13 @@ def without_images(folder):
         path.rename(path.with_suffix(".txt"))
 
 
+def parts(root, *names):
+    for split in SPLITS:
+        shutil.rmtree(root / split)
+    for name in names:
+        fill(root / name)
+
+
 def link(path, target):
     fill(path.parents[3] / "outside", 1)
     path.symlink_to(target)
@@ -98,6 +105,8 @@ SPOIL = {
     "a split without images": lambda root: without_images(root / "val"),
     "folds": lambda root: [(root / n).rename(root / f"fold{i}") for i, n in enumerate(SPLITS)],
     "parts": lambda root: [(root / n).rename(root / f"{n}_set") for n in SPLITS],
+    "parts of images": lambda root: parts(root, "trainimages", "testimages"),
+    "parts by letter": lambda root: parts(root, "trainA", "trainB", "testA", "testB"),
     "two names alike": lambda root: [fill(root / "val" / n) for n in ("café", "cafe\u0301")],
     "a class that is missing": lambda root: shutil.rmtree(root / "test/bee"),
     "a class too many": lambda root: fill(root / "test/wasp"),

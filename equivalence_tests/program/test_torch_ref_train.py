@@ -2,9 +2,7 @@
 
 import csv
 import json
-import platform
 import re
-import subprocess
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +13,6 @@ import torch
 from equivalence_tests.program.twin import call, fit, small
 from flax_resnet.config import OptimizerConfig, TrainConfig, flat
 from flax_resnet.errors import InputError
-from flax_resnet.runs import environment
 from torch_ref import (
     checkpoint,
     create_model,
@@ -28,7 +25,6 @@ from torch_ref import (
     restore,
     steps,
 )
-from torch_ref import environment as torch_environment
 from torch_ref import train as torch_train
 
 SCORES = {"loss", "accuracy", "top5_accuracy", "precision_macro", "recall_macro", "f1_macro"}
@@ -215,31 +211,6 @@ def test_what_has_no_effect_is_said(tmp_path, capsys):
         with pytest.raises(guard.NonFiniteLoss):
             torch_train.fit(small(parallel=parallel), tmp_path / "run")
     assert "without effect here: parallel, devices\n" in capsys.readouterr().out
-
-
-def test_a_machine_without_git_knows_no_revision(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert torch_environment.describe(CPU)["revision"] is None
-
-
-def test_both_frameworks_name_the_revision_alike(tmp_path, monkeypatch):
-    """The revision has a "+" where the tree was changed since."""
-    for module in (torch_environment, environment):
-        monkeypatch.setattr(module, "__file__", str(tmp_path / "module.py"))
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@here"]
-    (tmp_path / "module.py").write_text("one")
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"], ["tag", "v1"]):
-        subprocess.run([*git, *command], check=True)
-    (tmp_path / "notes.txt").write_text("untracked")
-    clean = environment.revision()
-    assert torch_environment.revision() == clean and len(clean) == 12
-    (tmp_path / "module.py").write_text("two")
-    assert torch_environment.revision() == environment.revision() == f"{clean}+"
-
-
-def test_both_frameworks_name_the_processor_alike():
-    named = torch_environment.describe(CPU)["device"]
-    assert named == environment.describe(1)["device"] != platform.machine()
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():

@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -25,10 +24,7 @@ from torch_ref import checkpoint
 LOOKS = ["--image-size", 32, "--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.2, 1]
 
 
-@pytest.fixture(autouse=True)
-def no_x64():
-    yield
-    jax.config.update("jax_enable_x64", False)
+pytestmark = pytest.mark.usefixtures("no_x64")
 
 
 @pytest.fixture(scope="module")

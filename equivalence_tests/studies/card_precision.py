@@ -18,9 +18,9 @@ import torch.nn.functional as F
 import flax_resnet
 from equivalence_tests import results
 from equivalence_tests.parity import inputs, torch_side
-from equivalence_tests.parity.states import named
 from flax_resnet.commands import exits
 from flax_resnet.config import TrainConfig
+from flax_resnet.interop.training_state import named_arrays
 from flax_resnet.training.network import Network
 from torch_ref.environment import configure_torch
 from torch_ref.steps import autocast
@@ -78,7 +78,7 @@ def of_jax(case: inputs.Case, title: str) -> dict[str, np.ndarray]:
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))
     gradients, logits = gradient(network.initial.params, case.images[0], case.labels[0])
-    return {"logits": np.asarray(logits, np.float64)} | named(gradients)
+    return {"logits": np.asarray(logits, np.float64)} | named_arrays(gradients)
 
 
 def errors(got: dict, reference: dict) -> dict[str, float]:

@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from flax import nnx
 
 from equivalence_tests import results
-from flax_resnet import create_model, list_models
+from flax_resnet import create_model, list_models, machine
 from flax_resnet.commands import cli, plan
 from flax_resnet.config import TrainConfig
 from flax_resnet.devices import program, targets
-from flax_resnet.runs import environment
 from flax_resnet.training import ahead
 
 NAME = "compiled"
@@ -118,7 +117,7 @@ def row(arch: str, target: str, dtype: str) -> dict:
         "bytes_per_step": made.bytes,
         "flops_per_step": made.flops,
         "compile_seconds": round(made.seconds, 1),
-        "revision": environment.revision(),
+        "revision": machine.revision(),
     }
 
 

@@ -6,7 +6,6 @@ python -m equivalence_tests.studies.edges --count 2000 --json results/edges.json
 import argparse
 import collections
 import functools
-import json
 import math
 import random
 import sys
@@ -16,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import pydantic
 
-from flax_resnet.commands import exits
-from flax_resnet.config import INT32, SMALLEST, TrainConfig, finite, from_dict, to_dict
+from flax_resnet.commands import exits, output_files
+from flax_resnet.config import INT32, SMALLEST, TrainConfig, from_dict, to_dict
 from flax_resnet.data import augment
 from flax_resnet.errors import InputError
 from flax_resnet.models import create_from_config
@@ -165,7 +164,7 @@ def main():
     for fault in found["faults"][:10]:
         print(fault["error"].splitlines()[0], file=sys.stderr)
     if args.json:
-        args.json.write_text(json.dumps(finite(found), indent=1, allow_nan=False) + "\n")
+        output_files.write_json(args.json, found)
     if found["faults"]:
         count = len(found["faults"])
         raise exits.CheckFailed(f"{count} of {args.count} configs end in a traceback")

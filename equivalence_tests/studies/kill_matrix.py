@@ -22,8 +22,8 @@ from pathlib import Path
 
 from equivalence_tests import mutants, results
 from equivalence_tests.studies import criteria
+from flax_resnet import machine
 from flax_resnet.commands import exits
-from flax_resnet.runs import environment
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "equivalence_tests" / "numerics"
@@ -85,7 +85,7 @@ def row(mutant: mutants.Mutant) -> dict:
         "message": next(iter(failed.values()), None),
         "tests_run": count,
         "seconds": round(time.monotonic() - started, 1),
-        "revision": environment.revision(),
+        "revision": machine.revision(),
     }
 
 
@@ -111,7 +111,7 @@ def false_alarms(seeds: int, rows: dict[str, dict]) -> dict[str, dict]:
     Returns:
       {seed: {"tests": count, "failed": {test: message}, "revision"}}.
     """
-    revision = environment.revision()  # before the first row is written
+    revision = machine.revision()  # before the first row is written
     for seed in map(str, range(1, seeds + 1)):
         if seed not in rows:
             count, failed = run_tests("--inputs-seed", seed)

@@ -22,8 +22,8 @@ import numpy as np
 from equivalence_tests import mutants, results
 from equivalence_tests.mutants import of_layers
 from equivalence_tests.parity import engine, inputs, jax_side, localise
+from flax_resnet import machine
 from flax_resnet.models import layers
-from flax_resnet.runs import environment
 
 DRAWN = {"resnet18": None, "resnet50": 20}
 """{arch: number of random layers per mutant; None: all layers}."""
@@ -168,7 +168,7 @@ def row(trial: Trial) -> dict:
     mark = "" if trial.right else "  WRONG"
     print(f"{trial.arch} {trial.mutant}: {trial.layer} -> {trial.found_phase}"
           f" {trial.found_module} {list(trial.causes)}{mark}", flush=True)  # fmt: skip
-    return trial._asdict() | {"right": trial.right, "revision": environment.revision()}
+    return trial._asdict() | {"right": trial.right, "revision": machine.revision()}
 
 
 def main() -> int:

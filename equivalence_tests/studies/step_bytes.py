@@ -9,10 +9,10 @@ a GPU.
 import argparse
 
 from equivalence_tests import results
+from flax_resnet import machine
 from flax_resnet.commands import cli, plan
 from flax_resnet.config import TrainConfig
 from flax_resnet.devices import targets
-from flax_resnet.runs import environment
 from flax_resnet.training import ahead
 
 NAME = "step-bytes"
@@ -42,7 +42,7 @@ def row(*network) -> dict:
         "floor": plan.floor_bytes(config, data, num_devices=1),
         "temporary_bytes": made.temporary_bytes,
         "kernels": len(made.kernels),
-        "revision": environment.revision(),
+        "revision": machine.revision(),
     }
 
 

@@ -52,12 +52,12 @@ def read_network(path: Path) -> Arrays:
     return convert.conform(arrays, convert.nearest_architecture(arrays).shapes())
 
 
-def count(kind: str, arrays: Arrays, flips: int, read=read_network, seed: int = 0) -> dict:
+def count(kind: str, arrays: Arrays, flips: int, read=read_network) -> dict:
     """Counts the outcomes of `flips` files with one random bit flipped.
 
     Errors other than InputError are raised.
     """
-    draw, counts = random.Random(seed), Counter(dict.fromkeys(OUTCOMES, 0))
+    draw, counts = random.Random(0), Counter(dict.fromkeys(OUTCOMES, 0))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights"
         KINDS[kind](path, arrays)

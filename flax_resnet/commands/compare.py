@@ -4,7 +4,6 @@ python scripts/compare.py runs/birds runs/birds-2 runs/birds-3
 python scripts/compare.py runs/* --plot curves.png --json runs.json
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from flax_resnet.commands import cli, output_files
-from flax_resnet.config import TrainConfig, finite, flat
+from flax_resnet.config import TrainConfig, flat
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
 from flax_resnet.runs import views
@@ -185,5 +184,4 @@ def main():
     if args.json:
         figures = {name: course.figures() for name, course in courses.items()}
         values = {"figures": figures, "best": best(figures), "settings": settings}
-        with output_files.output(args.json) as file:
-            file.write(json.dumps(finite(values), indent=2, allow_nan=False) + "\n")
+        output_files.write_json(args.json, values)

@@ -9,30 +9,23 @@ predictions.csv, curves.png and confusion_matrix.png. To continue after an inter
 same command again.
 """
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
 
 from flax_resnet import metrics
 from flax_resnet.commands import cli, evaluate, exits, outcomes, output_files, train
-from flax_resnet.config import TrainConfig, finite
-from flax_resnet.data.prepare import (
-    check_contents,
-    class_weights,
-    contents,
-    natural_size,
-    resolve,
-)
+from flax_resnet.config import TrainConfig, resolve
+from flax_resnet.data.prepare import check_contents, class_weights, contents, suggested_size
 from flax_resnet.data.sources import open_dataset, same_place
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
 from flax_resnet.interop.loaded_run import load_run
 from flax_resnet.runs import environment, views
-from flax_resnet.runs.checkpoint import newest_document
 from flax_resnet.runs.directory import check_root, check_usable, default_name
 from flax_resnet.runs.display import Display
 from flax_resnet.runs.views import class_names, is_begun, read_config
@@ -69,7 +62,7 @@ def configs(args) -> list[TrainConfig]:
 def resolved_size(config: TrainConfig) -> int:
     """The image size that the first fold suggests; its first image is not that of all folds."""
     dataset = open_dataset(config.data)
-    size, classes = natural_size(dataset), len(dataset.class_names)
+    size, classes = suggested_size(dataset), len(dataset.class_names)
     return resolve(config, image_size=size, num_classes=classes).data.image_size
 
 
@@ -78,7 +71,7 @@ def check_source(root: Path, source: str | None, dataset: str):
     the same data."""
     seen = source and root.resolve() in Path(source).resolve().parents
     if source and is_begun(Path(source)):
-        document = newest_document(Path(source) / "checkpoints", lambda line: None) or {}
+        document = views.document_of(Path(source))
         if document.get("progress"):  # else its weights were converted from a file
             seen |= same_place(document["config"]["data"]["dataset"], dataset)
     if seen:
@@ -114,17 +107,16 @@ def trained(config: TrainConfig, run_dir: Path):
 
 
 class Pool:
-    """The predictions of all folds, whose rows are written as they come."""
+    """The predictions of all folds."""
 
-    def __init__(self, names: tuple[str, ...], write: outcomes.Write):
-        self.names, self._write = names, write
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
         self.counts = np.zeros((len(names), len(names)), np.int64)  # row = true class
         self._number = {name: index for index, name in enumerate(names)}
-        self._loss, self.fold = 0.0, 0
+        self._loss = 0.0
 
-    def add(self, rows: list[dict], batch: dict):
-        """Take the rows of a batch of the fold."""
-        self._write([{**row, "fold": self.fold} for row in rows])
+    def add(self, rows: list[dict]):
+        """Take the rows of a batch."""
         for row in rows:
             self.counts[self._number[row["label"]], self._number[row["prediction"]]] += 1
             self._loss += row["loss"]
@@ -134,21 +126,33 @@ class Pool:
         return {"loss": float(self._loss / self.counts.sum())} | metrics.summarize(self.counts)
 
 
-def predictions(run_dir: Path, pool: Pool) -> dict:
-    """The figures of a run's fold, whose predictions go to the pool."""
+class OfFold(NamedTuple):
+    """Takes the rows of one fold, which go to the pool and, with the fold, to the table."""
+
+    fold: int
+    pool: Pool
+    write: outcomes.Write
+
+    def add(self, rows: list[dict], batch: dict):
+        self.write([row | {"fold": self.fold} for row in rows])
+        self.pool.add(rows)
+
+
+def predictions(run_dir: Path, each: OfFold) -> dict:
+    """The figures of a run's fold."""
     run = load_run(run_dir)
     dataset = evaluate.open_data(run, None, "test")
-    figures, _ = evaluate.measure(run, dataset, "test", None, pool)
+    figures, _ = evaluate.measure(run, dataset, "test", None, each)
     return figures
 
 
 def all_predictions(root: Path, folders: list[Path]) -> tuple[list[dict], Pool]:
     """The figures of each fold, and the pool of all, of which predictions.csv is written."""
-    columns, figures = (*outcomes.COLUMNS, "fold"), []
+    columns, pool = (*outcomes.COLUMNS, "fold"), Pool(class_names(folders[0]))
     with outcomes.csv_rows(root / "predictions.csv", columns) as write:
-        pool = Pool(class_names(folders[0]), write)
-        for pool.fold, folder in enumerate(folders):
-            figures.append(predictions(folder, pool))
+        figures = [
+            predictions(folder, OfFold(fold, pool, write)) for fold, folder in enumerate(folders)
+        ]
     return figures, pool
 
 
@@ -196,8 +200,7 @@ def write(root: Path, values: dict, counts: np.ndarray, names, courses: dict):
 
     facts = {"class_names": names, "confusion": counts.tolist()}
     facts |= {"command": exits.command_line(), "environment": environment.describe(1)}
-    with output_files.output(root / SUMMARY) as file:
-        file.write(json.dumps(finite(values | facts), indent=2, allow_nan=False) + "\n")
+    output_files.write_json(root / SUMMARY, values | facts)
     confusion, curves = (root / name for name in PICTURES)
     with replacing(confusion) as place:
         plots.confusion_matrix(place, counts, names)

@@ -10,10 +10,10 @@ python scripts/evaluate.py runs/resnet18-birds --predictions test.csv --worst wo
 """
 
 import contextlib
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -123,7 +123,12 @@ def check_classes(run: LoadedRun, dataset, name: str):
         raise InputError(f"{name} has {dataset.channels} channels, the run {run.channels}")
 
 
-class Report:
+class TakesRows(Protocol):
+    def add(self, rows: list[dict], batch: dict):
+        """Take the rows of a batch of images."""
+
+
+class Outcomes:
     """Writes the rows of all images as they come, and keeps the pictures of the worst."""
 
     def __init__(self, write: outcomes.Write):
@@ -135,7 +140,11 @@ class Report:
 
 
 def measure(
-    run: LoadedRun, dataset: DataSet, split: str, left_out: list | None, each: Report | None = None
+    run: LoadedRun,
+    dataset: DataSet,
+    split: str,
+    left_out: list | None,
+    each: TakesRows | None = None,
 ) -> tuple[dict, int]:
     """The figures of a split and its number of images.
 
@@ -214,9 +223,9 @@ def measured(run: LoadedRun, dataset: DataSet, args, left_out: list | None, name
     with contextlib.ExitStack() as files:
         each = None
         if args.predictions:
-            each = Report(files.enter_context(outcomes.csv_rows(args.predictions)))
+            each = Outcomes(files.enter_context(outcomes.csv_rows(args.predictions)))
         elif args.worst:
-            each = Report(lambda rows: None)
+            each = Outcomes(lambda rows: None)
         figures, num_images = measure(run, dataset, args.split, left_out, each)
         check_finite(name, figures)
     return figures, num_images, each and each.worst
@@ -241,7 +250,10 @@ def main():
     subject = "ensemble" if several else names[0]
     figures, num_images, worst = measured(run, dataset, args, left_out, subject)
     table = dict(zip(names, members, strict=True)) if several else {}
-    table["all together" if "ensemble" in table else subject if several else args.split] = figures
+    title = subject if several else args.split
+    if title in table:  # a run may be called "ensemble"
+        title = "all together"
+    table[title] = figures
     display = Display(stderr="-" in map(str, (args.json, args.predictions, args.worst)))
     for line in dataset.remarks(AS_TRAINED):
         display.say(line)
@@ -260,5 +272,4 @@ def main():
         if several:
             each = dict(zip(names, members, strict=True))
             facts |= {"average": args.average, "members": each}
-        with output_files.output(args.json) as file:
-            file.write(json.dumps(figures | facts, indent=2, allow_nan=False) + "\n")
+        output_files.write_json(args.json, figures | facts)

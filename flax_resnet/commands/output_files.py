@@ -2,12 +2,14 @@
 
 import contextlib
 import itertools
+import json
 import os
 import sys
 import typing
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
+from flax_resnet.config import finite
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
 
@@ -77,6 +79,12 @@ def output(path: Path) -> Iterator[typing.TextIO]:
     with contextlib.nullcontext(path) if is_device else replacing(path) as place:
         with place.open(**how) as file:
             yield file
+
+
+def write_json(path: Path, values: dict):
+    """Write a JSON object, with null for numbers that are not finite; "-" is standard output."""
+    with output(path) as file:
+        file.write(json.dumps(finite(values), indent=1, allow_nan=False) + "\n")
 
 
 def check_picture(flag: str, path: Path | None):

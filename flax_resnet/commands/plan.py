@@ -10,7 +10,6 @@ data sheet of the card. Exit status: 0 done, 1 a program does not fit, 2 bad inp
 
 import argparse
 import dataclasses
-import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -26,13 +25,13 @@ from rich.table import Table
 
 from flax_resnet import recipes
 from flax_resnet.commands import cli, exits, output_files
-from flax_resnet.config import TrainConfig, finite, to_dict
-from flax_resnet.data.prepare import natural_size, resolve, that_fit
+from flax_resnet.config import WITH_SHORTCUTS, TrainConfig, resolve, to_dict
+from flax_resnet.data.prepare import suggested_size, that_fit
 from flax_resnet.data.sources import open_dataset, places
 from flax_resnet.devices import program, targets
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
-from flax_resnet.models import create_from_config, floor, has_shortcut_choice
+from flax_resnet.models import create_from_config, floor
 from flax_resnet.runs import environment, plots
 from flax_resnet.runs.display import Display
 from flax_resnet.training import ahead
@@ -78,7 +77,7 @@ def of_flags(config: TrainConfig, *, evaluation: bool = False) -> tuple[TrainCon
     network was published. Batches bring their own images.
     """
     dataset, small = config.data.dataset, config.model.arch == "basic_cnn"
-    small |= has_shortcut_choice(config.model.arch)
+    small |= config.model.arch in WITH_SHORTCUTS
     size = config.data.image_size or SIZES.get(dataset) or (32 if small else 224)
     classes = config.model.num_classes or (10 if small or dataset in SIZES else 1000)
     config = resolve(config, image_size=size, num_classes=classes)
@@ -96,7 +95,7 @@ def _side(config: TrainConfig, evaluation: bool) -> int:
 def of_data(config: TrainConfig, *, evaluation: bool) -> tuple[TrainConfig, ahead.Data]:
     """The config as `train.py` resolves it for its data set, and the data that a step meets."""
     dataset = open_dataset(config.data)
-    size = config.data.image_size or natural_size(dataset)
+    size = config.data.image_size or suggested_size(dataset)
     config = resolve(config, image_size=size, num_classes=len(dataset.class_names))
     resident = len(dataset.train) if "train" in that_fit(config, dataset) else 0
     side = _side(config, evaluation)
@@ -132,32 +131,30 @@ def planned(config: TrainConfig, data: ahead.Data, target: targets.Target, args)
 
 def as_json(row: Row) -> dict:
     """The row of the JSON file; what only a compiled program tells is None without one."""
-    made, figures = row.program, {}
-    if made is not None:
-        figures = {
-            "peak_bytes": made.peak_bytes,
-            "flops_per_step": made.flops,
-            "bytes_per_step": made.bytes,
-            "bound_images_per_second": made.bound_images_per_second,
-            "kernels": kinds(made),
-            "collectives": program.collectives(made.kernels),
-            "compile_seconds": made.seconds,
-        }
     return {
         "target": row.target.name,
         "devices": row.num_devices,
         "fits": row.fits,
-        "peak_bytes": figures.get("peak_bytes"),
         "device_memory_bytes": row.target.card.memory_bytes,
         "largest_batch": row.largest_batch,
-        **{name: figures.get(name) for name in _OF_THE_PROGRAM},
+        **(figures(row.program) if row.program else dict.fromkeys(_FIGURES)),
     }
 
 
-_OF_THE_PROGRAM = (
-    "flops_per_step", "bytes_per_step", "bound_images_per_second", "kernels", "collectives",
-    "compile_seconds",
+_FIGURES = (
+    "peak_bytes", "flops_per_step", "bytes_per_step", "bound_images_per_second", "kernels",
+    "collectives", "compile_seconds",
 )  # fmt: skip
+
+
+def figures(made: ahead.Compiled) -> dict:
+    """{name of `_FIGURES`: the program's}"""
+    collectives = program.collectives(made.kernels)
+    values = (
+        made.peak_bytes, made.flops, made.bytes, made.bound_images_per_second, kinds(made),
+        collectives, made.seconds,
+    )  # fmt: skip
+    return dict(zip(_FIGURES, values, strict=True))
 
 
 def kinds(made: ahead.Compiled) -> dict[str, int]:
@@ -273,8 +270,7 @@ def main():
     if args.json:
         document = {"targets": [as_json(row) for row in rows], "config": to_dict(config)}
         document["environment"] = environment.describe(num_devices=1)  # which compiled
-        with output_files.output(args.json) as file:
-            file.write(json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
+        output_files.write_json(args.json, document)
     if args.plot:
         with replacing(args.plot) as place:
             plots.layer_bytes(place, {each.target.name: each.by_layer() for each in made})

@@ -5,7 +5,7 @@ line (`cli.py`) makes its flags from these fields, so a name must be unique acro
 """
 
 from flax_resnet.config.data import AugmentConfig, DataConfig
-from flax_resnet.config.effects import USED_WITH, idle
+from flax_resnet.config.effects import USED_WITH, check_unvalidated, idle
 from flax_resnet.config.fields import INT32, LARGEST, SMALLEST, nearest
 from flax_resnet.config.files import (
     class_weights_from_file,
@@ -16,8 +16,19 @@ from flax_resnet.config.files import (
     from_dict,
     to_dict,
 )
-from flax_resnet.config.model import WITH_SHORTCUTS, Architecture, ModelConfig
+from flax_resnet.config.model import (
+    WITH_SHORTCUTS,
+    WITH_STEMS,
+    Architecture,
+    Kernels,
+    ModelConfig,
+    Shortcut,
+    Stem,
+    check_shortcut,
+    check_stem,
+)
 from flax_resnet.config.optimization import EarlyStoppingConfig, OptimizerConfig, ScheduleConfig
+from flax_resnet.config.resolve import natural_size, resolve
 from flax_resnet.config.train import ParallelConfig, TrainConfig
 
 __all__ = [
@@ -26,15 +37,22 @@ __all__ = [
     "DataConfig",
     "EarlyStoppingConfig",
     "INT32",
+    "Kernels",
     "LARGEST",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "SMALLEST",
     "ScheduleConfig",
+    "Shortcut",
+    "Stem",
     "TrainConfig",
     "USED_WITH",
     "WITH_SHORTCUTS",
+    "WITH_STEMS",
+    "check_shortcut",
+    "check_stem",
+    "check_unvalidated",
     "class_weights_from_file",
     "config_from_file",
     "differences",
@@ -42,6 +60,8 @@ __all__ = [
     "flat",
     "from_dict",
     "idle",
+    "natural_size",
     "nearest",
+    "resolve",
     "to_dict",
 ]

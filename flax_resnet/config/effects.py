@@ -1,7 +1,9 @@
-"""Settings that have no effect because of others."""
+"""Settings that have no effect because of others, or need a validation split."""
 
 from flax_resnet.config.files import flat
+from flax_resnet.config.optimization import EarlyStoppingConfig
 from flax_resnet.config.train import TrainConfig
+from flax_resnet.errors import InputError
 
 USED_WITH = {
     "precision": ("dtype", "float32"),
@@ -53,6 +55,19 @@ def idle(config: TrainConfig) -> dict[str, str]:
             given = f"`{other}` {values[other]}"
             faults[name] = f"`{name}` has no effect with {given}: it needs {wanted}"
     return faults
+
+
+def check_unvalidated(config: TrainConfig):
+    """Raises InputError for settings that need a validation split, for data without one."""
+    stopping = config.early_stopping
+    watching = {
+        "early stopping": stopping.patience,
+        "the plateau schedule": config.schedule.schedule == "plateau",
+        f"`monitor` {stopping.monitor}": stopping.monitor != EarlyStoppingConfig().monitor,
+    }
+    for what, asked in watching.items():
+        if asked:
+            raise InputError(f"{what} needs a validation split: give `validation_fraction` above 0")
 
 
 def _by_name(config):

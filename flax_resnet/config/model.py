@@ -1,10 +1,11 @@
 """Settings of the network."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from flax_resnet.config.fields import BatchSize, Fraction, dataclass
+from flax_resnet.config.fields import BatchSize, Fraction, dataclass, nearest
+from flax_resnet.errors import InputError
 
 Architecture = Literal[
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
@@ -14,9 +15,34 @@ Architecture = Literal[
     "basic_cnn",
 ]  # fmt: skip
 
+Stem = Literal["imagenet", "cifar"]
+Shortcut = Literal["pad", "projection"]
+Kernels = Literal["auto", "library"]
+
+WITH_STEMS = get_args(Architecture)[:10]
+"""Torchvision's networks, which exist with both stems."""
 
 WITH_SHORTCUTS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 """The CIFAR networks of He et al. 2015, which exist with padded channels and with projections."""
+
+
+def check_stem(arch: str, stem: str | None):
+    """Raises InputError unless the network can be built with this stem; None is its default."""
+    if stem is not None and arch not in WITH_STEMS:
+        raise InputError(f"`stem` {stem!r}: {arch} has its own stem")
+    if stem not in (None, *get_args(Stem)):
+        raise InputError(f"unknown `stem` {stem!r}{nearest(stem, get_args(Stem))}")
+
+
+def check_shortcut(arch: str, shortcut: str | None):
+    """Raises InputError unless the network can be built with this shortcut; None is its default."""
+    if shortcut is not None and arch not in WITH_SHORTCUTS:
+        raise InputError(
+            f"`shortcut` {shortcut!r}: {arch} has its own shortcut; {', '.join(WITH_SHORTCUTS)}"
+            " have a choice"
+        )
+    if shortcut not in (None, *get_args(Shortcut)):
+        raise InputError(f"unknown `shortcut` {shortcut!r}{nearest(shortcut, get_args(Shortcut))}")
 
 
 @dataclass
@@ -24,11 +50,11 @@ class ModelConfig:
     arch: Architecture = "resnet18"
     """Name of the network."""
 
-    stem: Literal["imagenet", "cifar"] | None = None
+    stem: Stem | None = None
     """First layers of torchvision's ten networks: "imagenet" (7x7 stride 2, max-pool) or "cifar"
     (3x3 stride 1, no pool). Default: "cifar" for images of 17 to 63 pixels, else "imagenet"."""
 
-    shortcut: Literal["pad", "projection"] | None = None
+    shortcut: Shortcut | None = None
     """Shortcuts where the number of channels changes, in He's five networks for CIFAR: "pad"
     (option A: channels of zeros) or "projection" (option B: 1x1 convolution and BatchNorm).
     Default: "pad"."""
@@ -59,7 +85,7 @@ class ModelConfig:
     in one bfloat16 pass on a TPU, linear layers with all digits. "tf32": both in TF32, or in three
     bfloat16 passes on a TPU. "highest": both with all digits."""
 
-    kernels: Literal["auto", "library"] = "auto"
+    kernels: Kernels = "auto"
     """Code that computes the layers: "auto" uses this project's own code (flax_resnet/kernels)
     where it is faster on the platform that the program is compiled for, "library" uses only
     operations of JAX and Flax."""
@@ -75,7 +101,5 @@ class ModelConfig:
                 raise ValueError(f"`{name}`: basic_cnn has no residual blocks")
         if self.batch_norm_images and self.arch == "basic_cnn":
             raise ValueError("`batch_norm_images`: basic_cnn has no BatchNorm")
-        if self.shortcut and self.arch not in WITH_SHORTCUTS:
-            raise ValueError(
-                f"`shortcut`: {self.arch} has no choice; {', '.join(WITH_SHORTCUTS)} have"
-            )
+        check_stem(self.arch, self.stem)
+        check_shortcut(self.arch, self.shortcut)

@@ -124,7 +124,7 @@ def draw_policy(
     """Draw operations [B, n] int32 and their arguments [B, n] for `policies.transform`."""
     draw, name = functools.partial(_draw, keys, _POLICY), config.auto_augment
     if name == "ta_wide":
-        return policies.draw_trivial(draw(3), height, width)
+        return policies.draw_trivial(draw(3))
     if name == "ra":
         return policies.draw_rand(draw(4), height, width, config.ra_magnitude)
     if name in policies.AUTO_POLICIES:

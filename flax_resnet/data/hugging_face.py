@@ -11,8 +11,8 @@ import numpy as np
 from flax_resnet.data.folders import chosen_splits
 from flax_resnet.data.image_files import BadImage
 from flax_resnet.errors import InputError, extra_needed
+from flax_resnet.libraries import check_home, quiet
 from flax_resnet.text import listed, printable
-from flax_resnet.weights.published import check_home, quiet
 
 
 class Found(NamedTuple):
@@ -107,9 +107,9 @@ def _column(place: str, features: dict, kind: type, usual: str) -> str:
         return usual
     if len(names) != 1 or usual in features:  # which is no such column
         raise InputError(
-            f"hf:{place} is no image classification set: it has the columns {listed(features)}, of"
-            f" the kind {kind.__name__} {listed(names) if names else 'none'}; one is needed, or one"
-            f" of the name {usual}"
+            f"hf:{place} is no image classification set: it needs one column of the type"
+            f" {kind.__name__}, or one of them called {usual}; of its columns {listed(features)}"
+            f" {listed(names) if names else 'none'} have that type"
         )
     return names[0]
 

@@ -149,11 +149,10 @@ def decode_image(
     raise BadImage(f"{printable(name, _LONGEST_NAME)}: not a readable image ({reason})")
 
 
-def _unidentified(file: str | os.PathLike | BinaryIO) -> str:
+def _unidentified(file: BinaryIO) -> str:
     """The reason for PIL's error, which is the same for a TIFF of samples that PIL lacks."""
-    with contextlib.nullcontext(file) if hasattr(file, "read") else open(file, "rb") as stream:
-        stream.seek(0)
-        is_tiff = stream.read(4) in (b"II*\0", b"MM\0*")
+    file.seek(0)
+    is_tiff = file.read(4) in (b"II*\0", b"MM\0*")
     return "a TIFF of samples that Pillow does not read" if is_tiff else "no known format"
 
 

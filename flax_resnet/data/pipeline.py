@@ -67,7 +67,7 @@ def resized(image: np.ndarray, side: int, interpolation: str) -> np.ndarray:
     return _resize(image, [int(side * s / short) for s in image.shape[:2]], interpolation)
 
 
-def _resize(image, shape, interpolation="bilinear"):
+def _resize(image, shape, interpolation):
     if image.shape[:2] == tuple(shape):
         return image
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
@@ -82,7 +82,7 @@ def _centre_crop(image, size):
     return image[top : top + size, left : left + size]
 
 
-def _random_area(image, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+def _random_area(image, rng, scale, ratio):
     """torchvision's RandomResizedCrop before its resize: ten draws, then the largest crop."""
     height, width = image.shape[:2]
     for _ in range(10):

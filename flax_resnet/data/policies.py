@@ -207,7 +207,7 @@ def _blend(image, partner, factor):
 Draws = tuple[jax.Array, jax.Array]
 
 
-def draw_trivial(uniform: jax.Array, height: int, width: int) -> Draws:
+def draw_trivial(uniform: jax.Array) -> Draws:
     """torchvision's TrivialAugmentWide: one operation of 14 at one of 31 magnitudes.
 
     Args:

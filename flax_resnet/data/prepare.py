@@ -9,18 +9,22 @@ from unicodedata import normalize
 
 import numpy as np
 
-from flax_resnet.config import INT32, DataConfig, TrainConfig, class_weights_from_file
+from flax_resnet.config import (
+    INT32,
+    DataConfig,
+    TrainConfig,
+    class_weights_from_file,
+    natural_size,
+    resolve,
+)
 from flax_resnet.data import pipeline
 from flax_resnet.data.image_files import BadImage
 from flax_resnet.data.pipeline import Decoder
 from flax_resnet.data.sources import DataSet, evenly_spaced, open_dataset
 from flax_resnet.devices import distributed
 from flax_resnet.errors import InputError
-from flax_resnet.models import has_stem_choice
 
 SPLITS = ("train", "validation", "test")
-SMALL = 64  # images up to so many pixels a side keep their size; smaller ones get the small stem
-TINY = 16  # smaller images are enlarged to so many pixels a side for the large stem
 CHOSEN = frozenset({
     "data.image_size", "data.resize_size", "data.mean", "data.std",
     "augment.random_crop", "model.stem", "model.num_classes",
@@ -89,7 +93,7 @@ def prepare(config: TrainConfig) -> Prepared:
             f"{config.data.dataset}: `test_fraction` 0 leaves nothing for the test, and the set has"
             " no test split of its own"
         )
-    size = config.data.image_size or natural_size(dataset)
+    size = config.data.image_size or suggested_size(dataset)
     config = resolve(config, image_size=size, num_classes=len(dataset.class_names))
     if config.batch_size > len(dataset.train):
         raise InputError(
@@ -203,58 +207,14 @@ def fingerprint(prepared: Prepared) -> dict:
     return facts
 
 
-def resolve(config: TrainConfig, *, image_size: int, num_classes: int) -> TrainConfig:
-    """Choose what a config leaves open of sizes, stem and classes.
-
-    Args:
-      image_size: the config's, else the pixels a side that the data suggest.
-      num_classes: that of the data.
-
-    Raises:
-      InputError: the config contradicts itself or the data.
-    """
-    return _resolve_model(_resolve_sizes(config, image_size), num_classes)
-
-
-def _resolve_sizes(config, size):
-    data = config.data
-    if data.image_size is None and _is_tiny(size, config.model):
-        size = TINY
-    if data.resize_size and data.resize_size < size:
-        raise InputError(f"`resize_size` {data.resize_size} is smaller than the image size {size}")
-    data = replace(data, image_size=size, resize_size=data.resize_size or size)
-    augment = config.augment
-    if augment.random_crop is None:
-        padding = 0 if augment.random_resized_crop else size // 8
-        augment = replace(augment, random_crop=padding)
-    return replace(config, data=data, augment=augment)
-
-
-def natural_size(dataset: DataSet) -> int:
+def suggested_size(dataset: DataSet) -> int:
     """The pixels a side that the first training image suggests."""
     try:
         first = dataset.train[0]
     except BadImage as error:
         first = error
     [[image]] = pipeline.whole([[first]], dataset.train)
-    height, width = image.shape[:2]
-    return height if height == width <= SMALL else 224
-
-
-def _is_tiny(size, model) -> bool:
-    """True if images are enlarged for the large stem. On the digits of 8 pixels this is four times
-    cheaper than the small stem without enlargement, and more accurate in the same time."""
-    return size < TINY and model.stem is None and has_stem_choice(model.arch)
-
-
-def _resolve_model(config, classes):
-    model = config.model
-    if model.num_classes not in (None, classes):
-        raise InputError(f"`num_classes` {model.num_classes}, but the data have {classes} classes")
-    stem = model.stem
-    if stem is None and has_stem_choice(model.arch):
-        stem = "cifar" if TINY < config.data.image_size < SMALL else "imagenet"
-    return replace(config, model=replace(model, num_classes=classes, stem=stem))
+    return natural_size(*image.shape[:2])
 
 
 def that_fit(config: TrainConfig, dataset: DataSet) -> dict:

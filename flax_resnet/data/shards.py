@@ -24,6 +24,7 @@ from pydantic.dataclasses import dataclass
 
 from flax_resnet.config import INT32
 from flax_resnet.errors import InputError
+from flax_resnet.files import sha256
 from flax_resnet.text import listed, printable
 
 INDEX, CHECKSUMS = "index.json", "SHA256SUMS"
@@ -223,8 +224,7 @@ def write(
             name = f"{split}-{number:05}-of-{count:05}.array_record"
             _write_records(folder / name, itertools.islice(files, len(part)))
             shards[name] = Shard(split, os.path.getsize(folder / name), _runs(part))
-            with open(folder / name, "rb") as file:
-                sums.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+            sums.append(f"{sha256(folder / name)}  {name}\n")
             yield name, len(part)
     index = Index(list(class_names), channels, shards)
     content = json.dumps(asdict(index), allow_nan=False).encode()

@@ -10,7 +10,7 @@ import numpy as np
 
 from flax_resnet.data.folders import chosen_splits
 from flax_resnet.errors import InputError, extra_needed
-from flax_resnet.weights.published import check_home
+from flax_resnet.libraries import check_home
 
 
 class Found(NamedTuple):

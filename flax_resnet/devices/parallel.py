@@ -95,7 +95,10 @@ class Engine:
             return
         devices = len(self.devices)
         if batch_size % devices:
-            raise InputError(f"batch size {batch_size} cannot be divided among {devices} devices")
+            raise InputError(
+                f"`batch_size` {batch_size} cannot be divided among {devices} devices: take a"
+                " multiple, or fewer `devices`"
+            )
         raise InputError(
             f"`batch_norm_images` {norm_images}: {devices} devices with {batch_size // devices}"
             " images each cannot share such groups; one number has to divide the other"

@@ -7,19 +7,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from flax_resnet.config import Architecture, ModelConfig, nearest
+from flax_resnet.config import (
+    WITH_SHORTCUTS,
+    WITH_STEMS,
+    Architecture,
+    Kernels,
+    ModelConfig,
+    check_shortcut,
+    check_stem,
+    nearest,
+)
 from flax_resnet.errors import InputError
 from flax_resnet.models import layers
 from flax_resnet.models.cnn import BasicCNN
 from flax_resnet.models.resnet import CONSTRUCTORS
 
 MOST = 1_000_000
-"""Classes and channels."""
+"""Largest `num_classes`, `in_channels` and `batch_norm_images`."""
 
-STEMS = ("imagenet", "cifar")
-SHORTCUTS = ("pad", "projection")
-KERNELS = ("auto", "library")
-_CHOICES = {"kernels": KERNELS, "precision": tuple(layers.PRECISIONS)}
+_CHOICES = {"kernels": get_args(Kernels), "precision": tuple(layers.PRECISIONS)}
 
 
 def list_models() -> list[str]:
@@ -30,32 +36,6 @@ def list_models() -> list[str]:
       16
     """
     return list(get_args(Architecture))
-
-
-def has_stem_choice(arch: str) -> bool:
-    """True if the network takes both stems: torchvision's ten do."""
-    return arch in CONSTRUCTORS and "stem" not in CONSTRUCTORS[arch].keywords
-
-
-def check_stem(arch: str, stem: str | None):
-    """Raises InputError unless the network can be built with this stem; None is its default."""
-    if stem is not None and not has_stem_choice(arch):
-        raise InputError(f"`stem` {stem!r}: {arch} has its own stem")
-    if stem not in (None, *STEMS):
-        raise InputError(f"unknown `stem` {stem!r}{nearest(stem, STEMS)}")
-
-
-def has_shortcut_choice(arch: str) -> bool:
-    """True if the network takes both shortcuts: He's five for CIFAR do."""
-    return arch in CONSTRUCTORS and "projection" in CONSTRUCTORS[arch].keywords
-
-
-def check_shortcut(arch: str, shortcut: str | None):
-    """Raises InputError unless the network can be built with this shortcut; None is its default."""
-    if shortcut is not None and not has_shortcut_choice(arch):
-        raise InputError(f"`shortcut` {shortcut!r}: {arch} has its own shortcut")
-    if shortcut not in (None, *SHORTCUTS):
-        raise InputError(f"unknown `shortcut` {shortcut!r}{nearest(shortcut, SHORTCUTS)}")
 
 
 def create_model(
@@ -122,8 +102,8 @@ def create_model(
 
 def _choices(arch: str, stem: str | None, shortcut: str | None) -> dict:
     """The arguments of a constructor that only some networks take."""
-    found = {"stem": stem or "imagenet"} if has_stem_choice(arch) else {}
-    if has_shortcut_choice(arch):
+    found = {"stem": stem or "imagenet"} if arch in WITH_STEMS else {}
+    if arch in WITH_SHORTCUTS:
         found["projection"] = shortcut == "projection"
     return found
 

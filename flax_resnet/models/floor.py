@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_resnet.models.layers import BatchNorm
+from flax_resnet.models.layers import BatchNorm, module_names
 from flax_resnet.models.resnet import BasicBlock, Bottleneck
 from flax_resnet.models.summary import recorded_activations
 
@@ -72,7 +72,7 @@ def passes(model: nnx.Module, image_shape: tuple[int, int, int]) -> Passes:
 
     images = jax.ShapeDtypeStruct((_TRACED, *image_shape), jnp.float32)
     traced = jax.make_jaxpr(forward)(state, images).jaxpr
-    modules = {".".join(map(str, p)).replace("layers.", ""): m for p, m in nnx.iter_modules(model)}
+    modules = module_names(model)
     convolutions = [_sizes(e) for e in _equations(traced, "conv_general_dilated")]
     pools = [_sizes(e) for e in _equations(traced, "reduce_window_max")]
     activations = math.prod(image_shape)  # the normalised images, written

@@ -43,10 +43,18 @@ class Linear(_Named, nnx.Linear):
 def named(model: nnx.Module) -> nnx.Module:
     """The model, whose blocks, convolutions, BatchNorms and linear layers now know their names, as
     "layer1.0" and "layer1.0.conv1"."""
-    for path, module in nnx.iter_modules(model):
+    for name, module in module_names(model).items():
         if hasattr(module, "layer_name"):
-            module.layer_name = ".".join(map(str, path)).replace("layers.", "")
+            module.layer_name = name
     return model
+
+
+def module_names(model: nnx.Module) -> dict[str, nnx.Module]:
+    """The modules of a model by torch's names, as "layer1.0.conv1"; the model itself is ""."""
+    return {
+        ".".join(str(part) for part in path if part != "layers"): module
+        for path, module in nnx.iter_modules(model)
+    }
 
 
 PRECISIONS = {"default": (None, "highest"), "tf32": ("high", "high"),
@@ -346,10 +354,7 @@ class Dropout(nnx.Module):
         """`[B, C]`, keys `[B]` (left out: drawn from the module's own stream) -> `[B, C]`."""
         if self.deterministic or self.rate == 0:
             return x
-        if keys is None:
-            keys = jax.random.split(self.rngs.dropout(), x.shape[0])
-        keep = keep_mask(keys, 1 - self.rate, x.shape[1:])
-        return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
+        return _dropped(x, self.rate, self.rngs, keys, x.shape[1:])
 
 
 class StochasticDepth(nnx.Module):
@@ -364,10 +369,14 @@ class StochasticDepth(nnx.Module):
         """`[B, H, W, C]`, keys `[B]` (left out: drawn from the module's own stream) -> the same."""
         if self.deterministic:
             return x
-        if keys is None:
-            keys = jax.random.split(self.rngs.dropout(), x.shape[0])
-        keep = keep_mask(keys, 1 - self.rate, (1, 1, 1))
-        return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
+        return _dropped(x, self.rate, self.rngs, keys, (1, 1, 1))
+
+
+def _dropped(x, rate, rngs, keys, shape):
+    """x `[B, ...]` with parts of `shape` set to zero and the others divided by 1 - rate."""
+    if keys is None:
+        keys = jax.random.split(rngs.dropout(), x.shape[0])
+    return jnp.where(keep_mask(keys, 1 - rate, shape), x / (1 - rate), jnp.zeros_like(x))
 
 
 def keep_mask(keys, probability, shape):

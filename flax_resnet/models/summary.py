@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.table import Table
 
+from flax_resnet.models.layers import module_names
+
 
 @contextlib.contextmanager
 def recorded_activations(model: nnx.Module):
@@ -17,8 +19,7 @@ def recorded_activations(model: nnx.Module):
       {"layer1.0.conv1": output, ...} for every submodule, in the order of their calls; the
       model itself is "".
     """
-    names = {id(m): ".".join(map(str, path)) for path, m in nnx.iter_modules(model)}
-    names = {key: name.replace("layers.", "") for key, name in names.items()}
+    names = {id(module): name for name, module in module_names(model).items()}
     classes = {type(m) for _, m in nnx.iter_modules(model) if callable(m)}
     originals = {cls: cls.__call__ for cls in classes}
     outputs = {}
@@ -53,7 +54,7 @@ def stage_rows(model: nnx.Module, image_shape: tuple[int, int, int]) -> list[dic
     model.eval()
     with recorded_activations(model) as outputs:
         jax.eval_shape(model, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
-    modules = {".".join(map(str, p)).replace("layers.", ""): m for p, m in nnx.iter_modules(model)}
+    modules = module_names(model)
     rows = {}
     for name, output in outputs.items():
         if not name:

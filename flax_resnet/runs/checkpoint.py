@@ -14,7 +14,6 @@ class names, digests of the tables), committed atomically. This module adds:
 
 import errno
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -32,6 +31,7 @@ import orbax.checkpoint as ocp
 from flax_resnet.config import finite
 from flax_resnet.devices import distributed
 from flax_resnet.errors import InputError
+from flax_resnet.files import sha256
 from flax_resnet.runs.owned import foreign
 from flax_resnet.text import listed, printable, say
 
@@ -339,7 +339,7 @@ def _files(directory: Path) -> dict[str, Path]:
 
 
 def _write_manifest(directory: Path):
-    digests = {name: _sha256(path) for name, path in _files(directory).items()}
+    digests = {name: sha256(path) for name, path in _files(directory).items()}
     temporary = directory / (_MANIFEST + ".tmp")
     temporary.write_text(json.dumps(digests, indent=1, allow_nan=False))
     os.replace(temporary, directory / _MANIFEST)
@@ -366,7 +366,7 @@ def _difference(digests: dict, files: dict[str, Path]) -> str | None:
     for name in sorted(files.keys() - digests.keys()):
         return f"{printable(name)} does not belong to it"
     for name, path in files.items():
-        if _sha256(path) != digests[name]:
+        if sha256(path) != digests[name]:
             return f"{name} is damaged"
     return None
 
@@ -376,8 +376,3 @@ def _of_another_step(directory: Path) -> str | None:
     versions do not hold their step."""
     step = _document(directory).get("step", directory.name)
     return None if str(step) == directory.name else f"it was written as that of step {step}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,13 +2,13 @@
 
 import os
 import platform
-import subprocess
 from importlib import metadata
 from pathlib import Path
 
 import jax
 
 from flax_resnet.config import ModelConfig, TrainConfig
+from flax_resnet.machine import processor, revision
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -21,7 +21,7 @@ def describe(num_devices: int) -> dict:
         **versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": _processor() if device.platform == "cpu" else device.device_kind,
+        "device": processor() if device.platform == "cpu" else device.device_kind,
         "cpu_cores": os.cpu_count(),
         "num_devices": num_devices,
         "revision": revision(),
@@ -55,21 +55,6 @@ def code() -> dict:
     return {**versions, "revision": revision()}
 
 
-def revision() -> str:
-    """The commit of the code, with "+" if files have changed since; "unknown" outside git."""
-    here = Path(__file__).parent
-
-    def git(*arguments):
-        command = ["git", "-C", str(here), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def configure_jax(config: TrainConfig):
     """Enable float64 and, if its folder is writable, the compilation cache, as the config asks."""
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
@@ -88,12 +73,3 @@ def _cache() -> Path | None:
     existing = next((p for p in (place, *place.parents) if os.path.exists(p)), place)
     usable = place.is_absolute() and existing.is_dir() and os.access(existing, os.W_OK)
     return place if usable else None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "cpu"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "cpu"

@@ -7,8 +7,8 @@ from typing import BinaryIO
 import numpy as np
 
 from flax_resnet import metrics
+from flax_resnet.libraries import quiet
 from flax_resnet.text import printable
-from flax_resnet.weights.published import quiet
 
 with quiet("matplotlib"):  # it warns if there is no home to keep its list of fonts in
     import matplotlib

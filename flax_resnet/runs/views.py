@@ -33,6 +33,11 @@ def is_begun(run_dir: Path) -> bool:
     return (run_dir / "config.json").exists() or bool(steps_in(run_dir / "checkpoints"))
 
 
+def document_of(run_dir: Path) -> dict:
+    """The document of a run's newest sound checkpoint, {} without one; damage is not reported."""
+    return newest_document(run_dir / "checkpoints", lambda line: None) or {}
+
+
 def read_config(run_dir: Path | str, say: Say = warn) -> TrainConfig:
     """The complete config of a run, from its newest sound checkpoint, else from config.json.
 
@@ -54,7 +59,7 @@ def read_config(run_dir: Path | str, say: Say = warn) -> TrainConfig:
 
 def class_names(run_dir: Path | str) -> tuple[str, ...]:
     """The names of a run's classes in the order of its logits; () if there is no checkpoint."""
-    document = newest_document(Path(run_dir) / "checkpoints", lambda line: None) or {}
+    document = document_of(Path(run_dir))
     return tuple(normalize("NFC", name) for name in document.get("class_names", ()))
 
 
@@ -79,7 +84,7 @@ def written_config(run_dir: Path) -> TrainConfig:
 
 def is_trained(run_dir: Path) -> bool:
     """True if the training of a run is complete; False for a run of converted weights."""
-    document = newest_document(run_dir / "checkpoints", lambda line: None) or {}
+    document = document_of(run_dir)
     progress = document.get("progress", {})
     return bool(progress) and (
         progress["epoch"] == document["config"]["epochs"] or progress.get("stopped_early", False)
@@ -131,8 +136,8 @@ def faults(run_dir: Path | str) -> list[str]:
 def rows(run_dir: Path) -> list[dict]:
     """The rows of metrics.csv up to the newest sound checkpoint, from the first copy that is
     undamaged; [] where there is none."""
-    document = newest_document(run_dir / "checkpoints", lambda line: None)
-    if document is None:
+    document = document_of(run_dir)
+    if not document:
         return []
     if "tables" not in document:
         return rows_of_an_earlier_version(run_dir / "metrics.csv", document, warn)
@@ -158,7 +163,7 @@ def report(run_dir: Path) -> dict:
     Raises:
       InputError: as `read_report`, for a run of an earlier version, which has no digests.
     """
-    document = newest_document(run_dir / "checkpoints", lambda line: None) or {}
+    document = document_of(run_dir)
     if "report.json" in _changed(run_dir) or _lacks_digests(run_dir, document):
         return {}
     path = run_dir / "report.json"

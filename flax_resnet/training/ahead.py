@@ -157,7 +157,7 @@ class Plan:
 
     @property
     def batch_size(self) -> int:
-        """The config's."""
+        """Images of a step as the config has it."""
         return self.config.eval_batch_size if self.evaluation else self.config.batch_size
 
     @property

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_resnet.config import EarlyStoppingConfig, TrainConfig, flat, idle
+from flax_resnet.config import TrainConfig, check_unvalidated, flat, idle
 from flax_resnet.data.prepare import SPLITS, Prepared, fingerprint, prepare
 from flax_resnet.data.sources import places, same_place
 from flax_resnet.devices import distributed
@@ -114,7 +114,7 @@ def _check_arguments(config, run_dir, callbacks, profile, display):
 def _resumed(config: TrainConfig, run_dir: Path | None, display: Display) -> TrainConfig:
     """The config with which a run goes on; its damaged files are named."""
     if run_dir is None:
-        raise InputError("a run to resume has a directory")
+        raise InputError("`resume` needs `run_dir`, the directory of the run to continue")
     if not is_begun(run_dir):
         return config
     for fault in faults(run_dir):
@@ -197,9 +197,9 @@ def run_all(starts: Sequence[Start], place: Path, command: str, **options) -> li
                 train(*runs)
                 return [report(run, command) for run in runs]
         except Exception as error:
-            with contextlib.suppress(AttributeError):  # a few exceptions take no notes
-                error.run_dir = place
-                error.saved = bool(runs) and all([rescue(run, error) for run in runs])
+            saved = bool(runs) and all([rescue(run, error) for run in runs])
+            with contextlib.suppress(AttributeError):  # a few exceptions take no attributes
+                error.run_dir, error.saved = place, saved
             for start in starts:
                 start.directory.check()  # writing where it is gone fails in many ways
             raise
@@ -286,7 +286,7 @@ def _check_images(network: Network, prepared: Prepared, axis_name: str | None):
     try:
         jax.eval_shape(jax.vmap(apply, (None, 0), axis_name=axis_name), network.initial, images)
     except InputError as error:
-        raise InputError(f"batch_size {batch_size}, image_size {size}: {error}") from None
+        raise InputError(f"`batch_size` {batch_size}, `image_size` {size}: {error}") from None
 
 
 def _weights_digest(network: Network) -> dict:
@@ -307,22 +307,10 @@ def _open_directory(run_dir: Path | None, config: TrainConfig, **how) -> RunDire
     return distributed.run_on_all(lambda: own or SharedDirectory(path))
 
 
-def _check_nothing_is_watched(config: TrainConfig):
-    stopping = config.early_stopping
-    watching = {
-        "early stopping": stopping.patience,
-        "the plateau schedule": config.schedule.schedule == "plateau",
-        f"monitor {stopping.monitor}": stopping.monitor != EarlyStoppingConfig().monitor,
-    }
-    for what, asked in watching.items():
-        if asked:
-            raise InputError(f"{what} needs a validation split (validation_fraction is 0)")
-
-
 def _initial_model(prepared: Prepared, engine: Engine) -> nnx.Module:
     config, dataset = prepared.config, prepared.dataset
     if not len(dataset.validation):
-        _check_nothing_is_watched(config)
+        check_unvalidated(config)
     return create_from_config(
         config.model,
         in_channels=dataset.channels,

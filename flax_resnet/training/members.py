@@ -87,7 +87,7 @@ def _places(run_dir: Path | str | None, members: int, how: dict) -> list[Path]:
     if not 1 <= members <= MOST:
         raise InputError(f"`members`: from 1 to {MOST:,}, got {members}")
     if how["resume"] and run_dir is None:
-        raise InputError("members to resume have a directory")
+        raise InputError("`resume` needs `run_dir`, the directory of the runs to continue")
     places = [] if run_dir is None else folders(Path(run_dir), members)
     for place in places:
         check_root(place.parent, "`members`")

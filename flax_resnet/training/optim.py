@@ -94,21 +94,24 @@ def _decay(config: OptimizerConfig) -> list[optax.GradientTransformation]:
 
 def _decayed(config: OptimizerConfig):
     """Parameters -> which of them decay; timm's LAMB adapts the rate of these alone."""
-    if config.norm_weight_decay is not None:
+
+    def decayed(params):
+        if config.norm_weight_decay is None:
+            decays = _decay_mask(config) or _all
+            return jax.tree.map(lambda it: it and config.weight_decay > 0, decays(params))
         norm, other = config.norm_weight_decay > 0, config.weight_decay > 0
-        return lambda params: jax.tree.map(
-            lambda is_norm: norm if is_norm else other, _norms(params)
-        )
-    mask = _decay_mask(config) or (lambda params: jax.tree.map(lambda leaf: True, params))
-    return lambda params: jax.tree.map(
-        lambda decays: decays and config.weight_decay > 0, mask(params)
-    )
+        return jax.tree.map(lambda is_norm: norm if is_norm else other, _norms(params))
+
+    return decayed
+
+
+def _all(tree) -> dict:
+    return jax.tree.map(lambda leaf: True, tree)
 
 
 def _norms(tree) -> dict:
     """True for each leaf of a BatchNorm, which alone has a scale."""
-    inside = {k: _norms(v) if isinstance(v, dict) else "scale" in tree for k, v in tree.items()}
-    return inside
+    return {k: _norms(v) if isinstance(v, dict) else "scale" in tree for k, v in tree.items()}
 
 
 def _others(tree) -> dict:
@@ -152,7 +155,7 @@ def _epoch(step, updates_per_epoch: float):
 
 
 def _in_updates(epochs, updates_per_epoch) -> int:
-    """Later than any run ends, a length is as long as an int32 can say."""
+    """The number of updates in so many epochs, at most INT32: no run ends later."""
     return min(round(epochs * updates_per_epoch), INT32)
 
 

@@ -59,7 +59,8 @@ def report(run: Run, command: str) -> dict:
     run.display.warn(warnings)
     run.display.say(
         f"{values['seconds']:.0f} s of training, {values['images_per_second']:,.0f} images/s,"
-        f" {values['data_wait_share']:.1%} of it waiting for data; {run.directory.path}"
+        f" {values['data_wait_share']:.1%} of the time after the first epoch spent"
+        f" waiting for data; {run.directory.path}"
     )
     run.notify("end", values)
     return values
@@ -95,7 +96,8 @@ def speed(timings: list[dict], batch_size: int) -> dict:
       timings: rows of timings.csv.
 
     Returns:
-      {"seconds", "images_per_second", "data_wait_share"}; NaN where no row is left.
+      {"seconds", "images_per_second", "data_wait_share"}; the share is that of the time after the
+      first epoch. NaN where no row is left.
     """
     steady = timings[1:] or timings
     seconds = sum(row["seconds"] for row in steady) or math.nan

@@ -175,7 +175,7 @@ def head_in_order(
 
 @contextlib.contextmanager
 def _kept_settings():
-    """Reading a run sets JAX as the run had it; who only wants its weights has settings of own."""
+    """Restores JAX's settings, which reading a run changes: here only its weights are wanted."""
     names = ("jax_enable_x64", "jax_compilation_cache_dir")
     before = {name: getattr(jax.config, name) for name in names}
     try:

@@ -144,7 +144,7 @@ def _updates_without_average(config: TrainConfig, steps_per_epoch: int) -> int:
     """The number of updates after which the moving average begins; before, it is a copy."""
     if not config.optimizer.ema_after_warmup:
         return 0
-    longest = INT32 - config.optimizer.ema_steps  # of a number that is traced
+    longest = INT32 - config.optimizer.ema_steps  # their sum is traced as an int32
     updates_per_epoch = steps_per_epoch / config.optimizer.accumulate_steps
     return min(round(config.schedule.warmup_epochs * updates_per_epoch), longest)
 
@@ -319,8 +319,8 @@ def apply_gradients(
     )
     if not config.optimizer.ema_decay:
         return new
-    taken = state._replace(step=_batches_taken(state, config.optimizer))
-    return new._replace(ema=_moving_average(taken, params, config.optimizer, copied))
+    batches = _batches_taken(state, config.optimizer)
+    return new._replace(ema=_moving_average(state.ema, params, batches, config.optimizer, copied))
 
 
 def _rates(config: TrainConfig, steps_per_epoch: int):
@@ -397,17 +397,21 @@ def _batches_taken(state, config):
     return state.opt_state.gradient_step * config.accumulate_steps + state.opt_state.mini_step
 
 
-def _moving_average(state, params, config, copied=0):
+def _moving_average(ema, params, batches, config, copied=0):
     """torch's AveragedModel with get_ema_multi_avg_fn: the first update that enters copies the
-    weights, and so do those of a warm-up, which restarts the average."""
-    update = state.step // config.accumulate_steps
+    weights, and so do those of a warm-up, which restarts the average.
+
+    Args:
+      batches: number of batches taken before this one, [].
+    """
+    update = batches // config.accumulate_steps
     first = update < copied + config.ema_steps
-    updated = (state.step + 1) % config.accumulate_steps == 0
+    updated = (batches + 1) % config.accumulate_steps == 0
     updated &= update % config.ema_steps == 0
     decay = jnp.where(first, 0.0, config.ema_decay).astype(dtype_of(params))
     return jax.tree.map(
         lambda old, new: jnp.where(updated, decay * old + (1 - decay) * new, old),
-        state.ema,
+        ema,
         params,
     )
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flax_resnet.config import WITH_SHORTCUTS, WITH_STEMS
 from flax_resnet.errors import InputError, check_type
-from flax_resnet.models import create_model, has_shortcut_choice, has_stem_choice, list_models
+from flax_resnet.models import create_model, list_models
 from flax_resnet.models.resnet import CONSTRUCTORS
 from flax_resnet.text import listed, most, printable
 from flax_resnet.weights import names
@@ -81,12 +82,11 @@ def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
       (16, 3, 3, 3)
     """
     check_type("model", model, nnx.Module, "an nnx.Module")
-    return {
-        (name := torch_name(path, variable[...].ndim)): _widen(
-            to_torch_layout(path, variable[...]), name
-        )
-        for path, variable in sorted(_variables(model), key=_position)
-    }
+    found = {}
+    for path, variable in sorted(_variables(model), key=_position):
+        name = torch_name(path, variable[...].ndim)
+        found[name] = _widen(to_torch_layout(path, variable[...]), name)
+    return found
 
 
 def state_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
@@ -206,12 +206,12 @@ def describe(
     """The architecture of weights: classes and channels from their shapes, and stem and shortcut,
     too, if they are not given."""
     head, first = (np.shape(arrays.get(name)) for name in ("fc.weight", "conv1.weight"))
-    if stem is None and has_stem_choice(arch):
+    if stem is None and arch in WITH_STEMS:
         stem = "cifar" if first[2:] == (3, 3) else "imagenet"
     # Limited to what can be made; `conform` reports how a strange file differs from it.
     in_channels = min(max(1, first[1]), MOST_CHANNELS) if len(first) == 4 else 3
     num_classes = min(max(1, head[0]), MOST_CLASSES) if len(head) == 2 else 10
-    projects = has_shortcut_choice(arch) and any(".downsample." in name for name in arrays)
+    projects = arch in WITH_SHORTCUTS and any(".downsample." in name for name in arrays)
     shortcut = shortcut or ("projection" if projects else None)
     return Architecture(arch, num_classes, in_channels, stem, shortcut)
 

@@ -1,6 +1,5 @@
 """Reads files of weights as arrays; the first bytes of a file tell its format, not its name."""
 
-import hashlib
 import json
 import re
 import stat
@@ -10,6 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from flax_resnet.errors import InputError
+from flax_resnet.files import sha256
 from flax_resnet.weights import names, torch_file
 
 _LARGEST_HEADER = 100_000_000
@@ -117,9 +117,3 @@ def fault_by_name(path: Path, name: str) -> str:
     if not wanted or (digest := sha256(path)).startswith(wanted):
         return ""
     return f"its name says SHA-256 {wanted}, it has {digest[:8]}"
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,11 +4,9 @@ What is downloaded lies in the folders of torch.hub and of huggingface_hub, whic
 PyTorch, and nowhere else. A file gets its name when it is complete and has its checksum.
 """
 
-import contextlib
 import hashlib
 import importlib
 import json
-import logging
 import math
 import os
 import re
@@ -25,6 +23,8 @@ from urllib.request import urlopen
 
 from flax_resnet.config import nearest
 from flax_resnet.errors import InputError, extra_needed
+from flax_resnet.files import sha256
+from flax_resnet.libraries import check_home, quiet
 from flax_resnet.models import list_models
 from flax_resnet.text import printable
 from flax_resnet.weights import files
@@ -233,24 +233,12 @@ def _hub_file(source: str, repo: str, name: str) -> Path | None:
         raise InputError(f"{source}: {constants.ENDPOINT} fails: {printable(reason)}") from None
 
 
-@contextlib.contextmanager
-def quiet(name: str):
-    """Inside the context a library logs errors alone."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _check_blob(source: str, path: Path):
     """Raises InputError if a file differs from the digest under which the Hub's cache has it."""
     blob = Path(os.path.realpath(path))
     digest = None
     if re.fullmatch("[0-9a-f]{64}", blob.name):
-        digest = files.sha256(blob)
+        digest = sha256(blob)
     elif re.fullmatch("[0-9a-f]{40}", blob.name):  # Git's, of files that are not in its LFS
         content = blob.read_bytes()
         digest = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -269,18 +257,6 @@ def _json(source: str, path: Path | None) -> dict:
     if not isinstance(values, dict):
         raise InputError(f"{source}: its {path.name} is no JSON object; delete {path}")
     return values
-
-
-def check_home(folder: str, source: str, variable: str):
-    """Raises InputError for a folder in the user's home if there is no home: `~` would be the name
-    of a folder.
-
-    Args:
-      folder: after `os.path.expanduser`.
-      variable: environment variable that names another folder.
-    """
-    if folder.startswith("~"):
-        raise InputError(f"{source}: there is no home directory; set {variable} to a folder")
 
 
 def _from_url(source: str, rest: str) -> Found:

@@ -154,7 +154,7 @@ def _arrays(content, read: Callable[[_Storage], bytes], byteorder: str, size: in
     tensors = _tensors_in(content)
     needed = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in tensors.values())
     if needed > LARGEST_GROWTH * size:
-        raise InputError(f"a file of {size} bytes whose tensors take {needed:.1e}")
+        raise InputError(f"{size} bytes whose tensors would take {needed:.1e}; they are not read")
     flat = {}
     for storage in {t.storage for t in tensors.values()}:
         values = np.frombuffer(read(storage), storage.dtype.newbyteorder(byteorder))

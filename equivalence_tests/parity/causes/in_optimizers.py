@@ -82,19 +82,19 @@ def other_direction(evidence: Evidence) -> list[str]:
     if kind != "momentum_buffer" or step.rule.optimizer != "rmsprop":
         return []
     variants = {
-        "eps is added under RMSprop's root": _rms_direction(step, eps_in_root=True),
+        "eps is added under RMSprop's root": _rms_direction(step),
         # Optax scales by -lr, so the sign of the buffer changes too.
         "the learning rate goes into RMSprop's momentum": -step.rule.lr * evidence.expected,
     }
     return _predicting(evidence, variants)
 
 
-def _rms_direction(step: FirstStep, *, eps_in_root=False) -> np.ndarray:
-    square, eps = step.state("square_avg"), step.rule.eps
+def _rms_direction(step: FirstStep) -> np.ndarray:
+    """RMSprop's direction with eps under the root."""
+    square = step.state("square_avg")
     if step.rule.centered:
         square = square - np.square(step.state("grad_avg"))
-    root = np.sqrt(square + eps) if eps_in_root else np.sqrt(square) + eps
-    return step.gradient() / root
+    return step.gradient() / np.sqrt(square + step.rule.eps)
 
 
 def other_sgd_step(evidence: Evidence) -> list[str]:

@@ -102,9 +102,7 @@ def image_size(net: nn.Module, channels: int) -> tuple[int, int]:
     Raises:
       InputError: the network takes none of the sizes that are tried.
     """
-    sides = range(SMALLEST, 2 * SMALLEST)
-    pairs = (p for p in sorted(itertools.product(sides, sides), key=sum) if p[0] < p[1])
-    for size in itertools.islice(pairs, 200):
+    for size in itertools.islice(sizes.pairs(SMALLEST), 200):
         if (found := strided(net, size, channels)) is None:
             break
         if not sizes.faults(found):

@@ -59,15 +59,15 @@ def graph(
     builder = _Builder(program)
     found = builder.graph()._replace(others=tuple(others))
     drawn = {i for i, o in enumerate(found.operations) if o.name == draws.DRAW and not train}
-    drawing = (builder.random | drawn) & set(found.needed([found.logits]))
-    if drawing:
-        mode, operation = "training" if train else "evaluation", found.operations[min(drawing)]
+    forbidden = (builder.random | drawn) & set(found.needed([found.logits]))
+    if forbidden:
+        mode, operation = "training" if train else "evaluation", found.operations[min(forbidden)]
         where = f" at {operation.module}" if operation.module else ""
         raise InputError(
             f"the PyTorch network draws random numbers in {mode} ({operation.name}{where})"
         )
-    drawing = any(operation.name == draws.DRAW for operation in found.operations)
-    if not drawing and not builder.narrow:
+    draws_numbers = any(operation.name == draws.DRAW for operation in found.operations)
+    if not draws_numbers and not builder.narrow:
         with _raising(images):
             backward.check(net, found, images + torch.randn_like(images))
     return found

@@ -49,8 +49,10 @@ def unshared(walk: Walk, found: list[Fault]) -> list[str]:
 
 def last(operations, step) -> str:
     """The module of the last operation above an anchor."""
-    last = operations[step.operations[-1]] if step.operations else None
-    return (last.module or last.name) if last else LOGITS
+    if not step.operations:
+        return LOGITS
+    operation = operations[step.operations[-1]]
+    return operation.module or operation.name
 
 
 LOGITS = "logits"
@@ -140,9 +142,9 @@ def _named(operations, step, causes, mode) -> list[Fault]:
     reasons = {}
     for cause in causes:
         for index, variant in cause.items():
-            listed = reasons.setdefault(operations[index].module or operations[index].name, [])
-            if variant.reason not in listed:
-                listed.append(variant.reason)
+            of_place = reasons.setdefault(operations[index].module or operations[index].name, [])
+            if variant.reason not in of_place:
+                of_place.append(variant.reason)
     return [Fault(name, mode, "forward", step.error, why) for name, why in reasons.items()]
 
 

@@ -69,9 +69,9 @@ class Walk:
         current = self.leaves if leaves is None else leaves
         arrays = {v: current[n] for n, v in self.subject.leaves.items()}
         found = self.subject.evaluate(arrays | known, indices)
-        self_values = {v for i in indices for v in self.subject.operations[i].outputs}
+        computed = {v for i in indices for v in self.subject.operations[i].outputs}
         if leaves is None:
-            self.of_jax.update({v: found[v] for v in self_values & self._data})
+            self.of_jax.update({v: found[v] for v in computed & self._data})
         return found[value]
 
     def in_torch(self, value: Value, replaced=None) -> torch.Tensor:
