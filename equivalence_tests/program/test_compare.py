@@ -151,7 +151,7 @@ def test_the_curves_of_a_cross_validation_are_those_of_the_checkpoints(tmp_path,
     for name, value in {
         "check": lambda root, runs: None,
         "trained": lambda config, run_dir: None,
-        "all_predictions": lambda root, folders: ([figures, figures], pool),
+        "all_predictions": lambda root, folders, place: ([figures, figures], pool),
         "write": lambda *given: drawn.update(given[-1]),
     }.items():
         monkeypatch.setattr(cross_validate, name, value)

@@ -118,6 +118,20 @@ def test_predict_takes_runs_and_then_images(insects, other, folder, tmp_path):
     refused(run_script("predict.py", insects, other), "no image or folder follows")
 
 
+@pytest.mark.usefixtures("no_x64")
+def test_members_of_two_types_give_the_same_in_any_order(insects, folder, tmp_path):
+    assert train_on(folder, tmp_path / "wide", "--epochs", 1, "--dtype", "float64").status == 0
+    losses = []
+    for order in ([insects, tmp_path / "wide"], [tmp_path / "wide", insects]):
+        outcome = run_script("evaluate.py", *order, "--json", tmp_path / "all.json")
+        assert outcome.status == 0, outcome.err
+        losses.append(json.loads((tmp_path / "all.json").read_text())["members"])
+    assert losses[0] == losses[1]
+    assert run_script("evaluate.py", tmp_path / "wide", "--json", tmp_path / "one.json").status == 0
+    alone = json.loads((tmp_path / "one.json").read_text())["loss"]
+    assert losses[0][str(tmp_path / "wide")]["loss"] == pytest.approx(alone, abs=1e-12)
+
+
 def test_runs_that_divide_their_data_otherwise_are_refused(insects, folder, tmp_path):
     flags = ["--epochs", 1, "--split-seed", 7]
     assert train_on(folder, tmp_path / "run", *flags).status == 0

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 
@@ -17,6 +18,7 @@ from flax_resnet.config import DataConfig, TrainConfig
 from flax_resnet.data.sources import open_dataset
 from flax_resnet.errors import InputError
 from flax_resnet.interop.loaded_run import load_run
+from flax_resnet.training.restore import pretrained
 
 
 def config(fold, folds=4, **settings):
@@ -132,6 +134,22 @@ def test_finished_folds_of_other_data_are_refused(tmp_path, monkeypatch):
         run(monkeypatch, "cv", *small, "--dataset", "folder:v2/birds")
 
 
+def test_finished_folds_are_pooled_where_their_data_are_now(tmp_path, monkeypatch):
+    for name in "a", "b":
+        fill(tmp_path / "before" / name, 40)
+    small = ("--train-images", "32", "--batch-size", "16", "--image-size", "16")
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "cv", *small, "--dataset", "folder:before")
+    (tmp_path / "before").rename("after")
+    run(monkeypatch, "cv", *small, "--dataset", "folder:after")
+    with open("cv/predictions.csv") as file:
+        assert all(row["path"].startswith("after/") for row in csv.DictReader(file))
+    for path in (tmp_path / "after").rglob("*.png"):  # other images of the same names
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    with pytest.raises(InputError, match="the data have changed .* files"):
+        run(monkeypatch, "cv", *small, "--dataset", "folder:after")
+
+
 @pytest.mark.parametrize(
     "own", [{"augment": {"auto_augment": "ta_wide"}}, {"optimizer": {"class_weights": "balanced"}}]
 )
@@ -165,6 +183,11 @@ def test_folds_do_not_begin_with_a_run_on_their_images(insects, folder, tmp_path
         with pytest.raises(InputError, match="has seen images on which folds are tested"):
             cross_validate.check_source(tmp_path / "cv", str(insects), f"folder:{data}")
     cross_validate.check_source(tmp_path / "cv", str(insects), f"folder:{tmp_path}")
+    copy = tmp_path / "copy"
+    assert run_script("convert.py", insects, copy).status == 0
+    with pytest.raises(InputError, match="has seen images on which folds are tested"):
+        cross_validate.check_source(tmp_path / "cv", str(copy), f"folder:{folder}")
+    assert pretrained(copy).divided == pretrained(insects).divided != {}
     weights, converted = tmp_path / "weights.safetensors", tmp_path / "converted"
     assert run_script("convert.py", insects, weights).status == 0
     assert run_script("convert.py", weights, converted, "--dataset", f"folder:{folder}").status == 0

@@ -62,20 +62,26 @@ def test_weights_are_stored_in_eight_bits(converted):
 
 
 @pytest.mark.control
-def test_the_layer_with_the_most_noise_is_found(tmp_path):
-    """Negative control: one output of a layer is so large that its scale loses all others."""
+@pytest.mark.parametrize("before, noisy", [
+    ("layer2.1.conv1", "layer2.1.conv2"), ("layer2.0.conv2", "layer2.1.conv1"),
+])  # fmt: skip
+def test_the_layer_with_the_most_noise_is_found(tmp_path, before, noisy):
+    """Negative control: one output of a layer is so large that its scale loses all others. A ReLU
+    follows one of the noisy layers and not the other."""
     torch.manual_seed(0)
     net = onnx_file.fold_batchnorm(torch_ref.create_model("resnet20", num_classes=4).eval())
     with torch.no_grad():
-        net.layer2[1].conv1.bias[0] = 1e4
-        net.layer2[1].conv2.weight[:, 0] = 0
+        net.get_submodule(before).bias[0] = 1e4
+        net.get_submodule(noisy).weight[:, 0] = 0
     onnx_file.save(tmp_path / "float32.onnx", net, (3, 16, 16), {})
     rng = np.random.default_rng(0)
     batches = [rng.standard_normal((4, 3, 16, 16)).astype(np.float32) for _ in range(2)]
     files = tmp_path / "float32.onnx", tmp_path / "int8.onnx"
     int8.quantize(*files, lambda: batches, {})
     noise = int8.signal_to_noise(*files, lambda: batches)
-    assert "layer2.1.conv2" in list(noise)[: convert_int8.NOISIEST]
+    assert noisy in list(noise)[: convert_int8.NOISIEST]
+    kinds = (torch.nn.Conv2d, torch.nn.Linear)
+    assert noise.keys() == {name for name, m in net.named_modules() if isinstance(m, kinds)}
 
 
 def test_what_does_not_fit_is_refused(digits, tmp_path):

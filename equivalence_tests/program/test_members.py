@@ -11,6 +11,7 @@ import pytest
 from equivalence_tests.benchmark import members as benchmark
 from equivalence_tests.parity.tolerances import MEMBERS, largest_error
 from equivalence_tests.program.command import refused, train
+from equivalence_tests.program.run_directory import without_training
 from equivalence_tests.program.test_train import cut_at, digest, quiet, small
 from flax_resnet.commands import cli
 from flax_resnet.config import ParallelConfig
@@ -194,6 +195,14 @@ def test_members_do_not_begin_inside_a_run(alone):
     refused(train(alone[0], "--members", "2"), "is a run itself: --members need another directory")
     with pytest.raises(InputError, match="is a run itself"):
         fit_members(CONFIG, alone[0], 2, display=quiet())
+
+
+def test_members_of_another_training_do_not_stay_beside_new_ones(tmp_path):
+    """`evaluate runs/member-*` would average both."""
+    for number in range(3):
+        without_training(tmp_path / "runs" / f"member-{number}")
+    for flag in ("--overwrite", "--resume"):
+        refused(train(tmp_path / "runs", "--members", "2", flag), "member-2 would be no member")
 
 
 def test_members_that_were_begun_with_another_seed_are_not_taken_up(together):

@@ -255,3 +255,12 @@ def test_predict_refuses_what_is_no_image(insects, folder, tmp_path):
     refused(run_script("predict.py", insects, tmp_path / "gone.png"), "gone.png")
     refused(run_script("predict.py", insects, tmp_path / "run"), "run")
     assert not target.exists()
+
+
+def test_predict_does_not_take_the_plots_of_a_run_for_images(insects, folder):
+    image = next((folder / "test" / "bee").iterdir())
+    refused(
+        run_script("predict.py", insects, image, insects), "is a run: it goes before the images"
+    )
+    refused(run_script("predict.py", insects, insects.parent), f"before the images, as {insects}")
+    refused(run_script("predict.py", insects, image, "torchvision:resnet18"), "before the images")

@@ -5,7 +5,9 @@ import shutil
 import signal
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.image_folder import fill
@@ -70,8 +72,15 @@ def grown(data):
     shutil.copy(data / "dog" / "00.png", data / "dog" / "99.png")
 
 
+def repainted(data):
+    """Other images of the same names and labels."""
+    for path in data.rglob("*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+
+
 @pytest.mark.parametrize("change, words", [
     (renamed, "classes: cat, dog, now bird, cat"), (grown, "train images: "),
+    (repainted, "train files: "),
 ])  # fmt: skip
 def test_other_data_is_refused(begun, tmp_path, change, words):
     """Otherwise labels could be swapped, or training images be held out."""
@@ -80,7 +89,7 @@ def test_other_data_is_refused(begun, tmp_path, change, words):
     with pytest.raises(InputError, match=words):
         fit(begun, tmp_path / "run", resume=True, display=quiet())
     assert steps_in(tmp_path / "run" / "checkpoints") == kept
-    if change is grown:  # other classes have their own message
+    if change is not renamed:  # other classes have their own message
         refused(run_script("evaluate.py", tmp_path / "run"), words)
 
 

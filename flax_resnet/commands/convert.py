@@ -210,8 +210,12 @@ def with_data(args, config: TrainConfig, channels: int):
         raise InputError(f"{error}; to train them with a new head: {command}") from None
 
 
-def write_run(path: Path, run: LoadedRun, source: str):
-    """Write the directory of a finished run with weights that come from the file `source`."""
+def write_run(path: Path, run: LoadedRun, source: str, divided: dict):
+    """Write the directory of a finished run with weights of `source`.
+
+    Args:
+      divided: as `restore.Weights` has it.
+    """
     arrays = convert.state_dict(run.network.to_model(run.variables))
     report = {
         "splits": {},
@@ -228,6 +232,7 @@ def write_run(path: Path, run: LoadedRun, source: str):
         channels=run.channels,
         contents=run.contents,
         progress={},
+        divided=divided,
         report=report,
     )
 
@@ -263,7 +268,7 @@ def convert_weights(args):
         write_program(args, make_run(args, weights, arrays, architecture))
     else:
         run = make_run(args, weights, arrays, architecture)
-        write_run(out, run, getattr(args.input, "name", args.input))
+        write_run(out, run, getattr(args.input, "name", args.input), weights.divided)
         architecture = architecture._replace(num_classes=len(run.class_names))
     say(f"{architecture}{'' if 'fc.bias' in arrays else ', its head new and untrained'}: {out}")
 

@@ -71,9 +71,8 @@ def check_source(root: Path, source: str | None, dataset: str):
     the same data."""
     seen = source and root.resolve() in Path(source).resolve().parents
     if source and is_begun(Path(source)):
-        document = views.document_of(Path(source))
-        if document.get("progress"):  # else its weights were converted from a file
-            seen |= same_place(document["config"]["data"]["dataset"], dataset)
+        divided = views.divided(views.document_of(Path(source)))
+        seen |= bool(divided) and same_place(divided["dataset"], dataset)
     if seen:
         raise InputError(f"--init-from {source} has seen images on which folds are tested")
 
@@ -138,20 +137,27 @@ class OfFold(NamedTuple):
         self.pool.add(rows)
 
 
-def predictions(run_dir: Path, each: OfFold) -> dict:
-    """The figures of a run's fold."""
+def predictions(run_dir: Path, place: str, each: OfFold) -> dict:
+    """The figures of a run's fold.
+
+    Args:
+      place: where the data set is now.
+    """
     run = load_run(run_dir)
+    data = replace(run.config.data, dataset=place)
+    run = replace(run, config=replace(run.config, data=data))
     dataset = evaluate.open_data(run, None, "test")
     figures, _ = evaluate.measure(run, dataset, "test", None, each)
     return figures
 
 
-def all_predictions(root: Path, folders: list[Path]) -> tuple[list[dict], Pool]:
+def all_predictions(root: Path, folders: list[Path], place: str) -> tuple[list[dict], Pool]:
     """The figures of each fold, and the pool of all, of which predictions.csv is written."""
     columns, pool = (*outcomes.COLUMNS, "fold"), Pool(class_names(folders[0]))
     with outcomes.csv_rows(root / "predictions.csv", columns) as write:
         figures = [
-            predictions(folder, OfFold(fold, pool, write)) for fold, folder in enumerate(folders)
+            predictions(folder, place, OfFold(fold, pool, write))
+            for fold, folder in enumerate(folders)
         ]
     return figures, pool
 
@@ -186,7 +192,7 @@ def main():
     check(root, dict(zip(folders, runs, strict=True)))
     for config, folder in zip(runs, folders, strict=True):
         trained(config, folder)
-    figures, pool = all_predictions(root, folders)
+    figures, pool = all_predictions(root, folders, runs[0].data.dataset)
     whole = spread(figures) | {"pooled": pool.figures()}
     Display().show(table(figures, whole))
     courses = {folder.name: views.rows(folder) for folder in folders}

@@ -26,6 +26,7 @@ from flax_resnet.files import CsvRows
 from flax_resnet.interop.ensemble import AVERAGES, ensemble
 from flax_resnet.interop.loaded_run import predict_files
 from flax_resnet.interop.weights_to_run import open_run
+from flax_resnet.runs.checkpoint import steps_in
 from flax_resnet.runs.views import is_begun
 from flax_resnet.text import listed, printable, say
 from flax_resnet.weights import published
@@ -77,6 +78,7 @@ def image_files(inputs: list[Path]) -> tuple[list[Path], Counter[str]]:
     files, passed_over = [], Counter()
     for path in inputs:
         if path.is_dir():
+            _check_no_run(path)
             found, others = images_below(path)
             if not found:
                 seen = "".join(f"; {remark}" for remark in passed_over_remarks(others))
@@ -86,8 +88,23 @@ def image_files(inputs: list[Path]) -> tuple[list[Path], Counter[str]]:
         elif path.exists():
             files.append(path)
         else:
-            raise InputError(f"{path} does not exist")
+            before = "; a run's name goes before the images" if is_run(str(path)) else ""
+            raise InputError(f"{path} does not exist{before}")
     return files, passed_over
+
+
+def _check_no_run(folder: Path):
+    """Raises InputError for a run, and for a folder of runs, whose pictures are plots."""
+    if has_checkpoints(folder):
+        raise InputError(f"{folder} is a run: it goes before the images")
+    inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and has_checkpoints(path)]
+    if inside:
+        raise InputError(f"{folder} holds runs: name them before the images, as {inside[0]}")
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """True for a run; a folder of images may have a config.json too."""
+    return bool(steps_in(folder / "checkpoints"))
 
 
 def as_row(path: Path, outcome: np.ndarray | BadImage, class_names, top_k: int) -> dict:

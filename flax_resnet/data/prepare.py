@@ -1,5 +1,6 @@
 """Opens the data set of a config and chooses the settings that the config leaves open."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,7 +21,7 @@ from flax_resnet.config import (
 from flax_resnet.data import pipeline
 from flax_resnet.data.image_files import BadImage
 from flax_resnet.data.pipeline import Decoder
-from flax_resnet.data.sources import DataSet, evenly_spaced, open_dataset
+from flax_resnet.data.sources import DataSet, Source, evenly_spaced, open_dataset
 from flax_resnet.devices import distributed
 from flax_resnet.errors import InputError
 
@@ -32,7 +33,7 @@ CHOSEN = frozenset({
 """Settings that `prepare` chooses where a config leaves them open."""
 _MEASURED = 50_000  # most images from which mean and standard deviation are computed
 _AT_ONCE = 1_000  # of these images, so many are in memory at once
-_FINGERPRINTED = 64  # images of a split whose pixels processes compare
+_FINGERPRINTED = 64  # images of a split that are compared, most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +168,8 @@ def _decode(source, decoder, indices) -> np.ndarray:
 
 def contents(dataset: DataSet, weights: np.ndarray | None = None) -> dict:
     """Facts about a data set that a resumed run compares: its classes and a digest of their
-    weights, the checksum of its files if it has one, and for each split the number of images and a
-    digest of labels and file names (without the folder's path)."""
+    weights, the checksum of its files if it has one, and for each split the number of images, a
+    digest of labels and file names (without the folder's path), and one of some files."""
     facts = {"classes": ", ".join(dataset.class_names)}
     if weights is not None:
         digest = hashlib.sha256(np.asarray(weights, np.float64).tobytes()).hexdigest()
@@ -182,7 +183,17 @@ def contents(dataset: DataSet, weights: np.ndarray | None = None) -> dict:
         if names is not None:
             digest.update(b"".join(name.rpartition(b"/")[2] + b"/" for name in names.encoded()))
         facts[f"{split} images"] = f"{len(source)}, SHA-256 {digest.hexdigest()[:16]}"
+        facts[f"{split} files"] = f"SHA-256 {_digest_of_some(source)}"
     return facts
+
+
+def _digest_of_some(source: Source) -> str:
+    """A digest of evenly spaced images: a copy in another size or encoding has other bytes."""
+    digest = hashlib.sha256()
+    for index in evenly_spaced(len(source), _FINGERPRINTED):
+        with contextlib.suppress(BadImage, OSError):  # reading the image says so
+            digest.update(source.content(index))
+    return digest.hexdigest()[:16]
 
 
 def check_contents(now: dict, before: dict):

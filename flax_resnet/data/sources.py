@@ -47,6 +47,9 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> np.ndarray:
         """An image, uint8 [H, W, C] with C = 1 or 3, at its own size."""
 
+    def content(self, index: int) -> bytes:
+        """The bytes of an image's file, or its pixels where it has none."""
+
     def turned(self, index: int) -> bool:
         """True if an image has an EXIF rotation that is not applied."""
 
@@ -64,6 +67,9 @@ class ArraySource(SharedArrays):
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.images[index]
+
+    def content(self, index: int) -> bytes:
+        return self.images[index].tobytes()
 
     def turned(self, index: int) -> bool:
         return False
@@ -88,6 +94,9 @@ class FolderSource(SharedArrays):
     def file(self, index: int) -> str:
         """The path of an image."""
         return self.names[index]
+
+    def content(self, index: int) -> bytes:
+        return Path(self.file(index)).read_bytes()
 
     def turned(self, index: int) -> bool:
         return not self.exif_transpose and is_turned(self.file(index))
@@ -115,7 +124,10 @@ class EncodedSource(SharedArrays):
 
     def file(self, index: int) -> BinaryIO:
         """The encoded image as an open file."""
-        return io.BytesIO(self.records[int(index)])
+        return io.BytesIO(self.content(index))
+
+    def content(self, index: int) -> bytes:
+        return self.records[int(index)]
 
     def turned(self, index: int) -> bool:
         return not self.exif_transpose and is_turned(self.file(index))
@@ -147,6 +159,9 @@ class Subset(SharedArrays):
     def file(self, index: int) -> str | BinaryIO:
         """The image as the source has it; an `ArraySource` has no files."""
         return self.source.file(self.indices[index])
+
+    def content(self, index: int) -> bytes:
+        return self.source.content(self.indices[index])
 
     def turned(self, index: int) -> bool:
         return self.source.turned(self.indices[index])

@@ -55,7 +55,7 @@ def ensemble(runs: dict[str, LoadedRun], average: str = "probabilities") -> Load
     """Join several runs into one that averages what they predict.
 
     The ensemble decodes each image once and normalises it for each run as in that run's training. A
-    single run is returned as it is.
+    single run is returned as it is. JAX's float64 is switched on if one of the runs computes in it.
 
     Args:
       runs: {name for messages: run}. The class names of the first run are those of the ensemble.
@@ -81,6 +81,8 @@ def ensemble(runs: dict[str, LoadedRun], average: str = "probabilities") -> Load
         return first
     for name, run in others:
         _check(name, run, first_name, first)
+    if any(run.config.model.dtype == "float64" for run in runs.values()):
+        jax.config.update("jax_enable_x64", True)  # a run that is loaded later switches it off
     members = tuple(
         _Member(run.network, run.preprocess, _order(run, first.class_names))
         for run in runs.values()

@@ -153,6 +153,7 @@ def write_run(
     channels: int,
     contents: dict,
     progress: dict,
+    divided: dict | None = None,
     report: dict | None = None,
 ):
     """Write a run directory with one checkpoint; a run that is there is replaced.
@@ -161,6 +162,8 @@ def write_run(
       config: the complete config, as `data.prepare` returns it.
       contents: facts about the training data (`data.prepare.contents`), or {}.
       progress: fields of `progress.Progress` that differ from their start.
+      divided: fields that name and divide the data on which the weights were trained
+        (`views.divided`); None: those of the config if there is progress.
       report: content of report.json, which makes the run a finished one; None: the run can be
         resumed.
     """
@@ -174,6 +177,8 @@ def write_run(
         "contents": contents,
         "improvement": False,
     }
+    if divided is not None:
+        document["divided"] = divided
     check_space(temporary, state)
     try:
         directory = RunDirectory(temporary)

@@ -83,10 +83,12 @@ def signal_to_noise(source: Path, target: Path, batches: Batches) -> dict[str, f
 
 
 def _layers(path: Path) -> dict[str, str]:
-    """{output of a layer with a kernel: the layer's name, from its kernel's}"""
+    """{output of a layer with a kernel: the layer's name, from its kernel's}. The output of a layer
+    with a ReLU is that of the ReLU, because ONNX Runtime quantises the two together."""
     graph = onnx.load(path).graph
+    relus = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "Relu"}
     return {
-        node.output[0]: node.input[1].removesuffix(".weight")
+        relus.get(node.output[0], node.output[0]): node.input[1].removesuffix(".weight")
         for node in graph.node
         if node.op_type in ("Conv", "Gemm", "MatMul")
     }

@@ -82,6 +82,18 @@ def written_config(run_dir: Path) -> TrainConfig:
     return config_from_file(path)
 
 
+_DIVIDING = ("dataset", "test_fraction", "validation_fraction", "split_seed", "folds", "fold")
+
+
+def divided(document: dict) -> dict:
+    """Fields of `DataConfig` that name and divide the data on which the weights of a checkpoint's
+    document were trained, perhaps before a conversion; {} for weights that came from a file."""
+    if "divided" in document:
+        return document["divided"]
+    data = document["config"]["data"] if document.get("progress") else {}
+    return {name: data[name] for name in _DIVIDING if name in data}
+
+
 def is_trained(run_dir: Path) -> bool:
     """True if the training of a run is complete; False for a run of converted weights."""
     document = document_of(run_dir)

@@ -92,7 +92,18 @@ def _places(run_dir: Path | str | None, members: int, how: dict) -> list[Path]:
     for place in places:
         check_root(place.parent, "`members`")
         check_usable(place, **how)
+    if places and (others := _others(places)):
+        raise InputError(
+            f"{listed(others)} would be no member of this training: remove it, or train more"
+            " `members`"
+        )
     return places
+
+
+def _others(places: list[Path]) -> list[Path]:
+    """Members of another training beside the places of this one."""
+    beside = places[0].parent.glob("member-*")
+    return sorted(place for place in beside if place not in places and is_begun(place))
 
 
 def _of_seeds(prepared: Prepared, members: int) -> list[Prepared]:

@@ -13,7 +13,7 @@ import numpy as np
 from flax_resnet.config import TrainConfig, from_dict
 from flax_resnet.errors import InputError, check_type
 from flax_resnet.models import create_from_config
-from flax_resnet.runs import environment
+from flax_resnet.runs import environment, views
 from flax_resnet.runs.checkpoint import Checkpoints, steps_in
 from flax_resnet.runs.views import config_faults, warn, written_config
 from flax_resnet.training import steps
@@ -78,8 +78,8 @@ class Weights(NamedTuple):
     they are unknown."""
 
     divided: dict = {}
-    """Fields of `DataConfig` that name and divide the data of a run, or {} for other weights
-    and for those that were converted to a run."""
+    """Fields of `DataConfig` that name and divide the data on which a run was trained, or {} for
+    weights of a file."""
 
     @property
     def model(self) -> dict:
@@ -131,18 +131,14 @@ def pretrained(
 
 _OF_DATA = ("mean", "std", "image_size", "resize_size", "interpolation", "grayscale")
 
-_DIVIDING = ("dataset", "test_fraction", "validation_fraction", "split_seed", "folds", "fold")
-
 
 def _of_run(path: Path) -> Weights:
     with _kept_settings():
         document, config, network, state = restore(path, chosen_step)
         arrays = convert.state_dict(network.to_model(steps.evaluation_variables(state)))
     names = tuple(normalize("NFC", name) for name in document["class_names"])
-    data, divided = (
-        {name: getattr(config.data, name) for name in fields} for fields in (_OF_DATA, _DIVIDING)
-    )
-    return Weights(arrays, names, data, divided if document["progress"] else {})
+    data = {name: getattr(config.data, name) for name in _OF_DATA}
+    return Weights(arrays, names, data, views.divided(document))
 
 
 def load_weights(
