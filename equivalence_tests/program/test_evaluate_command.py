@@ -11,7 +11,8 @@ import pytest
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.insects import train_on, write_folder
 from flax_resnet.commands import cross_validate, evaluate
-from flax_resnet.interop.loaded_run import load_run
+from flax_resnet.config import TrainConfig
+from flax_resnet.interop.loaded_run import LoadedRun, load_run
 
 
 def test_evaluate_repeats_the_report(insects, tmp_path):
@@ -119,10 +120,12 @@ def test_rows_of_predictions_are_written_as_they_come(insects, tmp_path, most_ro
 
 
 def test_rows_of_all_folds_are_written_as_they_come(tmp_path, monkeypatch, most_rows):
-    monkeypatch.setattr(cross_validate, "class_names", lambda run_dir: ("ant", "bee"))
-    monkeypatch.setattr(cross_validate, "load_run", lambda run_dir: None)
+    run = LoadedRun(TrainConfig(), ("ant", "bee"), 3, network=None, variables=None)
+    monkeypatch.setattr(cross_validate, "class_names", lambda run_dir: run.class_names)
+    monkeypatch.setattr(cross_validate, "load_run", lambda run_dir: run)
     monkeypatch.setattr(evaluate, "open_data", lambda *_: None)
-    figures, pool = cross_validate.all_predictions(tmp_path, [tmp_path / "a", tmp_path / "b"])
+    folders = [tmp_path / "a", tmp_path / "b"]
+    figures, pool = cross_validate.all_predictions(tmp_path, folders, "digits")
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     assert [row["fold"] for row in rows] == ["0"] * 10_000 + ["1"] * 10_000
     assert most_rows[0] <= 2 * 50 and len(figures) == 2

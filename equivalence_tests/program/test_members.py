@@ -201,8 +201,9 @@ def test_members_of_another_training_do_not_stay_beside_new_ones(tmp_path):
     """`evaluate runs/member-*` would average both."""
     for number in range(3):
         without_training(tmp_path / "runs" / f"member-{number}")
-    for flag in ("--overwrite", "--resume"):
-        refused(train(tmp_path / "runs", "--members", "2", flag), "member-2 would be no member")
+    for how in ("overwrite", "resume"):
+        with pytest.raises(InputError, match="member-2 would be no member"):
+            fit_members(CONFIG, tmp_path / "runs", 2, display=quiet(), **{how: True})
 
 
 def test_members_that_were_begun_with_another_seed_are_not_taken_up(together):
