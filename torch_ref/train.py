@@ -3,7 +3,8 @@
 python -m torch_ref.train --arch resnet18 --dataset digits --run-dir runs/torch
 
 The settings are those of flax-resnet train. A setting that this trainer lacks is refused if it
-changes results.
+changes results. Weights of --init-from bring no normalisation, no sizes and no names of classes
+along here.
 """
 
 import datetime

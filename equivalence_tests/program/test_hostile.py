@@ -39,7 +39,9 @@ def test_an_archive_that_unpacks_to_gigabytes_is_refused(tmp_path):
 def test_a_tensor_that_promises_terabytes_is_refused(tmp_path):
     path = tmp_path / "promise.pth"
     torch.save({"conv1.weight": torch.zeros(1).expand(10**12)}, path)
-    refused(run_script("convert.py", path, tmp_path / "out.safetensors"), "whose tensors take")
+    refused(
+        run_script("convert.py", path, tmp_path / "out.safetensors"), "whose tensors would take"
+    )
 
 
 def test_an_archive_writes_nowhere(tmp_path, monkeypatch):

@@ -135,6 +135,7 @@ def as_json(row: Row) -> dict:
         "target": row.target.name,
         "devices": row.num_devices,
         "fits": row.fits,
+        "peak_bytes": row.program and row.program.peak_bytes,
         "device_memory_bytes": row.target.card.memory_bytes,
         "largest_batch": row.largest_batch,
         **(figures(row.program) if row.program else dict.fromkeys(_FIGURES)),
@@ -142,8 +143,8 @@ def as_json(row: Row) -> dict:
 
 
 _FIGURES = (
-    "peak_bytes", "flops_per_step", "bytes_per_step", "bound_images_per_second", "kernels",
-    "collectives", "compile_seconds",
+    "flops_per_step", "bytes_per_step", "bound_images_per_second", "kernels", "collectives",
+    "compile_seconds",
 )  # fmt: skip
 
 
@@ -151,8 +152,8 @@ def figures(made: ahead.Compiled) -> dict:
     """{name of `_FIGURES`: the program's}"""
     collectives = program.collectives(made.kernels)
     values = (
-        made.peak_bytes, made.flops, made.bytes, made.bound_images_per_second, kinds(made),
-        collectives, made.seconds,
+        made.flops, made.bytes, made.bound_images_per_second, kinds(made), collectives,
+        made.seconds,
     )  # fmt: skip
     return dict(zip(_FIGURES, values, strict=True))
 
