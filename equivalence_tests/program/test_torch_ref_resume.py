@@ -168,6 +168,12 @@ def test_changed_data_are_refused(tmp_path):
         batch_size=8, epochs=2,
     )  # fmt: skip
     train_until(1, settings, tmp_path / "run")
+    path = data / "ant" / "00.png"
+    content = path.read_bytes()
+    path.write_bytes((data / "bee" / "00.png").read_bytes())  # another image of the same name
+    with pytest.raises(InputError, match="the data have changed"):
+        fit(settings, tmp_path / "run", resume=True)
+    path.write_bytes(content)
     (data / "ant").rename(data / "cat")  # after the bee
     with pytest.raises(InputError, match="the data have changed"):
         fit(settings, tmp_path / "run", resume=True)
