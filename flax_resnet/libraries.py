@@ -1,4 +1,4 @@
-"""What other libraries say and where they keep files."""
+"""Functions that keep other libraries quiet and check where they store files."""
 
 import contextlib
 import logging
@@ -8,7 +8,7 @@ from flax_resnet.errors import InputError
 
 @contextlib.contextmanager
 def quiet(name: str):
-    """Inside the context a library logs errors alone."""
+    """Lets a library log nothing but errors within the context."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -54,7 +54,7 @@ def test_a_machine_without_git_knows_no_revision(monkeypatch):
 
 @pytest.mark.parametrize("cpuinfo", [None, "processor : 0\nBogoMIPS : 50.0\n"])
 def test_a_machine_without_a_model_name_has_a_processor(monkeypatch, cpuinfo):
-    """As macOS, which lacks the file, and ARM Linux."""
+    """macOS lacks /proc/cpuinfo, and on ARM the file names no model."""
 
     def read_text(path):
         if cpuinfo is None:

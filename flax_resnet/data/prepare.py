@@ -33,7 +33,7 @@ CHOSEN = frozenset({
 """Settings that `prepare` chooses where a config leaves them open."""
 _MEASURED = 50_000  # most images from which mean and standard deviation are computed
 _AT_ONCE = 1_000  # of these images, so many are in memory at once
-_FINGERPRINTED = 64  # images of a split that are compared, most
+_FINGERPRINTED = 64  # most images of a split that are compared
 
 
 @dataclasses.dataclass(frozen=True)

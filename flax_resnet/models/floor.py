@@ -35,13 +35,13 @@ class Passes(NamedTuple):
     """Numbers of values that a training step reads or writes."""
 
     activations: int
-    """Of one image, in the type of the computation."""
+    """Number of values of one image, which have the type of the computation."""
 
     image: int
     """Bytes of one image as it comes."""
 
     kernels: int
-    """Of the kernels of convolutions, whatever the number of images."""
+    """Number of values of the kernels of convolutions, for any number of images."""
 
     parameters: int
 
