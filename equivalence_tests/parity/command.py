@@ -281,7 +281,9 @@ def main():
         "rows": rows,
     }
     if data:
-        document["predictions"] = predicted(args, case, data)
+        document["predictions"] = found = predicted(args, case, data)
+        if not found["relative_difference"] <= predictions.ROUNDING:  # also if it is NaN
+            document["verdict"] = "divergent"
     document |= {"command": exits.command_line(), "environment": environment.describe(1)}
     return finish(args, document)
 
@@ -316,6 +318,8 @@ def sentence(document: dict) -> str:
     if "sentence" in document:
         return document["sentence"]
     first = document["first_divergence"]
+    if first is None and document["verdict"] == "divergent":
+        return f"divergent: {predictions.explanation(document['predictions'])}"
     if first is None:
         return f"equal: every tensor agrees to rounding, {document['largest']:.1e} at most"
     causes = " or ".join(first["causes"]) or "unknown"

@@ -16,6 +16,7 @@ from flax import nnx
 import flax_resnet
 from equivalence_tests.parity import inputs, replay
 from equivalence_tests.parity.inputs import Case
+from equivalence_tests.parity.torch_side import RETURNED
 from flax_resnet.config import ScheduleConfig, TrainConfig
 from flax_resnet.interop.training_state import named_arrays, optimizer_arrays
 from flax_resnet.kernels.cpu_convolution import compiler_options
@@ -195,7 +196,7 @@ def trace(state, seen: dict, values: dict, config: TrainConfig, *, train=True) -
     gradients = named_arrays(_without_images(seen["gradient"]))
     gradients[IMAGES] = np.asarray(seen["gradient"][IMAGES]).transpose(0, 3, 1, 2)
     result = {
-        FORWARD: {n: _channels_first(a) for n, a in seen[FORWARD].items() if n},
+        FORWARD: {n or RETURNED: _channels_first(a) for n, a in seen[FORWARD].items()},
         "loss": values,
         "gradient": gradients,
     }

@@ -1,21 +1,30 @@
 """A user's own PyTorch network, run and recorded under torchvision's names."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
 
 from equivalence_tests.parity import engine, loading
 from equivalence_tests.parity.inputs import Case
+from equivalence_tests.parity.ports import outputs
 from flax_resnet.errors import InputError
 from flax_resnet.weights import convert
 from torch_ref import checkpoint
 
 
 def load(place: str) -> nn.Module:
-    """Like `read`, but the network has dropout off and is float64."""
+    """Like `read`, but the network has dropout off, is float64, has no frozen parameters and
+    returns its logits alone."""
     model = read(place)
     drop_nothing(model)
-    return model.double()
+    model.register_forward_hook(
+        lambda _, images, output: outputs.logits(
+            output, len(images[0]), torch.is_floating_point, "--torch-model"
+        )
+    )
+    return model.double().requires_grad_(True)
 
 
 def read(place: str) -> nn.Module:
@@ -31,12 +40,24 @@ def read(place: str) -> nn.Module:
 
 
 def drop_nothing(model: nn.Module):
-    """Switches dropout and stochastic depth off, whose draws cannot be compared."""
+    """Switches dropout and stochastic depth off in training, where their draws cannot be compared.
+
+    In evaluation they keep what they do, which should be nothing.
+    """
     for part in model.modules():
         if loading.drops(part):
-            part.forward = lambda values, *_, **__: values
+            part.forward = _without_draws(part)
         if isinstance(part, nn.MultiheadAttention):
             part.dropout = 0.0
+
+
+def _without_draws(part: nn.Module) -> Callable:
+    forward = part.forward
+
+    def call(values, *args, **options):
+        return values if part.training else forward(values, *args, **options)
+
+    return call
 
 
 def weights(model: nn.Module) -> dict[str, np.ndarray]:
@@ -61,6 +82,8 @@ def trace(model: nn.Module, case: Case, *, train: bool) -> engine.Trace:
     modules = {own.rpartition(".")[0]: ours.rpartition(".")[0] for own, ours in names.items()}
     try:
         raw = engine.run_torch(case, train=train, model=model)
+    except InputError:
+        raise
     except Exception as error:  # whatever the user's own code raises
         size = "x".join(map(str, case.images.shape[1:]))
         reason = f"{type(error).__name__}: {error}"

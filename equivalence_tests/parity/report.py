@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from string import Template
 
-from equivalence_tests.parity import tolerances
+from equivalence_tests.parity import predictions, tolerances
 from flax_resnet.libraries import quiet
 
 with quiet("matplotlib"):  # it warns if there is no home to keep its list of fonts in
@@ -102,6 +102,9 @@ def _explanation(document) -> str:
     if "sentence" in document:
         return _causes(document)
     finding = document["first_divergence"]
+    if finding is None and document["verdict"] == "divergent":
+        text = html.escape(predictions.explanation(document["predictions"]))
+        return f"{text[0].upper()}{text[1:]}."
     if finding is None:
         return (
             "Every tensor agrees to rounding. The largest relative difference is"

@@ -14,6 +14,9 @@ from torch_ref import checkpoint, losses, optim, steps, training_state
 
 optimizer_state = training_state.optimizer_arrays
 
+RETURNED = "[logits]"
+"""Name of the network's own output among the activations; no module can have it."""
+
 
 def run(
     case: Case, dtype=np.float64, *, train=True, decisions=None, record=None, model=None
@@ -114,13 +117,14 @@ def trace(model, optimizer, seen: dict, *, train=True) -> dict:
 def recorded_activations(model: nn.Module):
     """Yields a dict that receives outputs [B, C, ...] by module name, in the order of the calls.
 
-    The second call of a module is `name:2`.
+    The second call of a module is `name:2`; the network's own output is `RETURNED`.
     """
     outputs, counts = {}, {}
 
     def hook(name, output):
         counts[name] = counts.get(name, 0) + 1
-        key = name if counts[name] == 1 else f"{name}:{counts[name]}"
+        key = name or RETURNED
+        key = key if counts[name] == 1 else f"{key}:{counts[name]}"
         # The global pool keeps [B, C, 1, 1], which JAX has as [B, C].
         flat = output.ndim == 4 and output.shape[2:] == (1, 1) and name.endswith("pool")
         outputs[key] = to_numpy(output.flatten(1) if flat else output)
@@ -128,7 +132,6 @@ def recorded_activations(model: nn.Module):
     handles = [
         module.register_forward_hook(lambda m, i, output, name=name: hook(name, output))
         for name, module in model.named_modules()
-        if name
     ]
     try:
         yield outputs

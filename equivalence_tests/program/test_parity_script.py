@@ -11,6 +11,7 @@ from torch import nn
 import torch_ref
 from equivalence_tests.parity import command, inputs, predictions
 from equivalence_tests.program.command import refused, run_script
+from equivalence_tests.program.image_folder import fill
 from flax_resnet.commands import cli
 from flax_resnet.config import DataConfig, TrainConfig
 from flax_resnet.data.sources import open_dataset
@@ -69,6 +70,70 @@ def of_another_make():
     return wrapper
 
 
+def changed(change):
+    """The network with another forward pass: `change(original forward, images)`."""
+    model = sound()
+    forward = model.forward
+    model.forward = lambda images: change(forward, images)
+    return model
+
+
+def of_a_dict():
+    return changed(lambda forward, images: {"logits": forward(images)})
+
+
+def frozen():
+    return sound().requires_grad_(False)
+
+
+def of_log_probabilities():
+    return changed(lambda forward, images: forward(images).log_softmax(1))
+
+
+def shifted():
+    return changed(lambda forward, images: forward(images) + 100)
+
+
+def other_on_squares():
+    return changed(
+        lambda forward, images: forward(
+            images.flip(3) if images.shape[2] == images.shape[3] else images
+        )
+    )
+
+
+class Dropout(nn.Module):
+    """Drops in evaluation too."""
+
+    def forward(self, values):
+        return nn.functional.dropout(values, 0.5)
+
+
+class ScaledDropout(nn.Module):
+    """Does not drop in evaluation, and changes its values."""
+
+    def forward(self, values):
+        return 3 * nn.functional.dropout(values, 0.5, self.training)
+
+
+def with_last(layer):
+    model = sound()
+    model.avgpool = nn.Sequential(model.avgpool, layer)
+    return model
+
+
+def dropping():
+    return with_last(Dropout())
+
+
+def scaling():
+    return with_last(ScaledDropout())
+
+
+def sound_dropout():
+    return with_last(nn.Dropout(0.5))
+
+
 def with_a_broken_forward():
     model = sound()
     model.layer2[0].forward = lambda x: x @ x
@@ -106,7 +171,7 @@ def test_our_own_network_is_equal(tmp_path, capfd):
 EMPTY = {"jax": [], "torch": []}
 
 
-@pytest.mark.parametrize("make", [sound, of_another_make])
+@pytest.mark.parametrize("make", [sound, of_another_make, of_a_dict, frozen, sound_dropout])
 def test_a_network_of_ones_own_is_equal(make):
     outcome = run_script("parity.py", "--torch-model", f"{HERE}:{make.__name__}")
     assert outcome.status == 0, outcome.err
@@ -128,6 +193,35 @@ def test_a_difference_is_found_and_explained(make, phase, module, cause, tmp_pat
     assert cause in first["causes"][0]
     assert document["first"]["torch_name"] == module and document["unmatched"] == EMPTY
     assert "Divergent" in (tmp_path / "report" / "parity.html").read_text()
+
+
+@pytest.mark.parametrize("make", [of_log_probabilities, shifted])
+def test_what_the_network_returns_is_compared(make, tmp_path):
+    """The loss of these networks is that of a sound one."""
+    outcome, document = report(tmp_path, "--torch-model", f"{HERE}:{make.__name__}")
+    assert outcome.status == 1 and "[logits]" in outcome.err
+    assert document["first_divergence"]["mode"] == "evaluation"
+
+
+@pytest.mark.parametrize("make", [dropping, scaling])
+def test_dropout_that_acts_in_evaluation_is_a_difference(make):
+    outcome = run_script("parity.py", "--torch-model", f"{HERE}:{make.__name__}")
+    assert outcome.status == 1 and "evaluation mode" in outcome.err
+
+
+def test_a_difference_on_the_images_of_the_data_alone_is_found(tmp_path):
+    """Random images are not square."""
+    for name in "abcdefghij":
+        fill(tmp_path / "ten" / name, 20)
+    place = f"folder:{tmp_path / 'ten'}"
+    for make, status in (sound, 0), (other_on_squares, 1):
+        outcome, document = report(
+            tmp_path, "--torch-model", f"{HERE}:{make.__name__}", "--dataset", place
+        )
+        assert outcome.status == status, outcome.err
+        assert document["first_divergence"] is None
+    assert "the logits of the images of" in outcome.err
+    assert "The logits of the images of" in (tmp_path / "report" / "parity.html").read_text()
 
 
 def test_weights_of_ones_own_and_their_predictions(tmp_path):

@@ -283,6 +283,16 @@ def calling(values, images, train):
     return cnn(values, jax.pure_callback(lambda x: x, shape, images), train)
 
 
+def keeping():
+    """A network that computes with the first images of each shape and type that it gets."""
+    kept = {}
+
+    def apply(values, images, train):
+        return cnn(values, kept.setdefault((images.shape, images.dtype), images), train)
+
+    return apply
+
+
 def failing(values, images, train):
     raise RuntimeError("out of paint")
 
@@ -292,11 +302,12 @@ def failing(values, images, train):
     [
         (drawing, "draws random numbers in evaluation"),
         (calling, "calls the host"),
+        (keeping(), "kept from an earlier call"),
         (failing, "RuntimeError: out of paint"),
         (lambda v, x, train: x, "logits"),
         (lambda v, x, train: cnn(v, x, train, act=lambda y: y / 0), "is not finite"),
     ],
-    ids=["drawing", "calling", "failing", "images", "dividing by 0"],
+    ids=["drawing", "calling", "keeping", "failing", "images", "dividing by 0"],
 )
 def test_networks_that_cannot_be_followed_are_refused(apply, message):
     with pytest.raises(InputError, match=message):

@@ -121,6 +121,8 @@ class _Flat:
         return next(self._numbers)
 
     def constant(self, array) -> int:
+        if isinstance(array, jax.core.Tracer):
+            raise InputError("the JAX network uses a value that it kept from an earlier call")
         value = self.new()
         lifted = self.constants[value] = written.lifted(array)
         if lifted is not array:  # JAX's own gradients would hold the rounded number
