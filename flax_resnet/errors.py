@@ -14,7 +14,7 @@ LOG = "error.log"
 """File in the run directory with the traceback of an unforeseen error."""
 
 _LONGEST = 2000  # characters of a message
-_FAULTS_OF_PLACE = (
+FAULTS_OF_PLACE = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
     errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO,
 )  # fmt: skip
@@ -69,6 +69,15 @@ def verdict(error: BaseException) -> tuple[int, str]:
     return status, printable(" ".join(text.split()), _LONGEST)
 
 
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The error of a full disk that this one hides, as `torch.save` does."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        error = error.__context__
+    return None
+
+
 def _verdict(error) -> tuple[int, str]:
     status = getattr(error, "exit_status", None)  # exceptions of this project have one
     if status is not None:
@@ -84,9 +93,11 @@ def _verdict(error) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno:
         nameless = "the working directory" if error.errno == errno.ENOENT else "disk"
         where = f"{error.filename2 or error.filename or nameless}: {error.strerror}"
-        if error.errno in _FAULTS_OF_PLACE:
+        if error.errno in FAULTS_OF_PLACE:
             return BAD_INPUT, f"error: {where}"
         return FAILED, f"failed: {where}"
+    if hidden := _full_disk(error):
+        return _verdict(hidden)
     what = f"{type(error).__name__}: {error}"  # leaves out the notes that JAX adds
     return FAILED, f"failed: this is a bug: {what}; {_logged(error)}"
 

@@ -212,6 +212,7 @@ WRONG_WORDS = [
     (["out.pth", "--fold-batchnorm"], ["--fold-batchnorm", ".stablehlo", ".onnx"]),
     (["none/out.pth"], ["none", "does not exist"]),
     (["kept.pth"], ["kept.pth", "--overwrite"]),
+    (["kept"], ["no run"]),
     (["kept", "--overwrite"], ["no run"]),
     (["out", "--class-names", "a,b"], ["--image-size", "--mean", "--std"]),
     (["out", *LOOKS, "--class-names", "a,b"], ["2 names", "7"]),

@@ -38,7 +38,10 @@ PROGRAM_SUFFIXES = (".stablehlo", ".onnx")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *PROGRAM_SUFFIXES)
 CALIBRATION_IMAGES = 256
 MODEL_FLAGS = ("arch", "stem", "shortcut")
-DATA_FLAGS = ("dataset", "image_size", "resize_size", "grayscale", "exif_transpose", "mean", "std")
+DATA_FLAGS = (
+    "dataset", "image_size", "resize_size", "interpolation", "grayscale", "exif_transpose", "mean",
+    "std",
+)  # fmt: skip
 
 
 def parse():
@@ -87,6 +90,7 @@ def parse():
     ):
         raise InputError(f"OUT: {args.output} lies in the run {args.input}, which stays as it is")
     check_output(args.output, args.suffix, args.overwrite)
+    args.place = Path(os.path.realpath(args.output))  # a link stays, and leads to what is written
     check_flags(args)
     if args.training and (args.weights_key or args.ema):
         raise InputError("--weights-key and --ema choose weights; --training takes the whole file")
@@ -138,10 +142,10 @@ def check_output(path: Path, suffix: str, overwrite: bool):
         raise InputError(f"{path}: the folder {path.absolute().parent} does not exist")
     if not path.exists():
         return
-    if not overwrite:
-        raise InputError(f"{path} exists; replace it with --overwrite")
     if path.is_dir() and (suffix or not any(path.iterdir())):
         raise InputError(f"{path} is a directory and no run: it is not replaced")
+    if not overwrite:
+        raise InputError(f"{path} exists; replace it with --overwrite")
     if path.is_dir():
         check_usable(path, resume=False, overwrite=True)
 
@@ -188,12 +192,25 @@ def make_run(args, weights, arrays, architecture: convert.Architecture) -> Loade
         config = weights_to_run.without_data(config, args.dataset, channels)
         if args.class_names:
             names = weights_to_run.class_names(args.class_names, config.model.num_classes)
+            weights_to_run.check_order(names, weights.class_names)
     else:
+        unknown = [n for n in ("image_size", "mean", "std") if getattr(config.data, n) is None]
         config, dataset = with_data(args, config, channels)
+        if convert.has_head(arrays) and unknown:
+            say(_taken_from_data(unknown, config))
         names, data = dataset.class_names, contents(dataset)
         arrays = arrays | restore.head_in_order(arrays, weights.class_names, names)
     environment.configure_jax(config)
     return replace(weights_to_run.as_run(arrays, config, names, channels), contents=data)
+
+
+def _taken_from_data(unknown: list[str], config: TrainConfig) -> str:
+    """The line about settings of which trained weights tell nothing."""
+    names = ", ".join(f"`{name}`" for name in unknown)
+    return cli.as_flags(
+        f"{names}: those of {config.data.dataset}, because the weights do not tell theirs; give"
+        " them if they were other ones"
+    )
 
 
 def with_data(args, config: TrainConfig, channels: int):
@@ -246,7 +263,7 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
 
 
 def convert_weights(args):
-    out, suffix = args.output, args.suffix
+    out, suffix = args.place, args.suffix
     weights = restore.pretrained(args.input, args.weights_key, ema=args.ema, say=say)
     arrays = weights.arrays
     arch = args.arch or convert.nearest_architecture(arrays).arch
@@ -270,18 +287,19 @@ def convert_weights(args):
         run = make_run(args, weights, arrays, architecture)
         write_run(out, run, getattr(args.input, "name", args.input), weights.divided)
         architecture = architecture._replace(num_classes=len(run.class_names))
-    say(f"{architecture}{'' if 'fc.bias' in arrays else ', its head new and untrained'}: {out}")
+    head = "" if "fc.bias" in arrays else ", its head new and untrained"
+    say(f"{architecture}{head}: {args.output}")
 
 
 def write_program(args, run: LoadedRun):
     if args.int8:
         count = args.calibration_images or CALIBRATION_IMAGES
-        convert_int8.write(args.output, run, args.calibrate, count)
+        convert_int8.write(args.place, run, args.calibrate, count)
     elif args.suffix == ".onnx":
-        convert_torch.write_onnx(args.output, run, fold_batchnorm=args.fold_batchnorm)
+        convert_torch.write_onnx(args.place, run, fold_batchnorm=args.fold_batchnorm)
     else:
         served = run.without_batchnorm() if args.fold_batchnorm else run
-        export.write_stablehlo(args.output, served, run)
+        export.write_stablehlo(args.place, served, run)
 
 
 def training_to_run(args) -> int:
@@ -307,7 +325,7 @@ def training_to_run(args) -> int:
             " the weights alone, without --training"
         )
     export.write_run(
-        args.output,
+        args.place,
         config,
         state,
         class_names=run.class_names,
@@ -320,7 +338,7 @@ def training_to_run(args) -> int:
 
 def convert_a_training(args):
     if args.is_run and args.suffix in TORCH_SUFFIXES:
-        step = convert_torch.write_training(args.output, args.input)
+        step = convert_torch.write_training(args.place, args.input)
     elif isinstance(args.input, Path) and not args.is_run and not args.suffix:
         step = training_to_run(args)
     else:

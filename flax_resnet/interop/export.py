@@ -10,7 +10,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from flax_resnet.config import TrainConfig, to_dict
 from flax_resnet.files import replacing
@@ -59,7 +59,7 @@ def write_safetensors(path: Path, arrays: Arrays):
     # safetensors 0.8.0 writes the memory of an array and ignores its strides.
     arrays = {name: np.array(array, order="C") for name, array in arrays.items()}
     metadata = {"format": "pt"}  # which torch's readers ask for
-    write_verified(path, arrays, lambda p, a: save_file(a, p, metadata), load_file)
+    write_verified(path, arrays, lambda p, a: p.write_bytes(save(a, metadata)), load_file)
 
 
 def write_verified(

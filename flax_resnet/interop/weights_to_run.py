@@ -31,13 +31,16 @@ def with_model_of(
     config: TrainConfig, architecture: convert.Architecture, arrays: dict[str, np.ndarray]
 ) -> TrainConfig:
     """The config with the model of the weights; without a head num_classes stays open."""
+    if convert.has_head(arrays) and architecture.num_classes < 2:
+        raise InputError("the weights have one class; a run has at least two")
+    wide = any(array.dtype == np.float64 for array in arrays.values())
     model = replace(
         config.model,
         arch=architecture.arch,
         stem=architecture.stem,
         shortcut=architecture.shortcut,
         num_classes=architecture.num_classes if convert.has_head(arrays) else None,
-        dtype="float64" if arrays["conv1.weight"].dtype == np.float64 else config.model.dtype,
+        dtype="float64" if wide else config.model.dtype,
     )
     return replace(config, model=model)
 
@@ -108,6 +111,15 @@ def class_names(text: str, num_classes: int | None) -> tuple[str, ...]:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"`class_names`: given twice: {listed(twice)}")
     return names
+
+
+def check_order(names: tuple[str, ...], known: tuple[str, ...]):
+    """Raises InputError if `names` are those that the weights know, in another order."""
+    if names != tuple(known) and sorted(names) == sorted(known):
+        raise InputError(
+            f"`class_names`: {listed(names)}; the weights have these classes in the order"
+            f" {listed(known)}, and another one would exchange them"
+        )
 
 
 def open_run(source: str) -> LoadedRun:

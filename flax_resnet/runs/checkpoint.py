@@ -12,7 +12,6 @@ class names, digests of the tables), committed atomically. This module adds:
 - a comparison of names, shapes and types before anything is loaded.
 """
 
-import errno
 import functools
 import json
 import logging
@@ -30,7 +29,7 @@ import orbax.checkpoint as ocp
 
 from flax_resnet.config import finite
 from flax_resnet.devices import distributed
-from flax_resnet.errors import InputError
+from flax_resnet.errors import FAULTS_OF_PLACE, InputError
 from flax_resnet.files import sha256
 from flax_resnet.runs.owned import foreign
 from flax_resnet.text import listed, printable, say
@@ -285,8 +284,9 @@ def _document(directory: Path) -> dict:
 
 
 def _fault_of_the_disk(text: str) -> int | None:
-    """The errno in a message of TensorStore, such as a full disk, a quota or a file size limit."""
-    return next((code for code in errno.errorcode if os.strerror(code) in text), None)
+    """The errno in a message of TensorStore, such as a full disk, a quota or a file size limit;
+    not that of a lost connection to another process."""
+    return next((code for code in FAULTS_OF_PLACE if os.strerror(code) in text), None)
 
 
 def check_space(directory: Path, state):
