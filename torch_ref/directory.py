@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -11,11 +12,13 @@ from torch import nn
 
 from flax_resnet.config import finite
 from flax_resnet.errors import InputError
+from flax_resnet.text import say
 from torch_ref import checkpoint
 
 WEIGHTS = "weights.pth"
 METRICS, REPORT, STATE = "metrics.csv", "report.json", "state.pth"
-FILES = (METRICS, REPORT, STATE, WEIGHTS, "metrics.tmp", "report.tmp", "state.tmp")
+LOCK = "run.lock"
+FILES = (METRICS, REPORT, STATE, WEIGHTS, LOCK, "metrics.tmp", "report.tmp", "state.tmp")
 """The names of all that a run writes into its directory."""
 
 
@@ -44,9 +47,47 @@ def check_usable(run_dir: Path, *, resume: bool = False) -> None:
         raise InputError(f"{run_dir} has no {STATE} to go on from")
 
 
+def check_apart(run_dir: Path, dataset: str) -> None:
+    """Raises InputError for a run among its images, where its directory would be a class."""
+    scheme, _, folder = dataset.partition(":")
+    inside = os.path.realpath(run_dir).startswith(os.path.realpath(folder) + os.sep)
+    if scheme == "folder" and inside:
+        raise InputError(f"{run_dir} lies in {folder}, the folder of the images; give another one")
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path, *, resume: bool = False) -> Iterator[None]:
+    """Makes the directory and keeps it for this run within the context. A run that ends before it
+    writes anything leaves no directory.
+
+    Raises:
+      InputError: another run has it.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=resume)
+    except FileExistsError:
+        raise InputError(f"run directory {run_dir} exists already") from None
+    try:
+        with open(run_dir / LOCK, "a") as file:
+            _lock(file, run_dir)
+            yield
+    finally:
+        if os.listdir(run_dir) == [LOCK]:
+            os.unlink(run_dir / LOCK)
+            run_dir.rmdir()
+
+
+def _lock(file, run_dir: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"run directory {run_dir} is in use by a running process") from None
+    except OSError:
+        say(f"{run_dir}: the file system has no locks; make sure that only one run uses it")
+
+
 def write_metrics(run_dir: Path, rows: list[dict]) -> None:
     """metrics.csv, a row for each epoch."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     with replacing(run_dir / METRICS) as path, open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

@@ -116,7 +116,11 @@ def _folders_in(folder: Path, root: Path) -> list[Path]:
 
 
 def _images_in(class_folder: Path, root: Path) -> list[str]:
-    return [file for file in _files(class_folder, root) if file.lower().endswith(SUFFIXES)]
+    images = [file for file in _files(class_folder, root) if file.lower().endswith(SUFFIXES)]
+    for path in images:
+        if not os.path.isfile(path):  # opening a pipe would wait for ever
+            raise InputError(f"{path} is no image: no regular file")
+    return images
 
 
 def _files(folder: Path, root: Path, above: tuple[Path, ...] = ()) -> Iterator[str]:

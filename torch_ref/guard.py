@@ -6,7 +6,7 @@ from flax_resnet.errors import FAILED
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss of a step is NaN or infinite, or the weights after an epoch are."""
+    """The loss of a step or of a split is NaN or infinite, or the weights after an epoch are."""
 
     exit_status = FAILED
 

@@ -1,9 +1,11 @@
 """The end of a run: the chosen weights on every split."""
 
+import math
 import statistics
 
 from torch_ref import environment
 from torch_ref.evaluation import evaluate
+from torch_ref.guard import NonFiniteLoss
 from torch_ref.setup import Run
 
 
@@ -15,6 +17,9 @@ def report(run: Run, command: str = "") -> dict:
 
     Returns:
       What report.json holds.
+
+    Raises:
+      NonFiniteLoss: the loss of a split is NaN or infinite.
     """
     restored = run.best if run.config.early_stopping.restore_best else None
     run.model.load_state_dict(restored or run.evaluated.state_dict())
@@ -22,6 +27,9 @@ def report(run: Run, command: str = "") -> dict:
         name: evaluate(run.model, batches, run.device, run.dtype)
         for name, batches in run.splits.items()
     }
+    for name, scores in splits.items():
+        if not math.isfinite(scores["loss"]):
+            raise NonFiniteLoss(f"the {name} loss of the chosen weights is {scores['loss']}")
     images = len(run.batches) * run.config.batch_size
     return {
         "splits": splits,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from flax_resnet.config import TrainConfig, differences, from_dict, to_dict
 from flax_resnet.errors import InputError
@@ -23,6 +24,8 @@ def save_state(run: Run, run_dir: Path) -> None:
     """Write all that the next epochs depend on."""
     content = {name: part.state_dict() for name, part in _parts(run).items()}
     content |= {name: getattr(run, name) for name in PROGRESS}
+    if run.config.optimizer.accumulate_steps > 1:  # an epoch may end between two updates
+        content["gradients"] = [parameter.grad for parameter in run.model.parameters()]
     content["config"] = to_dict(run.config)
     content["data"] = run.contents
     content["selection"] = dataclasses.asdict(run.selection)
@@ -50,6 +53,8 @@ def load_state(run: Run, run_dir: Path) -> None:
             raise InputError(f"the data have changed since {run_dir} was begun")
         for name, part in _parts(run).items():
             part.load_state_dict(content[name])
+        if run.config.optimizer.accumulate_steps > 1:
+            _set_gradients(run.model, content["gradients"])
         for name in PROGRESS:
             setattr(run, name, content[name])
         run.selection = Selection(**content["selection"])
@@ -65,6 +70,11 @@ def load_state(run: Run, run_dir: Path) -> None:
         raise
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not the state of this run") from error
+
+
+def _set_gradients(model: nn.Module, gradients: list[Tensor | None]) -> None:
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
 
 def _parts(run: Run) -> dict:

@@ -64,7 +64,7 @@ class DataSet:
         for split, images in opened.items():
             digest = hashlib.sha256(np.asarray(images.labels, np.int32).tobytes())
             if images.items.ndim == 1:
-                digest.update("/".join(Path(name).name for name in images.items).encode())
+                digest.update(b"/".join(os.fsencode(Path(name).name) for name in images.items))
                 for number in np.linspace(0, len(images) - 1, min(len(images), 64)).astype(int):
                     digest.update(Path(images.items[number]).read_bytes())
             found.append([split, digest.hexdigest()])

@@ -21,7 +21,14 @@ from flax_resnet.config import TrainConfig, check_unvalidated, flat, idle
 from flax_resnet.errors import InputError
 from flax_resnet.text import say
 from torch_ref import create_from_config, loop
-from torch_ref.directory import STATE, check_usable, finished_report, write_results
+from torch_ref.directory import (
+    STATE,
+    check_apart,
+    check_usable,
+    finished_report,
+    locked,
+    write_results,
+)
 from torch_ref.environment import choose_device, configure_torch
 from torch_ref.prepare import Prepared, prepare
 from torch_ref.report import report
@@ -70,15 +77,27 @@ def fit(
         raise InputError("`resume` needs `run_dir`, the directory of the run to continue")
     run_dir = Path(run_dir) if run_dir else _new_directory(config)
     check_usable(run_dir, resume=resume)
+    check_apart(run_dir, config.data.dataset)
     device = choose_device(config, device)
     configure_torch(config)
     prepared = prepare(config)
     if "validation" not in prepared.dataset.splits:
         check_unvalidated(prepared.config)
-    model = _initial_model(prepared.config, prepared.dataset.channels)
     _announce(prepared, device)
+    with locked(run_dir, resume=resume):
+        values = _train(prepared, device, run_dir, command)
+    for name, scores in values["splits"].items():
+        say("  ".join([f"{name:10s}", *(f"{k} {v:.4f}" for k, v in scores.items())]))
+    say(run_dir)
+    return values
+
+
+def _train(prepared: Prepared, device: torch.device, run_dir: Path, command: str) -> dict:
+    """Begin or continue a run, and return its report."""
+    begun = (run_dir / STATE).exists()
+    model = _initial_model(prepared.config, prepared.dataset.channels, begun=begun)
     run = set_up(model, prepared, device)
-    if (run_dir / STATE).exists():
+    if begun:
         load_state(run, run_dir)
         if finished := finished_report(run_dir):
             say(f"{run_dir} is finished")
@@ -87,9 +106,6 @@ def fit(
     loop.train(run, run_dir)
     values = report(run, command)
     write_results(run_dir, model, values)
-    for name, scores in values["splits"].items():
-        say("  ".join([f"{name:10s}", *(f"{k} {v:.4f}" for k, v in scores.items())]))
-    say(run_dir)
     return values
 
 
@@ -117,12 +133,17 @@ def _new_directory(config: TrainConfig) -> Path:
     return Path("runs", f"torch-{config.model.arch}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
 
 
-def _initial_model(config: TrainConfig, in_channels: int) -> nn.Module:
+def _initial_model(config: TrainConfig, in_channels: int, *, begun: bool) -> nn.Module:
+    """The network with its first weights.
+
+    Args:
+      begun: true if the run has a state, whose weights replace the first.
+    """
     torch.manual_seed(config.seed)
     random.seed(config.seed)  # timm's policies draw from Python's and NumPy's generators
     np.random.seed(config.seed)
     model = create_from_config(config.model, in_channels)
-    if config.init_from:
+    if config.init_from and not begun:
         fine_tune(model, Path(config.init_from), new_head=config.new_head)
     return model
 

@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +21,10 @@ from equivalence_tests.program.command import run_script
 from equivalence_tests.program.test_train import EVERYTHING, digest, quiet, small, weights
 from equivalence_tests.studies import faults
 from equivalence_tests.studies.faults import ROOT
+from flax_resnet.commands import exits
+from flax_resnet.devices import distributed
 from flax_resnet.errors import InputError
+from flax_resnet.runs import checkpoint
 from flax_resnet.runs.checkpoint import Checkpoints
 from flax_resnet.runs.directory import RunDirectory
 from flax_resnet.training import loop, restore
@@ -87,6 +91,38 @@ def test_a_signal_before_the_first_step_is_a_line_and_leaves_nothing(tmp_path, m
     assert (outcome.status, outcome.err) == (128 + signum, f"stopped by {signum.name}\n")
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)] == handlers
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_no_exception_of_a_signal_is_swallowed_while_devices_are_looked_for(monkeypatch, signum):
+    """JAX's search for plugins catches every exception."""
+    seen = []
+    monkeypatch.setattr(jax, "devices", lambda: seen.append(signal.getsignal(signum)))
+    before = signal.signal(signum, lambda number, frame: None)
+    try:
+        handler = signal.getsignal(signum)
+        with distributed.joined(None, None, None, timeout=1):
+            assert seen == [signal.SIG_DFL] and signal.getsignal(signum) == handler
+        signal.signal(signum, signal.SIG_IGN)  # as nohup does with SIGHUP
+        with distributed.joined(None, None, None, timeout=1):
+            assert seen[1:] == [signal.SIG_IGN] == [signal.getsignal(signum)]
+    finally:
+        signal.signal(signum, before)
+
+
+def test_a_process_that_is_stopped_while_it_begins_leaves_without_the_others(monkeypatch):
+    """Python's own exit would wait for them in a barrier."""
+    left = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "_leave", lambda *words: left.append(words))
+    with distributed.joined(None, None, None, timeout=1):
+        raise exits.Stopped(signal.SIGTERM)
+    assert left == [(143, "stopped by SIGTERM")]
+
+
+def test_a_lost_connection_is_no_fault_of_the_disk():
+    assert checkpoint._fault_of_the_disk("Gloo: Connection reset by peer") is None
+    assert checkpoint._fault_of_the_disk("No space left on device") == errno.ENOSPC
 
 
 def test_ctrl_c_amid_the_imports_is_no_traceback():

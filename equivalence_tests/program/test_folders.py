@@ -192,11 +192,13 @@ def test_thumbnails_of_systems_are_passed_over_and_counted(tree):
         fill(tree / name, 1)
     (tree / "train/ant/notes.txt").write_text("no image")
     picture().save(tree / "train/ant/other.jfif", format="JPEG")
+    picture().save(tree / "train/of-no-class.png")
     opened = open_dataset(DataConfig(dataset=f"folder:{tree}"))
     assert opened.class_names == ("Cow", "ant", "bee") and len(opened.train) == 31
     assert list(opened.remarks()) == [
         "passed over: 1 file(s) not named as images: 1 .txt",
         "passed over: 4 hidden or system folder(s)",
+        "passed over: 1 image(s) outside of the class folders",
     ]
 
 

@@ -1,6 +1,7 @@
 """The twin reads folders as flax_resnet does: the same files in the same order, the same pixels,
 and what the one refuses the other refuses."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -50,6 +51,20 @@ def assert_same_files(dataset: str) -> tuple[str, ...]:
         assert list(twin.splits[name].items) == list(split.names)
         np.testing.assert_array_equal(twin.splits[name].labels, split.labels)
     return twin.class_names
+
+
+def test_names_that_are_no_text(tree):
+    (tree / "train/ant/00.png").rename(tree / "train/ant/a\udcff.png")
+    assert_same_files(f"folder:{tree}")
+    data = DataConfig(dataset=f"folder:{tree}")
+    assert len(sources.open_dataset(data).contents()) == 4
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("nowhere.png")])
+def test_what_is_no_file_is_refused(tree, make):
+    make(tree / "train/ant/pipe.png")
+    with pytest.raises(InputError, match="pipe.png is no image: no regular file"):
+        sources.open_dataset(DataConfig(dataset=f"folder:{tree}"))
 
 
 def test_the_same_files_under_other_names(tree):

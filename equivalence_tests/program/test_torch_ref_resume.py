@@ -12,10 +12,11 @@ from equivalence_tests.program.insects import write_folder
 from equivalence_tests.program.twin import call, small
 from flax_resnet.commands import cli
 from flax_resnet.errors import InputError
-from torch_ref import checkpoint, loop, prepare, resume
+from torch_ref import checkpoint, directory, loop, prepare, resume
+from torch_ref.guard import NonFiniteLoss
 from torch_ref.train import fit
 
-FILES = ["metrics.csv", "report.json", "state.pth", "weights.pth"]
+FILES = ["metrics.csv", "report.json", "run.lock", "state.pth", "weights.pth"]
 RUNS = {
     "plain": {},
     "the_average_and_mixup": {
@@ -23,6 +24,7 @@ RUNS = {
         "optimizer": {"ema_decay": 0.5},
         "model": {"dropout": 0.3},
     },
+    "accumulation across epochs": {"optimizer": {"accumulate_steps": 3}},
     "onecycle": {"schedule": {"schedule": "onecycle", "cycle_momentum": True}},
     "cosine_each_epoch": {
         "optimizer": {"optimizer": "adam"},
@@ -153,6 +155,43 @@ def test_what_is_no_run_or_damaged_is_refused(tmp_path, begun, capsys):
     (tmp_path / "link").symlink_to(begun)
     with pytest.raises(InputError, match="is no directory of a run"):
         fit(config(), tmp_path / "link", resume=True)
+
+
+def test_a_run_in_use_is_refused(tmp_path, begun):
+    shutil.copytree(begun, tmp_path / "run")
+    with directory.locked(tmp_path / "run", resume=True):
+        with pytest.raises(InputError, match="is in use by a running process"):
+            fit(config(), tmp_path / "run", resume=True)
+    with directory.locked(tmp_path / "new"):
+        with pytest.raises(InputError, match="exists already"), directory.locked(tmp_path / "new"):
+            pass
+    assert not (tmp_path / "new").exists()  # nothing was written
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError), directory.locked(tmp_path / "file" / "run"):
+        pass
+
+
+def test_the_first_weights_are_not_needed_again(tmp_path, begun):
+    shutil.copytree(begun, tmp_path / "source")
+    fit(config(), tmp_path / "source", resume=True)
+    settings = config(init_from=str(tmp_path / "source"))
+    train_until(1, settings, tmp_path / "run")
+    shutil.rmtree(tmp_path / "source")
+    assert fit(settings, tmp_path / "run", resume=True)["epochs"] == 5
+
+
+def test_a_run_among_its_images_is_refused(tmp_path):
+    data = write_folder(tmp_path / "data", splits=(".",), per_class=20)
+    with pytest.raises(InputError, match="the folder of the images"):
+        fit(config(data={"dataset": f"folder:{data}"}), data / "run")
+    assert not (data / "run").exists()
+
+
+def test_a_result_that_is_not_finite_is_no_result(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch_ref.report.evaluate", lambda *rest: {"loss": float("nan")})
+    with pytest.raises(NonFiniteLoss, match="the train loss of the chosen weights is nan"):
+        fit(config(epochs=1), tmp_path / "run")
+    assert not (tmp_path / "run" / "report.json").exists()
 
 
 def test_data_may_be_read_in_another_way(begun, tmp_path):

@@ -28,12 +28,14 @@ _OF_THE_SYSTEM = {"@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", 
 """Folders of thumbnails, resource forks and deleted files, in lower case."""
 
 HIDDEN_FOLDER = "hidden or system folder"
+STRAY = "image outside of the class folders"
 
 Listing = dict[str, list[str]]
 """{class: its image paths}, both sorted by name."""
 
 PassedOver = dict[str, str]
-"""{path: its suffix, or `HIDDEN_FOLDER`} of files and folders that hold no image of the data."""
+"""{path: its suffix, `HIDDEN_FOLDER` or `STRAY`} of files and folders that are no part of the
+data."""
 
 
 def chosen_splits(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -149,6 +151,9 @@ def _names(folders: list[Path]) -> str:
 def _list_classes(folder: Path, root: Path, passed_over: PassedOver) -> Listing:
     folders, classes = _folders_in(folder, root, passed_over), {}
     _check_no_splits(folder, root, folders)
+    for entry in _entries(folder, root):
+        if _is_image(entry.name) and not entry.is_dir():
+            passed_over[entry.path] = STRAY
     for class_folder in folders:
         name = _class_name(class_folder)
         if name in classes:

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 from flax_resnet.config import DataConfig
 from flax_resnet.data import cifar10, cuts, hugging_face, shards, tfds
-from flax_resnet.data.folders import HIDDEN_FOLDER, Listing, list_splits
+from flax_resnet.data.folders import HIDDEN_FOLDER, STRAY, Listing, list_splits
 from flax_resnet.data.image_files import bad_images, decode_image, is_turned, read_image
 from flax_resnet.data.shared import Names, SharedArrays
 from flax_resnet.errors import InputError
@@ -213,13 +213,16 @@ class DataSet:
 
 
 def passed_over_remarks(passed_over: Counter[str]) -> Iterator[str]:
-    """Yields the lines about hidden folders and files of other suffixes among the images."""
-    files = passed_over - Counter({HIDDEN_FOLDER: passed_over[HIDDEN_FOLDER]})
+    """Yields the lines about what is passed over: files of other suffixes, hidden folders, and
+    images that belong to no class."""
+    files = Counter({k: n for k, n in passed_over.items() if k not in (HIDDEN_FOLDER, STRAY)})
     if files:
         kinds = listed(f"{count:,} {suffix}" for suffix, count in files.most_common())
         yield f"passed over: {files.total():,} file(s) not named as images: {kinds}"
     if folders := passed_over[HIDDEN_FOLDER]:
         yield f"passed over: {folders:,} {HIDDEN_FOLDER}(s)"
+    if images := passed_over[STRAY]:
+        yield f"passed over: {images:,} {STRAY.replace('image', 'image(s)')}"
 
 
 def turned_remark(turned: int, looked_at: int, why: str) -> str:

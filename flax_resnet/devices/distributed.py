@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -84,14 +85,31 @@ def joined(coordinator: str | None, num_processes, process_id, *, timeout: int):
       InputError: the arguments contradict each other, or the processes do not connect in time.
     """
     _connect(coordinator, num_processes, process_id, timeout)
+    _start_backends()
     try:
         yield
     except CollectiveError:
         raise
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:
             raise
         _leave(*_last_words(error))
+
+
+def _start_backends():
+    """Find the devices. A signal ends the process at once meanwhile, because JAX's search for
+    plugins swallows every exception, and so that of a Python handler."""
+    stopping = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
+    python = {n: handler for n in stopping if callable(handler := signal.getsignal(n))}
+    if threading.current_thread() is not threading.main_thread():
+        python = {}
+    try:
+        for number in python:
+            signal.signal(number, signal.SIG_DFL)
+        jax.devices()
+    finally:
+        for number, handler in python.items():
+            signal.signal(number, handler)
 
 
 def _connect(coordinator, num_processes, process_id, timeout):
@@ -290,7 +308,7 @@ def agreed_signal(signum: int | None) -> int | None:
     return max((number or 0 for number in exchange(signum)), default=0) or None
 
 
-def _last_words(error: Exception) -> tuple[int, str]:
+def _last_words(error: BaseException) -> tuple[int, str]:
     """Exit status and message for an error that this process alone has raised."""
     return (1, _DEAD) if "Gloo" in str(error) else errors.verdict(error)
 
