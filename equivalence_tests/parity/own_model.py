@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from equivalence_tests.parity import engine, loading
+from equivalence_tests.parity import engine, loading, outputs
 from equivalence_tests.parity.inputs import Case
-from equivalence_tests.parity.ports import outputs
 from flax_resnet.errors import InputError
 from flax_resnet.weights import convert
 from torch_ref import checkpoint

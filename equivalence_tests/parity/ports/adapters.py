@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from equivalence_tests.parity.ports import outputs
+from equivalence_tests.parity import outputs
 from equivalence_tests.parity.ports.frameworks import FRAMEWORKS
 from flax_resnet.errors import InputError
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._pytree import tree_map
 
-from equivalence_tests.parity.ports import backward, draws, outputs, wide, written
+from equivalence_tests.parity import outputs
+from equivalence_tests.parity.ports import backward, draws, wide, written
 from equivalence_tests.parity.ports.graph import Graph, Operation
 from flax_resnet.errors import InputError
 
