@@ -67,14 +67,14 @@ def locked(run_dir: Path, *, resume: bool = False) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=resume)
     except FileExistsError:
         raise InputError(f"run directory {run_dir} exists already") from None
-    try:
-        with open(run_dir / LOCK, "a") as file:
-            _lock(file, run_dir)
+    with open(run_dir / LOCK, "a") as file:
+        _lock(file, run_dir)
+        try:
             yield
-    finally:
-        if os.listdir(run_dir) == [LOCK]:
-            os.unlink(run_dir / LOCK)
-            run_dir.rmdir()
+        finally:
+            if os.listdir(run_dir) == [LOCK]:
+                os.unlink(run_dir / LOCK)
+                run_dir.rmdir()
 
 
 def _lock(file, run_dir: Path) -> None:

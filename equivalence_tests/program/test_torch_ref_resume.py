@@ -163,8 +163,11 @@ def test_a_run_in_use_is_refused(tmp_path, begun):
         with pytest.raises(InputError, match="is in use by a running process"):
             fit(config(), tmp_path / "run", resume=True)
     with directory.locked(tmp_path / "new"):
-        with pytest.raises(InputError, match="exists already"), directory.locked(tmp_path / "new"):
-            pass
+        for resume_it, words in (False, "exists already"), (True, "is in use"):
+            with pytest.raises(InputError, match=words):
+                with directory.locked(tmp_path / "new", resume=resume_it):
+                    pass
+        assert (tmp_path / "new").exists()
     assert not (tmp_path / "new").exists()  # nothing was written
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError), directory.locked(tmp_path / "file" / "run"):
