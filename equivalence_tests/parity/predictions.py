@@ -21,8 +21,7 @@ from flax_resnet.training.network import Network, Preprocess, predict_logits
 BATCH = 250
 
 ROUNDING = 1e-3
-"""Largest relative difference of logits in float32 that counts as rounding: a hundred times what
-two frameworks differ by."""
+"""Largest difference of logits in float32, relative to the largest, that counts as rounding."""
 
 
 def agreement(

@@ -97,8 +97,8 @@ def joined(coordinator: str | None, num_processes, process_id, *, timeout: int):
 
 
 def _start_backends():
-    """Find the devices. A signal ends the process at once meanwhile, because JAX's search for
-    plugins swallows every exception, and so that of a Python handler."""
+    """Find the devices. A signal ends the process at once meanwhile: JAX's search for plugins
+    swallows the exception that a handler in Python raises."""
     stopping = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
     python = {n: handler for n in stopping if callable(handler := signal.getsignal(n))}
     if threading.current_thread() is not threading.main_thread():
