@@ -7,6 +7,7 @@ changes results. Weights of --init-from bring no normalisation, no sizes and no 
 along here.
 """
 
+import copy
 import datetime
 import random
 import re
@@ -96,6 +97,7 @@ def _train(prepared: Prepared, device: torch.device, run_dir: Path, command: str
     """Begin or continue a run, and return its report."""
     begun = (run_dir / STATE).exists()
     model = _initial_model(prepared.config, prepared.dataset.channels, begun=begun)
+    _check_batches(model, prepared)
     run = set_up(model, prepared, device)
     if begun:
         load_state(run, run_dir)
@@ -107,6 +109,19 @@ def _train(prepared: Prepared, device: torch.device, run_dir: Path, command: str
     values = report(run, command)
     write_results(run_dir, model, values)
     return values
+
+
+def _check_batches(model: nn.Module, prepared: Prepared) -> None:
+    """Raises InputError for batches that BatchNorm cannot train on: of one value a channel."""
+    config, number = prepared.config, prepared.config.batch_size
+    size = config.data.train_size or config.data.image_size
+    if min(number, config.model.batch_norm_images or number) > 1:
+        return
+    shape = number, prepared.dataset.channels, size, size
+    try:  # tensors on this device have no values
+        copy.deepcopy(model).to("meta").train()(torch.zeros(shape, device="meta"))
+    except ValueError as error:
+        raise InputError(f"`batch_size` {number}, `image_size` {size}: {error}") from None
 
 
 def check_supported(config: TrainConfig) -> None:

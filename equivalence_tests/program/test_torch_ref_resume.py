@@ -190,6 +190,17 @@ def test_a_run_among_its_images_is_refused(tmp_path):
     assert not (data / "run").exists()
 
 
+@pytest.mark.parametrize("images, group", [(1, None), (4, 1)])
+def test_batches_of_one_value_a_channel_are_refused(tmp_path, images, group):
+    """ResNet-18 leaves one pixel of an image of 16."""
+    model = {"arch": "resnet18", "batch_norm_images": group}
+    alone = config(batch_size=images, model=model, data={"image_size": 16})
+    words = f"`batch_size` {images}, `image_size` 16: Expected more than 1"
+    with pytest.raises(InputError, match=words):
+        fit(alone, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_result_that_is_not_finite_is_no_result(tmp_path, monkeypatch):
     monkeypatch.setattr("torch_ref.report.evaluate", lambda *rest: {"loss": float("nan")})
     with pytest.raises(NonFiniteLoss, match="the train loss of the chosen weights is nan"):
