@@ -21,7 +21,9 @@ from flax_resnet.training.network import Network, Preprocess, predict_logits
 BATCH = 250
 
 ROUNDING = 1e-3
-"""Largest difference of logits in float32, relative to the largest, that counts as rounding."""
+"""Largest difference of logits in float32, relative to the largest, that counts as rounding. Five
+networks of this project, up to ResNet-110, differ by at most 1e-6 on digits; trained weights may
+amplify rounding more."""
 
 
 def agreement(

@@ -1,4 +1,4 @@
-"""What `scripts/convert.py` takes over, says and refuses where weights do not tell everything."""
+"""`scripts/convert.py` makes runs of weights that do not tell everything, and says what it took."""
 
 import errno
 import json
