@@ -339,6 +339,13 @@ RECIPES = {
         published={"validation_accuracy": 0.8676, "validation_loss": 0.3355},
         source="a public study of overfitting with ResNet-18 in PyTorch",
     ),
+    "resnet18-80-to-112px": Recipe(
+        config=_against_overfitting(112, epochs=4, schedule="cosine", optimizer=SGD),
+        starts_from="resnet18-48-to-80px",
+        method="4 more epochs at 112 px, from the weights of resnet18-48-to-80px",
+        published={"validation_accuracy": 0.8676, "validation_loss": 0.3355},
+        source="a public study of overfitting with ResNet-18 in PyTorch",
+    ),
     "resnet18-48px-plain": Recipe(
         config=_overfitting(48),
         method="48 px, without weight decay, dropout, flip, crop and early stopping",

@@ -78,8 +78,8 @@ def regularization() -> str:
         "resnet18-regularized-7x7", "resnet18-regularized-base-7x7",
         "resnet18-regularized-decay-7x7", "resnet18-regularized-32-to-80px",
         "resnet18-regularized-80px-sgd", "resnet18-regularized-sgd", "resnet18-224",
-        "resnet18-224-plain", "resnet18-48px", "resnet18-48-to-80px", "resnet18-48px-plain",
-        "cifar10-resnet18-dropout",
+        "resnet18-224-plain", "resnet18-48px", "resnet18-48-to-80px", "resnet18-80-to-112px",
+        "resnet18-48px-plain", "cifar10-resnet18-dropout",
         "imagenette-cnn", "imagenette-cnn-plain", "cifar10-resnet18", "cifar10-resnet18-64px",
     )  # fmt: skip
 
