@@ -17,8 +17,8 @@ def recipes_not_run() -> str:
 
 
 SOURCES = (
-    "resnet18-regularized", "resnet18-48-to-80px", "cifar10-resnet18-64-to-80px", "imagenette-cnn",
-    "imagenette-resnet18", "cifar10-resnet18-dropout", "transfer-12-epochs",
+    "resnet18-regularized", "resnet18-80-to-112px", "cifar10-resnet18-64-to-80px",
+    "imagenette-cnn", "imagenette-resnet18", "cifar10-resnet18-dropout", "transfer-12-epochs",
     "cifar10-resnet50-64px", "cifar10-resnet101-64px", "cifar10-resnet20",
 )  # fmt: skip
 """The recipe that stands for each published figure."""
