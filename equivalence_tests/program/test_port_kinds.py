@@ -317,19 +317,6 @@ def activated_in_torch(function):
     return Torch(lambda net, x: net.head(function(net.conv(x)).mean((2, 3))), **layers)
 
 
-def test_a_maximum_with_0_in_place_of_a_relu_is_remarked():
-    def remarks(function, in_torch=F.relu):
-        pair = activated(function), activated_in_torch(in_torch)
-        report = compare_models(*pair, image_size=(5, 7))
-        assert report.verdict == "equal"
-        return [note for note in report.notes if "half of the gradient" in note]
-
-    assert len(remarks(lambda x: jnp.maximum(x, 0))) == 1
-    assert len(remarks(jax.jit(lambda x: jnp.maximum(0.0, x)))) == 1
-    assert remarks(jax.nn.relu) == remarks(lambda x: jnp.where(x > 0, x, 0)) == []
-    assert remarks(lambda x: jnp.maximum(x, 0), lambda x: torch.maximum(x, 0 * x)) == []
-
-
 @pytest.mark.control
 def test_a_bound_that_only_large_values_reach_is_found():
     def compared(function, in_torch):

@@ -115,7 +115,6 @@ class _Flat:
         self.integers: dict[int, object] = {}
         """The leaves that hold no floats: keys and counts, of which the keys of draws are made."""
         self._numbers = itertools.count()
-        self._ruled = False
         self._drawn: dict[tuple, int] = {}
 
     def new(self) -> int:
@@ -154,7 +153,7 @@ class _Flat:
         if name in CALLS:
             inner = equation.params[CALLS[name]]
             jaxpr, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "jaxpr") else (inner, ())
-            return self._called(jaxpr, consts, inputs, ruled=name == "custom_jvp_call")
+            return self.walk(jaxpr, consts, inputs)
         if name == "scan":
             return self._scan(equation.params, inputs)
         if name == "cond" and (chosen := self._known(inputs[0])) is not None:
@@ -165,19 +164,9 @@ class _Flat:
         self.narrow |= any(getattr(v.aval, "dtype", None) in NARROW for v in equation.outvars)
         run = _binding(equation.primitive, equation.params)
         self.operations.append(
-            Operation(name, run, tuple(inputs), tuple(outputs), "", self._options(equation))
+            Operation(name, run, tuple(inputs), tuple(outputs), "", equation.params)
         )
         return outputs
-
-    def _called(self, jaxpr, consts, inputs, *, ruled: bool) -> list[int]:
-        """The operations of a call; `ruled` if it has a derivative of its own, as a ReLU has."""
-        outer, self._ruled = self._ruled, self._ruled or ruled
-        outputs = self.walk(jaxpr, consts, inputs)
-        self._ruled = outer
-        return outputs
-
-    def _options(self, equation) -> dict:
-        return equation.params | {"ruled": self._ruled}
 
     def _draws(self, equation, inputs) -> bool:
         """True of a call of `jax.random.uniform` from 0 to 1, which `bernoulli` uses, too."""

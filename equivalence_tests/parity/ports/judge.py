@@ -33,7 +33,6 @@ from equivalence_tests.parity.ports import (
     optimizers,
     options,
     other_axes,
-    ties,
     traces,
 )
 from equivalence_tests.parity.ports.mapping import Mapping
@@ -225,7 +224,6 @@ class _Pair:
             found, explained = found + part, explained and whole
             self.remarks += faults.unshared(walk, part)
         self.remarks += self._unfrozen(rows["training"]) + faults.rounded(found)
-        self.remarks += ties.remarks(self.standard["training"], self.subject["training"])
         if found and self._results_agree(rows):
             names = listed(dict.fromkeys(fault.module for fault in found))
             self.remarks.append(f"the results agree, though activations differ at {names}")
