@@ -73,6 +73,41 @@ def test_every_error_is_a_line_and_a_status(capsys, error, status, words):
     assert left.value.code == status and words in line and line.count("\n") == 1
 
 
+SWALLOWS = """
+import gc, os, signal, time
+from flax_resnet.commands import exits
+
+def main():
+    sent = []
+
+    def callback(phase, info):
+        if not sent:
+            sent.append(phase)
+            os.kill(os.getpid(), signal.{})
+
+    gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(5)
+
+exits.run_command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "name,status,line",
+    [
+        ("SIGTERM", 143, "stopped by SIGTERM"),
+        ("SIGHUP", 129, "stopped by SIGHUP"),
+        ("SIGINT", 130, "stopped"),
+    ],
+)
+def test_a_signal_amid_the_garbage_collection_ends_the_command(name, status, line):
+    """Python drops exceptions in callbacks of the collector."""
+    program = [sys.executable, "-c", SWALLOWS.format(name)]
+    outcome = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert (outcome.returncode, outcome.stderr) == (status, line + "\n")
+
+
 def test_an_error_of_replacing_names_the_file_that_was_to_be_written(tmp_path):
     with pytest.raises(OSError) as error, replacing(tmp_path):
         pass

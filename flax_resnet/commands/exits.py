@@ -28,7 +28,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.exit_status = 128 + signum
+        self.signum, self.exit_status = signum, 128 + signum
 
 
 class NoReader(Exception):
@@ -108,10 +108,39 @@ def _ended_by_signals():
     try:
         for number in before:
             signal.signal(number, stop)
-        yield
+        with _sent_again(lambda number: number in before and signal.signal(number, stop)):
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _sent_again(restore: Callable[[int], object]):
+    """Inside the context a signal is sent again if Python drops the exception of its handler, as it
+    does in callbacks of the garbage collector, of which JAX has one.
+
+    Args:
+      restore: (number of a signal) -> None; puts the signal's handler back before it is sent.
+    """
+    timers, dropped, thread = [], sys.unraisablehook, threading.get_ident()
+
+    def hook(unraisable):
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            return dropped(unraisable)
+        signum = getattr(unraisable.exc_value, "signum", signal.SIGINT)
+        restore(signum)
+        timers.append(threading.Timer(0.1, signal.pthread_kill, (thread, signum)))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = dropped
+        for timer in timers:
+            timer.cancel()
 
 
 def _outcome(main) -> tuple[int, str]:
