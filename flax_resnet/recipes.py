@@ -289,6 +289,23 @@ RECIPES = {
         published=PUBLISHED_ALL_THREE,
         source="a public comparison of regularisers on ResNet-18 in PyTorch",
     ),
+    "resnet18-regularized-80px-restart": Recipe(
+        config=_regularized(
+            dropout=0.5,
+            weight_decay=5e-4,
+            patience=5,
+            stem="imagenet",
+            pixels=80,
+            epochs=10,
+            schedule="cosine",
+            optimizer=SGD | dict(lr=0.1),
+        ),
+        starts_from="resnet18-regularized-80px-sgd",
+        method="10 more epochs at 80 px by SGD from a learning rate of 0.1, from the weights of"
+        " resnet18-regularized-80px-sgd",
+        published=PUBLISHED_ALL_THREE,
+        source="a public comparison of regularisers on ResNet-18 in PyTorch",
+    ),
     "resnet18-regularized-sgd": Recipe(
         config=_regularized(
             dropout=0.5,
