@@ -230,7 +230,7 @@ def _size_faults(case: Case) -> list[str]:
 
     *_, height, width, channels = case.images.shape
     net = _without_weights(case.arch, case.stem, case.shortcut, channels)
-    return sizes.faults(sizes.strided_calls(net, (height, width), channels))
+    return sizes.faults(net, [(height, width)], channels)
 
 
 def _image_faults(images) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from equivalence_tests.parity import engine, loading, outputs
 from equivalence_tests.parity.inputs import Case
@@ -35,7 +36,17 @@ def read(place: str) -> nn.Module:
     model = loading.load(place, "--torch-model")
     if not isinstance(model, nn.Module):
         raise InputError(f"--torch-model {place} returns {type(model).__name__}, no nn.Module")
+    check_initialised(model)
     return model
+
+
+def check_initialised(model: nn.Module):
+    """Raises InputError if a Lazy layer of a network has not seen its first input."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise InputError(
+                f"the PyTorch network's {name} has no shape yet; call the network once on an image"
+            )
 
 
 def drop_nothing(model: nn.Module):

@@ -65,6 +65,7 @@ def test_a_stopped_gradient_is_found_with_one_logit_too(classes):
          lambda p: torch.optim.SGD(p, 0.1), "divergent"),
         (optax.adam(1e-3), lambda p: torch.optim.Adam(p, 1e-3, amsgrad=True), "divergent"),
         (optax.adam(1e-3, eps=1e-7), lambda p: torch.optim.Adam(p, 1e-3), "divergent"),
+        (optax.radam(1e-3), lambda p: torch.optim.RAdam(p, 1e-3), "divergent"),
         (optax.adam(1e-3), lambda p: torch.optim.Adam(p, 1e-3), "equal"),
     ],
 )  # fmt: skip

@@ -168,7 +168,7 @@ def attending_in_torch():
 @pytest.mark.control
 def test_one_kernel_in_place_of_three_is_placed_written_and_read(tmp_path):
     file = tmp_path / "mapping.json"
-    given = {"image_size": SIZE, "mapping": file}
+    given = {"image_size": (9, 13), "mapping": file}
     assert compare_models(attending(0.5), attending_in_torch(), **given).verdict == "equal"
     entries = json.loads(file.read_text())
     assert [block["place"][0] for block in entries["k.weight"]] == [4]
@@ -443,6 +443,7 @@ def test_a_size_is_one_number_or_two(given, size):
         ({"optax_optimizer": optax.sgd(1.0)}, "torch_optimizer is a NoneType"),
         ({"torch_module": nn.Flatten}, "torch_module is the class Flatten"),
         ({"torch_module": "net"}, "torch_module is a str"),
+        ({"torch_module": nn.LazyConv2d(4, 3)}, "weight has no shape yet"),
     ],
 )
 def test_arguments_of_another_kind_are_refused_by_name(arguments, message):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from equivalence_tests.parity import inputs, sizes
-from equivalence_tests.parity.ports import exported, variant, wide
+from equivalence_tests.parity.ports import exported, wide
 from equivalence_tests.parity.ports.graph import Graph
 from flax_resnet.errors import InputError
 
@@ -82,7 +82,7 @@ def image_shape(net: nn.Module, size: tuple[int, int] | None) -> tuple[int, int,
             except InputError:
                 if channels == known[-1]:
                     raise
-        elif len(known) == 1 or strided(net, size, channels) is not None:
+        elif len(known) == 1 or sizes.layers(net, size, channels) is not None:
             return *size, channels
     return *size, known[0]  # the network raises, which is told later
 
@@ -103,22 +103,14 @@ def image_size(net: nn.Module, channels: int) -> tuple[int, int]:
       InputError: the network takes none of the sizes that are tried.
     """
     for size in itertools.islice(sizes.pairs(SMALLEST), 200):
-        if (found := strided(net, size, channels)) is None:
+        if (found := sizes.faults(net, (size, size[::-1]), channels)) is None:
             break
-        if not sizes.faults(found):
+        if not found:
             return size
     for side in FIXED:
-        if strided(net, (side, side), channels) is not None:
+        if sizes.layers(net, (side, side), channels) is not None:
             return side, side
     raise InputError("the PyTorch network takes no image size that was tried; give one")
-
-
-def strided(net, size, channels) -> dict | None:
-    """`sizes.strided_calls`; None if the network raises on images of this size."""
-    try:
-        return sizes.strided_calls(net, size, channels)
-    except Exception:  # whatever the user's own code raises
-        return None
 
 
 def fill(net: nn.Module, images: np.ndarray, rng: np.random.Generator):
@@ -185,7 +177,7 @@ def _spread(module, rng):
 
 
 def faults(state: dict, graph: Graph, images: np.ndarray) -> list[str]:
-    """Reasons why a fault could hide behind these weights and images; [] if there are none.
+    """Reasons why a fault could hide behind these weights and values; [] if there are none.
 
     Args:
       graph: PyTorch's, in evaluation mode.
@@ -196,49 +188,10 @@ def faults(state: dict, graph: Graph, images: np.ndarray) -> list[str]:
     with torch.no_grad():
         graph.evaluate(values, range(len(graph.operations)))
     return [
-        *sizes.faults(_strides(graph, values)),
-        *_divided_pools(graph, values),
         *_equal_vectors(state),
         *_one_sided(graph, values),
         *_large_batches(graph, values),
     ]
-
-
-def _strides(graph, values) -> dict:
-    """{layer: (stride, (H, W) of its input)} of every strided layer whose windows may be padded."""
-    found = {}
-    for operation in graph.operations:
-        if operation.name in STRIDED:
-            given = variant.arguments(operation, STRIDED[operation.name])
-            kernel = operation.name == "conv2d"
-            window = values[operation.inputs[1]].shape[2:] if kernel else given["window"]
-            window, stride = variant.pair(window), variant.pair(given.get("stride") or window)
-            patches = kernel and window == stride  # no window reaches over the edge
-            if max(stride) > 1 and max(window) > 1 and not patches:
-                name = operation.module or operation.name
-                size = tuple(values[operation.inputs[0]].shape[2:])
-                found[f"{name}:{len(found)}" if name in found else name] = stride, size
-    return found
-
-
-STRIDED = {"conv2d": "stride padding", "max_pool2d": "window stride", "avg_pool2d": "window stride"}
-"""{operation: names of its first static arguments}."""
-
-
-def _divided_pools(graph, values) -> list[str]:
-    """Adaptive pools that a pool of one window could replace at this size."""
-    found = []
-    for operation in graph.operations:
-        if operation.name == "adaptive_avg_pool2d":
-            sizes_out = variant.pair(variant.arguments(operation, "size")["size"])
-            size = tuple(values[operation.inputs[0]].shape[2:])
-            whole = all(n % (out or n) == 0 for n, out in zip(size, sizes_out, strict=True))
-            if whole and set(sizes_out) != {1}:
-                name = operation.module or operation.name
-                found.append(
-                    f"{name} sees only sizes that its output divides ({size[0]} x {size[1]})"
-                )
-    return found
 
 
 def _equal_vectors(state) -> list[str]:

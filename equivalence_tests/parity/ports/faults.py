@@ -31,6 +31,9 @@ class Fault(NamedTuple):
     causes: list[str]
     """Known faults, each of which gives what JAX has; [] if none does."""
 
+    before: tuple[str, ...] = ()
+    """Without a cause: what else PyTorch computes between the layer above and this one."""
+
 
 def unshared(walk: Walk, found: list[Fault]) -> list[str]:
     """Remarks on faults without a cause whose masks of dropout are not the same, one sentence each.
@@ -62,14 +65,20 @@ Changes = dict[int, list[variants.Variant]]
 """{index of an operation of PyTorch: the variants that make it JAX's}."""
 
 
-def forward(walk: Walk, mode: str, steps=None) -> tuple[list[Fault], Changes]:
-    """Faults of all anchors that differ, or of the given ones."""
+def forward(
+    walk: Walk, mode: str, steps: list[Step] | None = None, *, explain: bool = True
+) -> tuple[list[Fault], Changes]:
+    """Faults of all anchors that differ, or of the given ones.
+
+    Args:
+      explain: look for causes.
+    """
     found, changes = [], {}
     for step in _differing(walk) if steps is None else steps:
         if not step.operations:
             found.append(Fault(LOGITS, mode, "forward", step.error, _after_logits(walk)))
             continue
-        causes = variants.explain(walk, step, walk.of_jax[step.subject])
+        causes = variants.explain(walk, step, walk.of_jax[step.subject]) if explain else []
         for index, variant in causes[0].items() if causes else ():
             changes.setdefault(index, []).append(variant)
         found += _named(walk.standard.operations, step, causes, mode)
@@ -138,7 +147,7 @@ def _named(operations, step, causes, mode) -> list[Fault]:
             for i, variant in causes[0].items()
         ]
     if not causes:
-        return [Fault(last(operations, step), mode, "forward", step.error, [])]
+        return [Fault(*_place(operations, step, mode))]
     reasons = {}
     for cause in causes:
         for index, variant in cause.items():
@@ -146,6 +155,19 @@ def _named(operations, step, causes, mode) -> list[Fault]:
             if variant.reason not in of_place:
                 of_place.append(variant.reason)
     return [Fault(name, mode, "forward", step.error, why) for name, why in reasons.items()]
+
+
+def _place(operations, step, mode) -> tuple:
+    """The fields of a fault without a cause."""
+    name = last(operations, step)
+    named = (operations[i].module or operations[i].name for i in step.operations[:-1]
+             if operations[i].name not in SHAPES)  # fmt: skip
+    before = tuple(n for n in dict.fromkeys(named) if n != name)
+    return name, mode, "forward", step.error, [], before
+
+
+SHAPES = ("view", "reshape", "flatten", "permute", "transpose", "unsqueeze", "squeeze", "expand")
+"""Operations that compute nothing."""
 
 
 def batch_norms(walk: Walk, mapping: Mapping, mode: str) -> tuple[list[Fault], Changes]:

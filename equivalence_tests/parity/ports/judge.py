@@ -4,6 +4,7 @@ compare_models(jax_net, torch_module) -> Report
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import optax
 import torch
 from torch import nn
 
-from equivalence_tests.parity import tolerances
+from equivalence_tests.parity import sizes, tolerances
 from equivalence_tests.parity.engine import Row, compare
 from equivalence_tests.parity.ports import (
     adapters,
@@ -101,9 +102,23 @@ def compare_models(
         found = pair.matched(converter, file)
         pair.follow(found)
         report = pair.judged(found, rng)
+        if report.verdict != "divergent" and (pair.turned_error or 0) > tolerances.PORT:
+            report = _turned(pair, rng) or report
         if optax_optimizer is not None:
             report = pair.with_optimizers(report, optax_optimizer, torch_optimizer)
     return report
+
+
+def _turned(pair: "_Pair", rng) -> Report | None:
+    """The report on images whose height and width are exchanged, if it finds a fault.
+
+    The parameters are matched anew: a dense layer on a flattened image has another order there.
+    """
+    other = _Pair(pair.network, pair.net, pair.images.swapaxes(1, 2))
+    found = other.matched()
+    other.follow(found)
+    report = other.judged(found, rng)
+    return report if report.verdict == "divergent" else None
 
 
 class _Pair:
@@ -113,13 +128,10 @@ class _Pair:
         self.network, self.net, self.images = network, net, images
         self.leaves = _arrays(network.variables)
         batch, height, width, channels = images.shape
-        sizes = {"standard": (batch, channels, height, width), "subject": images.shape}
-        self.subject = {
-            m: jaxpr.graph(network, sizes["subject"], train=t) for m, t in MODES.items()
-        }
+        self.subject = {m: jaxpr.graph(network, images.shape, train=t) for m, t in MODES.items()}
+        shape, classes = (batch, channels, height, width), [network.classes]
         self.standard = {
-            m: exported.graph(net, sizes["standard"], train=t, classes=[network.classes])
-            for m, t in MODES.items()
+            m: exported.graph(net, shape, train=t, classes=classes) for m, t in MODES.items()
         }
         used = {name for graph in self.standard.values() for name in graph.leaves}
         self.state, self.aliases = cases.state(net, used)
@@ -228,7 +240,7 @@ class _Pair:
             names = listed(dict.fromkeys(fault.module for fault in found))
             self.remarks.append(f"the results agree, though activations differ at {names}")
             found, rows, explained = [], _agreeing(rows), True
-        part, whole, quiet = self._loud()
+        part, whole, unreached = self._extremes(mapping)
         found, explained = found + part, explained and whole
         found = faults.with_reasons(faults.with_ties(found, mapping), self.elsewhere)
         found, homeless = self._without_counterpart(found, mapping)
@@ -239,8 +251,10 @@ class _Pair:
         beside, remarks = self._beside_logits()
         self.remarks += remarks
         hidden = homeless + beside
+        self.turned_error = self._turned_error()
+        hidden += self._hiding_sizes()
         hidden += cases.faults(self.state, self.standard["evaluation"], self.images)
-        hidden += loud.unreached(self.walks["evaluation"], self.images) + quiet
+        hidden += unreached
         verdict = "divergent" if found or self.notes else "undecided" if hidden else "equal"
         size = self.images.shape[1:3]
         return Report(verdict, found, hidden, rows, mapping, size, explained,
@@ -290,13 +304,62 @@ class _Pair:
         agree = all(row.norm_relative <= tolerances.PORT for row in results)
         return agree and loud.logits_agree(self.walks["evaluation"], self.images)
 
-    def _loud(self) -> tuple[list[faults.Fault], bool, list[str]]:
-        """Faults at large values, whether each has a cause, and why none was looked for."""
+    def _extremes(self, mapping: Mapping) -> tuple[list[faults.Fault], bool, list[str]]:
+        """Faults at large and at small values, whether each has a cause, and what could hide one:
+        bounds that no value reaches."""
         quiet = self.walks["evaluation"]
-        walk = loud.walk(quiet, self.images)
-        if walk is None:
-            return [], True, [f"an activation of the images times {loud.FACTOR} is not finite"]
-        return *loud.forward(walk, quiet), []
+        walk = loud.with_factor(quiet, self.images)
+        left = loud.unreached(walk)
+        if loud.is_followed(walk, quiet):
+            found, explained = loud.forward(walk, quiet, "loud")
+            hidden = []
+        else:
+            found, explained = [], True
+            hidden = [f"an activation of the images times {loud.FACTOR} is not finite"]
+        if any(bound.is_small for bound in left.values()):
+            names = list(cases.parameters(self.net))
+            walk = loud.with_small_parameters(quiet, self.images, mapping, names)
+            still = loud.unreached(walk)
+            left = {place: bound for place, bound in left.items() if place in still}
+            if loud.is_followed(walk, quiet):
+                more, whole = loud.forward(walk, quiet, "faint")
+                found, explained = found + more, explained and whole
+        sentences = dict.fromkeys(bound.sentence() for bound in left.values())
+        return found, explained, [*sentences, *hidden]
+
+    def _turned_error(self) -> float | None:
+        """The difference of the logits in evaluation on images whose height and width are
+        exchanged; None if they are equal, or if a network raises on such images."""
+        images, walk = self.images.swapaxes(1, 2), self.walks["evaluation"]
+        batch, height, width, channels = images.shape
+        if height == width or not self._takes((height + 1, width + 1)):
+            return None  # one that takes one size may take its turned images for others
+        shape, classes = (batch, channels, height, width), [self.network.classes]
+        try:
+            standard = exported.graph(self.net, shape, train=False, classes=classes)
+            subject = jaxpr.graph(self.network, images.shape, train=False)
+        except InputError:
+            return None
+        turned = Walk(standard, subject, self.state, walk.leaves, images)
+        got = np.asarray(turned.in_jax(subject.logits))
+        return tolerances.relative_error(got, turned.in_torch(standard.logits))
+
+    def _hiding_sizes(self) -> list[str]:
+        """Layers whose padding could be wrong unseen at the sizes that are compared."""
+        _, height, width, channels = self.images.shape
+        both = [(height, width), (width, height)]
+        sizes_seen = both[:1] if self.turned_error is None else both
+        return sizes.faults(self.net, sizes_seen, channels, self._takes) or []
+
+    def _takes(self, size: tuple[int, int]) -> bool:
+        """True if JAX's network does not raise on images of this size."""
+        batch, *_, channels = self.images.shape
+        images = jax.ShapeDtypeStruct((batch, *size, channels), jnp.float64)
+        try:
+            jax.eval_shape(partial(self.network.apply, train=False), self.network.variables, images)
+        except InputError:
+            return False
+        return True
 
     def _matters(self, name: str) -> bool:
         """True of a tensor that training changes and that the logits are computed from.

@@ -1,115 +1,176 @@
-"""Differences that only large values show: another bound of a ReLU6 or of a clip.
+"""Differences that only large or only small values show.
 
-In evaluation both networks see the images times a factor, so that activations reach the bounds.
+In evaluation both networks also see the images times a factor, so that activations reach the
+bounds, of a ReLU6 or a clip. If a bound is near 0, as the one that keeps a division from 0, both
+also compute with their parameters times a small number.
 """
 
-import jax.numpy as jnp
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from equivalence_tests.parity import tolerances
 from equivalence_tests.parity.ports import faults, variant
-from equivalence_tests.parity.ports.graph import Graph
+from equivalence_tests.parity.ports.graph import Operation
+from equivalence_tests.parity.ports.mapping import Mapping, filled
 from equivalence_tests.parity.ports.walk import Walk
 from flax_resnet.errors import InputError
 
 FACTOR = 16
+"""Of the images, so that values reach large bounds."""
 
-MODE = f"evaluation, images times {FACTOR}"
+FAINT = 1e-14
+"""Factor of the parameters, so that values reach small bounds, of which 1e-12 is the usual one."""
+
+GUARD = 1e-3
+"""Bounds of at most this size are small."""
+
+MODES = {"loud": f"evaluation, images times {FACTOR}",
+         "faint": f"evaluation, parameters times {FAINT:g}"}  # fmt: skip
 
 
-def walk(quiet: Walk, images: np.ndarray) -> Walk | None:
-    """The walk through the same anchors; None if an activation is not finite at such values.
+def with_factor(quiet: Walk, images: np.ndarray) -> Walk:
+    """A walk on large images that has not begun.
 
     Args:
-      quiet: in evaluation mode, at its end.
+      quiet: in evaluation mode.
+      images: `[B, H, W, C]`, those of `quiet`.
     """
-    found = Walk(quiet.standard, quiet.subject, quiet.state, quiet.leaves, FACTOR * images)
-    try:
-        for step in quiet.steps:
-            found.anchor(step.standard, step.subject)
-    except InputError:
-        return None
+    return Walk(quiet.standard, quiet.subject, quiet.state, quiet.leaves, FACTOR * images)
+
+
+def with_small_parameters(
+    quiet: Walk, images: np.ndarray, mapping: Mapping, parameters: list[str]
+) -> Walk:
+    """A walk with small parameters that has not begun."""
+    small = {n: FAINT * quiet.state[n] for n in parameters if n in mapping.pieces}
+    state = quiet.state | small
+    found = Walk(quiet.standard, quiet.subject, state, quiet.leaves, images)
+    found.leaves = filled(found, {n: mapping.pieces[n] for n in small})
     return found
 
 
-def forward(loud: Walk, quiet: Walk) -> tuple[list[faults.Fault], bool]:
-    """Faults of anchors that agree on the images themselves, and whether each has a cause."""
+def is_followed(walk: Walk, quiet: Walk) -> bool:
+    """Leads a walk through the anchors of another; False if an activation is not finite."""
+    try:
+        for step in quiet.steps:
+            walk.anchor(step.standard, step.subject)
+    except InputError:
+        return False
+    return True
+
+
+def forward(walk: Walk, quiet: Walk, kind: str) -> tuple[list[faults.Fault], bool]:
+    """Faults of anchors that agree on the images themselves, and whether each has a cause.
+
+    At small values none has: the known causes change no bound near 0.
+    """
     steps = [
         step
-        for step, before in zip(loud.steps, quiet.steps, strict=True)
+        for step, before in zip(walk.steps, quiet.steps, strict=True)
         if before.error <= tolerances.PORT and step.error > tolerances.LOUD
     ]
-    found, _ = faults.forward(loud, MODE, steps)
+    found, _ = faults.forward(walk, MODES[kind], steps, explain=kind == "loud")
     return found, all(fault.causes for fault in found)
 
 
 def logits_agree(quiet: Walk, images: np.ndarray) -> bool:
     """True if both networks, each by itself, have the same logits at large values."""
-    loud = Walk(quiet.standard, quiet.subject, quiet.state, quiet.leaves, FACTOR * images)
+    loud = with_factor(quiet, images)
     got = np.asarray(loud.in_jax(loud.subject.logits))
     return tolerances.relative_error(got, loud.in_torch(loud.standard.logits)) <= tolerances.LOUD
 
 
-def unreached(quiet: Walk, images: np.ndarray) -> list[str]:
-    """Layers of either network with a bound that no value reaches, one sentence each."""
-    return [*_of_torch(quiet.standard, images, quiet.state), *_of_jax(quiet, images)]
+class Bound(NamedTuple):
+    """A number that an operation compares its input with."""
+
+    owner: str
+    """PyTorch's module or operation, or "JAX's network"."""
+
+    number: float
+
+    @property
+    def is_small(self) -> bool:
+        return abs(self.number) <= GUARD
+
+    def sentence(self) -> str:
+        """Says that no value reaches it."""
+        return f"{self.owner} never reaches its bound of {self.number:g}"
 
 
-def _of_torch(graph: Graph, images: np.ndarray, state: dict) -> list[str]:
-    values = {v: torch.as_tensor(state[n]) for n, v in graph.leaves.items()}
-    values[graph.images] = torch.from_numpy(FACTOR * images).permute(0, 3, 1, 2).contiguous()
-    with torch.no_grad():
-        graph.evaluate(values, graph.needed([graph.logits]))
-    operations = [graph.operations[i] for i in graph.needed([graph.logits])]
-    return [
-        f"{operation.module or operation.name} never reaches its bound of {bound:g}"
-        for operation in operations
-        for bound, beyond in _bounds(operation)
-        if not beyond(values[operation.inputs[0]].numpy(), bound).any()
-    ]
+def unreached(walk: Walk) -> dict[tuple, Bound]:
+    """Bounds of either network that no value reaches, by their place; a bound of 0 is none.
 
-
-GUARD = 1e-3
-"""Bounds nearer to zero than this keep a number from 0, or are a ReLU's."""
-
-
-def _of_jax(quiet: Walk, images: np.ndarray) -> list[str]:
-    """The bounds that are constants of JAX's network: of a minimum, a maximum or a clamp."""
-    graph, data = quiet.subject, quiet.subject.data()
-    values = {v: quiet.leaves[n] for n, v in graph.leaves.items()} | {
-        graph.images: jnp.asarray(FACTOR * images)
-    }
-    needed = graph.needed([graph.logits])
-    graph.evaluate(values, needed)
+    Args:
+      walk: one that has not begun.
+    """
+    torch_values, jax_values = dict(walk.of_torch), dict(walk.of_jax)
+    jax_values |= {v: walk.leaves[n] for n, v in walk.subject.leaves.items()}
     found = {}
-    for operation in (graph.operations[i] for i in needed):
-        for x, bound, beyond in BOUNDED.get(operation.name, ()):
-            x, bound = operation.inputs[x], operation.inputs[bound]
-            numbers = np.asarray(values[bound])
-            fixed = x in data and bound not in data and not graph.leaves_above(bound)
-            if not fixed or numbers.dtype.kind != "f" or not np.isfinite(numbers).all():
-                continue
-            if np.abs(numbers).max() > GUARD and not beyond(values[x], numbers).any():
-                found[f"JAX's network never reaches its bound of {numbers.flat[0]:g}"] = None
-    return list(found)
+    for graph, values, bounds in (
+        (walk.standard, torch_values, _of_torch),
+        (walk.subject, jax_values, _of_jax),
+    ):
+        needed, data = graph.needed([graph.logits]), graph.data()
+        with torch.no_grad():
+            graph.evaluate(values, needed)
+        for index in needed:
+            operation = graph.operations[index]
+            for which, (x, bound, reaches) in enumerate(bounds(operation, values, data)):
+                if bound.number and not reaches(np.asarray(x), bound.number):
+                    found[bound.owner, index, which] = bound
+    return found
+
+
+def _above(x, bound) -> bool:
+    return bool((x > bound).any())
+
+
+def _below(x, bound) -> bool:
+    return bool((x < bound).any())
+
+
+COMPARISONS = ("gt", "ge", "lt", "le")
+"""A `where` has a bound in such an operation."""
+
+
+def _of_torch(operation: Operation, values, data) -> Iterator[tuple]:
+    """The numbers at which an operation cuts its input off, and what tells that a value is cut."""
+    if operation.name == "relu6":
+        given, tests = {"high": 6.0}, [("high", _above)]
+    elif operation.name in ("hardtanh", "clamp", "clip", "clamp_min", "clamp_max"):
+        names = {"clamp_min": "low", "clamp_max": "high"}.get(operation.name, "low high")
+        given = variant.arguments(operation, names)
+        tests = [("low", _below), ("high", _above)]
+    elif operation.name in (*COMPARISONS, "threshold") and operation.inputs[0] in data:
+        given = variant.arguments(operation, "bound")
+        tests = [("bound", _below), ("bound", _above)]
+    else:
+        return
+    for name, reaches in tests:
+        number = given.get(name)
+        if isinstance(number, int | float) and np.isfinite(number):
+            owner = operation.module or operation.name
+            yield values[operation.inputs[0]], Bound(owner, float(number)), reaches
+
+
+def _of_jax(operation: Operation, values, data) -> Iterator[tuple]:
+    """The same for the constants of a minimum, a maximum, a clamp or a comparison."""
+    for x, bound, reaches in BOUNDED.get(operation.name, ()):
+        x, bound = operation.inputs[x], operation.inputs[bound]
+        numbers = np.asarray(values[bound])
+        fixed = x in data and bound not in data
+        if fixed and numbers.dtype.kind == "f" and np.isfinite(numbers).all():
+            number = float(numbers.flat[np.abs(numbers).argmax()])
+            yield values[x], Bound("JAX's network", number), reaches
 
 
 BOUNDED = {
-    "min": [(0, 1, np.greater), (1, 0, np.greater)],
-    "max": [(0, 1, np.less), (1, 0, np.less)],
-    "clamp": [(1, 0, np.less), (1, 2, np.greater)],
+    "min": [(0, 1, _above), (1, 0, _above)],
+    "max": [(0, 1, _below), (1, 0, _below)],
+    "clamp": [(1, 0, _below), (1, 2, _above)],
+    **dict.fromkeys(COMPARISONS, [(*p, f) for p in ((0, 1), (1, 0)) for f in (_below, _above)]),
 }
-"""{operation: (position of a number, position of its bound, what is cut off)}."""
-
-
-def _bounds(operation) -> list[tuple]:
-    """The numbers at which an operation of PyTorch cuts its input off, and what is cut off."""
-    if operation.name == "relu6":
-        return [(6.0, np.greater)]
-    if operation.name not in ("hardtanh", "clamp", "clip", "clamp_min", "clamp_max"):
-        return []
-    names = {"clamp_min": "low", "clamp_max": "high"}.get(operation.name, "low high")
-    given = variant.arguments(operation, names)
-    found = [(given.get("low"), np.less), (given.get("high"), np.greater)]
-    return [(b, f) for b, f in found if isinstance(b, int | float) and GUARD < abs(b) < np.inf]
+"""{operation: (position of a number, position of its bound, what tells that it is reached)}."""

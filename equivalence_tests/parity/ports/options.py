@@ -7,6 +7,7 @@ import numpy as np
 import optax
 from torch import nn
 
+from equivalence_tests.parity import own_model
 from flax_resnet.errors import InputError
 
 
@@ -17,6 +18,7 @@ def check_networks(torch_module):
         raise InputError(f"torch_module is the class {name}; give a network, {name}(...)")
     if not isinstance(torch_module, nn.Module):
         raise InputError(f"torch_module is a {type(torch_module).__name__}, no nn.Module")
+    own_model.check_initialised(torch_module)
 
 
 def size(image_size) -> tuple[int, int] | None:

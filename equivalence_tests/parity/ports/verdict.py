@@ -74,6 +74,7 @@ class Report(NamedTuple):
                 "mode": fault.mode,
                 "relative": fault.error,
                 "causes": fault.causes,
+                "before": list(fault.before),
             }
             for fault in self.faults
         ]
@@ -99,11 +100,19 @@ class Report(NamedTuple):
 
     def lines(self) -> list[str]:
         """The causes with their layers, and what was left over, one line each."""
-        found = [f"{cause}: {_few(names)}" for cause, names in self.groups().items()]
+        found = [f"{cause}: {_few(self._places(cause, names))}" for cause, names in
+                 self.groups().items()]  # fmt: skip
         mapping = self.mapping
         found += [f"not in JAX: {n} {_shape(s)}" for n, s in mapping.unplaced.items()]
         found += [f"in JAX only: {n} {_shape(s)}" for n, s in mapping.extra.items()]
         return [*found, *mapping.ambiguous, *self.notes]
+
+    def _places(self, cause: str, names: list[str]) -> list[str]:
+        """The names, those without a cause with what else may be wrong there."""
+        if cause != UNKNOWN:
+            return names
+        before = {f.module: f.before for f in self.faults if f.before and not f.causes}
+        return [f"{n} (or {listed(before[n])} before it)" if n in before else n for n in names]
 
     def __str__(self) -> str:
         return "\n  ".join([self.sentence(), *self.lines()])
