@@ -56,6 +56,16 @@ def test_the_classes_of_a_run_are_not_exchanged(folder, tmp_path):
         assert ",".join(loaded_run.load_run(place).class_names) == names
 
 
+@pytest.mark.parametrize("out", ["a.onnx", "a.stablehlo", "a"])
+def test_images_of_other_channels_than_the_weights_are_refused(folder, tmp_path, out):
+    for flags, words in (
+        (["--grayscale"], "--grayscale makes images of 1 channel, the weights are for 3"),
+        (["--mean", 0.5, "--std", 0.5], "--mean and --std need 3 values"),
+    ):
+        refused(run_script("convert.py", folder / "run", tmp_path / out, *flags), words)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_the_data_and_not_the_weights_tell_is_said(folder, tmp_path):
     birds = f"folder:{folder / 'birds'}"
     command = ["convert.py", folder / "weights.pth", tmp_path / "run", "--dataset", birds]

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +24,7 @@ from flax_resnet.commands import exits, main, predict
 from flax_resnet.data.workers import WorkerDied
 from flax_resnet.errors import InputError
 from flax_resnet.files import replacing
+from flax_resnet.runs import checkpoint
 from flax_resnet.runs.display import Display, drop_output
 from flax_resnet.runs.views import warn
 from flax_resnet.training.guard import NonFiniteLoss
@@ -328,6 +331,18 @@ def tiny_disk(tmp_path):
 def test_a_disk_too_small_is_told_before_anything_is_written(tiny_disk):
     refused(train(tiny_disk / "run"), "no space left", "MB")
     assert not list(tiny_disk.iterdir())
+
+
+def test_a_resumed_run_needs_no_room_for_the_checkpoint_that_it_replaces(tmp_path, monkeypatch):
+    usage = SimpleNamespace(free=5000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    state = np.zeros(1000, np.float32)
+    with pytest.raises(InputError, match="no space left"):
+        checkpoint.check_space(tmp_path, state)
+    checkpoint.check_space(tmp_path, state, kept=1)
+    usage.free = 3000
+    with pytest.raises(InputError, match="no space left"):
+        checkpoint.check_space(tmp_path, state, kept=2)
 
 
 def test_a_disk_that_fills_up_is_told_in_one_line(tiny_disk, monkeypatch):

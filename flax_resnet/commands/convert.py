@@ -185,6 +185,7 @@ def make_run(args, weights, arrays, architecture: convert.Architecture) -> Loade
     if weights.class_names and not described:
         names = weights.class_names
         if args.is_run:
+            weights_to_run.check_channels(config, channels)
             data = load_run(args.input).contents
         else:
             config = weights_to_run.without_data(config, None, channels)

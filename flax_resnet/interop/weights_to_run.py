@@ -83,10 +83,18 @@ def without_data(config: TrainConfig, dataset: str | None, channels: int) -> Tra
     data = config.data
     if None in (data.image_size, data.mean, data.std):
         raise InputError("without `dataset`, `image_size`, `mean` and `std` are needed")
-    if len(data.mean) != channels or len(data.std) != channels:
-        raise InputError(f"`mean` and `std` need {channels} values, one for each channel")
+    check_channels(config, channels)
     resize = data.resize_size or data.image_size
     return replace(config, data=replace(data, dataset=dataset or NO_DATA, resize_size=resize))
+
+
+def check_channels(config: TrainConfig, channels: int):
+    """Raises InputError if the images of a complete config have other channels than the weights."""
+    data = config.data
+    if data.grayscale and channels != 1:
+        raise InputError(f"`grayscale` makes images of 1 channel, the weights are for {channels}")
+    if len(data.mean) != channels or len(data.std) != channels:
+        raise InputError(f"`mean` and `std` need {channels} values, one for each channel")
 
 
 def class_names(text: str, num_classes: int | None) -> tuple[str, ...]:

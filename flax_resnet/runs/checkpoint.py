@@ -289,10 +289,15 @@ def _fault_of_the_disk(text: str) -> int | None:
     return next((code for code in FAULTS_OF_PLACE if os.strerror(code) in text), None)
 
 
-def check_space(directory: Path, state):
+def check_space(directory: Path, state, kept: int = 0):
     """Raises InputError unless there is room for two checkpoints of `state` (arrays or shapes): the
-    next one is complete before the last one is deleted."""
-    needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    next one is complete before the last one is deleted.
+
+    Args:
+      kept: number of checkpoints that are there already.
+    """
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    needed = max(2 - kept, 1) * size
     existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

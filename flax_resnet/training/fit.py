@@ -246,7 +246,7 @@ def begin(
     network = initial_network(prepared, engine, begun, display)
     _check_images(network, prepared, engine.axis_name)
     state = jax.eval_shape(lambda: steps.make_state(network.initial, config))
-    check_space(run_dir or Path("runs"), [state] * (members or 1))
+    check_space(run_dir or Path("runs"), [state] * (members or 1), len(begun or ()))
     return engine, prepared, network
 
 
