@@ -49,6 +49,17 @@ def test_patches_are_compared_at_a_size_that_they_do_not_fill():
     assert filled.hidden == ["0 sees only even sizes (40 x 42)"]
 
 
+def test_patches_of_a_fixed_number_fill_the_image():
+    """With more patches both networks raise, so that "SAME" is no difference."""
+    net = nn.Sequential(nn.Conv2d(3, 6, 2, 2), nn.Flatten(), nn.Linear(6 * 4 * 6, 4))
+
+    def body(x, train):
+        x = linen.Conv(6, (2, 2), (2, 2), padding="SAME")(x)
+        return linen.Dense(4)(x.reshape(len(x), -1))
+
+    assert compare_models(Linen(body), net, image_size=(8, 12)).verdict == "equal"
+
+
 def test_an_adaptive_pool_gets_a_size_that_it_does_not_divide():
     net = nn.Sequential(nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten(), nn.Linear(18, 4))
 
