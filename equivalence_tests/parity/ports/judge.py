@@ -35,6 +35,7 @@ from equivalence_tests.parity.ports import (
     options,
     other_axes,
     traces,
+    turned,
 )
 from equivalence_tests.parity.ports.mapping import Mapping
 from equivalence_tests.parity.ports.verdict import Report
@@ -240,7 +241,9 @@ class _Pair:
             names = listed(dict.fromkeys(fault.module for fault in found))
             self.remarks.append(f"the results agree, though activations differ at {names}")
             found, rows, explained = [], _agreeing(rows), True
-        part, whole, unreached = self._extremes(mapping)
+        part, whole, unreached = loud.compared(
+            self.walks["evaluation"], self.images, mapping, list(cases.parameters(self.net))
+        )
         found, explained = found + part, explained and whole
         found = faults.with_reasons(faults.with_ties(found, mapping), self.elsewhere)
         found, homeless = self._without_counterpart(found, mapping)
@@ -251,7 +254,9 @@ class _Pair:
         beside, remarks = self._beside_logits()
         self.remarks += remarks
         hidden = homeless + beside
-        self.turned_error = self._turned_error()
+        self.turned_error = turned.error(
+            self.network, self.net, self.walks["evaluation"], self.images
+        )
         hidden += self._hiding_sizes()
         hidden += cases.faults(self.state, self.standard["evaluation"], self.images)
         hidden += unreached
@@ -304,62 +309,13 @@ class _Pair:
         agree = all(row.norm_relative <= tolerances.PORT for row in results)
         return agree and loud.logits_agree(self.walks["evaluation"], self.images)
 
-    def _extremes(self, mapping: Mapping) -> tuple[list[faults.Fault], bool, list[str]]:
-        """Faults at large and at small values, whether each has a cause, and what could hide one:
-        bounds that no value reaches."""
-        quiet = self.walks["evaluation"]
-        walk = loud.with_factor(quiet, self.images)
-        left = loud.unreached(walk)
-        if loud.is_followed(walk, quiet):
-            found, explained = loud.forward(walk, quiet, "loud")
-            hidden = []
-        else:
-            found, explained = [], True
-            hidden = [f"an activation of the images times {loud.FACTOR} is not finite"]
-        if any(bound.is_small for bound in left.values()):
-            names = list(cases.parameters(self.net))
-            walk = loud.with_small_parameters(quiet, self.images, mapping, names)
-            still = loud.unreached(walk)
-            left = {place: bound for place, bound in left.items() if place in still}
-            if loud.is_followed(walk, quiet):
-                more, whole = loud.forward(walk, quiet, "faint")
-                found, explained = found + more, explained and whole
-        sentences = dict.fromkeys(bound.sentence() for bound in left.values())
-        return found, explained, [*sentences, *hidden]
-
-    def _turned_error(self) -> float | None:
-        """The difference of the logits in evaluation on images whose height and width are
-        exchanged; None if they are equal, or if a network raises on such images."""
-        images, walk = self.images.swapaxes(1, 2), self.walks["evaluation"]
-        batch, height, width, channels = images.shape
-        if height == width or not self._takes((height + 1, width + 1)):
-            return None  # one that takes one size may take its turned images for others
-        shape, classes = (batch, channels, height, width), [self.network.classes]
-        try:
-            standard = exported.graph(self.net, shape, train=False, classes=classes)
-            subject = jaxpr.graph(self.network, images.shape, train=False)
-        except InputError:
-            return None
-        turned = Walk(standard, subject, self.state, walk.leaves, images)
-        got = np.asarray(turned.in_jax(subject.logits))
-        return tolerances.relative_error(got, turned.in_torch(standard.logits))
-
     def _hiding_sizes(self) -> list[str]:
         """Layers whose padding could be wrong unseen at the sizes that are compared."""
         _, height, width, channels = self.images.shape
         both = [(height, width), (width, height)]
-        sizes_seen = both[:1] if self.turned_error is None else both
-        return sizes.faults(self.net, sizes_seen, channels, self._takes) or []
-
-    def _takes(self, size: tuple[int, int]) -> bool:
-        """True if JAX's network does not raise on images of this size."""
-        batch, *_, channels = self.images.shape
-        images = jax.ShapeDtypeStruct((batch, *size, channels), jnp.float64)
-        try:
-            jax.eval_shape(partial(self.network.apply, train=False), self.network.variables, images)
-        except InputError:
-            return False
-        return True
+        seen = both[:1] if self.turned_error is None else both
+        takes = partial(turned.takes, self.network, self.images.shape)
+        return sizes.faults(self.net, seen, channels, takes) or []
 
     def _matters(self, name: str) -> bool:
         """True of a tensor that training changes and that the logits are computed from.

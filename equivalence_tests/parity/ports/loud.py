@@ -21,38 +21,68 @@ from flax_resnet.errors import InputError
 FACTOR = 16
 """Of the images, so that values reach large bounds."""
 
-FAINT = 1e-14
+SMALL = 1e-14
 """Factor of the parameters, so that values reach small bounds, of which 1e-12 is the usual one."""
 
 GUARD = 1e-3
 """Bounds of at most this size are small."""
 
-MODES = {"loud": f"evaluation, images times {FACTOR}",
-         "faint": f"evaluation, parameters times {FAINT:g}"}  # fmt: skip
+LOUD = f"evaluation, images times {FACTOR}"
+FAINT = f"evaluation, parameters times {SMALL:g}"
 
 
-def with_factor(quiet: Walk, images: np.ndarray) -> Walk:
-    """A walk on large images that has not begun.
+def compared(
+    quiet: Walk, images: np.ndarray, mapping: Mapping, parameters: list[str]
+) -> tuple[list[faults.Fault], bool, list[str]]:
+    """Compares at large values, and at small ones if a bound is near 0.
 
     Args:
-      quiet: in evaluation mode.
+      quiet: in evaluation mode, at its end.
       images: `[B, H, W, C]`, those of `quiet`.
+      parameters: names of all parameters of PyTorch's network.
+
+    Returns:
+      Faults that only such values show, whether each has a cause, and what could hide one: bounds
+      that no value reaches.
     """
+    walk = _with_large_images(quiet, images)
+    left, hidden = _unreached(walk), []
+    found, explained = [], True
+    if _is_followed(walk, quiet):
+        found, explained = _faults(walk, quiet, LOUD)
+    else:
+        hidden = [f"an activation of the images times {FACTOR} is not finite"]
+    if any(abs(bound.number) <= GUARD for bound in left.values()):
+        walk = _with_small_parameters(quiet, images, mapping, parameters)
+        still = _unreached(walk)
+        left = {place: bound for place, bound in left.items() if place in still}
+        if _is_followed(walk, quiet):
+            more, _ = _faults(walk, quiet, FAINT)
+            found, explained = found + more, explained and not more
+    sentences = (f"{b.owner} never reaches its bound of {b.number:g}" for b in left.values())
+    return found, explained, [*dict.fromkeys(sentences), *hidden]
+
+
+def logits_agree(quiet: Walk, images: np.ndarray) -> bool:
+    """True if both networks, each by itself, have the same logits at large values."""
+    walk = _with_large_images(quiet, images)
+    got = np.asarray(walk.in_jax(walk.subject.logits))
+    return tolerances.relative_error(got, walk.in_torch(walk.standard.logits)) <= tolerances.LOUD
+
+
+def _with_large_images(quiet: Walk, images: np.ndarray) -> Walk:
+    """A walk that has not begun."""
     return Walk(quiet.standard, quiet.subject, quiet.state, quiet.leaves, FACTOR * images)
 
 
-def with_small_parameters(
-    quiet: Walk, images: np.ndarray, mapping: Mapping, parameters: list[str]
-) -> Walk:
-    """A walk with small parameters that has not begun."""
-    small = {n: FAINT * quiet.state[n] for n in parameters if n in mapping.pieces}
-    state = quiet.state | small
-    found = Walk(quiet.standard, quiet.subject, state, quiet.leaves, images)
-    found.leaves = filled(found, {n: mapping.pieces[n] for n in small})
-    return found
+def _with_small_parameters(quiet: Walk, images, mapping: Mapping, parameters: list[str]) -> Walk:
+    small = {n: SMALL * quiet.state[n] for n in parameters if n in mapping.pieces}
+    walk = Walk(quiet.standard, quiet.subject, quiet.state | small, quiet.leaves, images)
+    walk.leaves = filled(walk, {n: mapping.pieces[n] for n in small})
+    return walk
 
 
-def is_followed(walk: Walk, quiet: Walk) -> bool:
+def _is_followed(walk: Walk, quiet: Walk) -> bool:
     """Leads a walk through the anchors of another; False if an activation is not finite."""
     try:
         for step in quiet.steps:
@@ -62,7 +92,7 @@ def is_followed(walk: Walk, quiet: Walk) -> bool:
     return True
 
 
-def forward(walk: Walk, quiet: Walk, kind: str) -> tuple[list[faults.Fault], bool]:
+def _faults(walk: Walk, quiet: Walk, mode: str) -> tuple[list[faults.Fault], bool]:
     """Faults of anchors that agree on the images themselves, and whether each has a cause.
 
     At small values none has: the known causes change no bound near 0.
@@ -72,15 +102,8 @@ def forward(walk: Walk, quiet: Walk, kind: str) -> tuple[list[faults.Fault], boo
         for step, before in zip(walk.steps, quiet.steps, strict=True)
         if before.error <= tolerances.PORT and step.error > tolerances.LOUD
     ]
-    found, _ = faults.forward(walk, MODES[kind], steps, explain=kind == "loud")
+    found, _ = faults.forward(walk, mode, steps, explain=mode == LOUD)
     return found, all(fault.causes for fault in found)
-
-
-def logits_agree(quiet: Walk, images: np.ndarray) -> bool:
-    """True if both networks, each by itself, have the same logits at large values."""
-    loud = with_factor(quiet, images)
-    got = np.asarray(loud.in_jax(loud.subject.logits))
-    return tolerances.relative_error(got, loud.in_torch(loud.standard.logits)) <= tolerances.LOUD
 
 
 class Bound(NamedTuple):
@@ -91,16 +114,8 @@ class Bound(NamedTuple):
 
     number: float
 
-    @property
-    def is_small(self) -> bool:
-        return abs(self.number) <= GUARD
 
-    def sentence(self) -> str:
-        """Says that no value reaches it."""
-        return f"{self.owner} never reaches its bound of {self.number:g}"
-
-
-def unreached(walk: Walk) -> dict[tuple, Bound]:
+def _unreached(walk: Walk) -> dict[tuple, Bound]:
     """Bounds of either network that no value reaches, by their place; a bound of 0 is none.
 
     Args:
