@@ -307,8 +307,8 @@ def show(document: dict):
         display.show(layer_table(document["rows"]))
     if found := document.get("predictions"):
         display.say(
-            f"{found['agree']:,} of {found['images']:,} predictions agree; accuracy"
-            f" {found['accuracy']:.4f} and {found['reference_accuracy']:.4f}"
+            f"{found['agree']:,} of {found['images']:,} predictions agree;"
+            f" {predictions.accuracies(found)}"
         )
     if document["verdict"] == "equal":
         display.say(sentence(document))

@@ -37,6 +37,10 @@ def agreement(
       model: the PyTorch network; None: the twin, this project's PyTorch network.
       class_names: in the order of the logits; (): the order of the data set.
 
+    Returns:
+      Counts, accuracies and differences; "normalisation" holds a mean or std that is not given and
+      was measured on the training images.
+
     Raises:
       InputError: classes or channels of the data set differ from those of the weights.
     """
@@ -61,7 +65,10 @@ def agreement(
         labels.append(order[batch["label"][kept]])
         got.append(np.asarray(ours(images))[kept])
         expected.append(theirs(_normalised(images, prepared.config.data))[kept])
-    return _summary(data.dataset, *map(np.concatenate, (labels, got, expected)))
+    measured = [name for name in ("mean", "std") if getattr(data, name) is None]
+    return _summary(data.dataset, *map(np.concatenate, (labels, got, expected))) | {
+        "normalisation": {name: list(getattr(prepared.config.data, name)) for name in measured}
+    }
 
 
 def _summary(dataset, labels, got, expected) -> dict:
@@ -75,6 +82,13 @@ def _summary(dataset, labels, got, expected) -> dict:
         "largest_difference": float(np.abs(got - expected).max()),
         "relative_difference": float(np.abs(got - expected).max() / np.abs(expected).max()),
     }
+
+
+def accuracies(found: dict) -> str:
+    """The accuracies of both networks, and which constants of the images are not known."""
+    text = f"accuracy {found['accuracy']:.4f} and {found['reference_accuracy']:.4f}"
+    names = " and ".join(found["normalisation"])
+    return text + (f", with the {names} of the training images" if names else "")
 
 
 def explanation(found: dict) -> str:

@@ -228,13 +228,13 @@ def _counts(modes: dict) -> str:
     return f"<table>{head}{''.join(lines)}</table>"
 
 
-def _agreement(predictions: dict | None) -> str:
-    if not predictions:
+def _agreement(found: dict | None) -> str:
+    if not found:
         return ""
     return (
-        f"<h2>Predictions</h2><p>{predictions['agree']:,} of {predictions['images']:,} images of"
-        f" {html.escape(predictions['dataset'])} get the same class from both; accuracy"
-        f" {predictions['accuracy']:.4f} and {predictions['reference_accuracy']:.4f}.</p>"
+        f"<h2>Predictions</h2><p>{found['agree']:,} of {found['images']:,} images of"
+        f" {html.escape(found['dataset'])} get the same class from both;"
+        f" {predictions.accuracies(found)}.</p>"
     )
 
 

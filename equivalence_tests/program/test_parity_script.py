@@ -234,6 +234,12 @@ def test_weights_of_ones_own_and_their_predictions(tmp_path):
     )
     assert outcome.status == 0, outcome.err
     assert document["predictions"]["agree"] == document["predictions"]["images"] == 360
+    assert "with the mean and std of the training images" in outcome.out
+    outcome = run_script(
+        "parity.py", "--checkpoint", path, "--dataset", "digits", "--image-size", 8, 9,
+        "--mean", 0.3, "--std", 0.4,
+    )  # fmt: skip
+    assert outcome.status == 0 and "of the training images" not in outcome.out
 
 
 def test_predictions_are_compared_with_the_classes_of_the_run():
