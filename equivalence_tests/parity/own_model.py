@@ -1,5 +1,6 @@
 """A user's own PyTorch network, run and recorded under torchvision's names."""
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -42,8 +43,8 @@ def read(place: str) -> nn.Module:
 
 def check_initialised(model: nn.Module):
     """Raises InputError if a Lazy layer of a network has not seen its first input."""
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
             raise InputError(
                 f"the PyTorch network's {name} has no shape yet; call the network once on an image"
             )

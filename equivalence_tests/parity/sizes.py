@@ -1,9 +1,9 @@
 """Image sizes at which a wrong padding of a strided layer changes the output.
 
-At odd sizes, "SAME" padding equals one pixel on every side. At even sizes, a missing pixel at the
-end is never read. So every axis with a stride must see a size that the stride divides and one that
-it does not. Images of height H and width W do not suffice, but with those of height W and width H
-they do.
+With a window of 3 and a stride of 2, "SAME" padding equals one pixel on every side at odd sizes. At
+even sizes, a missing pixel at the end is never read. So every axis with a stride must see a size at
+which the last window ends with the padded image, and one at which a pixel more makes a window more.
+Images of height H and width W do not suffice, but with those of height W and width H they do.
 """
 
 import itertools
@@ -24,8 +24,11 @@ class Layer(NamedTuple):
     divisors: tuple[int, int]
     """The stride; of an adaptive pool, the size of the output."""
 
+    rests: tuple[int, int]
+    """Pixels behind the last window; of an adaptive pool, those behind windows of one size."""
+
     kind: str = "window"
-    """"window", "adaptive", or "patches": a convolution whose stride is its window."""
+    """"window", "adaptive", or "patches": the stride is the window, and nothing is padded."""
 
 
 def layers(net: nn.Module, size: tuple[int, int], channels: int) -> dict[str, Layer] | None:
@@ -72,7 +75,7 @@ class _Calls(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         layer = _layer(function.overloadpacket.__name__, args)
         if layer:
-            name = (self.modules and self.modules[-1]) or function.overloadpacket.__name__
+            name = (self.modules and self.modules[-1]) or NAMES[function.overloadpacket.__name__]
             again = sum(key.split(":")[0] == name for key in self.found)
             self.found[f"{name}:{again + 1}" if again else name] = layer
         return function(*args, **(kwargs or {}))
@@ -80,20 +83,38 @@ class _Calls(TorchDispatchMode):
 
 def _layer(operation: str, args) -> Layer | None:
     """The layer of a call of one of PyTorch's operations; None if no padding can hide in it."""
-    if operation in ("_adaptive_avg_pool2d", "adaptive_max_pool2d"):
-        return Layer(tuple(args[0].shape[-2:]), tuple(args[1]), "adaptive")
+    if operation not in NAMES or args[0].ndim != 4 or (operation == "convolution" and args[6]):
+        return None  # args[6]: the convolution is transposed
+    size = tuple(args[0].shape[2:])
+    if NAMES[operation].startswith("adaptive"):
+        return Layer(size, tuple(args[1]), _rests(size, args[1], (0, 0)), "adaptive")
     if operation == "convolution":
-        window, stride, transposed = tuple(args[1].shape[2:]), tuple(args[3]), args[6]
-        if len(window) != 2 or transposed:
-            return None
-    elif operation in ("max_pool2d_with_indices", "avg_pool2d"):
-        window, stride = _pair(args[1]), _pair(args[2] if len(args) > 2 and args[2] else args[1])
+        window, stride, padding, dilation = args[1].shape[2:], args[3], args[4], args[5]
     else:
-        return None
+        window, stride, padding = (*args[1:4], None, None)[:3]
+        window, stride, padding, dilation = window, stride or window, padding or [0], [1]
+    window, stride, padding, dilation = map(_pair, (window, stride, padding, dilation))
     if max(window) == 1 or max(stride) == 1:
         return None
-    patches = operation == "convolution" and window == stride and not any(args[4])
-    return Layer(tuple(args[0].shape[-2:]), stride, "patches" if patches else "window")
+    reach = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(dilation, window, padding, strict=True)]
+    patches = window == stride and not any(padding)
+    return Layer(size, stride, _rests(size, stride, reach), "patches" if patches else "window")
+
+
+NAMES = {
+    "convolution": "conv2d",
+    "max_pool2d_with_indices": "max_pool2d",
+    "avg_pool2d": "avg_pool2d",
+    "_adaptive_avg_pool2d": "adaptive_avg_pool2d",
+    "adaptive_max_pool2d": "adaptive_max_pool2d",
+}
+"""{operation: what a user calls it}."""
+
+
+def _rests(size, divisors, reach) -> tuple[int, int]:
+    rests = ((n - r) % d for n, d, r in zip(size, divisors, reach, strict=True))
+    height, width = rests
+    return height, width
 
 
 def _pair(value) -> tuple[int, int]:
@@ -122,7 +143,7 @@ def faults(
     sentences = []
     for name, layer in seen[0].items():
         words = _missing([found[name] for found in seen if name in found])
-        if layer.kind == "patches" and any(words):
+        if layer.kind != "window" and any(words):
             others = _padded(layer, sizes[0])
             if any(layers(net, s, channels) is None or not takes(s) for s in others):
                 continue  # not silent: where padding changes something, a network raises
@@ -133,18 +154,28 @@ def faults(
 
 def _missing(calls: list[Layer]) -> list[str]:
     """For each axis the one kind of sizes that a layer sees; "" if that suffices."""
-    divisors, kind = calls[0].divisors, calls[0].kind
-    divided = [{call.size[axis] % divisors[axis] == 0 for call in calls} for axis in (0, 1)]
+    first = calls[0]
+    seen = [{call.rests[axis] for call in calls} for axis in (0, 1)]
     if len(calls) == 1:
-        divided = 2 * [set().union(*(divided[axis] for axis in (0, 1) if divisors[axis] > 1))]
-    return [
-        "" if divisor == 1 or len(found) == 2 or (kind != "window" and found == {False})
-        else WORDS[divisor == 2][found == {True}]
-        for divisor, found in zip(divisors, divided, strict=True)
-    ]  # fmt: skip
+        axes = zip(first.rests, first.divisors, strict=True)
+        seen = 2 * [{rest for rest, divisor in axes if divisor > 1}]
+    words = []
+    for axis, divisor in enumerate(first.divisors):
+        word = "divisible" if first.kind == "adaptive" else UNSEEN
+        word = ("even", "odd")[first.size[axis] % 2] if divisor == 2 else word
+        words.append("" if divisor == 1 or _shows(first, divisor, seen[axis]) else word)
+    return words
 
 
-WORDS = (("indivisible", "divisible"), ("odd", "even"))
+UNSEEN = "at which a pixel of padding does not show"
+
+
+def _shows(layer: Layer, stride: int, rests: set[int]) -> bool:
+    """True if a pixel more behind the image, and one less if any is padded, changes the output; or
+    if windows of one size could not replace an adaptive pool."""
+    if layer.kind == "adaptive":
+        return bool(rests - {0})
+    return stride - 1 in rests and (layer.kind == "patches" or 0 in rests)
 
 
 def _padded(layer: Layer, size: tuple[int, int]) -> list[tuple[int, int]]:
@@ -155,9 +186,10 @@ def _padded(layer: Layer, size: tuple[int, int]) -> list[tuple[int, int]]:
 
 def _described(words: list[str], size: tuple[int, int]) -> str:
     """The kinds of heights and widths as text, for example "even sizes (12 x 14)"."""
-    sides = [f"{w} {side}" for w, side in zip(words, ("heights", "widths"), strict=True) if w]
-    kinds = f"{words[0]} sizes" if words[0] == words[1] else " and ".join(sides)
-    return f"{kinds} ({size[0]} x {size[1]})"
+    sides = zip(words, ("heights", "widths"), strict=True)
+    sides = [(words[0], "sizes")] if words[0] == words[1] else [pair for pair in sides if pair[0]]
+    kinds = (f"{side} {word}" if word == UNSEEN else f"{word} {side}" for word, side in sides)
+    return f"{' and '.join(kinds)} ({size[0]} x {size[1]})"
 
 
 def pairs(smallest: int) -> Iterator[tuple[int, int]]:

@@ -66,7 +66,9 @@ def test_a_stopped_gradient_is_found_with_one_logit_too(classes):
         (optax.adam(1e-3), lambda p: torch.optim.Adam(p, 1e-3, amsgrad=True), "divergent"),
         (optax.adam(1e-3, eps=1e-7), lambda p: torch.optim.Adam(p, 1e-3), "divergent"),
         (optax.radam(1e-3), lambda p: torch.optim.RAdam(p, 1e-3), "divergent"),
+        (optax.adafactor(1e-3), lambda p: torch.optim.Adafactor(p, 1e-3), "divergent"),
         (optax.adam(1e-3), lambda p: torch.optim.Adam(p, 1e-3), "equal"),
+        (optax.MultiSteps(optax.sgd(0.1), 1), lambda p: torch.optim.SGD(p, 0.1), "equal"),
     ],
 )  # fmt: skip
 def test_optimizers_are_compared_on_gradients_of_many_sizes(ours, theirs, verdict):

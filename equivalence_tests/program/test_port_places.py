@@ -444,6 +444,7 @@ def test_a_size_is_one_number_or_two(given, size):
         ({"torch_module": nn.Flatten}, "torch_module is the class Flatten"),
         ({"torch_module": "net"}, "torch_module is a str"),
         ({"torch_module": nn.LazyConv2d(4, 3)}, "weight has no shape yet"),
+        ({"torch_module": nn.LazyBatchNorm2d(affine=False)}, "running_mean has no shape yet"),
     ],
 )
 def test_arguments_of_another_kind_are_refused_by_name(arguments, message):

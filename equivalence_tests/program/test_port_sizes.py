@@ -1,7 +1,9 @@
 """Paddings that one size of images hides, and bounds near 0 that no usual value reaches."""
 
+import jax
 import jax.numpy as jnp
 import pytest
+import torch
 import torch.nn.functional as F
 from flax import linen
 from torch import nn
@@ -60,6 +62,40 @@ def test_patches_of_a_fixed_number_fill_the_image():
     assert compare_models(Linen(body), net, image_size=(8, 12)).verdict == "equal"
 
 
+@pytest.mark.control
+def test_a_stride_of_four_gets_a_size_at_which_a_pixel_shows():
+    """AlexNet's stem: a pixel less behind the image shows at one of four sizes."""
+    net = strided_in_torch(4, 2, window=11)
+    wrong, right = (strided((4, 4), padding, (11, 11)) for padding in (2 * [(2, 1)], 2 * [(2, 2)]))
+    assert compare_models(wrong, net).verdict == "divergent"
+    assert compare_models(right, net).verdict == "equal"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pools_of_a_network_of_one_size(channels):
+    """With more windows both networks raise. One channel has strides of its own in PyTorch."""
+    layers = nn.Conv2d(channels, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
+    net = nn.Sequential(*layers, nn.Linear(6 * 4 * 6, 4))
+
+    def body(x, train):
+        x = linen.max_pool(linen.relu(conv(x)), (2, 2), (2, 2))
+        return linen.Dense(4)(x.transpose(0, 3, 1, 2).reshape(len(x), -1))
+
+    assert compare_models(Linen(body), net, image_size=(8, 12)).verdict == "equal"
+
+
+def test_pixels_may_be_put_into_channels_first():
+    net = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 6, 3, padding=1), nn.ReLU(), *pooled())
+
+    def body(x, train):
+        batch, height, width, channels = x.shape
+        x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 5, 2, 4)
+        x = conv(x.reshape(batch, height // 2, width // 2, 12))
+        return linen.Dense(4)(linen.relu(x).mean((1, 2)))
+
+    assert compare_models(Linen(body), net, image_size=(8, 12)).verdict == "equal"
+
+
 def test_an_adaptive_pool_gets_a_size_that_it_does_not_divide():
     net = nn.Sequential(nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten(), nn.Linear(18, 4))
 
@@ -103,6 +139,61 @@ def test_the_number_that_keeps_a_division_from_0_is_compared(guard, verdict):
     assert report.verdict == verdict, str(report)
     if verdict == "divergent":
         assert "head (or relu, mean, linalg_vector_norm, clamp_min, div before it)" in str(report)
+
+
+def gem(x, power, guard=1e-6):
+    """Generalised mean pooling."""
+    return (jnp.maximum(x, guard) ** power).mean((1, 2)) ** (1 / power)
+
+
+RETRIEVAL = {
+    "GeM": (
+        lambda x, module: gem(conv(x), module.param("p", linen.initializers.ones, ())),
+        lambda net, x: net.conv(x).clamp(min=1e-6).pow(net.p).mean((2, 3)).pow(1 / net.p),
+    ),
+    "deviation": (
+        lambda x, module: conv(x).std((1, 2)),
+        lambda net, x: net.conv(x).std((2, 3), unbiased=False),
+    ),
+    "softplus": (
+        lambda x, module: jax.nn.softplus(conv(x)).mean((1, 2)),
+        lambda net, x: F.softplus(net.conv(x)).mean((2, 3)),
+    ),
+}
+
+
+class Retrieval(linen.Module):
+    pool: object
+
+    @linen.compact
+    def __call__(self, x, train=False):
+        x = self.pool(x, self)
+        norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+        return linen.Dense(4)(x / jnp.maximum(norm, 1e-12))
+
+
+@pytest.mark.parametrize("kind", RETRIEVAL)
+def test_right_bounds_near_0_are_no_difference(kind):
+    """Small parameters leave no right digit, or do not reach the bound that both networks have."""
+    ours, theirs = RETRIEVAL[kind]
+    net = Torch(lambda net, x: net.head(F.normalize(theirs(net, x), dim=1)),
+                conv=nn.Conv2d(3, 6, 3, padding=1), head=nn.Linear(6, 4))  # fmt: skip
+    if kind == "GeM":
+        net.p = nn.Parameter(torch.ones(()))
+    report = compare_models(Retrieval(ours), net, image_size=(9, 12))
+    assert report.verdict == "equal", str(report)
+
+
+@pytest.mark.control
+def test_a_bound_that_is_a_tensor_is_looked_for():
+    def twin(net, x):
+        x = F.relu(net.conv(x)).mean((2, 3))
+        return net.head(x / torch.maximum(x.norm(dim=1, keepdim=True), torch.tensor(1e-12)))
+
+    net = Torch(twin, conv=nn.Conv2d(3, 6, 3, padding=1), head=nn.Linear(6, 4))
+    assert compare_models(normalised(lambda n: n), net, image_size=(9, 12)).verdict == "divergent"
+    guarded = normalised(lambda norm: jnp.maximum(norm, 1e-12))
+    assert compare_models(guarded, net, image_size=(9, 12)).verdict == "equal"
 
 
 @pytest.mark.control

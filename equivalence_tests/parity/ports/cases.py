@@ -14,6 +14,7 @@ from torch import nn
 from equivalence_tests.parity import inputs, sizes
 from equivalence_tests.parity.ports import exported, wide
 from equivalence_tests.parity.ports.graph import Graph
+from equivalence_tests.parity.ports.layouts import nchw
 from flax_resnet.errors import InputError
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -91,7 +92,7 @@ def _channels(net: nn.Module) -> tuple[int, ...]:
     """Channels of images, from a network's first kernel; several to try without a kernel."""
     first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None:
-        return (first.in_channels,)
+        return tuple(dict.fromkeys((first.in_channels, 3, 1)))  # pixels may be put into channels
     kernel = next((p for p in net.parameters() if p.ndim == 4), None)
     return (3, 1) if kernel is None else (kernel.shape[1],)
 
@@ -160,7 +161,7 @@ def _settle(net, images):
         module.momentum = 1.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the masks of dropout
-        net.train()(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+        net.train()(nchw(images))
     for module, momentum in momenta.items():
         module.momentum = momentum
     net.train(training)
@@ -184,7 +185,7 @@ def faults(state: dict, graph: Graph, images: np.ndarray) -> list[str]:
       images: `[B, H, W, C]`.
     """
     values = {v: torch.as_tensor(state[n]) for n, v in graph.leaves.items()}
-    values[graph.images] = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    values[graph.images] = nchw(images)
     with torch.no_grad():
         graph.evaluate(values, range(len(graph.operations)))
     return [

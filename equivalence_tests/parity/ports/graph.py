@@ -89,7 +89,11 @@ class Graph(NamedTuple):
 
     def data(self) -> set[Value]:
         """All values that are computed from the images, and the images."""
-        found = {self.images}
+        return self.below([self.images])
+
+    def below(self, sources: Iterable[Value]) -> set[Value]:
+        """All values that are computed from these, and these."""
+        found = set(sources)
         for operation in self.operations:
             if found & set(operation.inputs):
                 found.update(operation.outputs)

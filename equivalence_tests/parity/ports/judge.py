@@ -28,6 +28,7 @@ from equivalence_tests.parity.ports import (
     jaxpr,
     kernel_orders,
     layers,
+    layouts,
     loud,
     mapping_file,
     matching,
@@ -96,7 +97,7 @@ def compare_models(
     images = rng.standard_normal(shape)
     if not own_weights:
         cases.fill(net, images, rng)
-    classes = exported.classes(net, torch.from_numpy(images).permute(0, 3, 1, 2))
+    classes = exported.classes(net, layouts.nchw(images))
     network = adapters.adapt(jax_net, shape, classes)
     with jax.enable_x64(True):
         pair = _Pair(network, net, images)
@@ -337,6 +338,8 @@ class _Pair:
         if wrong is None:
             return report
         why = f"the optimizers differ, first in {wrong.name} (relative {wrong.norm_relative:.1e})"
+        if wrong.phase == "optimizer":
+            why += "; the parameters agree, at this learning rate"
         return report._replace(verdict="divergent", notes=[*report.notes, why])
 
 

@@ -10,6 +10,15 @@ LARGEST = 1e3
 """The relative error of arrays of different shapes, or of values that are not finite."""
 
 
+def nchw(images: np.ndarray) -> torch.Tensor:
+    """Images `[B, H, W, C]` as PyTorch's `[B, C, H, W]`.
+
+    With one channel, `permute` and `contiguous` copy nothing and keep strides that PyTorch takes
+    for those of another memory format.
+    """
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy(order="C"))
+
+
 class Layout(NamedTuple):
     """The order of axes in which an activation of PyTorch lies in JAX."""
 

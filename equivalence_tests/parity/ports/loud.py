@@ -5,7 +5,9 @@ bounds, of a ReLU6 or a clip. If a bound is near 0, as the one that keeps a divi
 also compute with their parameters times a small number.
 """
 
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ from equivalence_tests.parity import tolerances
 from equivalence_tests.parity.ports import faults, variant
 from equivalence_tests.parity.ports.graph import Operation
 from equivalence_tests.parity.ports.mapping import Mapping, filled
-from equivalence_tests.parity.ports.walk import Walk
+from equivalence_tests.parity.ports.walk import Step, Walk
 from flax_resnet.errors import InputError
 
 FACTOR = 16
@@ -55,12 +57,23 @@ def compared(
     if any(abs(bound.number) <= GUARD for bound in left.values()):
         walk = _with_small_parameters(quiet, images, mapping, parameters)
         still = _unreached(walk)
-        left = {place: bound for place, bound in left.items() if place in still}
+        left = _unlike({place: bound for place, bound in left.items() if place in still})
         if _is_followed(walk, quiet):
             more, _ = _faults(walk, quiet, FAINT)
             found, explained = found + more, explained and not more
     sentences = (f"{b.owner} never reaches its bound of {b.number:g}" for b in left.values())
     return found, explained, [*dict.fromkeys(sentences), *hidden]
+
+
+def _unlike(bounds: dict[tuple, "Bound"]) -> dict[tuple, "Bound"]:
+    """Without the small bounds that both networks have, and as often."""
+    counts = {True: Counter(), False: Counter()}
+    small = {place: b for place, b in bounds.items() if abs(b.number) <= GUARD}
+    for bound in small.values():
+        counts[bound.owner == JAX][f"{bound.number:.6g}"] += 1
+    unlike = {n for n, count in (counts[True] | counts[False]).items()
+              if count > counts[True][n] or count > counts[False][n]}  # fmt: skip
+    return {p: b for p, b in bounds.items() if p not in small or f"{b.number:.6g}" in unlike}
 
 
 def logits_agree(quiet: Walk, images: np.ndarray) -> bool:
@@ -101,18 +114,47 @@ def _faults(walk: Walk, quiet: Walk, mode: str) -> tuple[list[faults.Fault], boo
         step
         for step, before in zip(walk.steps, quiet.steps, strict=True)
         if before.error <= tolerances.PORT and step.error > tolerances.LOUD
+        if mode == LOUD or step.error > 1e3 * _rounding(walk, step)
     ]
     found, _ = faults.forward(walk, mode, steps, explain=mode == LOUD)
     return found, all(fault.causes for fault in found)
+
+
+def _rounding(walk: Walk, step: Step) -> float:
+    """How far the rounding of all numbers above an anchor may change the activation there.
+
+    A layer that subtracts a mean, or has a root of a small number, may have no right digit left.
+    """
+    rng = np.random.default_rng(0)
+
+    def rounded(array):
+        if not array.is_floating_point():
+            return array
+        signs = np.asarray(rng.choice([-1.0, 1.0], tuple(array.shape)))
+        return array * torch.as_tensor(1 + np.finfo(float).eps * signs)
+
+    def run(operation, *arrays):
+        return tuple(map(rounded, operation.run(*arrays)))
+
+    known = {v: a for v, a in walk.of_torch.items() if v != step.standard}
+    runs = {i: partial(run, walk.standard.operations[i]) for i in step.operations}
+    with torch.no_grad():
+        own = walk.standard.evaluate(dict(known), step.operations)[step.standard]
+        known = {v: rounded(array) for v, array in known.items()}
+        changed = walk.standard.evaluate(known, step.operations, runs)[step.standard]
+    return tolerances.relative_error(changed, own)
 
 
 class Bound(NamedTuple):
     """A number that an operation compares its input with."""
 
     owner: str
-    """PyTorch's module or operation, or "JAX's network"."""
+    """PyTorch's module or operation, or `JAX`."""
 
     number: float
+
+
+JAX = "JAX's network"
 
 
 def _unreached(walk: Walk) -> dict[tuple, Bound]:
@@ -124,18 +166,21 @@ def _unreached(walk: Walk) -> dict[tuple, Bound]:
     torch_values, jax_values = dict(walk.of_torch), dict(walk.of_jax)
     jax_values |= {v: walk.leaves[n] for n, v in walk.subject.leaves.items()}
     found = {}
-    for graph, values, bounds in (
-        (walk.standard, torch_values, _of_torch),
-        (walk.subject, jax_values, _of_jax),
-    ):
+    for graph, values, side in ((walk.standard, torch_values, ""), (walk.subject, jax_values, JAX)):
         needed, data = graph.needed([graph.logits]), graph.data()
+        moving = data | graph.below(graph.leaves.values())
         with torch.no_grad():
             graph.evaluate(values, needed)
         for index in needed:
             operation = graph.operations[index]
-            for which, (x, bound, reaches) in enumerate(bounds(operation, values, data)):
-                if bound.number and not reaches(np.asarray(x), bound.number):
-                    found[bound.owner, index, which] = bound
+            numbers = [
+                *_arguments(operation, values, data),
+                *_inputs(operation, values, data, moving),
+            ]
+            for which, (x, number, reaches) in enumerate(numbers):
+                if number and not reaches(np.asarray(x), number):
+                    owner = side or operation.module or operation.name
+                    found[side, index, which] = Bound(owner, number)
     return found
 
 
@@ -151,8 +196,9 @@ COMPARISONS = ("gt", "ge", "lt", "le")
 """A `where` has a bound in such an operation."""
 
 
-def _of_torch(operation: Operation, values, data) -> Iterator[tuple]:
-    """The numbers at which an operation cuts its input off, and what tells that a value is cut."""
+def _arguments(operation: Operation, values, data) -> Iterator[tuple]:
+    """The numbers at which an operation of PyTorch cuts its input off, and what tells that a value
+    is cut."""
     if operation.name == "relu6":
         given, tests = {"high": 6.0}, [("high", _above)]
     elif operation.name in ("hardtanh", "clamp", "clip", "clamp_min", "clamp_max"):
@@ -167,24 +213,29 @@ def _of_torch(operation: Operation, values, data) -> Iterator[tuple]:
     for name, reaches in tests:
         number = given.get(name)
         if isinstance(number, int | float) and np.isfinite(number):
-            owner = operation.module or operation.name
-            yield values[operation.inputs[0]], Bound(owner, float(number)), reaches
+            yield values[operation.inputs[0]], float(number), reaches
 
 
-def _of_jax(operation: Operation, values, data) -> Iterator[tuple]:
-    """The same for the constants of a minimum, a maximum, a clamp or a comparison."""
+def _inputs(operation: Operation, values, data, moving) -> Iterator[tuple]:
+    """The same where the number is a constant among the inputs of an operation.
+
+    Args:
+      data: values that are computed from the images.
+      moving: values that are computed from the images or parameters.
+    """
     for x, bound, reaches in BOUNDED.get(operation.name, ()):
+        if max(x, bound) >= len(operation.inputs):
+            continue
         x, bound = operation.inputs[x], operation.inputs[bound]
         numbers = np.asarray(values[bound])
-        fixed = x in data and bound not in data
+        fixed = x in data and bound not in moving
         if fixed and numbers.dtype.kind == "f" and np.isfinite(numbers).all():
-            number = float(numbers.flat[np.abs(numbers).argmax()])
-            yield values[x], Bound("JAX's network", number), reaches
+            yield values[x], float(numbers.flat[np.abs(numbers).argmax()]), reaches
 
 
 BOUNDED = {
-    "min": [(0, 1, _above), (1, 0, _above)],
-    "max": [(0, 1, _below), (1, 0, _below)],
+    **dict.fromkeys(("min", "minimum"), [(0, 1, _above), (1, 0, _above)]),
+    **dict.fromkeys(("max", "maximum"), [(0, 1, _below), (1, 0, _below)]),
     "clamp": [(1, 0, _below), (1, 2, _above)],
     **dict.fromkeys(COMPARISONS, [(*p, f) for p in ((0, 1), (1, 0)) for f in (_below, _above)]),
 }

@@ -54,7 +54,7 @@ def rows(
         expected |= {f"{n} after step {step}": _plain(parameters[n]) for n in trained}
         got |= {f"{n} after step {step}": ours.read(n) for n in trained}
     found = compare({"parameters": got}, {"parameters": expected})
-    return [*_states(optimizer, parameters, ours, trained), *found]
+    return [*found, *_states(optimizer, parameters, ours, trained)]
 
 
 def _called(side, function, *args):
@@ -116,6 +116,7 @@ class _Jax:
         tree = jax.tree.structure(self._tree(self.leaves))
         parts = jax.tree.leaves(self.state, is_leaf=lambda x: jax.tree.structure(x) == tree)
         parts = [self._by_path(p) for p in parts if jax.tree.structure(p) == tree]
+        parts = [p for p in parts if all(a.shape == self.leaves[n].shape for n, a in p.items())]
         return [{n: self.mapping.read(n, p, self.shapes[n]) for n in self.names} for p in parts]
 
 

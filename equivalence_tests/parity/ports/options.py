@@ -79,7 +79,8 @@ def check_optimizers(optax_optimizer, torch_optimizer):
     """Raises InputError unless both optimizers are given, or none."""
     if optax_optimizer is None and torch_optimizer is None:
         return
-    if not isinstance(optax_optimizer, optax.GradientTransformation):
+    given = optax.GradientTransformation, optax.MultiSteps
+    if not isinstance(optax_optimizer, given):
         kind = type(optax_optimizer).__name__
         raise InputError(f"optax_optimizer is a {kind}, no GradientTransformation")
     if not callable(torch_optimizer):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from equivalence_tests.parity.engine import Trace
 from equivalence_tests.parity.ports import draws, rules
 from equivalence_tests.parity.ports.graph import Graph
+from equivalence_tests.parity.ports.layouts import nchw
 from equivalence_tests.parity.ports.mapping import Mapping
 from equivalence_tests.parity.ports.walk import Walk
 
@@ -59,7 +60,7 @@ def of_torch(graph: Graph, given: Inputs, walk: Walk, names: list[str]) -> Trace
     leaves = {n: torch.as_tensor(given.state[n]).clone() for n in names_held}
     for name in given.parameters:
         leaves[name].requires_grad_()
-    images = torch.from_numpy(given.images).permute(0, 3, 1, 2).contiguous().requires_grad_()
+    images = nchw(given.images).requires_grad_()
     start = {v: leaves[n] for n, v in graph.leaves.items()} | {graph.images: images}
     values = graph.evaluate(start, range(len(graph.operations)))
     loss = loss_of_torch(values[graph.logits], given.labels)

@@ -12,7 +12,7 @@ import torch
 
 from equivalence_tests.parity.ports import draws
 from equivalence_tests.parity.ports.graph import Graph, Value
-from equivalence_tests.parity.ports.layouts import Layout, closest, without_ones
+from equivalence_tests.parity.ports.layouts import Layout, closest, nchw, without_ones
 from flax_resnet.errors import InputError
 
 
@@ -53,7 +53,7 @@ class Walk:
         self.standard, self.subject, self.leaves = standard, subject, leaves
         self.state = state
         self.of_torch = {v: torch.as_tensor(state[n]) for n, v in standard.leaves.items()}
-        self.of_torch[standard.images] = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        self.of_torch[standard.images] = nchw(images)
         self.of_jax = {subject.images: jnp.asarray(images)}
         self._data = subject.data()
         self.steps: list[Step] = []
