@@ -124,9 +124,9 @@ def _resized(arch, pixels=224, **changes) -> TrainConfig:
                       for k, v in (groups | changes).items()})  # fmt: skip
 
 
-def _bottleneck(arch, epochs, pixels=224) -> TrainConfig:
+def _bottleneck(arch, epochs, pixels=224, **changes) -> TrainConfig:
     stopping = dict(monitor="validation_accuracy", min_delta=1e-4, patience=5)
-    return _resized(arch, pixels, epochs=epochs, batch_size=32, early_stopping=stopping)
+    return _resized(arch, pixels, epochs=epochs, batch_size=32, early_stopping=stopping, **changes)
 
 
 def _against_overfitting(
@@ -477,6 +477,13 @@ RECIPES = {
     "cifar10-resnet101-64px": Recipe(
         config=_bottleneck("resnet101", epochs=6, pixels=64),
         method="ResNet-101, 64 px, Adam 1e-3, batch 32, 6 epochs",
+        published={"test_accuracy": 0.7312, "test_loss": 0.8384},
+        source="a public comparison of ResNet-50 and ResNet-101 in PyTorch",
+    ),
+    "cifar10-resnet101-64px-cosine": Recipe(
+        config=_bottleneck("resnet101", epochs=3, pixels=64, schedule=dict(schedule="cosine")),
+        starts_from="cifar10-resnet101-64px",
+        method="3 more epochs with a cosine schedule, from the weights of cifar10-resnet101-64px",
         published={"test_accuracy": 0.7312, "test_loss": 0.8384},
         source="a public comparison of ResNet-50 and ResNet-101 in PyTorch",
     ),

@@ -77,7 +77,8 @@ def regularization() -> str:
         "resnet18-regularized", "resnet18-regularized-base", "resnet18-regularized-decay",
         "resnet18-regularized-7x7", "resnet18-regularized-base-7x7",
         "resnet18-regularized-decay-7x7", "resnet18-regularized-32-to-80px",
-        "resnet18-regularized-80px-sgd", "resnet18-regularized-sgd", "resnet18-224",
+        "resnet18-regularized-80px-sgd", "resnet18-regularized-80px-restart",
+        "resnet18-regularized-sgd", "resnet18-224",
         "resnet18-224-plain", "resnet18-48px", "resnet18-48-to-80px", "resnet18-80-to-112px",
         "resnet18-48px-plain", "cifar10-resnet18-dropout",
         "imagenette-cnn", "imagenette-cnn-plain", "cifar10-resnet18", "cifar10-resnet18-64px",
@@ -97,7 +98,8 @@ def depth() -> str:
     he = (f"cifar10-resnet{layers}" for layers in (20, 32, 44, 56, 110))
     return _question(
         "imagenette-cnn", "imagenette-cnn-plain", "imagenette-resnet18", "cifar10-resnet50-224",
-        "cifar10-resnet50-64px", "cifar10-resnet101-224", "cifar10-resnet101-64px", *he,
+        "cifar10-resnet50-64px", "cifar10-resnet101-224", "cifar10-resnet101-64px",
+        "cifar10-resnet101-64px-cosine", *he,
     )  # fmt: skip
 
 
