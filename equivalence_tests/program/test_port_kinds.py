@@ -453,8 +453,10 @@ def test_a_batch_norm_without_momentum_is_refused():
 
 def test_an_adaptive_pool_is_asked_for_a_size_that_it_does_not_divide():
     def body(x, train):
-        x = x.reshape(len(x), 2, 4, 2, 5, 3).mean((2, 4))
-        return linen.Dense(4)(x.reshape(len(x), -1))
+        batch, height, width, channels = x.shape
+        x = x[:, : height // 2 * 2, : width // 2 * 2]
+        x = x.reshape(batch, 2, height // 2, 2, width // 2, channels).mean((2, 4))
+        return linen.Dense(4)(x.reshape(batch, -1))
 
     net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 4))
     report = compare_models(Linen(body), net, image_size=(8, 10))
