@@ -185,10 +185,11 @@ def test_right_bounds_near_0_are_no_difference(kind):
 
 
 @pytest.mark.control
-def test_a_bound_that_is_a_tensor_is_looked_for():
+@pytest.mark.parametrize("maximum", [torch.maximum, torch.clamp, torch.clamp_min])
+def test_a_bound_that_is_a_tensor_is_looked_for(maximum):
     def twin(net, x):
         x = F.relu(net.conv(x)).mean((2, 3))
-        return net.head(x / torch.maximum(x.norm(dim=1, keepdim=True), torch.tensor(1e-12)))
+        return net.head(x / maximum(x.norm(dim=1, keepdim=True), torch.tensor(1e-12)))
 
     net = Torch(twin, conv=nn.Conv2d(3, 6, 3, padding=1), head=nn.Linear(6, 4))
     assert compare_models(normalised(lambda n: n), net, image_size=(9, 12)).verdict == "divergent"

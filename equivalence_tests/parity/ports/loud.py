@@ -236,7 +236,9 @@ def _inputs(operation: Operation, values, data, moving) -> Iterator[tuple]:
 BOUNDED = {
     **dict.fromkeys(("min", "minimum"), [(0, 1, _above), (1, 0, _above)]),
     **dict.fromkeys(("max", "maximum"), [(0, 1, _below), (1, 0, _below)]),
-    "clamp": [(1, 0, _below), (1, 2, _above)],
+    "clamp": [(1, 0, _below), (1, 2, _above), (0, 1, _below), (0, 2, _above)],  # JAX's, PyTorch's
+    "clamp_min": [(0, 1, _below)],
+    "clamp_max": [(0, 1, _above)],
     **dict.fromkeys(COMPARISONS, [(*p, f) for p in ((0, 1), (1, 0)) for f in (_below, _above)]),
 }
 """{operation: (position of a number, position of its bound, what tells that it is reached)}."""
