@@ -91,8 +91,8 @@ def _layer(operation: str, args) -> Layer | None:
     if operation == "convolution":
         window, stride, padding, dilation = args[1].shape[2:], args[3], args[4], args[5]
     else:
-        window, stride, padding = (*args[1:4], None, None)[:3]
-        window, stride, padding, dilation = window, stride or window, padding or [0], [1]
+        window, stride, padding = (*args[1:4], [], [])[:3]
+        stride, padding, dilation = stride or window, padding or [0], [1]
     window, stride, padding, dilation = map(_pair, (window, stride, padding, dilation))
     if max(window) == 1 or max(stride) == 1:
         return None
