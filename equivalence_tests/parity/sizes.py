@@ -153,7 +153,7 @@ def faults(
 
 
 def _missing(calls: list[Layer]) -> list[str]:
-    """For each axis the one kind of sizes that a layer sees; "" if that suffices."""
+    """Returns for each axis the one kind of sizes that a layer sees, or "" if they suffice."""
     first = calls[0]
     seen = [{call.rests[axis] for call in calls} for axis in (0, 1)]
     if len(calls) == 1:

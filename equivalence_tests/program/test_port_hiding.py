@@ -76,6 +76,17 @@ def test_optimizers_are_compared_on_gradients_of_many_sizes(ours, theirs, verdic
     assert report.verdict == verdict, str(report)
 
 
+def test_a_buffer_of_another_scale_with_equal_parameters_is_told_so():
+    """Optax applies the learning rate before the momentum here; they part when the rate changes."""
+    ours = optax.chain(optax.scale(-0.1), optax.trace(0.9))
+    report = judged(
+        port(1), Torch(1), optax_optimizer=ours,
+        torch_optimizer=lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    )  # fmt: skip
+    assert report.verdict == "divergent"
+    assert "the parameters agree, at this learning rate" in str(report)
+
+
 @jax.custom_vjp
 def _wrong(x):
     return x

@@ -101,9 +101,7 @@ def compare_models(
     network = adapters.adapt(jax_net, shape, classes)
     with jax.enable_x64(True):
         pair = _Pair(network, net, images)
-        found = pair.matched(converter, file)
-        pair.follow(found)
-        report = pair.judged(found, rng)
+        report = pair.compared(rng, converter, file)
         if report.verdict != "divergent" and (pair.turned_error or 0) > tolerances.PORT:
             report = _turned(pair, rng) or report
         if optax_optimizer is not None:
@@ -116,10 +114,7 @@ def _turned(pair: "_Pair", rng) -> Report | None:
 
     The parameters are matched anew: a dense layer on a flattened image has another order there.
     """
-    other = _Pair(pair.network, pair.net, pair.images.swapaxes(1, 2))
-    found = other.matched()
-    other.follow(found)
-    report = other.judged(found, rng)
+    report = _Pair(pair.network, pair.net, pair.images.swapaxes(1, 2)).compared(rng)
     return report if report.verdict == "divergent" else None
 
 
@@ -138,6 +133,12 @@ class _Pair:
         used = {name for graph in self.standard.values() for name in graph.leaves}
         self.state, self.aliases = cases.state(net, used)
         self.walks, self.notes, self.remarks, self.elsewhere = {}, [], [], {}
+
+    def compared(self, rng, convert=None, file: Path | None = None) -> Report:
+        """Matches the parameters, and compares in both modes."""
+        mapping = self.matched(convert, file)
+        self.follow(mapping)
+        return self.judged(mapping, rng)
 
     def _walk(self, mode: str) -> Walk:
         graphs = self.standard[mode], self.subject[mode]

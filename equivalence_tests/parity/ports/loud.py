@@ -21,13 +21,19 @@ from equivalence_tests.parity.ports.walk import Step, Walk
 from flax_resnet.errors import InputError
 
 FACTOR = 16
-"""Of the images, so that values reach large bounds."""
+"""The images are multiplied by this number, so that values reach large bounds."""
 
 SMALL = 1e-14
-"""Factor of the parameters, so that values reach small bounds, of which 1e-12 is the usual one."""
+"""The parameters are multiplied by this number, so that values reach small bounds, of which the
+usual one is 1e-12."""
 
 GUARD = 1e-3
 """Bounds of at most this size are small."""
+
+AMPLIFIED = 1e3
+"""A difference at small values counts if it is larger than the rounding there by this factor. It is
+4 times the rounding in a right port (generalised mean pooling), and 1e15 times that of another
+bound."""
 
 LOUD = f"evaluation, images times {FACTOR}"
 FAINT = f"evaluation, parameters times {SMALL:g}"
@@ -114,14 +120,14 @@ def _faults(walk: Walk, quiet: Walk, mode: str) -> tuple[list[faults.Fault], boo
         step
         for step, before in zip(walk.steps, quiet.steps, strict=True)
         if before.error <= tolerances.PORT and step.error > tolerances.LOUD
-        if mode == LOUD or step.error > 1e3 * _rounding(walk, step)
+        if mode == LOUD or step.error > AMPLIFIED * _rounding(walk, step)
     ]
     found, _ = faults.forward(walk, mode, steps, explain=mode == LOUD)
     return found, all(fault.causes for fault in found)
 
 
 def _rounding(walk: Walk, step: Step) -> float:
-    """How far the rounding of all numbers above an anchor may change the activation there.
+    """Returns the relative change of an activation if all numbers above it are rounded otherwise.
 
     A layer that subtracts a mean, or has a root of a small number, may have no right digit left.
     """
