@@ -102,13 +102,15 @@ def _regularized(
     epochs=40,
     schedule="constant",
     optimizer=ADAM,
+    dtype="float32",
+    validation_fraction=0.1,
 ) -> TrainConfig:
     """The config of ResNet-18 with dropout, weight decay or early stopping. Restoring the best
     weights belongs to early stopping; without it the last weights are reported."""
     return TrainConfig(
         epochs=epochs,
-        model=dict(arch="resnet18", stem=stem, dropout=dropout),
-        data=dict(dataset=CIFAR10, image_size=pixels),
+        model=dict(arch="resnet18", stem=stem, dropout=dropout, dtype=dtype),
+        data=dict(dataset=CIFAR10, image_size=pixels, validation_fraction=validation_fraction),
         augment=dict(horizontal_flip=0.5, random_crop=pixels // 8),
         optimizer=optimizer | dict(weight_decay=weight_decay),
         schedule=dict(schedule=schedule),
@@ -141,7 +143,12 @@ def _bottleneck(arch, epochs, pixels=224, **changes) -> TrainConfig:
 
 
 def _against_overfitting(
-    pixels=224, epochs=20, schedule="constant", optimizer=ADAM | dict(weight_decay=1e-4)
+    pixels=224,
+    epochs=20,
+    schedule="constant",
+    optimizer=ADAM | dict(weight_decay=1e-4),
+    dtype="float32",
+    patience=3,
 ) -> TrainConfig:
     """The config of ResNet-18 with decay, dropout, flip, crop, and early stopping on the loss."""
     return _resized(
@@ -149,10 +156,10 @@ def _against_overfitting(
         pixels,
         epochs=epochs,
         schedule=dict(schedule=schedule),
-        model=dict(arch="resnet18", stem="imagenet", dropout=0.5),
+        model=dict(arch="resnet18", stem="imagenet", dropout=0.5, dtype=dtype),
         augment=dict(horizontal_flip=0.5, random_crop=pixels // 8),
         optimizer=optimizer,
-        early_stopping=dict(patience=3),
+        early_stopping=dict(patience=patience),
     )
 
 
@@ -291,11 +298,21 @@ RECIPES = {
         published=PUBLISHED_ALL_THREE,
         source="a public comparison of regularisers on ResNet-18 in PyTorch",
     ),
-    "resnet18-regularized-80px-restart": Recipe(
-        config=_regularized(**BY_SGD, optimizer=SGD | dict(lr=0.1)),
-        starts_from="resnet18-regularized-80px-sgd",
-        method="10 more epochs at 80 px by SGD from a learning rate of 0.1, from the weights of"
-        " resnet18-regularized-80px-sgd",
+    "resnet18-regularized-80px": Recipe(
+        config=_regularized(
+            dropout=0.5,
+            weight_decay=5e-4,
+            patience=10,
+            stem="imagenet",
+            pixels=80,
+            epochs=20,
+            schedule="onecycle",
+            optimizer=SGD | dict(lr=0.1),
+            dtype="bfloat16",
+            validation_fraction=0.04,
+        ),
+        method="ResNet-18, 7x7 stem, 80 px, bfloat16, SGD, one-cycle, weight decay 5e-4, dropout"
+        " 0.5, early stopping",
         published=PUBLISHED_ALL_THREE,
         source="a public comparison of regularisers on ResNet-18 in PyTorch",
     ),
@@ -353,6 +370,20 @@ RECIPES = {
         config=_against_overfitting(112, epochs=4, schedule="cosine", optimizer=SGD),
         starts_from="resnet18-48-to-80px",
         method="4 more epochs at 112 px, from the weights of resnet18-48-to-80px",
+        published={"validation_accuracy": 0.8676, "validation_loss": 0.3355},
+        source="a public study of overfitting with ResNet-18 in PyTorch",
+    ),
+    "resnet18-112px": Recipe(
+        config=_against_overfitting(
+            112,
+            epochs=14,
+            schedule="onecycle",
+            optimizer=SGD | dict(lr=0.1),
+            dtype="bfloat16",
+            patience=10,
+        ),
+        method="112 px, bfloat16, SGD, one-cycle, weight decay 5e-4, dropout 0.5, flip and crop,"
+        " early stopping on the loss",
         published={"validation_accuracy": 0.8676, "validation_loss": 0.3355},
         source="a public study of overfitting with ResNet-18 in PyTorch",
     ),
@@ -470,13 +501,6 @@ RECIPES = {
     "cifar10-resnet101-64px": Recipe(
         config=_bottleneck("resnet101", epochs=6, pixels=64),
         method="ResNet-101, 64 px, Adam 1e-3, batch 32, 6 epochs",
-        published={"test_accuracy": 0.7312, "test_loss": 0.8384},
-        source="a public comparison of ResNet-50 and ResNet-101 in PyTorch",
-    ),
-    "cifar10-resnet101-64px-cosine": Recipe(
-        config=_bottleneck("resnet101", epochs=3, pixels=64, schedule=dict(schedule="cosine")),
-        starts_from="cifar10-resnet101-64px",
-        method="3 more epochs with a cosine schedule, from the weights of cifar10-resnet101-64px",
         published={"test_accuracy": 0.7312, "test_loss": 0.8384},
         source="a public comparison of ResNet-50 and ResNet-101 in PyTorch",
     ),

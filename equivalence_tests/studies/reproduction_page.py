@@ -90,10 +90,8 @@ def _with_figures(name: str, recipe: Recipe) -> str:
 
 def _line(row: dict, figure: str) -> str:
     published = row["published"].get(figure)
-    marks = ["torch"] if row["framework"] == "torch" else []
-    marks += ["original"] if row["data"] == "original" else []
     cells = [
-        _marked(row["recipe"], marks, row["subset"]),
+        marked(row),
         _words(figure),
         f"{published:.4f}" if published else "-",
         reached(row["figures"][figure]),
@@ -104,6 +102,13 @@ def _line(row: dict, figure: str) -> str:
         printable(row["hardware"]).replace("|", "/"),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def marked(row: dict) -> str:
+    """The recipe of a row, marked if PyTorch ran it or if its images are not the usual ones."""
+    marks = ["torch"] if row["framework"] == "torch" else []
+    marks += ["original"] if row["data"] == "original" else []
+    return _marked(row["recipe"], marks, row["subset"])
 
 
 def _marked(recipe: str, marks: list[str], subset: int | None) -> str:

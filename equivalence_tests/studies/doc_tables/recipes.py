@@ -17,7 +17,7 @@ def recipes_not_run() -> str:
 
 
 SOURCES = (
-    "resnet18-regularized", "resnet18-80-to-112px", "cifar10-resnet18-64-to-80px",
+    "resnet18-regularized-80px", "resnet18-112px", "cifar10-resnet18-64-to-80px",
     "imagenette-cnn", "imagenette-resnet18", "cifar10-resnet18-dropout", "transfer-12-epochs",
     "cifar10-resnet50-64px", "cifar10-resnet101-64px", "cifar10-resnet20",
 )  # fmt: skip
@@ -34,7 +34,7 @@ def sources() -> str:
 def _source(row: dict) -> list[str]:
     figure, published = next(iter(row["published"].items()))
     reached = reproduction_page.reached(row["figures"][figure])
-    words = [f"`{row['recipe']}`", figure.replace("_", " "), f"{published:.4f}", reached]
+    words = [reproduction_page.marked(row), figure.replace("_", " "), f"{published:.4f}", reached]
     return [*words, len(row["seeds"]), row["pixels"], f"{row['minutes']:.0f}", row["hardware"]]
 
 
@@ -77,10 +77,9 @@ def regularization() -> str:
         "resnet18-regularized", "resnet18-regularized-base", "resnet18-regularized-decay",
         "resnet18-regularized-7x7", "resnet18-regularized-base-7x7",
         "resnet18-regularized-decay-7x7", "resnet18-regularized-32-to-80px",
-        "resnet18-regularized-80px-sgd", "resnet18-regularized-80px-restart",
-        "resnet18-regularized-sgd", "resnet18-224",
-        "resnet18-224-plain", "resnet18-48px", "resnet18-48-to-80px", "resnet18-80-to-112px",
-        "resnet18-48px-plain", "cifar10-resnet18-dropout",
+        "resnet18-regularized-80px-sgd", "resnet18-regularized-sgd", "resnet18-regularized-80px",
+        "resnet18-224", "resnet18-224-plain", "resnet18-48px", "resnet18-48-to-80px",
+        "resnet18-80-to-112px", "resnet18-112px", "resnet18-48px-plain", "cifar10-resnet18-dropout",
         "imagenette-cnn", "imagenette-cnn-plain", "cifar10-resnet18", "cifar10-resnet18-64px",
     )  # fmt: skip
 
@@ -98,8 +97,7 @@ def depth() -> str:
     he = (f"cifar10-resnet{layers}" for layers in (20, 32, 44, 56, 110))
     return _question(
         "imagenette-cnn", "imagenette-cnn-plain", "imagenette-resnet18", "cifar10-resnet50-224",
-        "cifar10-resnet50-64px", "cifar10-resnet101-224", "cifar10-resnet101-64px",
-        "cifar10-resnet101-64px-cosine", *he,
+        "cifar10-resnet50-64px", "cifar10-resnet101-224", "cifar10-resnet101-64px", *he,
     )  # fmt: skip
 
 
@@ -116,15 +114,16 @@ def _whole_rows() -> list[dict]:
 
 
 def _whole_runs() -> dict[str, dict]:
-    """{recipe: its row in JAX, on the whole data set}"""
-    return {row["recipe"]: row for row in _whole_rows() if row["framework"] == "jax"}
+    """{recipe: its row on the whole data set; that in JAX, if it ran in both frameworks}"""
+    rows = sorted(_whole_rows(), key=lambda row: row["framework"], reverse=True)
+    return {row["recipe"]: row for row in rows}
 
 
 def _reached(row: dict) -> list[str]:
     figures = row["figures"]
     train, test, loss = (figures[f] for f in ("train_accuracy", "test_accuracy", "test_loss"))
     return [
-        f"`{row['recipe']}`",
+        reproduction_page.marked(row),
         RECIPES[row["recipe"]].method,
         ", ".join(map(str, row["seeds"])),
         reproduction_page.epochs(row),
