@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -103,6 +104,18 @@ def test_evaluate_tells_what_each_run_reaches_alone(insects, other, tmp_path):
     with rows.open() as file:
         right = [row["label"] == row["prediction"] for row in csv.DictReader(file)]
     assert found["accuracy"] == pytest.approx(np.mean(right), abs=1e-12)
+
+
+def test_evaluate_names_the_run_with_other_classes(insects, folder, tmp_path):
+    for split, name in (("train", "ant"), ("train", "wasp"), ("test", "ant"), ("test", "wasp")):
+        source = folder / split / name.replace("wasp", "bee")
+        shutil.copytree(source, tmp_path / "wasps" / split / name)
+    wasps = tmp_path / "run"
+    assert train_on(tmp_path / "wasps", wasps, "--epochs", 1).status == 0
+    outcome = run_script("evaluate.py", insects, wasps)
+    refused(outcome, f"{wasps} has the classes ant, wasp, {insects} has ant, bee")
+    outcome = run_script("evaluate.py", insects, wasps, "--dataset", f"folder:{folder}")
+    refused(outcome, f"has the classes ant, bee; {wasps} was trained on ant, wasp")
 
 
 def test_predict_takes_runs_and_then_images(insects, other, folder, tmp_path):

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 
 import torch_ref.sources
-from equivalence_tests.program.command import run_script
+from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.image_folder import fill
 from flax_resnet.commands import cli, cross_validate, evaluate, train
 from flax_resnet.config import DataConfig, TrainConfig
@@ -75,6 +75,18 @@ def test_more_folds_than_images_of_a_class_are_refused(framework):
         framework(config(0, folds=175))
 
 
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (("--folds", 3, "--fold", 3), "--fold 3 does not exist: there are 0 to 2"),
+        (("--folds", 175, "--fold", 0), "--folds 175 is more than the 174 images"),
+    ],
+)
+def test_the_command_refuses_such_folds_in_one_line(tmp_path, flags, words):
+    refused(run_script("train.py", "--run-dir", tmp_path / "run", *flags), words)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_number_of_folds_is_bounded_before_a_list_is_made(monkeypatch, tmp_path):
     command = ["cross_validate.py", "--folds", "2147483647", "--run-dir", str(tmp_path / "cv")]
     monkeypatch.setattr("sys.argv", command)
@@ -118,7 +130,9 @@ def test_the_command_pools_the_predictions_of_all_folds(tmp_path, monkeypatch, c
         by_name.test.indices, evaluate.open_data(first, None, "test").test.indices
     )
     assert len(evaluate.open_data(first, first.config.data.dataset, "all").train) == len(rows)
-    asked = SimpleNamespace(dataset="digits", split="test", fold_batchnorm=False)
+    asked = SimpleNamespace(
+        dataset="digits", split="test", fold_batchnorm=False, average="probabilities"
+    )
     with pytest.raises(InputError, match="fold-1 divides its data otherwise"):
         evaluate.opened_all([str(tmp_path / "cv/fold-0"), str(tmp_path / "cv/fold-1")], asked)
 

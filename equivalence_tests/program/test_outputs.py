@@ -120,7 +120,7 @@ def test_a_run_does_not_lie_among_its_images(images, tmp_path, place):
 
 def test_the_own_data_of_a_run_are_not_replaced(images, monkeypatch):
     run = SimpleNamespace(config=TrainConfig(data=DataConfig(dataset=f"folder:{images}")))
-    monkeypatch.setattr(evaluate, "opened_all", lambda names, args: ({"run": run}, None))
+    monkeypatch.setattr(evaluate, "opened_all", lambda names, args: ({"run": run}, run, None))
     picture = str(images / "test" / "bee" / "00.png")
     monkeypatch.setattr("sys.argv", ["evaluate.py", "run", "--predictions", picture])
     with pytest.raises(InputError, match="--predictions: .* is one of the files that are read"):

@@ -112,15 +112,20 @@ def with_names_of(dataset, run: LoadedRun) -> LoadedRun:
     return replace(run, class_names=tuple(names))
 
 
-def check_classes(run: LoadedRun, dataset, name: str):
-    """Raises InputError if the data have other classes or channels than the run."""
+def check_classes(run: LoadedRun, dataset, name: str, run_name: str = "the run"):
+    """Raises InputError if the data have other classes or channels than the run.
+
+    Args:
+      name: that of the data.
+      run_name: the run in the message.
+    """
     if sorted(dataset.class_names) != sorted(run.class_names):
         raise InputError(
-            f"{name} has the classes {listed(dataset.class_names)}; the run was"
+            f"{name} has the classes {listed(dataset.class_names)}; {run_name} was"
             f" trained on {listed(run.class_names)}"
         )
     if dataset.channels != run.channels:
-        raise InputError(f"{name} has {dataset.channels} channels, the run {run.channels}")
+        raise InputError(f"{name} has {dataset.channels} channels, {run_name} {run.channels}")
 
 
 class TakesRows(Protocol):
@@ -186,7 +191,7 @@ def opened(name: str, args) -> tuple[LoadedRun, DataSet]:
     dataset = open_data(run, args.dataset, args.split)
     if published.is_name(name):
         run = with_names_of(dataset, run)
-    check_classes(run, dataset, args.dataset or run.config.data.dataset)
+    check_classes(run, dataset, args.dataset or run.config.data.dataset, name)
     return run.without_batchnorm() if args.fold_batchnorm else run, dataset
 
 
@@ -197,9 +202,15 @@ def _in_common(dataset: DataSet, args):
     return facts.get(f"{args.split} images") if args.dataset else facts
 
 
-def opened_all(names: list[str], args) -> tuple[dict[str, LoadedRun], DataSet]:
-    """The runs and their common data; InputError if the runs divide their data differently."""
+def opened_all(names: list[str], args) -> tuple[dict[str, LoadedRun], LoadedRun, DataSet]:
+    """The runs, their ensemble and their common data.
+
+    Raises:
+      InputError: the runs make no ensemble, or divide their data differently.
+    """
     found = {name: opened(name, args) for name in names}
+    runs = {name: run for name, (run, _) in found.items()}
+    joined = ensemble(runs, args.average)
     first = found[names[0]][1]
     for name, (_, dataset) in found.items():
         if _in_common(dataset, args) != _in_common(first, args):
@@ -208,7 +219,7 @@ def opened_all(names: list[str], args) -> tuple[dict[str, LoadedRun], DataSet]:
                 " training images there; give images that no run has seen, with --dataset DATA"
                 " --split all"
             )
-    return {name: run for name, (run, _) in found.items()}, first
+    return runs, joined, first
 
 
 def check_finite(name: str, figures: dict):
@@ -234,11 +245,11 @@ def measured(run: LoadedRun, dataset: DataSet, args, left_out: list | None, name
 def main():
     args = parse()
     names = cli.distinct(args.run_dirs)
-    runs, dataset = opened_all(names, args)
+    runs, run, dataset = opened_all(names, args)
     read = [args.dataset or run.config.data.dataset for run in runs.values()]
     data = [place for name in read for place in places(name)]
     output_files.check_outputs(outputs(args), data=data)
-    run, several = ensemble(runs, args.average), len(runs) > 1
+    several = len(runs) > 1
     skip = args.on_bad_image == "skip"
     members = [
         measure(member, dataset, args.split, [] if skip else None)[0]
