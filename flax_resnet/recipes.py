@@ -73,17 +73,6 @@ def _enlarged(epochs, lr, pixels=64, validation_fraction=0.1, **groups) -> Train
 ALL_THREE = dict(dropout=0.5, weight_decay=1e-4, patience=5)
 """The regularisers of a public comparison."""
 
-BY_SGD = dict(
-    dropout=0.5,
-    weight_decay=5e-4,
-    patience=5,
-    stem="imagenet",
-    pixels=80,
-    epochs=10,
-    schedule="cosine",
-)
-"""The regularisers with the weight decay of SGD, for 10 epochs at 80 pixels."""
-
 PUBLISHED_ALL_THREE = {
     "test_accuracy": 0.8793,
     "test_loss": 0.3229,
@@ -291,7 +280,16 @@ RECIPES = {
         source="a public comparison of regularisers on ResNet-18 in PyTorch",
     ),
     "resnet18-regularized-80px-sgd": Recipe(
-        config=_regularized(**BY_SGD, optimizer=SGD),
+        config=_regularized(
+            dropout=0.5,
+            weight_decay=5e-4,
+            patience=5,
+            stem="imagenet",
+            pixels=80,
+            epochs=10,
+            schedule="cosine",
+            optimizer=SGD,
+        ),
         starts_from="resnet18-regularized-32-to-80px",
         method="10 more epochs at 80 px by SGD with a weight decay of 5e-4, from the weights of"
         " resnet18-regularized-32-to-80px",
