@@ -4,8 +4,9 @@
     python -m equivalence_tests.benchmark.serving runs/birds --only PyTorch
 
 Each program answers in a process of its own, on one core and on two, and the processes take turns.
-"First answer" is the time from the start of loading to the logits of one image, compilation
-included. The other times are medians of many calls. Every call starts from uint8 pixels.
+"First answer" is the time from the start of loading to the logits of one image. It includes the
+compilation, because each process has an empty compilation cache. The other times are medians of
+many calls. Every call starts from uint8 pixels.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def facts(run_dir: Path) -> dict:
 
     run = load_run(run_dir)
     facts = {"arch": run.config.model.arch, "stem": run.config.model.stem}
-    return facts | {"image_shape": run.image_shape, "command": "python -m " + __spec__.name}
+    return facts | {"image_shape": run.image_shape}
 
 
 def measure(folder: Path, names, rounds: int) -> dict[str, dict]:
@@ -131,7 +132,13 @@ def medians(outcomes: list[dict]) -> dict:
 
 def in_process(folder: Path, name: str, cores: int) -> dict:
     command = [sys.executable, "-m", __spec__.name, str(folder), "--program", name]
-    done = subprocess.run([*command, "--cores", str(cores)], check=True, stdout=subprocess.PIPE)
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [*command, "--cores", str(cores)],
+            check=True,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"XDG_CACHE_HOME": cache},
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -171,10 +178,8 @@ def jax_run(folder: Path, cores: int, *, folded: bool = False, dtype: str = "flo
     from flax_resnet.training.network import Network
 
     run = load_run(folder / "run")
-    if dtype != "float32":
-        model = replace(run.config.model, dtype=dtype)
-        network = Network(create_from_config(model, in_channels=run.channels))
-        run = replace(run, network=network)
+    model = replace(run.config.model, dtype=dtype)
+    run = replace(run, network=Network(create_from_config(model, in_channels=run.channels)))
     return (run.without_batchnorm() if folded else run).predict
 
 

@@ -1,12 +1,14 @@
 """int8 ONNX files: what they say, what they lose, and what is refused."""
 
 import json
+import re
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import torch_ref
 from equivalence_tests.program.command import refused, run_script
@@ -82,6 +84,22 @@ def test_the_layer_with_the_most_noise_is_found(tmp_path, before, noisy):
     assert noisy in list(noise)[: convert_int8.NOISIEST]
     kinds = (torch.nn.Conv2d, torch.nn.Linear)
     assert noise.keys() == {name for name, m in net.named_modules() if isinstance(m, kinds)}
+
+
+def test_a_loss_of_accuracy_is_a_warning_that_names_layers(digits, tmp_path):
+    """One channel is so large that its scale loses all others, and no later layer uses it."""
+    before, weights = tmp_path / "digits.safetensors", tmp_path / "large.safetensors"
+    assert run_script("convert.py", digits, before).status == 0
+    arrays = load_file(before)
+    arrays["conv1.bias"][0] = 1e4
+    arrays["conv2.weight"][:, 0] = 0
+    save_file(arrays, weights)
+    flags = ["--int8", "--calibrate", "digits", "--calibration-images", 50]
+    outcome = run_script("convert.py", weights, tmp_path / "net.onnx", *flags)
+    assert outcome.status == 0, outcome.err
+    assert re.search(r"int8 loses 0\.[1-9]\d+ of the accuracy; .* noise: .*conv2 \(", outcome.err)
+    sound = run_script("convert.py", before, tmp_path / "sound.onnx", *flags)
+    assert "int8 loses" not in sound.err
 
 
 def test_what_does_not_fit_is_refused(digits, tmp_path):

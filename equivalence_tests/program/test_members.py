@@ -83,16 +83,35 @@ def test_members_are_equal_to_their_own_runs(alone, together):
         assert difference(member, run) <= MEMBERS
 
 
-def test_members_that_a_gpu_computes_at_once_are_equal_to_their_own_runs(alone, tmp_path):
+@pytest.fixture
+def at_once(monkeypatch):
+    """Members are computed as on a GPU."""
     original = Engine.__init__
 
-    def at_once(engine, *args, **kwargs):
+    def initialize(engine, *args, **kwargs):
         original(engine, *args, **kwargs)
         engine.members_in_turn = False
 
-    with mock.patch.object(Engine, "__init__", at_once):
-        fit_members(CONFIG, tmp_path / "runs", 2, display=quiet())
+    monkeypatch.setattr(Engine, "__init__", initialize)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_members_that_a_gpu_computes_at_once_are_equal_to_their_own_runs(alone, tmp_path):
+    fit_members(CONFIG, tmp_path / "runs", 2, display=quiet())
     for number, run in enumerate(alone):
+        assert difference(tmp_path / "runs" / f"member-{number}", run) <= MEMBERS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["in turn", "at once"])
+def test_members_with_batchnorm_are_equal_to_their_own_runs(way, tmp_path, request):
+    config = cli.merge(CONFIG, {"epochs": "2", "model": {"arch": "resnet20", "dropout": "0"}})
+    if way == "at once":
+        request.getfixturevalue("at_once")
+    fit_members(config, tmp_path / "runs", 2, display=quiet())
+    for number in (0, 1):
+        run = tmp_path / str(number)
+        fit(cli.merge(config, {"seed": str(5 + number)}), run, display=quiet())
         assert difference(tmp_path / "runs" / f"member-{number}", run) <= MEMBERS
 
 
