@@ -568,6 +568,10 @@ COMPARISONS = {
         "resnet18-regularized-base-7x7", "resnet18-regularized-decay-7x7",
         "resnet18-regularized-7x7",
     ),
+    "All regularisers with Adam and with SGD": (
+        "resnet18-regularized", "resnet18-regularized-80px",
+    ),
+    "Regularised, at 48 and at 112 pixels": ("resnet18-48px", "resnet18-112px"),
     "Regularised and not, at 224 pixels": ("resnet18-224-plain", "resnet18-224"),
     "Regularised and not, at 48 pixels": ("resnet18-48px-plain", "resnet18-48px"),
     "Fine-tuned from Imagenette and from scratch": ("transfer-scratch", "transfer"),
@@ -577,6 +581,8 @@ COMPARISONS = {
     ),
     "More pixels through the same stem": ("cifar10-resnet18", "cifar10-resnet18-64px"),
     "ResNet-50 and ResNet-101, 224 pixels": ("cifar10-resnet50-224", "cifar10-resnet101-224"),
-    "ResNet-50 and ResNet-101, 64 pixels": ("cifar10-resnet50-64px", "cifar10-resnet101-64px"),
+    "ResNet-50 and ResNet-101, 64 pixels": (
+        "cifar10-resnet50-64px", "cifar10-resnet101-64px", "cifar10-resnet101-64px-one-cycle",
+    ),
 }  # fmt: skip
 """{title: recipes to compare, the plainer one first}"""

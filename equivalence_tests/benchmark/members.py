@@ -4,7 +4,8 @@
 
 Both are `scripts/train.py` with the same flags, one with `--members N`, the other N times with the
 seeds of the members. They take turns, and the machine must be idle. The images/s of the steps are
-those of timings.csv without the first epoch, which compiles; "wall" is the whole process.
+those of timings.csv without the first epoch, which compiles; "wall" is the whole process. A step of
+all members is timed in this process too, one member after the other and all at once (`vmap`).
 """
 
 import argparse
@@ -16,8 +17,18 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from equivalence_tests import results
+from equivalence_tests.parity import inputs
+from flax_resnet.config import AugmentConfig, ModelConfig, ParallelConfig, TrainConfig
+from flax_resnet.devices.parallel import Engine
+from flax_resnet.models import create_from_config
 from flax_resnet.runs.tables import read_rows
+from flax_resnet.training import steps
+from flax_resnet.training.network import Network
 
 ROOT = Path(__file__).parents[2]
 ARCH, SIZE, BATCH, EPOCHS = "resnet20", 32, 64, 4
@@ -69,6 +80,38 @@ def measure_alone(members: int, shared: list[str]) -> dict:
         }
 
 
+def step_seconds(members: int, rounds: int = 5) -> dict[str, float]:
+    """Median seconds of a step of all members on random images, computed in both ways in turn."""
+    config = TrainConfig(
+        batch_size=BATCH,
+        model=ModelConfig(arch=ARCH, num_classes=10),
+        augment=AugmentConfig(random_crop=0),
+        parallel=ParallelConfig(devices=1),
+    )
+    network = Network(create_from_config(config.model, in_channels=3))
+    step = steps.make_train_step(
+        network, config, inputs.AsGiven(), num_classes=10, steps_per_epoch=1
+    )
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((BATCH, SIZE, SIZE, 3), np.float32)
+    batch = {"image": images, "label": np.arange(BATCH, dtype=np.int32) % 10}
+    batches = (batch | {"index": np.arange(BATCH, dtype=np.int32)},) * members
+    programs, states, found = {}, {}, {"in_turn": [], "at_once": []}
+    for way in found:
+        engine = Engine(config.parallel)
+        engine.members_in_turn = way == "in_turn"
+        programs[way] = engine.compile_members(step, 1)
+        state = steps.make_state(network.initial, config)
+        states[way] = tuple(jax.tree.map(jnp.copy, state) for _ in range(members))
+    for _ in range(1 + rounds):
+        for way, program in programs.items():
+            started = time.monotonic()
+            outcome = program(states[way], {}, batches, np.arange(members, dtype=np.int32))
+            states[way] = jax.block_until_ready(outcome)[0]
+            found[way].append(time.monotonic() - started)
+    return {way: statistics.median(each[1:]) for way, each in found.items()}  # the first compiles
+
+
 def summary(rounds: list[dict]) -> dict:
     """Medians, and the medians of the ratios of each round; above 1 the members are faster."""
 
@@ -87,12 +130,13 @@ def main():
     parser.add_argument("--dataset", default="digits")
     args = parser.parse_args()
     shared, rounds = flags(args.dataset), []
+    steps_alone = step_seconds(args.members)
     ways = {"members": measure_together, "alone": measure_alone}
     for number in range(args.rounds):
         order = list(ways) if number % 2 == 0 else list(ways)[::-1]
         rounds.append({name: ways[name](args.members, shared) for name in order})
         print(rounds[-1], flush=True)
-        document = {"members": args.members, "flags": " ".join(shared)}
+        document = {"members": args.members, "flags": " ".join(shared), "step_seconds": steps_alone}
         results.write("members", document | summary(rounds) | {"rounds": rounds})
 
 

@@ -125,6 +125,7 @@ def course(run: Run) -> list[dict]:
     """The rows of a run's metrics.csv; InputError unless they have all that a plot needs."""
     path, splits = run.folder / "metrics.csv", run.report["splits"].keys() & {"train", "validation"}
     needed = {"epoch", *(f"{split}_{name}" for split in splits for name in ("loss", "accuracy"))}
+    needed -= {"train_accuracy"} if run.framework == "torch" else set()  # it measures none
     rows = read_rows(path)
     if not rows or (missing := needed - rows[0].keys()):
         raise InputError(f"{path}: {listed(sorted(missing)) if rows else 'every row'} is missing")
@@ -184,12 +185,12 @@ def _copy(command: str) -> str:
 
 def comparisons(runs: list[Run]) -> dict[str, list[Run]]:
     """title -> its recipes' first runs, where at least two of them have run on the same images: on
-    all, or, as the title then says, on a subset."""
+    all, or, as the title then says, on a subset. A run in JAX goes before one in PyTorch."""
     found = {}
     for title, names in COMPARISONS.items():
         alike = {}
-        for run in runs:
-            if run.recipe in names and run.framework == "jax":
+        for run in sorted(runs, key=lambda run: run.framework):
+            if run.recipe in names:
                 alike.setdefault(run.subset, {}).setdefault(run.recipe, run)
         for subset, first in alike.items():
             if len(first) > 1:

@@ -40,7 +40,7 @@ def rebuild(folder: Path) -> list[dict]:
         text += f"\n## The same recipe in JAX and in PyTorch\n\n{PAIRS_METHOD}\n\n{pairs}"
     _write(folder / "recipes.md", text)
     for title, group in comparisons(runs).items():
-        courses = {run.recipe: course(run) for run in group}
+        courses = {label(run): course(run) for run in group}
         with replacing(folder / picture_name(title)) as place:
             plots.comparison(place, courses, title)
     _write(folder / "recipes.html", page(folder, runs, rows))
@@ -109,6 +109,11 @@ def marked(row: dict) -> str:
     marks = ["torch"] if row["framework"] == "torch" else []
     marks += ["original"] if row["data"] == "original" else []
     return _marked(row["recipe"], marks, row["subset"])
+
+
+def label(run: Run) -> str:
+    """The recipe of a run, marked if PyTorch ran it."""
+    return run.recipe + (" (torch)" if run.framework == "torch" else "")
 
 
 def _marked(recipe: str, marks: list[str], subset: int | None) -> str:
@@ -223,7 +228,7 @@ def page(folder: Path, runs: list[Run], rows: list[dict]) -> str:
 
 def _discussion(runs: list[Run]) -> str:
     items = "".join(
-        f"<li><code>{html.escape(run.recipe)}</code>: {html.escape(RECIPES[run.recipe].method)}."
+        f"<li><code>{html.escape(label(run))}</code>: {html.escape(RECIPES[run.recipe].method)}."
         f" {html.escape(discussion(run, runs[0]))}"
         for run in runs
     )
