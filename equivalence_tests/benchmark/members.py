@@ -1,11 +1,13 @@
 """Times a training of several members beside as many single trainings, as whole processes.
 
     python -m equivalence_tests.benchmark.members         # 20 minutes; results/members.json
+    python -m equivalence_tests.benchmark.members --step  # 2 minutes; results/members-step.json
 
 Both are `scripts/train.py` with the same flags, one with `--members N`, the other N times with the
 seeds of the members. They take turns, and the machine must be idle. The images/s of the steps are
-those of timings.csv without the first epoch, which compiles; "wall" is the whole process. A step of
-all members is timed in this process too, one member after the other and all at once (`vmap`).
+those of timings.csv without the first epoch, which compiles; "wall" is the whole process. With
+`--step`, a step of all members is timed alone: one member after the other, and all at once by
+`vmap`.
 """
 
 import argparse
@@ -128,15 +130,19 @@ def main():
     parser.add_argument("--members", type=int, default=8, metavar="N")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--step", action="store_true", help="time a step of the members alone")
     args = parser.parse_args()
+    if args.step:
+        facts = {"arch": ARCH, "image_size": SIZE, "batch_size": BATCH, "members": args.members}
+        results.write("members-step", facts | {"seconds": step_seconds(args.members)})
+        return
     shared, rounds = flags(args.dataset), []
-    steps_alone = step_seconds(args.members)
     ways = {"members": measure_together, "alone": measure_alone}
     for number in range(args.rounds):
         order = list(ways) if number % 2 == 0 else list(ways)[::-1]
         rounds.append({name: ways[name](args.members, shared) for name in order})
         print(rounds[-1], flush=True)
-        document = {"members": args.members, "flags": " ".join(shared), "step_seconds": steps_alone}
+        document = {"members": args.members, "flags": " ".join(shared)}
         results.write("members", document | summary(rounds) | {"rounds": rounds})
 
 
