@@ -124,9 +124,10 @@ def _sent_again(restore: Callable[[int], object]):
       restore: (number of a signal) -> None; puts the signal's handler back before it is sent.
     """
     timers, dropped, thread = [], sys.unraisablehook, threading.get_ident()
+    is_active = True
 
     def hook(unraisable):
-        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        if not is_active or not isinstance(unraisable.exc_value, KeyboardInterrupt):
             return dropped(unraisable)
         signum = getattr(unraisable.exc_value, "signum", signal.SIGINT)
         restore(signum)
@@ -138,7 +139,9 @@ def _sent_again(restore: Callable[[int], object]):
     try:
         yield
     finally:
-        sys.unraisablehook = dropped
+        is_active = False
+        if sys.unraisablehook is hook:  # otherwise a hook that was set later has to stay
+            sys.unraisablehook = dropped
         for timer in timers:
             timer.cancel()
 

@@ -230,10 +230,13 @@ class Checkpoints:
 
 
 @functools.cache
+@functools.cache
 def _quieten():
     """Silence tracebacks of errors that this module raises or reports in a line: Orbax logs them,
-    and after a failed write its other writes complain about a closed event loop."""
+    and after a failed write its other writes complain, also at the end of the process, about a
+    closed event loop or an error that nobody has read."""
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     print_traceback = sys.unraisablehook
 
     def unless_closed(seen):
