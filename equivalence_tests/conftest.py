@@ -11,8 +11,8 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
-# XLA would end the process if one device waits 40 s for the others. Eight of them may share one busy
-# core, and a virtual machine may stand still for minutes.
+# XLA would end the process if one device waits 40 s for the others. Eight of them may share one
+# busy core, and a virtual machine may stand still for minutes.
 os.environ["XLA_FLAGS"] = (
     f"--xla_cpu_collective_call_terminate_timeout_seconds=36000 {os.environ.get('XLA_FLAGS', '')}"
 )

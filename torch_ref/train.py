@@ -54,6 +54,7 @@ def fit(
     *,
     device: str | None = None,
     resume: bool = False,
+    compiled: bool = False,
     command: str = "",
 ) -> dict:
     """Train, evaluate and write a run directory.
@@ -64,6 +65,8 @@ def fit(
       device: "cpu" or "cuda"; None: CUDA where there is one.
       resume: continue the run in `run_dir` after its last whole epoch, or begin one if there is
         none. A finished run stays as it is.
+      compiled: whether torch.compile compiles the network: rounding and the draws of dropout are
+        others then.
       command: how it was called, for the report.
 
     Returns:
@@ -86,14 +89,16 @@ def fit(
         check_unvalidated(prepared.config)
     _announce(prepared, device)
     with locked(run_dir, resume=resume):
-        values = _train(prepared, device, run_dir, command)
+        values = _train(prepared, device, run_dir, compiled=compiled, command=command)
     for name, scores in values["splits"].items():
         say("  ".join([f"{name:10s}", *(f"{k} {v:.4f}" for k, v in scores.items())]))
     say(run_dir)
     return values
 
 
-def _train(prepared: Prepared, device: torch.device, run_dir: Path, command: str) -> dict:
+def _train(
+    prepared: Prepared, device: torch.device, run_dir: Path, *, compiled: bool, command: str
+) -> dict:
     """Begin or continue a run, and return its report."""
     begun = (run_dir / STATE).exists()
     model = _initial_model(prepared.config, prepared.dataset.channels, begun=begun)
@@ -105,6 +110,8 @@ def _train(prepared: Prepared, device: torch.device, run_dir: Path, command: str
             say(f"{run_dir} is finished")
             return finished
         say(f"resumed after epoch {run.epoch}")
+    if compiled:
+        run.model.compile()
     loop.train(run, run_dir)
     values = report(run, command)
     write_results(run_dir, model, values)
@@ -180,6 +187,7 @@ def parse():
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
+    parser.add_argument("--compile", action="store_true", help="compile with torch.compile")
     cli.add_config_flags(parser)
     return parser.parse_args()
 
@@ -193,6 +201,7 @@ def main() -> None:
             args.run_dir,
             device=args.device,
             resume=args.resume,
+            compiled=args.compile,
             command=exits.command_line(),
         )
     except InputError as error:  # a loader's worker puts its traceback before the message

@@ -56,6 +56,23 @@ def test_a_run_learns_and_writes_what_it_found(tmp_path, capsys):
     assert again["loss"] == pytest.approx(report["splits"]["test"]["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_network_trains_to_the_same_weights(tmp_path, monkeypatch, backend):
+    calls, compile = [], torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda net: calls.append(net) or compile(net, backend=backend)
+    )
+    flags = ["--arch", "basic_cnn", "--epochs", 1, "--train-images", 128]
+    flags += ["--batch-size", 64, "--dtype", "float64", "--dropout", 0]
+    weights = {}
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        assert call(*flags, *more, "--run-dir", tmp_path / name) == 0
+        weights[name] = checkpoint.load(tmp_path / name / "weights.pth")
+    assert len(calls) == 1
+    for name, value in weights["eager"].items():
+        np.testing.assert_allclose(weights["compiled"][name], value, rtol=0, atol=1e-11)
+
+
 def test_it_starts_from_the_weights_of_a_run(tmp_path):
     """A rate that moves nothing shows them; BatchNorm's statistics move all the same."""
     _, source = fit(tmp_path / "source")
