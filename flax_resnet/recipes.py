@@ -152,8 +152,9 @@ def _against_overfitting(
     )
 
 
-def _overfitting(pixels=224) -> TrainConfig:
-    return _resized("resnet18", pixels, epochs=20, early_stopping=dict(restore_best=False))
+def _overfitting(pixels=224, epochs=20, **changes) -> TrainConfig:
+    stopping = dict(restore_best=False)
+    return _resized("resnet18", pixels, epochs=epochs, early_stopping=stopping, **changes)
 
 
 def _he(arch) -> TrainConfig:
@@ -391,6 +392,19 @@ RECIPES = {
         published={"validation_accuracy": 0.8144, "validation_loss": 0.4898},
         source="a public study of overfitting with ResNet-18 in PyTorch",
     ),
+    "resnet18-112px-plain": Recipe(
+        config=_overfitting(
+            112,
+            epochs=6,
+            model=dict(arch="resnet18", stem="imagenet", dtype="bfloat16"),
+            optimizer=SGD | dict(lr=0.1, weight_decay=0.0),
+            schedule=dict(schedule="onecycle"),
+        ),
+        method="112 px, bfloat16, SGD, one-cycle, without weight decay, dropout, flip, crop and"
+        " early stopping",
+        published={"validation_accuracy": 0.8144, "validation_loss": 0.4898},
+        source="a public study of overfitting with ResNet-18 in PyTorch",
+    ),
     "imagenette-cnn": Recipe(
         config=_imagenette(
             epochs=15,
@@ -573,6 +587,7 @@ COMPARISONS = {
     ),
     "Regularised, at 48 and at 112 pixels": ("resnet18-48px", "resnet18-112px"),
     "Regularised and not, at 224 pixels": ("resnet18-224-plain", "resnet18-224"),
+    "Regularised and not, at 112 pixels": ("resnet18-112px-plain", "resnet18-112px"),
     "Regularised and not, at 48 pixels": ("resnet18-48px-plain", "resnet18-48px"),
     "Fine-tuned from Imagenette and from scratch": ("transfer-scratch", "transfer"),
     "Fine-tuned and from scratch, 12 epochs": ("cifar10-resnet18-64px", "transfer-12-epochs"),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from equivalence_tests.benchmark import (
     agreement,
     fresh_process,
+    image_files,
     roofline,
     throughput,
     timed_jax,
     timed_torch,
 )
 from equivalence_tests.benchmark.timing import VARIANTS, Job, Skipped
+from flax_resnet.interop.loaded_run import load_run
 from flax_resnet.models import create_model
 
 JOB = Job(
@@ -216,3 +219,20 @@ def test_a_wrong_folding_is_not_timed(outcomes, monkeypatch):
 def test_nothing_is_folded_in_training(side):
     with pytest.raises(Skipped, match="inference"):
         SIDES[side].configure(replace(JOB, framework=side, variant="folded"))
+
+
+def test_the_speed_on_image_files_leaves_out_the_start(insects, folder, monkeypatch):
+    """24 images take 5 s and the first batch of 16 takes 3 s: 8 images take 2 s."""
+    written = {}
+    monkeypatch.setattr(image_files.results, "write", lambda name, values: written.update(values))
+    monkeypatch.setattr(
+        image_files, "of_process", lambda run, *images: 5 if len(images) == 1 else 3
+    )
+    run = load_run(insects)
+    small = replace(run, config=replace(run.config, eval_batch_size=16))
+    monkeypatch.setattr(image_files, "load_run", lambda path: small)
+    monkeypatch.setattr(sys, "argv", ["image_files", str(insects), str(folder / "test")])
+    image_files.main()
+    assert written["files"] == 24 and len(written["rounds"]) == image_files.ROUNDS
+    speeds = written["images_per_second"]
+    assert speeds["command"] == 4 and min(speeds["decoding"], speeds["network"]) > 0
