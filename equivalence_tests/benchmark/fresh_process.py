@@ -84,7 +84,8 @@ def environment(job: Job, cache: Path) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
-    variables.pop("JAX_PLATFORMS", None)
+    for unusual in ("JAX_PLATFORMS", "PYTHONDONTWRITEBYTECODE"):
+        variables.pop(unusual, None)
     if job.device == "cpu":
         variables |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         kept = job.variant.endswith("-kept-memory") or job.mode == "ceilings"

@@ -139,12 +139,14 @@ def medians(outcomes: list[dict]) -> dict:
 
 def in_process(folder: Path, name: str, cores: int) -> dict:
     command = [sys.executable, "-m", __spec__.name, str(folder), "--program", name]
+    variables = os.environ | KEEP_MEMORY
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile Python's sources
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
             [*command, "--cores", str(cores)],
             check=True,
             stdout=subprocess.PIPE,
-            env=os.environ | KEEP_MEMORY | {"XDG_CACHE_HOME": cache},
+            env=variables | {"XDG_CACHE_HOME": cache},
         )
     return json.loads(done.stdout.splitlines()[-1])
 

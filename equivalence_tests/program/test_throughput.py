@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from equivalence_tests.benchmark import (
     fresh_process,
     image_files,
     roofline,
+    serving,
     throughput,
     timed_jax,
     timed_torch,
@@ -236,3 +238,17 @@ def test_the_speed_on_image_files_leaves_out_the_start(insects, folder, monkeypa
     assert written["files"] == 24 and len(written["rounds"]) == image_files.ROUNDS
     speeds = written["images_per_second"]
     assert speeds["command"] == 4 and min(speeds["decoding"], speeds["network"]) > 0
+
+
+def test_measured_processes_start_as_those_of_users(monkeypatch, tmp_path):
+    """Without kept bytecode, importing JAX or PyTorch takes seconds more."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert "PYTHONDONTWRITEBYTECODE" not in fresh_process.environment(JIT, tmp_path)
+    passed = []
+    monkeypatch.setattr(
+        serving.subprocess,
+        "run",
+        lambda *_, env, **__: passed.append(env) or SimpleNamespace(stdout=b"{}"),
+    )
+    assert serving.in_process(tmp_path, "JAX", 1) == {}
+    assert "PYTHONDONTWRITEBYTECODE" not in passed[0]
