@@ -26,7 +26,7 @@ SOURCES = {
     "cifar10-resnet18-dropout": "cifar10-resnet18-dropout",
     "transfer-12-epochs": "transfer",
     "cifar10-resnet50-64px": "cifar10-resnet50-224",
-    "cifar10-resnet101-64px": "cifar10-resnet101-224",
+    "cifar10-resnet101-64px-one-cycle": "cifar10-resnet101-64px",
     "cifar10-resnet20": "cifar10-resnet20",
 }
 """{the recipe that comes nearest to a published figure: the one with the source's settings}"""
@@ -110,7 +110,8 @@ def depth() -> str:
     he = (f"cifar10-resnet{layers}" for layers in (20, 32, 44, 56, 110))
     return _question(
         "imagenette-cnn", "imagenette-cnn-plain", "imagenette-resnet18", "cifar10-resnet50-224",
-        "cifar10-resnet50-64px", "cifar10-resnet101-224", "cifar10-resnet101-64px", *he,
+        "cifar10-resnet50-64px", "cifar10-resnet101-224", "cifar10-resnet101-64px",
+        "cifar10-resnet101-64px-one-cycle", *he,
     )  # fmt: skip
 
 
