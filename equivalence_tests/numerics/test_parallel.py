@@ -110,6 +110,17 @@ def test_the_number_of_devices_does_not_matter(depth, mode, devices, x64):
     assert largest_error(run(mode, devices, depth), one_device(depth)) <= PARALLEL
 
 
+def test_the_axis_of_pmap_is_removed_without_communication():
+    """A program for each array that sends it to all devices once hung eight CPU devices."""
+    engine = Engine(ParallelConfig(parallel="pmap", devices=8))
+    tree = {"a": np.arange(6.0), "b": np.float32(7)}
+    copies = engine.replicate(tree)
+    assert copies["a"].shape == (8, 6)
+    jax.tree.map(np.testing.assert_array_equal, engine.single(copies), tree)
+    program = jax.jit(engine.single).lower(copies).compile().as_text()
+    assert "num_partitions=8" in program and "all-" not in program
+
+
 @pytest.mark.parametrize("devices", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 def test_sharded_parameters_do_not_matter(devices, x64):
     assert largest_error(run("jit", devices, shard=True), one_device()) <= PARALLEL

@@ -13,7 +13,7 @@ backward pass, and each device updates its shard. The compiler then finds out wh
 does in an evaluation.
 """
 
-from functools import partial
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -195,8 +195,22 @@ class Engine:
         return NamedSharding(self.mesh, PartitionSpec(*[None] * largest, AXIS))
 
     def single(self, tree):
-        """The first copy of what `replicate` made, without the axis of devices."""
-        return jax.tree.map(lambda x: x[0], tree) if self.pmap else tree
+        """What `replicate` was given, still replicated under pmap, without the axis of devices."""
+        return self._without_axis(tree) if self.pmap else tree
+
+    @cached_property
+    def _without_axis(self):
+        """Takes the axis of devices from each device's own copy. Written as `x[0]`, every array
+        would be a program that sends the first copy to all devices. With many of them under way,
+        CPU devices can wait for one another forever."""
+        own = jax.shard_map(
+            partial(jax.tree.map, lambda x: x[0]),
+            mesh=self.mesh,
+            in_specs=PartitionSpec(AXIS),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        return jax.jit(own)
 
     def shard(self, batches: list[dict]):
         """Stack and place batches of `[B, ...]` for the compiled step: `[(K,) (D,) B / D, ...]`.
