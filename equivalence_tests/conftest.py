@@ -40,8 +40,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any speed")  # on a busy machine, drawing takes long
 
 LONG_FILES = (
-    "test_faults", "test_parallel", "test_train", "test_float64", "test_training", "test_float32",
-    "test_ports", "test_export", "test_localise", "test_processes", "test_package", "test_docs",
+    "test_float64", "test_parity_script", "test_faults", "test_train", "test_float32", "test_ports",
+    "test_training", "test_parallel", "test_accelerators", "test_members", "test_export",
+    "test_models", "test_convert", "test_augment", "test_around_a_run",
 )  # fmt: skip
 """Files of a minute or more, the longest first: begun last, one would keep one worker alone."""
 
