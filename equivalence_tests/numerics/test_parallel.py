@@ -111,7 +111,7 @@ def test_the_number_of_devices_does_not_matter(depth, mode, devices, x64):
 
 
 def test_the_axis_of_pmap_is_removed_without_communication():
-    """A program for each array that sends it to all devices once hung eight CPU devices."""
+    """Eight CPU devices once hung while each array was sent to all devices."""
     engine = Engine(ParallelConfig(parallel="pmap", devices=8))
     tree = {"a": np.arange(6.0), "b": np.float32(7)}
     copies = engine.replicate(tree)

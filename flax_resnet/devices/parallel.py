@@ -195,14 +195,14 @@ class Engine:
         return NamedSharding(self.mesh, PartitionSpec(*[None] * largest, AXIS))
 
     def single(self, tree):
-        """What `replicate` was given, still replicated under pmap, without the axis of devices."""
+        """Remove the axis of devices that `replicate` adds under pmap; arrays stay replicated."""
         return self._without_axis(tree) if self.pmap else tree
 
     @cached_property
     def _without_axis(self):
         """Takes the axis of devices from each device's own copy. Written as `x[0]`, every array
-        would be a program that sends the first copy to all devices. With many of them under way,
-        CPU devices can wait for one another forever."""
+        would be a program that sends the first copy to all devices; eight CPU devices once hung
+        while many of these programs were under way."""
         own = jax.shard_map(
             partial(jax.tree.map, lambda x: x[0]),
             mesh=self.mesh,
