@@ -102,6 +102,13 @@ def _freed_memory_is_given_back():
         trim(0)
 
 
+@pytest.fixture(autouse=True)
+def _float64_is_off_again():
+    """Turns float64 off after each test: training, or reading, a run in float64 turns it on."""
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
 @pytest.fixture
 def x64():
     """Enables float64 in JAX for one test."""

@@ -30,13 +30,6 @@ def ranks_are_promoted():
 
 
 @pytest.fixture
-def no_x64():
-    """Float64 is off after the test, which may read a run that turns it on."""
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
-@pytest.fixture
 def begun(tmp_path):
     """The directory of a run that was cut off after one epoch."""
     return without_training(tmp_path / "run")

@@ -30,9 +30,6 @@ NAMES = "a,b,c,d,e,f,g"
 LOOKS = ["--class-names", NAMES, "--image-size", 32, "--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.2, 1]
 
 
-pytestmark = pytest.mark.usefixtures("no_x64")
-
-
 @pytest.fixture(scope="module")
 def weights() -> dict:
     return inputs.make_case("resnet20").arrays

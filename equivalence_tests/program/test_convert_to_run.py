@@ -18,8 +18,6 @@ from torch_ref import checkpoint
 LOOKS = ["--image-size", 8, "--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.2, 1]
 NAMES = ["--class-names", "crow,owl,wren"]
 
-pytestmark = pytest.mark.usefixtures("no_x64")
-
 
 def random_weights(classes=3) -> dict[str, np.ndarray]:
     shapes = Architecture("basic_cnn", classes, 3, None).shapes()

@@ -131,7 +131,6 @@ def test_predict_takes_runs_and_then_images(insects, other, folder, tmp_path):
     refused(run_script("predict.py", insects, other), "no image or folder follows")
 
 
-@pytest.mark.usefixtures("no_x64")
 def test_members_of_two_types_give_the_same_in_any_order(insects, folder, tmp_path):
     assert train_on(folder, tmp_path / "wide", "--epochs", 1, "--dtype", "float64").status == 0
     losses = []

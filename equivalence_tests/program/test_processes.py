@@ -108,10 +108,7 @@ def wait_for_epoch(run_dir, epoch, started):
 
 def alone(run_dir, *flags, status=0):
     """Train in this process, with one device."""
-    try:
-        outcome = run_script("train.py", "--run-dir", run_dir, "--devices", 1, *flags)
-    finally:
-        jax.config.update("jax_enable_x64", False)
+    outcome = run_script("train.py", "--run-dir", run_dir, "--devices", 1, *flags)
     assert outcome.status == status, outcome.err
 
 
@@ -122,12 +119,9 @@ def numbers(run_dir) -> dict:
     report = json.loads((run_dir / "report.json").read_text())
     for split, values in report["splits"].items():
         found |= {f"{split} {name}": value for name, value in values.items()}
-    try:
-        state = restore.restore(run_dir, Checkpoints.latest)[-1]
-        leaves = jax.tree.flatten_with_path(state)[0]
-        return found | {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-    finally:
-        jax.config.update("jax_enable_x64", False)
+    state = restore.restore(run_dir, Checkpoints.latest)[-1]
+    leaves = jax.tree.flatten_with_path(state)[0]
+    return found | {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,6 @@ from flax_resnet.training import fit
 from flax_resnet.weights import published
 
 CLASSES = ("tench", "goldfish", "white shark", "tiger shark", "hammerhead")
-pytestmark = pytest.mark.usefixtures("no_x64")
 
 SMALL = ["--epochs", 1, "--batch-size", 4, "--devices", 1]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

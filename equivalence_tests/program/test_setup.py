@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 from packaging.requirements import Requirement
 
@@ -22,6 +23,13 @@ def test_pyproject_and_constraints_pin_the_same():
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert pyproject["tool"]["uv"]["constraint-dependencies"] == PINS
     assert not re.search(r"https?:|@", "".join(PINS))
+
+
+@pytest.mark.control
+@pytest.mark.parametrize("turn", [1, 2])
+def test_float64_that_a_test_leaves_on_is_off_in_the_next(turn):
+    assert not jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
 
 
 def test_what_is_installed_is_what_is_pinned():

@@ -396,11 +396,8 @@ def test_the_average_begins_with_the_first_update_that_is_not_skipped():
 
 def test_float64_is_float64(tmp_path):
     config = small(model={"arch": "basic_cnn", "dtype": "float64"}, epochs="1")
-    try:
-        fit(config, tmp_path / "run", display=quiet())
-        assert {v.dtype for v in weights(tmp_path / "run").values()} == {np.dtype("float64")}
-    finally:
-        jax.config.update("jax_enable_x64", False)
+    fit(config, tmp_path / "run", display=quiet())
+    assert {v.dtype for v in weights(tmp_path / "run").values()} == {np.dtype("float64")}
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,6 @@ from torch_ref import checkpoint
 LOOKS = ["--image-size", 32, "--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.2, 1]
 
 
-pytestmark = pytest.mark.usefixtures("no_x64")
-
-
 @pytest.fixture(scope="module")
 def arrays() -> dict:
     return inputs.make_case("resnet20").arrays
