@@ -386,20 +386,6 @@ RECIPES = {
         published={"validation_accuracy": 0.8676, "validation_loss": 0.3355},
         source="a public study of overfitting with ResNet-18 in PyTorch",
     ),
-    "resnet18-80px": Recipe(
-        config=_against_overfitting(
-            80,
-            epochs=30,
-            schedule="onecycle",
-            optimizer=SGD | dict(lr=0.1),
-            dtype="bfloat16",
-            patience=10,
-        ),
-        method="80 px, bfloat16, SGD, one-cycle, weight decay 5e-4, dropout 0.5, flip and crop,"
-        " early stopping on the loss",
-        published={"validation_accuracy": 0.8676, "validation_loss": 0.3355},
-        source="a public study of overfitting with ResNet-18 in PyTorch",
-    ),
     "resnet18-48px-plain": Recipe(
         config=_overfitting(48),
         method="48 px, without weight decay, dropout, flip, crop and early stopping",
