@@ -23,9 +23,8 @@ from flax_resnet.models import layers, resnet
 from flax_resnet.training import losses
 
 QUICK = ("resnet20", "resnet18")
-# One network of every kind, and both stems; the others differ only in depth or width.
+# One network of every kind, and both stems; the others differ only in depth, width or groups.
 DEFAULT = [
-    ("resnet50", "imagenet"),
     ("resnext50_32x4d", "cifar"),
     ("resnet110", None),
     ("basic_cnn", None),
@@ -85,7 +84,7 @@ def test_projection_shortcuts_of_the_cifar_nets():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("kernels", ["auto", "library"])
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("library", marks=pytest.mark.slow)])
 def test_statistics_of_groups_of_images(kernels):
     case = make_case("resnet20", batch=6, batch_norm_images=3, kernels=kernels)
     assert too_large(case) == [] and too_large(case, train=False) == []

@@ -77,9 +77,14 @@ class Closed(Exception):
         super().__setattr__(name, value)
 
 
-@pytest.mark.parametrize("where, kind", [
-    ("step", Pruned), ("step", Closed), pytest.param("epoch", Pruned, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "where, kind",
+    [
+        ("step", Closed),
+        pytest.param("step", Pruned, marks=pytest.mark.slow),
+        pytest.param("epoch", Pruned, marks=pytest.mark.slow),
+    ],
+)
 def test_an_exception_of_a_callback_ends_the_training_with_the_work_saved(tmp_path, where, kind):
     def callback(event, step, values):
         if (event, step) == (where, {"step": 11, "epoch": 8}[where]):

@@ -28,7 +28,14 @@ def strided_in_torch(strides, padding=1, window=3):
 
 
 @pytest.mark.control
-@pytest.mark.parametrize("strides,size", [((2, 1), None), ((1, 2), (15, 18)), ((2, 2), None)])
+@pytest.mark.parametrize(
+    "strides,size",
+    [
+        ((2, 1), None),
+        pytest.param((1, 2), (15, 18), marks=pytest.mark.slow),
+        pytest.param((2, 2), None, marks=pytest.mark.slow),
+    ],
+)
 def test_a_padding_is_compared_along_each_axis(strides, size):
     """At one height and width, each axis sees one of the two kinds of sizes."""
     net = strided_in_torch(strides)

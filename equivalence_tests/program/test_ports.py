@@ -163,7 +163,7 @@ def test_the_gradient_of_a_maximum_is_that_of_pytorch():
     assert report.groups() == {"it is a global max-pool": ["avgpool"]} and report.explained
 
 
-@pytest.mark.parametrize("name", ["group norm", "depthwise"])
+@pytest.mark.parametrize("name", ["group norm", pytest.param("depthwise", marks=pytest.mark.slow)])
 def test_networks_that_are_no_resnet_are_equal(name):
     net = pairs_nnx.NETWORKS[name](nnx.Rngs(foreign_networks.key()))
     assert compare_models(net, pairs_torch.NETWORKS[name]()).verdict == "equal"

@@ -18,7 +18,6 @@ from torch_ref.train import fit
 
 FILES = ["metrics.csv", "report.json", "run.lock", "state.pth", "weights.pth"]
 RUNS = {
-    "plain": {},
     "the_average_and_mixup": {
         "augment": {"mixup": 0.2},
         "optimizer": {"ema_decay": 0.5},
