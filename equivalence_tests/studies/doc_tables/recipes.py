@@ -18,24 +18,25 @@ def recipes_not_run() -> str:
 
 SOURCES = {
     "resnet18-regularized-80px": "resnet18-regularized",
-    "resnet18-112px": "resnet18-224",
-    "resnet18-112px-plain": "resnet18-224-plain",
+    "resnet18-112px": "resnet18-48px",
+    "resnet18-112px-plain": "resnet18-48px-plain",
     "cifar10-resnet18-64-to-80px": "cifar10-resnet18",
     "imagenette-cnn": "imagenette-cnn-plain",
     "imagenette-resnet18": "imagenette-resnet18",
     "cifar10-resnet18-dropout": "cifar10-resnet18-dropout",
-    "transfer-12-epochs": "transfer",
-    "cifar10-resnet50-64px": "cifar10-resnet50-224",
+    "transfer-12-epochs": "transfer-12-epochs",
+    "transfer-scratch": "transfer-scratch",
+    "cifar10-resnet50-64px": "cifar10-resnet50-64px",
     "cifar10-resnet101-64px-one-cycle": "cifar10-resnet101-64px",
     "cifar10-resnet20": "cifar10-resnet20",
 }
-"""{the recipe that comes nearest to a published figure: the one with the source's settings}"""
+"""{the recipe nearest to a published figure: the one nearest to the settings of its source}"""
 
 
 def sources() -> str:
     """One line for each published figure: the recipe that comes nearest to its source."""
     ours = _whole_runs()
-    header = ["recipe", "figure", "published", "reached", "with the source's settings", "seeds",
+    header = ["recipe", "figure", "published", "reached", "nearest to the source", "seeds",
               "pixels", "minutes", "hardware"]  # fmt: skip
     rows = [_source(ours[name], faithful, ours) for name, faithful in SOURCES.items()]
     return table(header, rows)
@@ -45,9 +46,10 @@ def _source(row: dict, faithful: str, ours: dict[str, dict]) -> list[str]:
     figure, published = next(iter(row["published"].items()))
     reached = reproduction_page.reached(row["figures"][figure])
     words = [reproduction_page.marked(row), figure.replace("_", " "), f"{published:.4f}", reached]
-    found = ours.get(faithful)
-    same = reproduction_page.reached(found["figures"][figure]) if found else "not run"
-    words.append("these" if faithful == row["recipe"] else f"`{faithful}`: {same}")
+    nearest = ours[faithful]
+    same = reproduction_page.reached(nearest["figures"][figure])
+    pixels = f" ({nearest['pixels']} px)" * (nearest["pixels"] != row["pixels"])
+    words.append("this" if nearest is row else f"`{faithful}`{pixels}: {same}")
     return [*words, len(row["seeds"]), row["pixels"], f"{row['minutes']:.0f}", row["hardware"]]
 
 
