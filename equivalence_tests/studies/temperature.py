@@ -7,7 +7,6 @@ python -m equivalence_tests.studies.temperature RUN  # adds the run to results/t
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import jax
@@ -16,13 +15,13 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from equivalence_tests import results
-from flax_resnet.commands import exits
+from flax_resnet import machine
 from flax_resnet.commands.evaluate import open_data
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import evaluation_decoder
 from flax_resnet.interop.loaded_run import LoadedRun, load_run
-from flax_resnet.runs import environment
 
+NAME = "temperature"
 LARGEST = 10  # the temperature is looked for between 1 / LARGEST and LARGEST
 
 
@@ -30,11 +29,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN")
     run_dir = parser.parse_args().run_dir
-    measured = {"command": exits.command_line(), "environment": environment.describe(1)}
-    row = measured | measure(load_run(run_dir))
-    path = results.FOLDER / "temperature.json"
-    rows = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(rows | {run_dir.name: row}, indent=1, allow_nan=False) + "\n")
+    row = {"revision": machine.revision()} | measure(load_run(run_dir))
+    rows = results.read(NAME)["rows"] if (results.FOLDER / f"{NAME}.json").exists() else {}
+    results.write(NAME, {"rows": rows | {run_dir.name: row}})
     print(row)
 
 
