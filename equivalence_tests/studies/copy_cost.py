@@ -53,7 +53,12 @@ def paired(lossless: Path, jpeg: Path) -> dict:
     exact, copy = right(lossless), right(jpeg)
     if exact.keys() != copy.keys():
         raise ValueError("the two sets do not hold the same images")
-    alone = [sum(a[name] > b[name] for name in a) for a, b in ((exact, copy), (copy, exact))]
+    return mcnemar(*(np.array([rights[name] for name in exact]) for rights in (exact, copy)))
+
+
+def mcnemar(exact: np.ndarray, copy: np.ndarray) -> dict:
+    """McNemar's exact test of which images, bool [N], were predicted correctly from two files."""
+    alone = [int((exact & ~copy).sum()), int((copy & ~exact).sum())]
     p = binomtest(alone[0], sum(alone)).pvalue if any(alone) else 1.0
     return {"right_in_lossless_alone": alone[0], "right_in_jpeg_alone": alone[1], "p": float(p)}
 

@@ -19,6 +19,7 @@ from flax_resnet import machine
 from flax_resnet.commands.evaluate import open_data
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import evaluation_decoder
+from flax_resnet.data.sources import Source
 from flax_resnet.interop.loaded_run import LoadedRun, load_run
 
 NAME = "temperature"
@@ -37,7 +38,8 @@ def main():
 
 def measure(run: LoadedRun) -> dict:
     """The temperature, the accuracy, and the losses on the test images without it and with it."""
-    validation, test = (outputs(run, split) for split in ("validation", "test"))
+    data = open_data(run, None, "test")
+    validation, test = (outputs(run, source) for source in (data.validation, data.test))
     temperature, (logits, labels) = fitted(*validation), test
     return {
         "validation_images": len(validation[1]),
@@ -51,9 +53,8 @@ def measure(run: LoadedRun) -> dict:
     }
 
 
-def outputs(run: LoadedRun, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Logits `[N, K]` and labels `[N]` of the images of a split."""
-    source = getattr(open_data(run, None, split), split)
+def outputs(run: LoadedRun, source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Logits `[N, K]` and labels `[N]` of the images of a source."""
     forward, found = jax.jit(run.logits), []
     decoder = evaluation_decoder(run.config.data)
     for batch in pipeline.evaluation_batches(source, decoder, run.config.eval_batch_size):
@@ -64,8 +65,13 @@ def outputs(run: LoadedRun, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def loss(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> float:
     """Mean cross-entropy in nats of logits `[N, K]` that are divided by the temperature."""
+    return float(losses(logits, labels, temperature).mean())
+
+
+def losses(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """The cross-entropies `[N]` of which `loss` is the mean."""
     rows = log_softmax(np.float64(logits) / temperature, axis=1)
-    return float(-rows[np.arange(len(labels)), labels].mean())
+    return -rows[np.arange(len(labels)), labels]
 
 
 def fitted(logits: np.ndarray, labels: np.ndarray) -> float:
