@@ -13,7 +13,7 @@ import pytest
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.run_directory import without_training
 from equivalence_tests.studies import reproduce, reproduction
-from flax_resnet.commands import compare, cross_validate
+from flax_resnet.commands import compare, cross_validate, outcomes
 from flax_resnet.errors import InputError
 from flax_resnet.runs import tables, views
 from flax_resnet.runs.directory import RunDirectory
@@ -145,7 +145,7 @@ def test_a_run_without_a_checkpoint_is_refused(run, tmp_path):
 def test_the_curves_of_a_cross_validation_are_those_of_the_checkpoints(tmp_path, monkeypatch):
     for name in ("fold-0", "fold-1", "fold-2"):
         edited(without_training(tmp_path / name) / "metrics.csv")
-    figures, pool = dict.fromkeys(cross_validate.SHOWN, 0.5), cross_validate.Pool(("a",))
+    figures, pool = dict.fromkeys(cross_validate.SHOWN, 0.5), outcomes.Pool(("a",))
     pool.add([{"label": "a", "prediction": "a", "loss": 0.1}])
     drawn = {}
     for name, value in {

@@ -4,15 +4,19 @@ import csv
 import json
 import shutil
 import weakref
+from collections import Counter
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from equivalence_tests.program.command import refused, run_script
 from equivalence_tests.program.insects import train_on, write_folder
 from flax_resnet.commands import cross_validate, evaluate
 from flax_resnet.config import TrainConfig
 from flax_resnet.interop.loaded_run import LoadedRun, load_run
+from flax_resnet.runs import plots
 
 
 def test_evaluate_repeats_the_report(insects, tmp_path):
@@ -117,6 +121,21 @@ def test_rows_of_predictions_are_written_as_they_come(insects, tmp_path, most_ro
     assert len(list(csv.DictReader((tmp_path / "p.csv").open()))) == 10_000
     assert 50 <= most_rows[0] <= 60 + 2 * 50
     assert (tmp_path / "worst.html").read_text().count("<figure>") == 60
+
+
+def test_the_confusion_matrix_counts_the_predictions(insects, tmp_path, monkeypatch):
+    draw = Mock(wraps=plots.confusion_matrix)
+    monkeypatch.setattr(plots, "confusion_matrix", draw)
+    table, picture = tmp_path / "p.csv", tmp_path / "confusion.png"
+    flags = ["--predictions", table, "--confusion-matrix", picture, "--split", "all"]
+    assert run_script("evaluate.py", insects, *flags).status == 0
+    pairs = Counter((row["label"], row["prediction"]) for row in csv.DictReader(table.open()))
+    _, counts, names = draw.call_args.args
+    assert counts.tolist() == [[pairs[true, taken] for taken in names] for true in names]
+    assert names == ("ant", "bee") and counts.sum() == 48
+    assert Image.open(picture).size[0] > 400
+    wrong = ["--confusion-matrix", tmp_path / "a.pdf"]
+    refused(run_script("evaluate.py", insects, *wrong), "--confusion-matrix", "ends in .png")
 
 
 def test_rows_of_all_folds_are_written_as_they_come(tmp_path, monkeypatch, most_rows):

@@ -87,6 +87,7 @@ def test_no_command_takes_an_image_of_its_data_for_an_output(images, tmp_path):
     for words in (
         [*evaluated, "--json", picture],
         [*evaluated, "--worst", picture],
+        [*evaluated, "--confusion-matrix", picture],
         ["plan.py", "--target", "h100", "--dataset", data, "--plot", picture],
     ):
         refused(run_script(*words), "is one of the files that are read")

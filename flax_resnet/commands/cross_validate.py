@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
-from flax_resnet import metrics
 from flax_resnet.commands import cli, evaluate, exits, outcomes, output_files, train
+from flax_resnet.commands.outcomes import Pool
 from flax_resnet.config import TrainConfig, resolve
 from flax_resnet.data.prepare import check_contents, class_weights, contents, suggested_size
 from flax_resnet.data.sources import open_dataset, same_place
@@ -103,26 +103,6 @@ def trained(config: TrainConfig, run_dir: Path):
         check_contents(contents(dataset, weights), load_run(run_dir).contents)
         return
     fit.fit(config, run_dir, resume=True, command=exits.command_line())
-
-
-class Pool:
-    """The predictions of all folds."""
-
-    def __init__(self, names: tuple[str, ...]):
-        self.names = names
-        self.counts = np.zeros((len(names), len(names)), np.int64)  # row = true class
-        self._number = {name: index for index, name in enumerate(names)}
-        self._loss = 0.0
-
-    def add(self, rows: list[dict]):
-        """Take the rows of a batch."""
-        for row in rows:
-            self.counts[self._number[row["label"]], self._number[row["prediction"]]] += 1
-            self._loss += row["loss"]
-
-    def figures(self) -> dict[str, float]:
-        """The figures of all predictions together."""
-        return {"loss": float(self._loss / self.counts.sum())} | metrics.summarize(self.counts)
 
 
 class OfFold(NamedTuple):

@@ -7,6 +7,7 @@ python scripts/evaluate.py runs/resnet18-digits
 python scripts/evaluate.py runs/digits-1 runs/digits-2 runs/digits-3
 python scripts/evaluate.py runs/resnet18-birds --dataset folder:/data/new-birds --split all
 python scripts/evaluate.py runs/resnet18-birds --predictions test.csv --worst worst.html
+python scripts/evaluate.py runs/resnet18-birds --split validation --confusion-matrix confusion.png
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from flax_resnet.data.prepare import SPLITS, check_contents, contents, evaluatio
 from flax_resnet.data.sources import AS_TRAINED, DataSet, open_dataset, places, same_place
 from flax_resnet.devices.parallel import Engine
 from flax_resnet.errors import InputError
+from flax_resnet.files import replacing
 from flax_resnet.interop.ensemble import AVERAGES, ensemble
 from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.interop.weights_to_run import open_run
@@ -58,7 +60,11 @@ def parse():
         metavar="FILE",
         help="write an HTML page of the images of largest loss",
     )
+    parser.add_argument(
+        "--confusion-matrix", type=Path, metavar="FILE.png", help="draw the confusion matrix"
+    )
     args = parser.parse_args()
+    output_files.check_picture("--confusion-matrix", args.confusion_matrix)
     cli.check_choice("--split", args.split, splits)
     args.average = cli.chosen_average(args.average, AVERAGES, args.run_dirs)
     cli.check_choice("--on-bad-image", args.on_bad_image, ("error", "skip"))
@@ -69,7 +75,8 @@ def parse():
 
 def outputs(args) -> dict[str, Path | None]:
     """{flag: the file that it names}"""
-    return {f"--{name}": getattr(args, name) for name in ("json", "predictions", "worst")}
+    files = {f"--{name}": getattr(args, name) for name in ("json", "predictions", "worst")}
+    return files | {"--confusion-matrix": args.confusion_matrix}
 
 
 def open_data(run: LoadedRun, name: str | None, split: str):
@@ -134,13 +141,15 @@ class TakesRows(Protocol):
 
 
 class Outcomes:
-    """Writes the rows of all images as they come, and keeps the pictures of the worst."""
+    """Writes the rows of all images as they come, counts their classes, and keeps the pictures of
+    the worst."""
 
-    def __init__(self, write: outcomes.Write):
-        self._write, self.worst = write, outcomes.Worst()
+    def __init__(self, write: outcomes.Write, class_names: tuple[str, ...]):
+        self._write, self.worst, self.pool = write, outcomes.Worst(), outcomes.Pool(class_names)
 
     def add(self, rows: list[dict], batch: dict):
         self._write(rows)
+        self.pool.add(rows)
         self.worst.add(rows, batch["image"][batch["mask"]])
 
 
@@ -229,17 +238,27 @@ def check_finite(name: str, figures: dict):
 
 
 def measured(run: LoadedRun, dataset: DataSet, args, left_out: list | None, name: str):
-    """The figures of a run called `name`, its number of images and the worst of them. The table of
-    the predictions is written meanwhile, and gets its name if the loss is a number."""
+    """The figures of a run called `name`, its number of images and their outcomes, which are None
+    where no flag asks for them. The table of the predictions is written meanwhile, and gets its
+    name if the loss is a number."""
     with contextlib.ExitStack() as files:
         each = None
         if args.predictions:
-            each = Outcomes(files.enter_context(outcomes.csv_rows(args.predictions)))
-        elif args.worst:
-            each = Outcomes(lambda rows: None)
+            write = files.enter_context(outcomes.csv_rows(args.predictions))
+            each = Outcomes(write, run.class_names)
+        elif args.worst or args.confusion_matrix:
+            each = Outcomes(lambda rows: None, run.class_names)
         figures, num_images = measure(run, dataset, args.split, left_out, each)
         check_finite(name, figures)
-    return figures, num_images, each and each.worst
+    return figures, num_images, each
+
+
+def draw(path: Path, pool: outcomes.Pool):
+    """Draw the confusion matrix of the counted classes."""
+    from flax_resnet.runs import plots  # here, because importing Matplotlib takes a second
+
+    with replacing(path) as place:
+        plots.confusion_matrix(place, pool.counts, pool.names)
 
 
 def main():
@@ -259,7 +278,7 @@ def main():
         check_finite(name, values)
     left_out = [] if skip else None
     subject = "ensemble" if several else names[0]
-    figures, num_images, worst = measured(run, dataset, args, left_out, subject)
+    figures, num_images, each = measured(run, dataset, args, left_out, subject)
     table = dict(zip(names, members, strict=True)) if several else {}
     title = subject if several else args.split
     if title in table:  # a run may be called "ensemble"
@@ -275,12 +294,13 @@ def main():
     display.results(table, len(run.class_names))
     if args.worst:
         title = f"The largest losses of {listed(names)}, {args.split} split of {name}"
-        outcomes.write_page(args.worst, worst, title)
+        outcomes.write_page(args.worst, each.worst, title)
+    if args.confusion_matrix:
+        draw(args.confusion_matrix, each.pool)
     if args.json:
         bad = [*map(": ".join, dataset.bad_images), *map(str, left_out or ())]
         facts = {"split": args.split, "images": num_images, "command": exits.command_line()}
         facts |= {"left_out_images": len(bad), "left_out": bad}
         if several:
-            each = dict(zip(names, members, strict=True))
-            facts |= {"average": args.average, "members": each}
+            facts |= {"average": args.average, "members": dict(zip(names, members, strict=True))}
         output_files.write_json(args.json, figures | facts)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from flax_resnet import metrics
 from flax_resnet.commands import output_files
 from flax_resnet.files import CsvRows
 from flax_resnet.text import printable
@@ -68,6 +69,26 @@ def csv_rows(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[Write]:
                 table.write(row[name] for name in columns)
 
         yield write
+
+
+class Pool:
+    """The counts `[K, K]` of true classes (rows) and predicted ones, and the loss, of all rows."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+        self.counts = np.zeros((len(names), len(names)), np.int64)
+        self._number = {name: index for index, name in enumerate(names)}
+        self._loss = 0.0
+
+    def add(self, rows: list[dict]):
+        """Take the rows of a batch."""
+        for row in rows:
+            self.counts[self._number[row["label"]], self._number[row["prediction"]]] += 1
+            self._loss += row["loss"]
+
+    def figures(self) -> dict[str, float]:
+        """The figures of all predictions together."""
+        return {"loss": float(self._loss / self.counts.sum())} | metrics.summarize(self.counts)
 
 
 class Worst:
