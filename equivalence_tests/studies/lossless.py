@@ -55,10 +55,13 @@ def measure(run: LoadedRun, lossless: Path, jpeg: Path, root: Path) -> dict:
         logits, labels = temperature.outputs(run, images)
         right.append(logits.argmax(1) == labels)
         losses.append(temperature.losses(logits, labels))
-        row |= {f"{kind}_accuracy": float(right[-1].mean()), f"{kind}_loss": losses[-1].mean()}
+        row |= {
+            f"{kind}_accuracy": float(right[-1].mean()),
+            f"{kind}_loss": float(losses[-1].mean()),
+        }
     added = losses[1] - losses[0]
-    row |= {"images": len(added), "added_loss": added.mean(), "added_loss_error": sem(added)}
-    return row | copy_cost.mcnemar(*right)
+    row |= {"added_loss": float(added.mean()), "added_loss_error": float(sem(added))}
+    return {"images": len(added)} | row | copy_cost.mcnemar(*right)
 
 
 def keep_unseen(root: Path, unseen: Source):

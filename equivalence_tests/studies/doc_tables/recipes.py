@@ -77,6 +77,19 @@ def copy_cost() -> str:
     return table(header, rows, numbers=5)
 
 
+def lossless() -> str:
+    """Networks that were trained on JPEG files, on the lossless images and on JPEG files."""
+    header = ["recipe", "images", "accuracy, lossless", "JPEG", "p", "loss, lossless", "JPEG",
+              "added loss"]  # fmt: skip
+    rows = [
+        [f"`{name}`", row["images"], f"{row['lossless_accuracy']:.4f}",
+         f"{row['jpeg_accuracy']:.4f}", f"{row['p']:.2f}", f"{row['lossless_loss']:.3f}",
+         f"{row['jpeg_loss']:.3f}", f"{row['added_loss']:.3f} ± {row['added_loss_error']:.3f}"]
+        for name, row in results.read("lossless")["rows"].items()
+    ]  # fmt: skip
+    return table(header, rows, numbers=7)
+
+
 def _together(alone: list[dict], whole: dict) -> list[str]:
     """Lowest and highest figure of the runs alone, and the figure of all, for both figures."""
     cells = []
