@@ -48,6 +48,24 @@ def _predictions(path, kind, suffix, predicted):
     return path
 
 
+def _folds(*accuracies):
+    return {"alone": [{"accuracy": accuracy} for accuracy in accuracies]}
+
+
+def test_the_cost_is_that_of_the_same_folds_and_seeds():
+    """Folds and seeds of the two sets are pairs, however much they differ among each other."""
+    seeds = [
+        {"lossless": _folds(0.5, 0.9), "jpeg": _folds(0.49, 0.88)},
+        {"lossless": _folds(0.1, 0.7), "jpeg": _folds(0.07, 0.68)},
+    ]
+    found = copy_cost.cost(seeds)
+    assert found["accuracy_lost"] == pytest.approx(0.02)
+    assert found["error"] == pytest.approx(np.std([0.01, 0.02, 0.03, 0.02], ddof=1) / 2)
+    assert found["p"] < 0.02
+    swapped = [{"lossless": found["jpeg"], "jpeg": found["lossless"]} for found in seeds]
+    assert copy_cost.cost(swapped)["accuracy_lost"] == pytest.approx(-0.02)
+
+
 def test_the_same_images_are_compared(tmp_path):
     images = [("cat", number) for number in range(8)] + [("dog", 0)]
     exact = dict.fromkeys(images, "cat")  # right but for the dog

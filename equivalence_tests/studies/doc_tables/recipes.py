@@ -66,14 +66,14 @@ def digits() -> str:
 
 def copy_cost() -> str:
     """Folds on lossless images and on their JPEG copies."""
-    found = results.read("copy-cost")
-    header = ["images", "accuracy of each fold", "together", "loss of each fold", "together",
-              "correct from these alone"]  # fmt: skip
-    rows = []
-    for kind in ("lossless", "jpeg"):
-        folds = found[kind]
-        alone = found[f"right_in_{kind}_alone"]
-        rows.append([kind, *_together(folds["alone"], folds["pooled"]), alone])
+    header = ["seed", "images", "accuracy of each fold", "together", "loss of each fold",
+              "together", "correct from these alone"]  # fmt: skip
+    rows = [
+        [seed, kind, *_together(found[kind]["alone"], found[kind]["pooled"]),
+         found[f"right_in_{kind}_alone"]]
+        for seed, found in results.read("copy-cost")["seeds"].items()
+        for kind in ("lossless", "jpeg")
+    ]  # fmt: skip
     return table(header, rows, numbers=5)
 
 
