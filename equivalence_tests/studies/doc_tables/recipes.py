@@ -108,8 +108,8 @@ def regularization() -> str:
         "resnet18-regularized-80px-sgd", "resnet18-regularized-sgd", "resnet18-regularized-80px",
         "resnet18-224", "resnet18-224-plain", "resnet18-48px", "resnet18-48-to-80px",
         "resnet18-80-to-112px", "resnet18-80px", "resnet18-112px", "resnet18-48px-plain",
-        "resnet18-112px-plain", "cifar10-resnet18-dropout", "imagenette-cnn", "imagenette-cnn-plain", "cifar10-resnet18",
-        "cifar10-resnet18-64px",
+        "resnet18-112px-plain", "cifar10-resnet18-dropout", "imagenette-cnn",
+        "imagenette-cnn-plain", "cifar10-resnet18", "cifar10-resnet18-64px",
     )  # fmt: skip
 
 
