@@ -133,6 +133,10 @@ def _bottleneck(arch, epochs, pixels=224, **changes) -> TrainConfig:
     return _resized(arch, pixels, epochs=epochs, batch_size=32, early_stopping=stopping, **changes)
 
 
+BY_SGD = dict(schedule="onecycle", optimizer=SGD | dict(lr=0.1), dtype="bfloat16", patience=10)
+"""Settings with which `_against_overfitting` trains ResNet-18 by SGD."""
+
+
 def _against_overfitting(
     pixels=224,
     epochs=20,
@@ -375,28 +379,14 @@ RECIPES = {
         source="a public study of overfitting with ResNet-18 in PyTorch",
     ),
     "resnet18-80px": Recipe(
-        config=_against_overfitting(
-            80,
-            epochs=30,
-            schedule="onecycle",
-            optimizer=SGD | dict(lr=0.1),
-            dtype="bfloat16",
-            patience=10,
-        ),
+        config=_against_overfitting(80, 30, **BY_SGD),
         method="80 px, bfloat16, SGD, one-cycle, weight decay 5e-4, dropout 0.5, flip and crop,"
         " early stopping on the loss",
         published={"validation_accuracy": 0.8676, "validation_loss": 0.3355},
         source="a public study of overfitting with ResNet-18 in PyTorch",
     ),
     "resnet18-112px": Recipe(
-        config=_against_overfitting(
-            112,
-            epochs=14,
-            schedule="onecycle",
-            optimizer=SGD | dict(lr=0.1),
-            dtype="bfloat16",
-            patience=10,
-        ),
+        config=_against_overfitting(112, 14, **BY_SGD),
         method="112 px, bfloat16, SGD, one-cycle, weight decay 5e-4, dropout 0.5, flip and crop,"
         " early stopping on the loss",
         published={"validation_accuracy": 0.8676, "validation_loss": 0.3355},
