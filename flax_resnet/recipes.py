@@ -163,6 +163,15 @@ def _overfitting(pixels=224, epochs=20, **changes) -> TrainConfig:
     return _resized("resnet18", pixels, epochs=epochs, early_stopping=stopping, **changes)
 
 
+PLAIN_BY_SGD = dict(
+    epochs=6,
+    model=dict(arch="resnet18", stem="imagenet", dtype="bfloat16"),
+    optimizer=SGD | dict(lr=0.1, weight_decay=0.0),
+    schedule=dict(schedule="onecycle"),
+)
+"""Settings with which `_overfitting` trains ResNet-18 by SGD."""
+
+
 def _he(arch) -> TrainConfig:
     """The config of He et al. 2015, section 4.2: 64,000 steps of 128 images, with cuts of the
     learning rate after 32,000 and 48,000."""
@@ -399,15 +408,15 @@ RECIPES = {
         source="a public study of overfitting with ResNet-18 in PyTorch",
     ),
     "resnet18-112px-plain": Recipe(
-        config=_overfitting(
-            112,
-            epochs=6,
-            model=dict(arch="resnet18", stem="imagenet", dtype="bfloat16"),
-            optimizer=SGD | dict(lr=0.1, weight_decay=0.0),
-            schedule=dict(schedule="onecycle"),
-        ),
+        config=_overfitting(112, **PLAIN_BY_SGD),
         method="112 px, bfloat16, SGD, one-cycle, without weight decay, dropout, flip, crop and"
         " early stopping",
+        published={"validation_accuracy": 0.8144, "validation_loss": 0.4898},
+        source="a public study of overfitting with ResNet-18 in PyTorch",
+    ),
+    "resnet18-112px-plain-batch-32": Recipe(
+        config=_overfitting(112, batch_size=32, **PLAIN_BY_SGD),
+        method="resnet18-112px-plain with batches of 32 images instead of 128",
         published={"validation_accuracy": 0.8144, "validation_loss": 0.4898},
         source="a public study of overfitting with ResNet-18 in PyTorch",
     ),
@@ -595,7 +604,9 @@ COMPARISONS = {
         "resnet18-48px", "resnet18-80px", "resnet18-112px",
     ),
     "Regularised and not, at 224 pixels": ("resnet18-224-plain", "resnet18-224"),
-    "Regularised and not, at 112 pixels": ("resnet18-112px-plain", "resnet18-112px"),
+    "Regularised and not, at 112 pixels": (
+        "resnet18-112px-plain", "resnet18-112px-plain-batch-32", "resnet18-112px",
+    ),
     "Regularised and not, at 48 pixels": ("resnet18-48px-plain", "resnet18-48px"),
     "Fine-tuned from Imagenette and from scratch": ("transfer-scratch", "transfer"),
     "Fine-tuned and from scratch, 12 epochs": ("cifar10-resnet18-64px", "transfer-12-epochs"),

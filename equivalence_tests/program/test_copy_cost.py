@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from equivalence_tests.studies import copy_cost
+from equivalence_tests.studies import copy_cost, reencoded
 
 IMAGES = 6
 
@@ -79,3 +79,14 @@ def test_the_same_images_are_compared(tmp_path):
     other = _predictions(tmp_path / "c.csv", "jpeg", "jpg", {("cat", 0): "cat"})
     with pytest.raises(ValueError, match="the same images"):
         copy_cost.paired(lossless, other)
+
+
+def test_a_lower_quality_changes_the_same_images_more(copies, tmp_path_factory):
+    levels = []
+    for quality in (90, 30):
+        target = tmp_path_factory.mktemp("reencoded")
+        levels.append(reencoded.reencode(copies, target, quality))
+        names = [{path.relative_to(root).with_suffix("") for path in root.glob("*/*/*")}
+                 for root in (copies, target)]  # fmt: skip
+        assert names[0] == names[1] and len(names[0]) == 4 * IMAGES
+    assert 0 < levels[0] < levels[1] < 60

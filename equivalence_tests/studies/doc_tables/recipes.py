@@ -19,7 +19,7 @@ def recipes_not_run() -> str:
 SOURCES = {
     "resnet18-regularized-80px": "resnet18-regularized",
     "resnet18-80px": "resnet18-48px",
-    "resnet18-112px-plain": "resnet18-48px-plain",
+    "resnet18-112px-plain-batch-32": "resnet18-48px-plain",
     "cifar10-resnet18-64-to-80px": "cifar10-resnet18",
     "imagenette-cnn": "imagenette-cnn-plain",
     "imagenette-resnet18": "imagenette-resnet18",
@@ -90,6 +90,19 @@ def lossless() -> str:
     return table(header, rows, numbers=7)
 
 
+def reencoded() -> str:
+    """Trainings on all images of a copy in JPEG files, and on the same images compressed more."""
+    header = ["quality of the second encoding", "mean change, levels", "test accuracy",
+              "test loss"]  # fmt: skip
+    found = results.read("reencoded")["rows"].items()
+    rows = [
+        ["none" if quality == "None" else quality, f"{row['levels']:.1f}",
+         *(f"{row['splits']['test'][figure]:.4f}" for figure in ("accuracy", "loss"))]
+        for quality, row in sorted(found, key=lambda item: item[1]["levels"])
+    ]  # fmt: skip
+    return table(header, rows, numbers=3)
+
+
 def _together(alone: list[dict], whole: dict) -> list[str]:
     """Lowest and highest figure of the runs alone, and the figure of all, for both figures."""
     cells = []
@@ -108,8 +121,8 @@ def regularization() -> str:
         "resnet18-regularized-80px-sgd", "resnet18-regularized-sgd", "resnet18-regularized-80px",
         "resnet18-224", "resnet18-224-plain", "resnet18-48px", "resnet18-48-to-80px",
         "resnet18-80-to-112px", "resnet18-80px", "resnet18-112px", "resnet18-48px-plain",
-        "resnet18-112px-plain", "cifar10-resnet18-dropout", "imagenette-cnn",
-        "imagenette-cnn-plain", "cifar10-resnet18", "cifar10-resnet18-64px",
+        "resnet18-112px-plain", "resnet18-112px-plain-batch-32", "cifar10-resnet18-dropout",
+        "imagenette-cnn", "imagenette-cnn-plain", "cifar10-resnet18", "cifar10-resnet18-64px",
     )  # fmt: skip
 
 
