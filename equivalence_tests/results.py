@@ -23,13 +23,17 @@ def read(name: str) -> dict:
     return json.loads((FOLDER / f"{name}.json").read_text())
 
 
+def known(name: str, key: str = "rows") -> dict:
+    """What results/NAME.json holds under the key so far; empty if there is no such file."""
+    return read(name)[key] if (FOLDER / f"{name}.json").exists() else {}
+
+
 class Recorder:
     """A pytest plugin: outcome, seconds and revision of every test, added to results/NAME.json."""
 
     def __init__(self, name: str):
         self.name = name
-        path = FOLDER / f"{name}.json"
-        self.tests = json.loads(path.read_text())["tests"] if path.exists() else {}
+        self.tests = known(name, "tests")
         self.revision = machine.revision()
 
     def pytest_runtest_logreport(self, report):

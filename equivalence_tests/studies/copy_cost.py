@@ -36,8 +36,7 @@ def main():
     args = parser.parse_args()
     levels = copy_pairs(args.lossless, args.jpeg, args.runs)
     found = cross_validate(args.runs, args.seed)
-    known = results.read(NAME)["seeds"] if (results.FOLDER / f"{NAME}.json").exists() else {}
-    seeds = dict(sorted((known | {str(args.seed): found}).items()))
+    seeds = dict(sorted((results.known(NAME, "seeds") | {str(args.seed): found}).items()))
     document = {
         "command": "python -m equivalence_tests.studies.copy_cost LOSSLESS JPEG --seed N",
         "images": len(levels),

@@ -33,7 +33,7 @@ def main():
     with tempfile.TemporaryDirectory() as root:
         found = measure(load_run(args.run_dir), args.lossless, args.jpeg, Path(root))
     row = {"revision": machine.revision()} | found
-    rows = results.read(NAME)["rows"] if (results.FOLDER / f"{NAME}.json").exists() else {}
+    rows = results.known(NAME)
     command = "python -m equivalence_tests.studies.lossless LOSSLESS JPEG RUN"
     results.write(NAME, {"command": command, "rows": rows | {args.run_dir.name: row}})
     print(row)

@@ -39,10 +39,9 @@ def main():
     subprocess.run([sys.executable, "-m", "torch_ref.train", *words], check=True)
     row = {"device": machine.processor(), "revision": machine.revision(), "levels": levels}
     row |= {"splits": json.loads((run / "report.json").read_text())["splits"]}
-    rows = results.read(NAME)["rows"] if (results.FOLDER / f"{NAME}.json").exists() else {}
     command = "python -m equivalence_tests.studies.reencoded JPEG [--quality Q]"
     document = {"command": command, "flags": " ".join(FLAGS)}
-    results.write(NAME, document | {"rows": rows | {str(args.quality): row}})
+    results.write(NAME, document | {"rows": results.known(NAME) | {str(args.quality): row}})
 
 
 def reencode(source: Path, target: Path, quality: int) -> float:

@@ -31,8 +31,7 @@ def main():
     parser.add_argument("run_dir", type=Path, metavar="RUN")
     run_dir = parser.parse_args().run_dir
     row = {"revision": machine.revision()} | measure(load_run(run_dir))
-    rows = results.read(NAME)["rows"] if (results.FOLDER / f"{NAME}.json").exists() else {}
-    results.write(NAME, {"rows": rows | {run_dir.name: row}})
+    results.write(NAME, {"rows": results.known(NAME) | {run_dir.name: row}})
     print(row)
 
 
