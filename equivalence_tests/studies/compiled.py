@@ -138,7 +138,7 @@ def parse():
 
 def main() -> int:
     args = parse()
-    there = results.read(NAME)["rows"] if (results.FOLDER / f"{NAME}.json").exists() else []
+    there = results.known(NAME)
     rows = {(row["arch"], row["target"], row["dtype"]): row for row in there}
     for key in [(a, t, d) for t in args.targets for a in args.only for d in DTYPES]:
         if args.again or key not in rows:
