@@ -36,20 +36,20 @@ def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, 
     Raises:
       InputError: a channel is constant.
     """
-    with ThreadPoolExecutor() as pool:
-        sums = np.sum(list(pool.map(lambda n: _power_sums(images[n][0]), range(len(images)))), 0)
-    count, total, squares = torch.from_numpy(sums)
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    with ThreadPoolExecutor() as pool:  # adds up as it goes: a list of all would hold their memory
+        counts = sum(pool.map(lambda n: _count_levels(images[n][0]), range(len(images))))
+    shares = counts.double() / counts.sum(1, keepdim=True)
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean = shares @ levels
+    std = (shares * (levels - mean[:, None]).square()).sum(1).sqrt()
     if not (std > 1e-6).all():
         raise InputError("a channel of the training images is constant; give mean and std")
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def _power_sums(image: torch.Tensor) -> np.ndarray:
-    """uint8 `[C, H, W]` -> number, sum and sum of squares of the pixels in [0, 1], `[3, C]`."""
-    pixels = image.flatten(1).double() / 255
-    return torch.stack([torch.ones_like(pixels), pixels, pixels.square()]).sum(2).numpy()
+def _count_levels(image: torch.Tensor) -> torch.Tensor:
+    """uint8 `[C, H, W]` -> how often each value is in each channel, `[C, 256]`."""
+    return torch.stack([torch.bincount(channel, minlength=256) for channel in image.flatten(1)])
 
 
 class RepeatedSampler(Sampler):

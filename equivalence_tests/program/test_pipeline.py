@@ -1,5 +1,7 @@
 """Decoding, order, batches and statistics of the input pipeline."""
 
+import subprocess
+import sys
 import threading
 import tracemalloc
 from types import SimpleNamespace
@@ -240,6 +242,31 @@ def test_a_constant_channel_has_no_standard_deviation():
     images[..., 1] = 255
     with pytest.raises(InputError, match="constant; give `mean` and `std`"):
         pipeline.channel_statistics(pipeline.count_levels(images))
+
+
+STATISTICS = """
+import resource
+import numpy as np
+from torch_ref import pipeline, sources
+from torchvision.transforms import v2
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # MiB
+
+image = np.random.default_rng(0).integers(0, 256, (112, 112, 3)).astype(np.uint8)
+images = np.broadcast_to(image, (2000, *image.shape))
+before = peak()
+labels = np.zeros(len(images), int)
+pipeline.channel_statistics(sources.Images(images, labels, v2.PILToTensor()))
+print(peak() - before)
+"""
+
+
+def test_statistics_of_many_images_in_little_memory():
+    """The twin's, which read one image after the other: none of them may leave memory behind."""
+    command = [sys.executable, "-c", STATISTICS]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert grown < 200, f"2,000 images of 112 pixels took {grown} MiB"
 
 
 class Asked:
