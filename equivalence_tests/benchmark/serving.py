@@ -46,8 +46,9 @@ FILES = {
     "ONNX Runtime, folded": ("folded.onnx", ("--fold-batchnorm",)),
     "ONNX Runtime, int8": ("int8.onnx", ("--int8",)),
     "PyTorch": ("net.pth", ()),
+    "PyTorch, int8": ("int8.pth", None),
 }
-"""{program: its file, and the flags with which `flax-resnet convert` writes the file}"""
+"""{program: its file, and the flags with which `flax-resnet convert` writes it, if it does}"""
 
 
 def main():
@@ -81,21 +82,36 @@ def kept(measured) -> dict[str, dict]:
 
 def prepare(folder: Path, run_dir: Path):
     """Write the exported files, the config, and the test images and labels as arrays."""
-    from flax_resnet.commands import evaluate
+    from flax_resnet.commands import convert, convert_int8, evaluate
     from flax_resnet.config import to_dict
     from flax_resnet.data import pipeline
     from flax_resnet.data.prepare import evaluation_decoder
     from flax_resnet.interop.loaded_run import load_run
 
     (folder / "run").symlink_to(run_dir.resolve())
-    for file, flags in FILES.values():
+    by_convert = [row for row in FILES.values() if row[1] is not None]
+    for file, flags in by_convert:
         command = [sys.executable, "scripts/convert.py", run_dir, folder / file, *flags]
         subprocess.run(list(map(str, command)), check=True)
     run = load_run(run_dir)
     (folder / "config.json").write_text(json.dumps(to_dict(run.config), allow_nan=False))
-    test = evaluate.open_data(run, None, "test").test
+    dataset = evaluate.open_data(run, None, "test")
+    test = dataset.test
     images = pipeline.decode_all(test, evaluation_decoder(run.config.data), np.arange(len(test)))
     np.savez(folder / "test.npz", images=images, labels=test.labels)
+    chosen = convert_int8.calibration_images(run, dataset, convert.CALIBRATION_IMAGES)
+    quantize_in_pytorch(folder, chosen)
+
+
+def quantize_in_pytorch(folder: Path, images: np.ndarray):
+    """Write PyTorch's int8 network, calibrated with uint8 `[N, H, W, C]`."""
+    import torch
+
+    from equivalence_tests.benchmark import torch_int8
+
+    net, normalized = twin(folder)
+    batches = [normalized(batch) for batch in np.split(images, range(BATCH, len(images), BATCH))]
+    torch.save(torch_int8.quantized(net, batches).state_dict(), folder / FILES["PyTorch, int8"][0])
 
 
 def facts(run_dir: Path) -> dict:
@@ -217,26 +233,44 @@ def onnx(name: str, folder: Path, cores: int) -> Program:
     return program
 
 
-def pytorch(folder: Path, cores: int, *, folded: bool = False, dtype: str = "float32") -> Program:
+def twin(folder: Path):
+    """The network in PyTorch, and what takes uint8 `[B, H, W, C]` to its input `[B, C, H, W]`."""
     import torch
 
     import torch_ref
     from flax_resnet.config import config_from_file
-    from torch_ref import checkpoint, onnx_file
+    from torch_ref import checkpoint
 
-    torch.set_num_threads(cores)
     config = config_from_file(folder / "config.json")
     net = torch_ref.create_from_config(config.model, len(config.data.mean)).eval()
-    net.load_state_dict(checkpoint.to_tensors(checkpoint.load(folder / "net.pth")))
-    net = onnx_file.fold_batchnorm(net) if folded else net
-    net = net.to(memory_format=torch.channels_last)
+    net.load_state_dict(checkpoint.to_tensors(checkpoint.load(folder / FILES["PyTorch"][0])))
     mean, std = map(torch.tensor, (config.data.mean, config.data.std))
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype != "float32")
+
+    def normalized(images):
+        return ((torch.from_numpy(images) / 255 - mean) / std).permute(0, 3, 1, 2)
+
+    return net, normalized
+
+
+def pytorch(folder: Path, cores: int, *, kind: str = "float32") -> Program:
+    import torch
+
+    from equivalence_tests.benchmark import torch_int8
+    from torch_ref import onnx_file
+
+    torch.set_num_threads(cores)
+    net, normalized = twin(folder)
+    if kind == "folded":
+        net = onnx_file.fold_batchnorm(net)
+    if kind == "int8":
+        example = normalized(np.load(folder / "test.npz")["images"][:1])
+        net = torch_int8.load(folder / FILES["PyTorch, int8"][0], net, example)
+    net = net.to(memory_format=torch.channels_last)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=kind == "bfloat16")
 
     def program(images):
         with torch.inference_mode(), autocast:
-            normalized = (torch.from_numpy(images) / 255 - mean) / std
-            return net(normalized.permute(0, 3, 1, 2)).float().numpy()
+            return net(normalized(images)).float().numpy()
 
     return program
 
@@ -248,8 +282,7 @@ PROGRAMS: dict[str, Callable[[Path, int], Program]] = {
     **{name: partial(stablehlo, name) for name in FILES if "HLO" in name},
     **{name: partial(onnx, name) for name in FILES if "ONNX" in name},
     "PyTorch": pytorch,
-    "PyTorch, folded": partial(pytorch, folded=True),
-    "PyTorch, bfloat16": partial(pytorch, dtype="bfloat16"),
+    **{f"PyTorch, {kind}": partial(pytorch, kind=kind) for kind in ("folded", "bfloat16", "int8")},
 }
 """{name: how the program is loaded from the folder of `prepare`, for so many cores}"""
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import torch_ref
 from equivalence_tests.benchmark import (
     agreement,
     fresh_process,
@@ -252,3 +253,20 @@ def test_measured_processes_start_as_those_of_users(monkeypatch, tmp_path):
     )
     assert serving.in_process(tmp_path, "JAX", 1) == {}
     assert "PYTHONDONTWRITEBYTECODE" not in passed[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_int8_of_pytorch_is_close_to_float32(tmp_path):
+    """Its file holds the ranges of the calibration, not those of the images with which it loads."""
+    torch_int8 = pytest.importorskip("equivalence_tests.benchmark.torch_int8")
+    torch.manual_seed(0)
+    net = torch_ref.create_model("resnet20", num_classes=10).eval()
+    images = torch.randn(32, 3, 32, 32)
+    small = torch_int8.quantized(net, images.split(8))
+    torch.save(small.state_dict(), tmp_path / "int8.pth")
+    loaded = torch_int8.load(tmp_path / "int8.pth", net, torch.zeros(1, 3, 32, 32))
+    with torch.inference_mode():
+        exact, found, again = net(images), small(images), loaded(images)
+    assert 0 < (found - exact).norm() / exact.norm() < 0.1
+    assert torch.equal(again, found)

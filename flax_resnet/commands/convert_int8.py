@@ -35,7 +35,7 @@ def write(path: Path, run: LoadedRun, name: str | None, count: int):
       DamagedExport: as in `convert_torch.write_onnx`.
     """
     int8, dataset = _int8(), _dataset(run, name)
-    images = _chosen(run, dataset, count)
+    images = calibration_images(run, dataset, count)
     facts = {"dataset": name or run.config.data.dataset, "images": len(images)}
     facts |= {"seed": run.config.seed}
 
@@ -78,8 +78,9 @@ def _dataset(run: LoadedRun, name: str | None) -> DataSet:
     return dataset
 
 
-def _chosen(run: LoadedRun, dataset: DataSet, count: int) -> np.ndarray:
-    """Training images, uint8 `[N, S, S, C]`, in the order of the data set."""
+def calibration_images(run: LoadedRun, dataset: DataSet, count: int) -> np.ndarray:
+    """Training images drawn with the seed of the run, uint8 `[N, S, S, C]`, in the order of the
+    data set."""
     source, rng = dataset.train, np.random.default_rng(run.config.seed)
     chosen = rng.choice(len(source), min(count, len(source)), replace=False)
     return pipeline.decode_all(source, evaluation_decoder(run.config.data), np.sort(chosen))
