@@ -53,6 +53,16 @@ def test_each_run_normalises_by_its_own_statistics(runs, images):
     np.testing.assert_allclose(ensemble(both).predict(images), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [lambda e, _: e.model, lambda e, _: e.without_batchnorm(), lambda e, x: e.features(x)],
+    ids=["model", "without_batchnorm", "features"],
+)
+def test_what_an_ensemble_lacks_is_said(runs, images, use):
+    with pytest.raises(InputError, match="an ensemble has no `model`"):
+        use(ensemble(runs), images)
+
+
 def test_classes_in_another_order_are_matched_by_name(runs, images):
     swapped = replace(runs["second"], class_names=runs["second"].class_names[::-1])
     first, second = runs["first"].predict(images), swapped.predict(images)[:, ::-1]
@@ -144,10 +154,14 @@ def test_members_of_two_types_give_the_same_in_any_order(insects, folder, tmp_pa
     assert losses[0][str(tmp_path / "wide")]["loss"] == pytest.approx(alone, abs=1e-12)
 
 
-def test_runs_that_divide_their_data_otherwise_are_refused(insects, folder, tmp_path):
+def test_runs_share_the_images_that_both_leave_out(insects, folder, tmp_path):
+    """However each of them divides the others."""
     flags = ["--epochs", 1, "--split-seed", 7]
     assert train_on(folder, tmp_path / "run", *flags).status == 0
-    refused(run_script("evaluate.py", insects, tmp_path / "run"), "divides its data otherwise")
+    both = [insects, tmp_path / "run"]
+    assert run_script("evaluate.py", *both).status == 0
+    for split in ("validation", "all"):
+        refused(run_script("evaluate.py", *both, "--split", split), "divides its data otherwise")
 
 
 def test_the_loss_of_an_ensemble_is_that_of_the_mean_probability(runs, images):

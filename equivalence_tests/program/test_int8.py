@@ -2,17 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import torch_ref
 from equivalence_tests.program.command import refused, run_script
 from flax_resnet.commands import convert_int8
+from flax_resnet.errors import InputError
 from flax_resnet.interop import int8
 from flax_resnet.interop.loaded_run import load_run
 from torch_ref import onnx_file
@@ -115,6 +118,26 @@ def test_calibration_images_of_other_classes_are_refused(digits, folder, tmp_pat
     flags = ["--int8", "--calibrate", f"folder:{folder}"]
     refused(run_script("convert.py", digits, tmp_path / "net.onnx", *flags), "ant", "classes")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_in_float64_is_refused(digits, tmp_path):
+    run = load_run(digits)
+    wide = replace(
+        run, config=replace(run.config, model=replace(run.config.model, dtype="float64"))
+    )
+    with pytest.raises(InputError, match="net.onnx: --int8 is not for a run in float64"):
+        convert_int8.write(tmp_path / "net.onnx", wide, None, 10)
+
+
+def test_a_few_images_calibrate(insects, tmp_path):
+    """One of each class, of which no test images could be cut off."""
+    for name, colour in (("ant", "black"), ("bee", "yellow")):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "few" / name / "a.png")
+    flags = ["--int8", "--calibrate", f"folder:{tmp_path / 'few'}"]
+    outcome = run_script("convert.py", insects, tmp_path / "net.onnx", *flags)
+    assert outcome.status == 0, outcome.err
+    assert "calibrated on 2 training images" in outcome.out and "no test images" in outcome.out
 
 
 def test_weights_of_a_file_are_calibrated_by_named_data(digits, tmp_path):

@@ -9,8 +9,8 @@ import numpy as np
 from flax_resnet.commands import convert_torch, evaluate
 from flax_resnet.data import pipeline
 from flax_resnet.data.prepare import evaluation_decoder
-from flax_resnet.data.sources import DataSet
-from flax_resnet.errors import extra_needed
+from flax_resnet.data.sources import DataSet, same_place
+from flax_resnet.errors import InputError, extra_needed
 from flax_resnet.files import replacing
 from flax_resnet.interop.loaded_run import LoadedRun
 from flax_resnet.runs.views import warn
@@ -31,9 +31,12 @@ def write(path: Path, run: LoadedRun, name: str | None, count: int):
       count: number of images that calibrate, drawn with the seed of the run.
 
     Raises:
-      InputError: the data have other classes or channels, or the extra `export` is missing.
+      InputError: the data have other classes or channels, the run computes in float64, or the
+        extra `export` is missing.
       DamagedExport: as in `convert_torch.write_onnx`.
     """
+    if run.config.model.dtype == "float64":
+        raise InputError(f"{path}: --int8 is not for a run in float64, which ONNX Runtime lacks")
     int8, dataset = _int8(), _dataset(run, name)
     images = calibration_images(run, dataset, count)
     facts = {"dataset": name or run.config.data.dataset, "images": len(images)}
@@ -44,13 +47,14 @@ def write(path: Path, run: LoadedRun, name: str | None, count: int):
             yield _inputs(images[start : min(start + _AT_ONCE, limit)], run)
 
     with tempfile.TemporaryDirectory() as folder, replacing(path) as temporary:
-        whole = Path(folder) / "float32.onnx"
+        whole = Path(folder) / path.name
         convert_torch.write_onnx(whole, run, fold_batchnorm=True)
         int8.quantize(whole, temporary, batches, {"calibration": facts})
         share = temporary.stat().st_size / whole.stat().st_size
         say(f"calibrated on {len(images):,} training images of {facts['dataset']}, seed"
               f" {facts['seed']}; {share:.3f} of the size of float32")  # fmt: skip
         if not len(dataset.test):
+            say("no test images, so the accuracy in int8 is not known")
             return
         before, after, equal = _compare(run, dataset, whole, temporary)
         say(f"{len(dataset.test):,} test images: accuracy {before:.4f} in float32, {after:.4f} in"
@@ -71,9 +75,16 @@ def _int8():
 
 
 def _dataset(run: LoadedRun, name: str | None) -> DataSet:
+    """The run's data, or named ones. Of named data that are too few to cut test images off, all
+    images calibrate."""
     if name is None:
         return evaluate.open_data(run, None, "test")
-    dataset = evaluate.open_data(run, name, "test")
+    try:
+        dataset = evaluate.open_data(run, name, "test")
+    except InputError:
+        if same_place(run.config.data.dataset, name):
+            raise
+        dataset = evaluate.open_data(run, name, "all")
     evaluate.check_classes(run, dataset, name)
     return dataset
 

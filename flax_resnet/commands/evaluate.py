@@ -205,10 +205,12 @@ def opened(name: str, args) -> tuple[LoadedRun, DataSet]:
 
 
 def _in_common(dataset: DataSet, args):
-    """The facts that have to be equal for all runs. For data named by --dataset it is one fact, the
-    images of the split; it is None for "all", which nothing divides."""
+    """The facts that have to be equal for all runs: those of the images of the split. For "all"
+    they are those of every split, or None for data named by --dataset, which nothing divides."""
     facts = contents(dataset)
-    return facts.get(f"{args.split} images") if args.dataset else facts
+    if args.split == "all":
+        return None if args.dataset else facts
+    return {name: fact for name, fact in facts.items() if name.startswith(f"{args.split} ")}
 
 
 def opened_all(names: list[str], args) -> tuple[dict[str, LoadedRun], LoadedRun, DataSet]:

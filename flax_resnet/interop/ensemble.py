@@ -50,12 +50,20 @@ class _Networks:
         total = logsumexp(jax.nn.log_softmax(logits), axis=0)
         return total - jnp.log(len(found)), variables.batch_stats
 
+    def to_model(self, variables: Variables):
+        """Raises InputError: several networks have no common layers."""
+        raise InputError(
+            "an ensemble has no `model`, `features` or `without_batchnorm`; each of its runs has"
+        )
+
 
 def ensemble(runs: dict[str, LoadedRun], average: str = "probabilities") -> LoadedRun:
     """Join several runs into one that averages what they predict.
 
     The ensemble decodes each image once and normalises it for each run as in that run's training. A
-    single run is returned as it is. JAX's float64 is switched on if one of the runs computes in it.
+    single run is returned as it is. An ensemble predicts, but its `model`, `features` and
+    `without_batchnorm` raise InputError: each of its runs has its own. JAX's float64 is switched on
+    if one of the runs computes in it.
 
     Args:
       runs: {name for messages: run}. The class names of the first run are those of the ensemble.
