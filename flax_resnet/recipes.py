@@ -330,6 +330,25 @@ RECIPES = {
         published=PUBLISHED_ALL_THREE,
         source="a public comparison of regularisers on ResNet-18 in PyTorch",
     ),
+    "resnet18-regularized-80-to-112px": Recipe(
+        config=_regularized(
+            dropout=0.5,
+            weight_decay=5e-4,
+            patience=5,
+            stem="imagenet",
+            pixels=112,
+            epochs=6,
+            schedule="cosine",
+            optimizer=SGD,
+            dtype="bfloat16",
+            validation_fraction=0.04,
+        ),
+        starts_from="resnet18-regularized-80px",
+        method="6 more epochs at 112 px with a cosine schedule, from the weights of"
+        " resnet18-regularized-80px",
+        published=PUBLISHED_ALL_THREE,
+        source="a public comparison of regularisers on ResNet-18 in PyTorch",
+    ),
     "resnet18-regularized-sgd": Recipe(
         config=_regularized(
             dropout=0.5,
@@ -401,6 +420,15 @@ RECIPES = {
         published={"validation_accuracy": 0.8676, "validation_loss": 0.3355},
         source="a public study of overfitting with ResNet-18 in PyTorch",
     ),
+    "resnet18-112px-from-80px": Recipe(
+        config=_against_overfitting(
+            112, epochs=6, schedule="cosine", optimizer=SGD, dtype="bfloat16"
+        ),
+        starts_from="resnet18-80px",
+        method="6 more epochs at 112 px with a cosine schedule, from the weights of resnet18-80px",
+        published={"validation_accuracy": 0.8676, "validation_loss": 0.3355},
+        source="a public study of overfitting with ResNet-18 in PyTorch",
+    ),
     "resnet18-48px-plain": Recipe(
         config=_overfitting(48),
         method="48 px, without weight decay, dropout, flip, crop and early stopping",
@@ -417,6 +445,12 @@ RECIPES = {
     "resnet18-112px-plain-batch-32": Recipe(
         config=_overfitting(112, batch_size=32, **PLAIN_BY_SGD),
         method="resnet18-112px-plain with batches of 32 images instead of 128",
+        published={"validation_accuracy": 0.8144, "validation_loss": 0.4898},
+        source="a public study of overfitting with ResNet-18 in PyTorch",
+    ),
+    "resnet18-112px-plain-10-epochs": Recipe(
+        config=_overfitting(112, batch_size=32, **PLAIN_BY_SGD | dict(epochs=10)),
+        method="resnet18-112px-plain-batch-32 for 10 epochs instead of 6",
         published={"validation_accuracy": 0.8144, "validation_loss": 0.4898},
         source="a public study of overfitting with ResNet-18 in PyTorch",
     ),
@@ -605,7 +639,8 @@ COMPARISONS = {
     ),
     "Regularised and not, at 224 pixels": ("resnet18-224-plain", "resnet18-224"),
     "Regularised and not, at 112 pixels": (
-        "resnet18-112px-plain", "resnet18-112px-plain-batch-32", "resnet18-112px",
+        "resnet18-112px-plain", "resnet18-112px-plain-batch-32",
+        "resnet18-112px-plain-10-epochs", "resnet18-112px", "resnet18-112px-from-80px",
     ),
     "Regularised and not, at 48 pixels": ("resnet18-48px-plain", "resnet18-48px"),
     "Fine-tuned from Imagenette and from scratch": ("transfer-scratch", "transfer"),

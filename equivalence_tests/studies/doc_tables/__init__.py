@@ -23,7 +23,7 @@ TABLES = {
         programs.scaling, programs.gradient_sums, programs.plan, programs.step_bytes,
         programs.step_tries, programs.compiled,
         recipes.recipes, recipes.recipes_not_run, recipes.sources, recipes.recipe_pairs,
-        recipes.digits, recipes.copy_cost, recipes.lossless, recipes.reencoded,
+        recipes.converted, recipes.digits, recipes.copy_cost, recipes.lossless, recipes.reencoded,
         recipes.regularization, recipes.transfer, recipes.depth,
     )
 }  # fmt: skip

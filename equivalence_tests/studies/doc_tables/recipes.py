@@ -1,5 +1,7 @@
 """Tables of the recipes: published figures and those reached here."""
 
+import json
+
 from equivalence_tests import results
 from equivalence_tests.studies import reproduction_page
 from equivalence_tests.studies.markdown import table
@@ -17,9 +19,9 @@ def recipes_not_run() -> str:
 
 
 SOURCES = {
-    "resnet18-regularized-80px": "resnet18-regularized",
-    "resnet18-80px": "resnet18-48px",
-    "resnet18-112px-plain-batch-32": "resnet18-48px-plain",
+    "resnet18-regularized-80-to-112px": "resnet18-regularized",
+    "resnet18-112px-from-80px": "resnet18-48px",
+    "resnet18-112px-plain-10-epochs": "resnet18-48px-plain",
     "cifar10-resnet18-64-to-80px": "cifar10-resnet18",
     "imagenette-cnn": "imagenette-cnn-plain",
     "imagenette-resnet18": "imagenette-resnet18",
@@ -53,15 +55,31 @@ def _source(row: dict, faithful: str, ours: dict[str, dict]) -> list[str]:
     return [*words, len(row["seeds"]), row["pixels"], f"{row['minutes']:.0f}", row["hardware"]]
 
 
+def converted() -> str:
+    """Trainings in PyTorch whose weights were converted and evaluated in JAX."""
+    rows = []
+    for path in sorted(results.FOLDER.glob("recipes/*/seed0-torch/in-jax.json")):
+        folder = path.parent
+        torch = json.loads((folder / "report.json").read_text())["splits"]["test"]
+        jax = json.loads(path.read_text())
+        cells = [f"{each[name]:.4f}" for name in ("accuracy", "loss") for each in (torch, jax)]
+        rows.append([f"`{folder.parent.name}`", *cells])
+    header = ["recipe", "test accuracy, PyTorch", "JAX", "test loss, PyTorch", "JAX"]
+    return table(header, rows, numbers=4)
+
+
 def digits() -> str:
-    """Folds and an ensemble on the digits: the runs alone, and all of them together."""
-    found = results.read("digits")
-    parts = {
-        "5 folds, all predictions together": (found["folds"]["alone"], found["folds"]["pooled"]),
-        "5 seeds, mean of probabilities": (found["ensemble"]["alone"], found["ensemble"]["mean"]),
-    }
-    header = ["runs", "accuracy of each alone", "together", "loss of each alone", "together"]
-    return table(header, [[name, *_together(*part)] for name, part in parts.items()], numbers=4)
+    """Folds and ensembles on the digits: the runs alone, and all of them together."""
+    header = ["epochs", "runs", "accuracy of each alone", "together", "loss of each alone",
+              "together"]  # fmt: skip
+    rows = []
+    for epochs, found in results.read("digits")["epochs"].items():
+        folds, seeds = found["folds"], found["ensemble"]
+        alone = _together(folds["alone"], folds["pooled"])
+        rows.append([epochs, "5 folds, all predictions together", *alone])
+        alone = _together(seeds["alone"], seeds["mean"])
+        rows.append([epochs, "5 seeds, mean of probabilities", *alone])
+    return table(header, rows, numbers=4)
 
 
 def copy_cost() -> str:
@@ -119,10 +137,12 @@ def regularization() -> str:
         "resnet18-regularized-7x7", "resnet18-regularized-base-7x7",
         "resnet18-regularized-decay-7x7", "resnet18-regularized-32-to-80px",
         "resnet18-regularized-80px-sgd", "resnet18-regularized-sgd", "resnet18-regularized-80px",
-        "resnet18-224", "resnet18-224-plain", "resnet18-48px", "resnet18-48-to-80px",
-        "resnet18-80-to-112px", "resnet18-80px", "resnet18-112px", "resnet18-48px-plain",
-        "resnet18-112px-plain", "resnet18-112px-plain-batch-32", "cifar10-resnet18-dropout",
-        "imagenette-cnn", "imagenette-cnn-plain", "cifar10-resnet18", "cifar10-resnet18-64px",
+        "resnet18-regularized-80-to-112px", "resnet18-224", "resnet18-224-plain", "resnet18-48px",
+        "resnet18-48-to-80px", "resnet18-80-to-112px", "resnet18-80px", "resnet18-112px",
+        "resnet18-112px-from-80px", "resnet18-48px-plain", "resnet18-112px-plain",
+        "resnet18-112px-plain-batch-32", "resnet18-112px-plain-10-epochs",
+        "cifar10-resnet18-dropout", "imagenette-cnn", "imagenette-cnn-plain", "cifar10-resnet18",
+        "cifar10-resnet18-64px",
     )  # fmt: skip
 
 
