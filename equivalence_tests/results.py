@@ -24,7 +24,7 @@ def read(name: str) -> dict:
 
 
 def known(name: str, key: str = "rows") -> dict:
-    """What results/NAME.json holds under the key so far; empty if there is no such file."""
+    """Reads what results/NAME.json holds under the key; empty if there is no such file."""
     return read(name)[key] if (FOLDER / f"{name}.json").exists() else {}
 
 

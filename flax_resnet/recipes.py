@@ -73,6 +73,11 @@ def _enlarged(epochs, lr, pixels=64, validation_fraction=0.1, **groups) -> Train
 ALL_THREE = dict(dropout=0.5, weight_decay=1e-4, patience=5)
 """The regularisers of a public comparison."""
 
+ALL_THREE_BY_SGD = dict(
+    dropout=0.5, weight_decay=5e-4, patience=5, stem="imagenet", optimizer=SGD, schedule="cosine"
+)
+"""Settings with which `_regularized` trains ResNet-18 with the 7x7 stem by SGD."""
+
 PUBLISHED_ALL_THREE = {
     "test_accuracy": 0.8793,
     "test_loss": 0.3229,
@@ -296,16 +301,7 @@ RECIPES = {
         source="a public comparison of regularisers on ResNet-18 in PyTorch",
     ),
     "resnet18-regularized-80px-sgd": Recipe(
-        config=_regularized(
-            dropout=0.5,
-            weight_decay=5e-4,
-            patience=5,
-            stem="imagenet",
-            pixels=80,
-            epochs=10,
-            schedule="cosine",
-            optimizer=SGD,
-        ),
+        config=_regularized(**ALL_THREE_BY_SGD, pixels=80, epochs=10),
         starts_from="resnet18-regularized-32-to-80px",
         method="10 more epochs at 80 px by SGD with a weight decay of 5e-4, from the weights of"
         " resnet18-regularized-32-to-80px",
@@ -314,14 +310,10 @@ RECIPES = {
     ),
     "resnet18-regularized-80px": Recipe(
         config=_regularized(
-            dropout=0.5,
-            weight_decay=5e-4,
-            patience=10,
-            stem="imagenet",
+            **ALL_THREE_BY_SGD
+            | dict(schedule="onecycle", optimizer=SGD | dict(lr=0.1), patience=10),
             pixels=80,
             epochs=20,
-            schedule="onecycle",
-            optimizer=SGD | dict(lr=0.1),
             dtype="bfloat16",
             validation_fraction=0.04,
         ),
@@ -332,16 +324,7 @@ RECIPES = {
     ),
     "resnet18-regularized-80-to-112px": Recipe(
         config=_regularized(
-            dropout=0.5,
-            weight_decay=5e-4,
-            patience=5,
-            stem="imagenet",
-            pixels=112,
-            epochs=6,
-            schedule="cosine",
-            optimizer=SGD,
-            dtype="bfloat16",
-            validation_fraction=0.04,
+            **ALL_THREE_BY_SGD, pixels=112, epochs=6, dtype="bfloat16", validation_fraction=0.04
         ),
         starts_from="resnet18-regularized-80px",
         method="6 more epochs at 112 px with a cosine schedule, from the weights of"

@@ -23,8 +23,9 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         rows = {str(epochs): measured(root / str(epochs), epochs) for epochs in EPOCHS}
+        drawn = root / str(EPOCHS[0]) / "folds"
         for picture in cross_validate.PICTURES:
-            shutil.copy(root / "16" / "folds" / picture, results.FOLDER / f"digits-folds-{picture}")
+            shutil.copy(drawn / picture, results.FOLDER / f"digits-folds-{picture}")
     results.write("digits", {"epochs": rows})
     print(rows)
 
