@@ -6,7 +6,9 @@
 """
 
 import ctypes
+import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -54,6 +56,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    gc.set_threshold(700, 10, 100)  # full collections, which visit all libraries, took a tenth
     surroundings.move_home()
     surroundings.heed_signals()
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -92,14 +95,24 @@ def _compiled_programs_are_dropped():
     """Drops compiled programs after each file; JAX would keep them all in memory."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
 def _freed_memory_is_given_back():
-    """Returns freed memory to the system; glibc kept 11 GB after the largest networks."""
+    """Returns freed memory to the system; glibc kept 11 GB after the largest networks.
+
+    It takes as long as a short test does, so a small process keeps its memory.
+    """
     yield
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim and resident_bytes() > 4 * 2**30:
         trim(0)
+
+
+def resident_bytes() -> int:
+    """Memory of this process on Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(autouse=True)

@@ -86,7 +86,7 @@ def open_dataset(config: DataConfig) -> DataSet:
     dataset = openers[scheme](place, config)
     splits = dict(dataset.splits)
     if config.folds:
-        splits["train"], splits["test"] = _fold(splits["train"], config)
+        splits["train"], splits["test"] = _fold(splits["train"], config, dataset.class_names)
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")  # the only held-out folder is the test split
     fractions = {"test": config.test_fraction, "validation": config.validation_fraction}
@@ -131,11 +131,14 @@ def _cut(train: Images, field: str, value: float, seed: int) -> tuple[Images, Im
     return train.subset(stay), train.subset(off)
 
 
-def _fold(train: Images, config: DataConfig) -> tuple[Images, Images]:
+def _fold(train: Images, config: DataConfig, names: tuple[str, ...]) -> tuple[Images, Images]:
     """All folds but one, and that one."""
-    fewest = np.bincount(train.labels).min()
-    if fewest < config.folds:
-        raise InputError(f"`folds` {config.folds} is more than the {fewest} images of a class")
+    sizes = np.bincount(train.labels, minlength=len(names))
+    if sizes.min() < config.folds:
+        raise InputError(
+            f"`folds` {config.folds} is more than the {sizes.min()} images of the smallest class"
+            f" ({names[sizes.argmin()]})"
+        )
     folds = StratifiedKFold(config.folds, shuffle=True, random_state=config.split_seed)
     stay, off = list(folds.split(train.labels, train.labels))[config.fold]
     return train.subset(stay), train.subset(off)

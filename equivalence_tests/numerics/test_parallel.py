@@ -150,6 +150,7 @@ def test_statistics_of_groups_are_not_those_of_the_batch(x64):
     assert largest_error(one_device(group=4), one_device()) > 1e6 * PARALLEL
 
 
+@pytest.mark.slow
 def test_pmap_of_one_device_is_plain(x64):
     assert largest_error(run("pmap", 1), one_device()) <= PARALLEL
 

@@ -45,6 +45,7 @@ def test_a_run_killed_inside_a_save_comes_back_to_the_same_bits(straight, tmp_pa
     assert row["phase"] == "save" and row["resumed_from"] > 0 and not row["different"], row
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_comes_back_to_the_same_bits(straight, tmp_path):
     row = faults.survive(
         tmp_path / "run", faults.after(3, 0.05), signal.SIGTERM, straight.fingerprint

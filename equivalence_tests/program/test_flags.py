@@ -73,6 +73,7 @@ WRONG_WORDS = [
     (["--dataset", str(ROOT)], ["did you mean", f"folder:{ROOT}"]),
     (["--devices", "99"], ["99"]),
     (["--recipe", "cifar10-resnet19"], ["recipe"]),
+    (["--recipe", "transfer"], ["transfer-source", "--init-from"]),
     (["--config", "no-such-file.json"], ["no-such-file.json"]),
     (["--dataset", "folder:caf\udce9"], ["--dataset", "not in UTF-8", r"caf\udce9"]),
     (["--dataset", "folder:no-such-folder"], ["no-such-folder"]),

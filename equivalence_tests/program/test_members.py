@@ -10,7 +10,7 @@ import pytest
 
 from equivalence_tests.benchmark import members as benchmark
 from equivalence_tests.parity.tolerances import MEMBERS, largest_error
-from equivalence_tests.program.command import refused, train
+from equivalence_tests.program.command import refused, run_script, train
 from equivalence_tests.program.run_directory import without_training
 from equivalence_tests.program.test_train import cut_at, digest, quiet, small
 from flax_resnet.commands import cli
@@ -20,6 +20,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.interop.ensemble import ensemble
 from flax_resnet.interop.loaded_run import load_run
 from flax_resnet.runs.checkpoint import Checkpoints
+from flax_resnet.runs.directory import RunDirectory
 from flax_resnet.runs.tables import read_rows
 from flax_resnet.training.fit import fit
 from flax_resnet.training.guard import NonFiniteLoss
@@ -233,6 +234,16 @@ def test_members_that_were_begun_with_another_seed_are_not_taken_up(together):
     shutil.copytree(together[0][1], other / "member-1")
     with pytest.raises(InputError, match="member-1 is no such member: seed 7"):
         fit_members(CONFIG, other, 2, resume=True, display=quiet())
+
+
+def test_finished_members_of_different_settings_are_not_members(tmp_path):
+    for number, size in enumerate((8, 16)):
+        place = tmp_path / "runs" / f"member-{number}"
+        config = cli.merge(CONFIG, {"seed": str(5 + number), "data": {"image_size": str(size)}})
+        RunDirectory(place).write_config(config)
+        (place / "report.json").write_text("{}")
+    outcome = run_script("train.py", "--resume", "--run-dir", tmp_path / "runs", "--members", 2)
+    refused(outcome, "member-1 is no such member: data.image_size 8 (the run has 16)")
 
 
 def test_the_benchmark_says_how_much_faster_members_are(tmp_path):

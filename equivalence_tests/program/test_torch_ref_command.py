@@ -45,6 +45,7 @@ def test_what_cuda_cannot_do_the_same_twice_is_refused(monkeypatch, capsys):
         (["--validation-fraction", "0", "--patience", "3"], "early stopping"),
         (["--init-from", "nowhere.pth"], "nowhere.pth"),
         (["--recipe", "imagenette-cmn"], "imagenette-cnn"),
+        (["--recipe", "transfer"], "transfer-source"),
         (["--config", "nowhere.json"], "nowhere.json"),
         (["--device", "tpu"], "tpu"),
     ],

@@ -143,7 +143,8 @@ def build_config(args: argparse.Namespace, otherwise: TrainConfig) -> TrainConfi
     """Builds the config from --config or --recipe, else `otherwise`; then --smoke, then the flags.
 
     Raises:
-      InputError: as `merge` and `config_from_file` do, or for an unknown recipe.
+      InputError: as `merge` and `config_from_file` do, for an unknown recipe, or for a recipe that
+        starts from the weights of another one without --init-from.
     """
     config = merge(_starting_point(args, otherwise), SMOKE if args.smoke else {})
     return with_flags(config, args)
@@ -154,7 +155,13 @@ def _starting_point(args: argparse.Namespace, otherwise: TrainConfig) -> TrainCo
         raise InputError("--config and --recipe exclude each other")
     if args.recipe:
         check_choice("--recipe", args.recipe, ALL_RECIPES)
-        return ALL_RECIPES[args.recipe].config
+        recipe = ALL_RECIPES[args.recipe]
+        if recipe.starts_from and not getattr(args, "init_from", None):
+            raise InputError(
+                f"--recipe {args.recipe} starts from the weights of {recipe.starts_from}: give a"
+                " run of that recipe with --init-from"
+            )
+        return recipe.config
     return config_from_file(args.config) if args.config else otherwise
 
 

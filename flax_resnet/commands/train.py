@@ -156,6 +156,8 @@ def run(args, config: TrainConfig):
     places = run_dirs(args)
     if args.resume and is_begun(places[0]):
         config = resumed_config(args, places[0])
+        if args.members:
+            members.check_begun(config, places)
         ended = all((place / "report.json").exists() for place in places)
         if ended and all([is_finished(place) for place in places]):
             return

@@ -62,11 +62,12 @@ class DataConfig:
 
     folds: Annotated[int, Field(ge=2, le=1000)] | None = None
     """Number of folds of a cross-validation, the parts into which the training split is cut: every
-    class in proportion, shuffled by `split_seed`. Needs `fold`."""
+    class in proportion, shuffled by `split_seed`. A training of one fold needs `fold` too."""
 
     fold: Count | None = None
     """Number of the fold that is the test split, from 0 to `folds` - 1; the others are the training
-    split. If the data set has a test split, it is left out."""
+    split. A cross-validation takes all in turn, so its command has no such flag. If the data
+    set has a test split, it is left out."""
 
     train_images: PositiveCount | None = None
     """Largest number of training images to use, every class in proportion if it is enough for all

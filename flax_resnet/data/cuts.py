@@ -54,8 +54,13 @@ def cut(labels: np.ndarray, config: DataConfig, field: str) -> tuple[np.ndarray,
     return np.sort(stay), np.sort(off)
 
 
-def fold(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+def fold(
+    labels: np.ndarray, config: DataConfig, names: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """The indices without the fold `config.fold`, and the fold; scikit-learn's StratifiedKFold.
+
+    Args:
+      names: of the classes.
 
     Raises:
       InputError: a class has fewer images than there are folds.
@@ -64,7 +69,7 @@ def fold(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray
     if counts.min() < config.folds:
         raise InputError(
             f"{config.dataset}: `folds` {config.folds} is more than the {counts.min()} images of"
-            f" the smallest class (number {classes[counts.argmin()]})"
+            f" the smallest class ({names[classes[counts.argmin()]]})"
         )
     cutter = StratifiedKFold(config.folds, shuffle=True, random_state=config.split_seed)
     parts = cutter.split(np.zeros(len(labels)), labels)

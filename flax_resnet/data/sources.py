@@ -274,7 +274,8 @@ def open_dataset(config: DataConfig) -> DataSet:
     facts["class_names"] = _in_one_form(config.dataset, facts["class_names"])
     if config.folds:
         train = splits["train"]
-        splits["train"], splits["test"] = _subsets(train, cuts.fold(train.labels, config))
+        parts = cuts.fold(train.labels, config, facts["class_names"])
+        splits["train"], splits["test"] = _subsets(train, parts)
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
 

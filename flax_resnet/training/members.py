@@ -64,9 +64,11 @@ def fit_members(
     if resume and is_begun(first):
         config = as_begun(config, read_config(first, say=lambda line: None))
     engine, prepared, network = begin(config, first, resume, display, members)
-    each = _of_seeds(prepared, members)
+    each = [replace(prepared, config=own) for own in _of_seeds(prepared.config, members)]
     if resume:
-        _check_begun(each, places, display)
+        for fault in [fault for place in filter(is_begun, places) for fault in faults(place)]:
+            display.say(f"{fault}; it is written anew")
+        check_begun(prepared.config, places)
     networks = _networks(network, each, engine, places, how, display)
     root = Path(run_dir) if places else reserve(config)
     with contextlib.ExitStack() as closing:
@@ -106,22 +108,19 @@ def _others(places: list[Path]) -> list[Path]:
     return sorted(place for place in beside if place not in places and is_begun(place))
 
 
-def _of_seeds(prepared: Prepared, members: int) -> list[Prepared]:
-    """The same data for each member, with a config of its own seed."""
-    config = prepared.config
-    seeds = range(config.seed, config.seed + members)
-    return [replace(prepared, config=replace(config, seed=seed)) for seed in seeds]
+def _of_seeds(config: TrainConfig, members: int) -> list[TrainConfig]:
+    """The config of each member."""
+    return [replace(config, seed=config.seed + number) for number in range(members)]
 
 
-def _check_begun(each: list[Prepared], places: list[Path], display: Display):
-    """Raises InputError for a member that was begun with other settings."""
-    for own, place in zip(each, places, strict=True):
+def check_begun(config: TrainConfig, places: list[Path]):
+    """Raises InputError for a member that was begun with other settings than those of `config`,
+    which is the first member's, but for its seed."""
+    for own, place in zip(_of_seeds(config, len(places)), places, strict=True):
         if not is_begun(place):
             continue
-        for fault in faults(place):
-            display.say(f"{fault}; it is written anew")
-        before = as_begun(own.config, read_config(place, say=lambda line: None))
-        if other := differences(own.config, before):
+        before = as_begun(own, read_config(place, say=lambda line: None))
+        if other := differences(own, before):
             raise InputError(f"{place} is no such member: {listed(other.values())}")
 
 
