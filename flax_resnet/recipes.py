@@ -352,7 +352,7 @@ RECIPES = {
     ),
     "resnet18-regularized-decay-7x7": Recipe(
         config=_regularized(weight_decay=1e-4, stem="imagenet"),
-        method="resnet18-regularized-decay with the 7x7 stem",
+        method="ResNet-18, 7x7 stem, Adam, weight decay 1e-4",
     ),
     "resnet18-224": Recipe(
         config=_against_overfitting(),
@@ -370,7 +370,8 @@ RECIPES = {
     ),
     "resnet18-48px": Recipe(
         config=_against_overfitting(48),
-        method="resnet18-224 at 48 px, a size that one CPU core can finish",
+        method="48 px, Adam, weight decay 1e-4, dropout 0.5, flip and crop, early stopping on the"
+        " loss",
         published={"validation_accuracy": 0.8676, "validation_loss": 0.3355},
         source="a public study of overfitting with ResNet-18 in PyTorch",
     ),
@@ -617,6 +618,10 @@ COMPARISONS = {
     "All regularisers with Adam and with SGD": (
         "resnet18-regularized", "resnet18-regularized-80px",
     ),
+    "Dropout with flips, rotation and colour jitter, and flips and crops alone": (
+        "resnet18-regularized-base", "cifar10-resnet18-dropout",
+    ),
+    "ResNet-20 in both frameworks": ("cifar10-resnet20",),
     "Regularised, at 48, 80 and 112 pixels": (
         "resnet18-48px", "resnet18-80px", "resnet18-112px",
     ),
@@ -637,4 +642,4 @@ COMPARISONS = {
         "cifar10-resnet50-64px", "cifar10-resnet101-64px", "cifar10-resnet101-64px-one-cycle",
     ),
 }  # fmt: skip
-"""{title: recipes to compare, the plainer one first}"""
+"""{title: recipes to compare, the plainer one first; or one recipe, to compare its frameworks}"""

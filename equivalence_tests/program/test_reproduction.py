@@ -126,6 +126,16 @@ def test_what_ran_in_both_frameworks_stands_side_by_side(tmp_path):
     assert "<td>-0.1 (-0.3 to +0.1)<td>yes" in page
 
 
+def test_a_comparison_of_one_recipe_is_that_of_the_frameworks(tmp_path):
+    write_run(tmp_path, "cifar10-resnet20", "seed0-torch", accuracy=0.6)
+    write_run(tmp_path, "cifar10-resnet20")
+    reproduction_page.rebuild(tmp_path)
+    assert (tmp_path / "recipes-resnet-20-in-both-frameworks.png").exists()
+    page = (tmp_path / "recipes.html").read_text()
+    assert "0.6000 (+10.0 points against the first run)" in page
+    assert "The recipes differ" not in page
+
+
 @pytest.mark.parametrize(
     ("difference", "least", "most"),
     [(0.0, 0.95, 1.0), (reproduction.MARGIN, 0.02, 0.08), (-reproduction.MARGIN, 0.02, 0.08)],

@@ -157,7 +157,7 @@ def _row(runs: list[Run]) -> dict:
         "epochs": [report["epochs"] for report in reports],
         "pixels": RECIPES[first.recipe].config.data.image_size or CIFAR10_PIXELS,
         "minutes": float(np.median([report["seconds"] for report in reports])) / 60,
-        "hardware": reports[0]["environment"]["device"],
+        "hardware": ", ".join(dict.fromkeys(each["environment"]["device"] for each in reports)),
         "data": _copy(reports[0]["command"]),
         "command": reports[0]["command"],
     }
@@ -185,17 +185,20 @@ def _copy(command: str) -> str:
 
 def comparisons(runs: list[Run]) -> dict[str, list[Run]]:
     """title -> its recipes' first runs, where at least two of them have run on the same images: on
-    all, or, as the title then says, on a subset. A run in JAX goes before one in PyTorch."""
+    all, or, as the title then says, on a subset. A run in JAX goes before one in PyTorch. One
+    recipe is compared in the two frameworks."""
     found = {}
     for title, names in COMPARISONS.items():
         alike = {}
         for run in sorted(runs, key=lambda run: run.framework):
             if run.recipe in names:
-                alike.setdefault(run.subset, {}).setdefault(run.recipe, run)
+                key = run.recipe if len(names) > 1 else run.framework
+                alike.setdefault(run.subset, {}).setdefault(key, run)
         for subset, first in alike.items():
             if len(first) > 1:
                 marked = f"{title} ({subset:,} images)" if subset else title
-                found[marked] = [first[name] for name in names if name in first]
+                order = names if len(names) > 1 else first
+                found[marked] = [first[name] for name in order if name in first]
     return found
 
 
@@ -203,7 +206,8 @@ def discussion(run: Run, plain: Run) -> str:
     """The accuracies of a run, beside the test accuracy of the plainest run."""
     train, test = (score(run.report, f"{split}_accuracy") for split in ("train", "test"))
     change = test - score(plain.report, "test_accuracy")
-    words = "" if run is plain else f" ({100 * change:+.1f} points against {plain.recipe})"
+    other = plain.recipe if plain.recipe != run.recipe else "the first run"
+    words = "" if run is plain else f" ({100 * change:+.1f} points against {other})"
     monitor = RECIPES[run.recipe].config.early_stopping.monitor.replace("_", " ")
     return (
         f"Seed {run.seed} reached a test accuracy of {test:.4f}{words} and a training accuracy of"

@@ -233,6 +233,8 @@ def _discussion(runs: list[Run]) -> str:
         for run in runs
     )
     names = [run.recipe for run in runs]
+    if len(set(names)) == 1:  # one recipe in two frameworks
+        return f"<ul>{items}</ul>"
     rows = [["setting", *names], *([name, *cells] for name, cells in differences(names).items())]
     return f"<ul>{items}</ul><p>The recipes differ in these settings:</p>{_html_rows(rows)}"
 

@@ -58,13 +58,14 @@ def _source(row: dict, faithful: str, ours: dict[str, dict]) -> list[str]:
 def converted() -> str:
     """Trainings in PyTorch whose weights were converted and evaluated in JAX."""
     rows = []
-    for path in sorted(results.FOLDER.glob("recipes/*/seed0-torch/in-jax.json")):
+    for path in sorted(results.FOLDER.glob("recipes/*/seed*-torch/in-jax.json")):
         folder = path.parent
         torch = json.loads((folder / "report.json").read_text())["splits"]["test"]
         jax = json.loads(path.read_text())
         cells = [f"{each[name]:.4f}" for name in ("accuracy", "loss") for each in (torch, jax)]
-        rows.append([f"`{folder.parent.name}`", *cells])
-    header = ["recipe", "test accuracy, PyTorch", "JAX", "test loss, PyTorch", "JAX"]
+        seed = folder.name.removeprefix("seed").removesuffix("-torch")
+        rows.append([f"`{folder.parent.name}`", seed, *cells])
+    header = ["recipe", "seed", "test accuracy, PyTorch", "JAX", "test loss, PyTorch", "JAX"]
     return table(header, rows, numbers=4)
 
 

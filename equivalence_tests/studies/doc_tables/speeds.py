@@ -174,7 +174,7 @@ def serving() -> str:
             f"{row['file_bytes'] / 1e6:.1f}" if row["file_bytes"] else "-",
             f"{row['accuracy']:.4f}",
             f"{row['equal_predictions']:.2%}",
-            f"{two['first_answer_s']:.1f}",
+            f"{two['first_answer_s']:.2f}",
             *(f"{cores['milliseconds']:.1f}" for cores in (one, two)),
             *(f"{cores['images_per_second']:,.0f}" for cores in (one, two)),
         ])  # fmt: skip
