@@ -90,6 +90,11 @@ def test_the_command_refuses_such_folds_in_one_line(tmp_path, flags, words):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_help_of_a_cross_validation_lists_no_flag_that_it_refuses():
+    text = run_script("cross_validate.py", "--help").out
+    assert "--folds INT" in text and "--fold INT" not in text
+
+
 def test_the_number_of_folds_is_bounded_before_a_list_is_made(monkeypatch, tmp_path):
     command = ["cross_validate.py", "--folds", "2147483647", "--run-dir", str(tmp_path / "cv")]
     monkeypatch.setattr("sys.argv", command)

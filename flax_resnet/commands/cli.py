@@ -87,17 +87,23 @@ def add_starting_points(parser: argparse.ArgumentParser):
     parser.add_argument("--smoke", action="store_true", help="try all stages on 32 images")
 
 
-def add_config_flags(parser: argparse.ArgumentParser, only: tuple[str, ...] | None = None):
+def add_config_flags(
+    parser: argparse.ArgumentParser,
+    only: tuple[str, ...] | None = None,
+    hidden: tuple[str, ...] = (),
+):
     """Add a flag for every field of `TrainConfig` and its groups, with None for flags not given.
 
     Args:
       only: names of the fields to add; their help names no defaults, which the command infers.
+      hidden: names of the fields that the help leaves out, because the command refuses them.
     """
     for group, fields in _fields().items():
         fields = [field for field in fields if only is None or field.name in only]
         section = parser.add_argument_group(group.replace("_", " ") or "run") if fields else None
         for field in fields:
             shape = _argument(field, with_default=only is None)
+            shape |= {"help": argparse.SUPPRESS} if field.name in hidden else {}
             section.add_argument(_flag(field.name), default=None, **shape)
 
 

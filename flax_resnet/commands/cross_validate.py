@@ -41,7 +41,7 @@ def parse():
     cli.add_starting_points(parser)
     about = "directory of all runs (default: runs/ARCH-DATASET-K-folds)"
     parser.add_argument("--run-dir", metavar="PATH", type=Path, help=about)
-    cli.add_config_flags(parser)
+    cli.add_config_flags(parser, hidden=("fold",))
     args = parser.parse_args()
     if args.fold is not None:
         raise InputError("--fold is a flag of train: this command runs all folds")

@@ -66,8 +66,7 @@ class DataConfig:
 
     fold: Count | None = None
     """Number of the fold that is the test split, from 0 to `folds` - 1; the others are the training
-    split. A cross-validation takes all in turn, so its command has no such flag. If the data
-    set has a test split, it is left out."""
+    split. If the data set has a test split, it is left out."""
 
     train_images: PositiveCount | None = None
     """Largest number of training images to use, every class in proportion if it is enough for all
