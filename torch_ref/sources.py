@@ -133,11 +133,11 @@ def _cut(train: Images, field: str, value: float, seed: int) -> tuple[Images, Im
 
 def _fold(train: Images, config: DataConfig, names: tuple[str, ...]) -> tuple[Images, Images]:
     """All folds but one, and that one."""
-    sizes = np.bincount(train.labels, minlength=len(names))
+    classes, sizes = np.unique(train.labels, return_counts=True)
     if sizes.min() < config.folds:
         raise InputError(
             f"`folds` {config.folds} is more than the {sizes.min()} images of the smallest class"
-            f" ({names[sizes.argmin()]})"
+            f" ({names[classes[sizes.argmin()]]})"
         )
     folds = StratifiedKFold(config.folds, shuffle=True, random_state=config.split_seed)
     stay, off = list(folds.split(train.labels, train.labels))[config.fold]

@@ -195,6 +195,7 @@ def parse():
 def main() -> None:
     args = parse()
     config = cli.build_config(args, TrainConfig())
+    cli.check_start(args.recipe, config)
     try:
         fit(
             config,

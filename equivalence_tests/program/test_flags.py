@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from equivalence_tests.program.command import ROOT, refused, run_script
-from flax_resnet.commands import cli, exits, main
+from flax_resnet.commands import cli, exits, main, plan
 from flax_resnet.config import USED_WITH, TrainConfig, idle, to_dict
 from flax_resnet.errors import InputError
 from flax_resnet.recipes import RECIPES
@@ -73,7 +73,7 @@ WRONG_WORDS = [
     (["--dataset", str(ROOT)], ["did you mean", f"folder:{ROOT}"]),
     (["--devices", "99"], ["99"]),
     (["--recipe", "cifar10-resnet19"], ["recipe"]),
-    (["--recipe", "transfer"], ["transfer-source", "--init-from"]),
+    (["--recipe", "cifar10-resnet20-24-to-32px"], ["cifar10-resnet20-24px-start", "--init-from"]),
     (["--config", "no-such-file.json"], ["no-such-file.json"]),
     (["--dataset", "folder:caf\udce9"], ["--dataset", "not in UTF-8", r"caf\udce9"]),
     (["--dataset", "folder:no-such-folder"], ["no-such-folder"]),
@@ -212,6 +212,11 @@ def test_the_library_names_settings_and_the_commands_flags(tmp_path):
     outcome = run_script("train.py", "--parallel", "pmap", "--shard-parameters")
     refused(outcome, "--shard-parameters: pmap")
     assert cli.as_flags("a smaller `batch_size`; `x y`") == "a smaller --batch-size; `x y`"
+
+
+def test_a_plan_needs_no_weights_of_another_recipe(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plan.py", "--recipe", "transfer", "--target", "h100"])
+    assert cli.build_config(plan.parse(), TrainConfig()) == RECIPES["transfer"].config
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)

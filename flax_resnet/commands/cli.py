@@ -149,8 +149,7 @@ def build_config(args: argparse.Namespace, otherwise: TrainConfig) -> TrainConfi
     """Builds the config from --config or --recipe, else `otherwise`; then --smoke, then the flags.
 
     Raises:
-      InputError: as `merge` and `config_from_file` do, for an unknown recipe, or for a recipe that
-        starts from the weights of another one without --init-from.
+      InputError: as `merge` and `config_from_file` do, or for an unknown recipe.
     """
     config = merge(_starting_point(args, otherwise), SMOKE if args.smoke else {})
     return with_flags(config, args)
@@ -161,14 +160,18 @@ def _starting_point(args: argparse.Namespace, otherwise: TrainConfig) -> TrainCo
         raise InputError("--config and --recipe exclude each other")
     if args.recipe:
         check_choice("--recipe", args.recipe, ALL_RECIPES)
-        recipe = ALL_RECIPES[args.recipe]
-        if recipe.starts_from and not getattr(args, "init_from", None):
-            raise InputError(
-                f"--recipe {args.recipe} starts from the weights of {recipe.starts_from}: give a"
-                " run of that recipe with --init-from"
-            )
-        return recipe.config
+        return ALL_RECIPES[args.recipe].config
     return config_from_file(args.config) if args.config else otherwise
+
+
+def check_start(recipe: str | None, config: TrainConfig):
+    """Raises InputError if a training by a recipe lacks the weights that the recipe starts from."""
+    start = ALL_RECIPES[recipe].starts_from if recipe else None
+    if start and not config.init_from:
+        raise InputError(
+            f"--recipe {recipe} starts from the weights of {start}: give a run of that recipe with"
+            " --init-from"
+        )
 
 
 def check_choice(flag: str, value: str, valid):

@@ -99,6 +99,7 @@ def config_with_weights(args) -> TrainConfig:
     """The config of the flags. With --init-from the settings that come with the weights are the
     defaults, unless --config or --recipe gives all of them."""
     config = cli.build_config(args, TrainConfig())
+    cli.check_start(args.recipe, config)
     if args.config or args.recipe or not config.init_from:
         return config
     weights = restore.pretrained(config.init_from, config.weights_key, ema=config.ema)
